@@ -1,0 +1,69 @@
+// The binding: tensors arrive as addresses with sizes and strides, so no torch is included or linked.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "tile.h"
+
+namespace py = pybind11;
+using namespace fastpref;
+using Address = uintptr_t;  // 0 is null
+
+template <class T> static T* at(Address a) { return reinterpret_cast<T*>(a); }
+
+static Dtype dtype_of(int code) {
+    if (code < 0 || code > 2) throw std::invalid_argument("dtype code: expected 0, 1 or 2");
+    return static_cast<Dtype>(code);
+}
+
+static Tile tile_of(Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
+                    Address labels) {
+    if (rows < 0 || cols < 0) throw std::invalid_argument("tile: expected sizes of at least 0");
+    return {at<void>(data), dtype_of(dtype), rows, cols, stride, col0, at<int64_t>(labels)};
+}
+
+PYBIND11_MODULE(MODULE, m) {
+    m.doc() = "fastpref's tile primitives for CPUs; fastpref.backends.native is the caller.";
+    m.def("isa", &isa);
+    m.def("have_linear_bf16", &have_linear_bf16);
+    m.def("fold", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
+                     Address labels, float scale, float softcap, float inv_temperature, Address max,
+                     Address sum, Address target, Address weighted, Address total, Address squared,
+                     Address argmax, int threads) {
+        Tile tile = tile_of(data, dtype, rows, cols, stride, col0, labels);
+        Stats stats{at<float>(max),   at<float>(sum),     at<float>(target),  at<float>(weighted),
+                    at<float>(total), at<float>(squared), at<int64_t>(argmax)};
+        py::gil_scoped_release release;
+        fold(tile, {scale, softcap, inv_temperature}, stats, threads);
+    });
+    m.def("grad", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
+                     Address labels, float scale, float softcap, float inv_temperature, Address lse,
+                     Address logps, Address coef, Address entropy, Address entropy_coef, Address out,
+                     int out_dtype, int64_t out_stride, int threads) {
+        Tile tile = tile_of(data, dtype, rows, cols, stride, col0, labels);
+        GradRows g{at<float>(lse), at<float>(logps), at<float>(coef), at<float>(entropy),
+                   at<float>(entropy_coef)};
+        Dtype out_type = dtype_of(out_dtype);
+        py::gil_scoped_release release;
+        grad(tile, {scale, softcap, inv_temperature}, g, at<void>(out), out_type, out_stride, threads);
+    });
+    m.def("linear_bf16", [](Address x, int64_t x_stride, Address w, int64_t w_stride, Address out,
+                            int64_t out_stride, int64_t n, int64_t v, int64_t h, int threads) {
+        py::gil_scoped_release release;
+        linear_bf16(at<uint16_t>(x), x_stride, at<uint16_t>(w), w_stride, at<float>(out), out_stride, n,
+                    v, h, threads);
+    });
+    m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
+                          Address ref_logps, Address lengths, Address weight, Address margin, double beta,
+                          double label_smoothing, Address out_loss, Address sequence_logps,
+                          Address rewards, Address coef) {
+        if (loss < 0 || loss > 1) throw std::invalid_argument("loss code: expected 0 or 1");
+        PairLoss in{static_cast<Loss>(loss), tokens, pairs, at<float>(logps), at<int64_t>(sequence_ids),
+                    at<float>(ref_logps), at<float>(lengths), at<float>(weight), at<float>(margin), beta,
+                    label_smoothing};
+        PairLossOut out{at<float>(out_loss), at<float>(sequence_logps), at<float>(rewards),
+                        at<float>(coef)};
+        py::gil_scoped_release release;
+        pair_loss(in, out);
+    });
+}

@@ -1,0 +1,213 @@
+// fold and grad: one pass over the rows of a tile of logits. Each row is the work of one thread, in
+// one order, so results do not depend on the number of threads.
+#include <cmath>
+#include <limits>
+
+#include "parallel.h"
+#include "tile.h"
+#include "vec.h"
+
+namespace fastpref {
+namespace {
+
+constexpr int LANES = 64;    // independent accumulators: the reductions vectorise without -ffast-math
+constexpr int BLOCK = 2048;  // columns summed in fp32 before the sum goes on in double
+
+struct Affine {  // the transform with its divisions done
+    float scale, cap, inv_cap, inv_t, slope;
+    explicit Affine(const Transform& t)
+        : scale(t.softcap > 0 ? t.scale : t.scale * t.inv_temperature), cap(t.softcap),
+          inv_cap(t.softcap > 0 ? 1.f / t.softcap : 0.f), inv_t(t.inv_temperature),
+          slope(t.scale * t.inv_temperature) {}
+};
+
+template <bool CAP> FP_INLINE float logit(const Affine& a, float raw) {
+    if (CAP) return a.cap * tanh_(raw * a.scale * a.inv_cap) * a.inv_t;
+    return raw * a.scale;
+}
+
+// The largest z: the transform is monotone, so it is that of the largest (or smallest) raw logit.
+template <class T, bool CAP> FP_INLINE float row_max(const Affine& a, const T* x, int64_t cols) {
+    float sign = a.scale < 0 ? -1.f : 1.f, lane[LANES];
+    for (int k = 0; k < LANES; ++k) lane[k] = -std::numeric_limits<float>::infinity();
+    int64_t j = 0;
+    for (; j + LANES <= cols; j += LANES)
+        for (int k = 0; k < LANES; ++k) {
+            float v = sign * load(x + j + k);
+            lane[k] = v > lane[k] ? v : lane[k];
+        }
+    float m = lane[0];
+    for (int k = 1; k < LANES; ++k) m = lane[k] > m ? lane[k] : m;
+    for (; j < cols; ++j) {
+        float v = sign * load(x + j);
+        m = v > m ? v : m;
+    }
+    return logit<CAP>(a, sign * m);
+}
+
+struct Sums {
+    double e = 0, weighted = 0, squared = 0, total = 0;
+};
+
+template <class T, bool CAP, bool EXTRAS>
+FP_INLINE Sums row_sums(const Affine& a, const T* x, int64_t cols, float m) {
+    Sums s;
+    for (int64_t block = 0; block < cols; block += BLOCK) {
+        int64_t end = block + BLOCK < cols ? block + BLOCK : cols, j = block;
+        float e_[LANES] = {}, w_[LANES] = {}, q_[LANES] = {}, t_[LANES] = {};
+        auto add = [&](int k, int64_t at) FP_INLINE_LAMBDA {
+            float z = logit<CAP>(a, load(x + at)), d = z - m, e = exp_(d);
+            e_[k] += e;
+            if (EXTRAS) {
+                w_[k] += e * (d < -200.f ? -200.f : d);  // e is 0 there; 0 * -inf is not
+                q_[k] += e * e;
+                t_[k] += z;
+            }
+        };
+        for (; j + LANES <= end; j += LANES)
+            for (int k = 0; k < LANES; ++k) add(k, j + k);
+        for (int k = 0; j < end; ++j, ++k) add(k, j);
+        for (int k = 0; k < LANES; ++k) {
+            s.e += e_[k];
+            if (EXTRAS) s.weighted += w_[k], s.squared += q_[k], s.total += t_[k];
+        }
+    }
+    return s;
+}
+
+template <class T, bool CAP, bool EXTRAS>
+FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+        if (t.labels[r] < 0) continue;
+        const T* x = static_cast<const T*>(t.data) + r * t.stride;
+        float tile_max = row_max<T, CAP>(a, x, t.cols), old = st.max[r];
+        if (st.argmax && tile_max > old) {
+            int64_t j = 0;  // the first of equal maxima, as torch.argmax
+            while (j < t.cols && !(logit<CAP>(a, load(x + j)) >= tile_max)) ++j;
+            st.argmax[r] = t.col0 + (j < t.cols ? j : 0);
+        }
+        float m = tile_max > old ? tile_max : old;
+        Sums s = row_sums<T, CAP, EXTRAS>(a, x, t.cols, m);
+        double shift = double(old) - m, moved = st.sum[r] > 0 ? std::exp(shift) : 0.0;
+        if (EXTRAS) {
+            double w = st.sum[r] > 0 ? moved * (st.weighted[r] + st.sum[r] * shift) : 0.0;
+            st.weighted[r] = float(w + s.weighted);
+            st.squared[r] = float(st.squared[r] * moved * moved + s.squared);
+            st.total[r] = float(st.total[r] + s.total);
+        }
+        st.sum[r] = float(st.sum[r] * moved + s.e);
+        st.max[r] = m;
+        int64_t y = t.labels[r] - t.col0;
+        if (0 <= y && y < t.cols) st.target[r] = logit<CAP>(a, load(x + y));
+    }
+}
+
+// Reads LANES logits into registers before it writes LANES gradients: out may lie over the tile.
+template <class T, class O, bool CAP, bool ENTROPY>
+FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out,
+                         int64_t out_stride, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+        const T* x = static_cast<const T*>(t.data) + r * t.stride;
+        O* o = static_cast<O*>(out) + r * out_stride;
+        int64_t y = t.labels[r];
+        if (y < 0) {
+            for (int64_t j = 0; j < t.cols; ++j) store(o + j, 0.f);
+            continue;
+        }
+        y -= t.col0;
+        float lse = g.lse[r], coef = (g.coef ? g.coef[r] : 1.f) * a.slope;
+        float entropy = ENTROPY ? g.entropy[r] : 0.f, ec = ENTROPY ? g.entropy_coef[r] * a.slope : 0.f;
+        auto entry = [&](float raw, bool label) FP_INLINE_LAMBDA {
+            float th = CAP ? tanh_(raw * a.scale * a.inv_cap) : 0.f;
+            float z = CAP ? a.cap * th * a.inv_t : raw * a.scale;
+            float logp = z - lse, p = exp_(logp);
+            float d = coef * (label ? -std::expm1(g.logps[r]) : -p);
+            if (ENTROPY) d -= ec * p * ((logp < -200.f ? -200.f : logp) + entropy);
+            return CAP ? d * (1.f - th * th) : d;
+        };
+        bool hit = 0 <= y && y < t.cols;
+        float at_label = hit ? entry(load(x + y), true) : 0.f;  // before its cell is overwritten
+        int64_t j = 0;
+        for (; j + LANES <= t.cols; j += LANES) {
+            float raw[LANES];
+            for (int k = 0; k < LANES; ++k) raw[k] = load(x + j + k);
+            for (int k = 0; k < LANES; ++k) raw[k] = entry(raw[k], false);
+            for (int k = 0; k < LANES; ++k) store(o + j + k, raw[k]);
+        }
+        for (; j < t.cols; ++j) store(o + j, entry(load(x + j), false));
+        if (hit) store(o + y, at_label);
+    }
+}
+
+using FoldRows = void (*)(const Tile&, const Affine&, const Stats&, int64_t, int64_t);
+using GradRowsFn = void (*)(const Tile&, const Affine&, const GradRows&, void*, int64_t, int64_t,
+                            int64_t);
+
+template <class T, bool CAP, bool EXTRAS>
+FP_CLONES void fold_clone(const Tile& t, const Affine& a, const Stats& s, int64_t r0, int64_t r1) {
+    fold_rows<T, CAP, EXTRAS>(t, a, s, r0, r1);
+}
+template <class T, class O, bool CAP, bool ENTROPY>
+FP_CLONES void grad_clone(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t os,
+                          int64_t r0, int64_t r1) {
+    grad_rows<T, O, CAP, ENTROPY>(t, a, g, out, os, r0, r1);
+}
+
+template <class T> FoldRows pick_fold(bool cap, bool extras) {
+    if (cap) return extras ? fold_clone<T, true, true> : fold_clone<T, true, false>;
+    return extras ? fold_clone<T, false, true> : fold_clone<T, false, false>;
+}
+template <class T, class O> GradRowsFn pick_grad(bool cap, bool entropy) {
+    if (cap) return entropy ? grad_clone<T, O, true, true> : grad_clone<T, O, true, false>;
+    return entropy ? grad_clone<T, O, false, true> : grad_clone<T, O, false, false>;
+}
+template <class T> GradRowsFn pick_grad(Dtype out, bool cap, bool entropy) {
+    switch (out) {
+        case Dtype::bf16: return pick_grad<T, bf16>(cap, entropy);
+        case Dtype::f16: return pick_grad<T, f16>(cap, entropy);
+        default: return pick_grad<T, float>(cap, entropy);
+    }
+}
+
+}  // namespace
+
+void fold(const Tile& t, const Transform& transform, const Stats& stats, int threads) {
+    bool cap = transform.softcap > 0, extras = stats.weighted != nullptr;
+    FoldRows f = t.dtype == Dtype::bf16  ? pick_fold<bf16>(cap, extras)
+                 : t.dtype == Dtype::f16 ? pick_fold<f16>(cap, extras)
+                                         : pick_fold<float>(cap, extras);
+    Affine a(transform);
+    if (t.cols == 0) return;
+    parallel_ranges(t.rows, threads, [&](int64_t r0, int64_t r1) { f(t, a, stats, r0, r1); });
+}
+
+void grad(const Tile& t, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
+          int64_t out_stride, int threads) {
+    bool cap = transform.softcap > 0, entropy = rows.entropy_coef != nullptr;
+    // A 16-bit tile has a 16-bit gradient of its own type, or an fp32 one.
+    GradRowsFn f = t.dtype == Dtype::f32 ? pick_grad<float>(out_dtype, cap, entropy)
+                   : t.dtype == Dtype::bf16
+                       ? (out_dtype == Dtype::bf16 ? pick_grad<bf16, bf16>(cap, entropy)
+                                                   : pick_grad<bf16, float>(cap, entropy))
+                       : (out_dtype == Dtype::f16 ? pick_grad<f16, f16>(cap, entropy)
+                                                  : pick_grad<f16, float>(cap, entropy));
+    Affine a(transform);
+    parallel_ranges(t.rows, threads,
+                    [&](int64_t r0, int64_t r1) { f(t, a, rows, out, out_stride, r0, r1); });
+}
+
+const char* isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(FASTPREF_NO_CLONES) || defined(__clang__)
+    return "baseline";
+#else
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    return "baseline";
+#endif
+#else
+    return "baseline";
+#endif
+}
+
+}  // namespace fastpref

@@ -1,0 +1,71 @@
+// The tile contract: what a native backend implements. Nothing here knows about torch.
+#pragma once
+#include <cstdint>
+
+namespace fastpref {
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Raw logits [rows, cols], row-major: the vocabulary entries [col0, col0 + cols) of some tokens.
+// labels[row] is a vocabulary entry; a negative label marks an ignored row.
+struct Tile {
+    const void* data;
+    Dtype dtype;
+    int64_t rows, cols, stride;  // stride: elements from one row to the next
+    int64_t col0;
+    const int64_t* labels;
+};
+
+// z = softcap * tanh(scale * raw / softcap) * inv_temperature; softcap 0 leaves tanh out.
+struct Transform {
+    float scale, softcap, inv_temperature;
+};
+
+// Running statistics of each row; see fastpref/backends/tile.py. Null where not asked for.
+struct Stats {
+    float *max, *sum, *target, *weighted, *total, *squared;
+    int64_t* argmax;
+};
+
+// Per-row inputs of grad. coef and the entropy pair may be null.
+struct GradRows {
+    const float *lse, *logps, *coef, *entropy, *entropy_coef;
+};
+
+void fold(const Tile& tile, const Transform& transform, const Stats& stats, int threads);
+
+// out = d logp / d raw (times coef, plus the entropy's share). out may be the tile's own memory with
+// the same row starts in bytes and elements no wider than the tile's.
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
+          Dtype out_dtype, int64_t out_stride, int threads);
+
+const char* isa();  // which clone the processor runs
+
+enum class Loss : int { sigmoid = 0, ipo = 1 };
+
+// Token log-probs to loss, in one call. Sequences 0..pairs-1 are chosen, pairs..2*pairs-1 rejected.
+struct PairLoss {
+    Loss loss;
+    int64_t tokens, pairs;
+    const float* logps;           // [tokens]
+    const int64_t* sequence_ids;  // [tokens]
+    const float* ref_logps;       // [2 * pairs], or null: reference-free
+    const float* lengths;         // [2 * pairs] for a mean over tokens, or null: sums
+    const float *weight, *margin; // [pairs], or null
+    double beta, label_smoothing;
+};
+struct PairLossOut {
+    float* loss;            // [1] mean over the pairs
+    float* sequence_logps;  // [2 * pairs] sums
+    float* rewards;         // [2 * pairs] beta * (logp - ref)
+    float* coef;            // [tokens] d loss / d logps
+};
+void pair_loss(const PairLoss& in, const PairLossOut& out);
+
+// out[n, v] = x[n, h] . w[v, h]^T for bf16 x and w, accumulated and written in fp32.
+// have_linear_bf16 is false where the processor lacks the instructions.
+bool have_linear_bf16();
+void linear_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
+                 int64_t out_stride, int64_t n, int64_t v, int64_t h, int threads);
+
+}  // namespace fastpref

@@ -1,0 +1,93 @@
+// Scalar building blocks that compilers vectorise on every instruction set: no branches, no calls.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__)
+#define FP_INLINE static inline __attribute__((always_inline))
+#define FP_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define FP_INLINE static __forceinline
+#define FP_INLINE_LAMBDA
+#endif
+
+// One function body, compiled for each instruction set and chosen by the loader. Clang before 14
+// and ThreadSanitizer cannot do it; they get the body for the compiler's default target.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__) && !defined(FASTPREF_NO_CLONES)
+#define FP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FP_CLONES
+#endif
+
+namespace fastpref {
+
+FP_INLINE float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+FP_INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+FP_INLINE float load(const float* p) { return *p; }
+FP_INLINE float load(const bf16* p) { return as_float(uint32_t(p->bits) << 16); }
+FP_INLINE float load(const f16* p) {
+    uint32_t h = p->bits, sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+    // 2^112 moves the exponent from half's bias to float's, and makes subnormals normal.
+    float magnitude = as_float(rest) * as_float(0x77800000u);
+    uint32_t special = as_bits(magnitude) | 0x7f800000u;  // infinity, NaN
+    return as_float(sign | (rest >= 0x0f800000u ? special : as_bits(magnitude)));
+}
+
+FP_INLINE void store(float* p, float v) { *p = v; }
+FP_INLINE void store(bf16* p, float v) {  // to nearest, ties to even
+    uint32_t u = as_bits(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    p->bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
+}
+FP_INLINE void store(f16* p, float v) {  // to nearest, ties to even
+    uint32_t u = as_bits(v), sign = (u >> 16) & 0x8000u, mag = u & 0x7fffffffu;
+    // Below 2^-14 the fp32 adder does the rounding: 0.5 has the spacing of half's subnormals.
+    uint32_t small = as_bits(as_float(mag) + 0.5f) - as_bits(0.5f);
+    uint32_t normal = (mag + 0xc8000fffu + ((mag >> 13) & 1u)) >> 13;
+    uint32_t r = mag < 0x38800000u ? small : normal;
+    r = mag >= 0x477ff000u ? 0x7c00u : r;  // rounds beyond 65504
+    r = mag > 0x7f800000u ? 0x7e00u : r;   // NaN
+    p->bits = uint16_t(sign | r);
+}
+
+// exp to about 1 ulp on [-87.3, 88.7]; below it 0 (smaller than any normal number). NaN stays NaN.
+FP_INLINE float exp_(float x) {
+    float c = x < -87.3f ? -87.3f : x;
+    c = c > 88.7f ? 88.7f : c;
+    float t = c * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
+    float n = t - 12582912.f;
+    float r = c - n * 0.693359375f;  // ln 2 in two parts
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.f;
+    float e = p * as_float((as_bits(t) << 23) + 0x3f800000u);
+    return x < -87.3f ? 0.f : e;
+}
+
+FP_INLINE float tanh_(float x) {
+    float e = exp_(2.f * (x > 15.f ? 15.f : x < -15.f ? -15.f : x));
+    return (e - 1.f) / (e + 1.f);
+}
+
+}  // namespace fastpref

@@ -1,0 +1,57 @@
+"""fastpref: preference optimisation of language models without the logits."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  first: the native module shares the OpenMP pool that torch loads
+
+from fastpref.autograd import TokenStats
+from fastpref.fused import (
+    PreferenceOutput,
+    dpo_loss,
+    ipo_loss,
+    linear_dpo_loss,
+    linear_ipo_loss,
+    linear_preference_loss,
+)
+from fastpref.logps import linear_token_logps, sequence_logps, token_logps
+from fastpref.losses import PreferenceLoss, preference_loss
+from fastpref.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinearPreferenceLoss
+from fastpref.plan import HeadPlan, plan_head
+
+if TYPE_CHECKING:
+    from fastpref.config import PreferenceConfig
+    from fastpref.trainer import PreferenceTrainer
+
+__version__ = "0.1.0"
+
+# These need the train extra: imported when asked for, and not part of `import *`.
+_LAZY = {"PreferenceTrainer": "fastpref.trainer", "PreferenceConfig": "fastpref.config"}
+
+__all__ = [
+    "FusedLinearDPOLoss",
+    "FusedLinearIPOLoss",
+    "FusedLinearPreferenceLoss",
+    "HeadPlan",
+    "PreferenceLoss",
+    "PreferenceOutput",
+    "TokenStats",
+    "dpo_loss",
+    "ipo_loss",
+    "linear_dpo_loss",
+    "linear_ipo_loss",
+    "linear_preference_loss",
+    "linear_token_logps",
+    "plan_head",
+    "preference_loss",
+    "sequence_logps",
+    "token_logps",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fastpref' has no attribute {name!r}")

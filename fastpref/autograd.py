@@ -1,0 +1,253 @@
+"""The autograd functions: tiles in, token log-probabilities and their gradients out.
+
+Forward is token-outer: a tile [n, V] is whole, so the statistics of its tokens and u = D W are final
+when it is done. Backward is vocabulary-outer: for a slice the tile [N, v] is whole, so dW[v] is one
+GEMM. Each output is written once; nothing is accumulated across tiles but [N] statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref.backends.tile import Stats, Transform
+from fastpref.plan import HeadPlan, tile_dtype
+
+
+class TokenStats(NamedTuple):
+    """Per-token outputs, each shaped like the labels and 0 (False) where the label is ignored.
+
+    logps: log-probability of the label. entropy: of the distribution, in nats (differentiable).
+    mean_logit: mean over the vocabulary of the transformed logits. is_top1: the label is the first
+    argmax. log_sum_sq_probs: log of the sum of squared probabilities. None: not asked for.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one call of the linear function needs besides its tensors."""
+
+    plan: HeadPlan
+    transform: Transform
+    extras: tuple[str, ...]
+    backend: ModuleType
+    hidden_grad: bool
+    weight_grad: bool
+
+
+def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) -> TokenStats:
+    return TokenStats(
+        logps=stats.logps(),
+        entropy=stats.entropy() if "entropy" in extras else None,
+        mean_logit=stats.total / vocab if "mean_logit" in extras else None,
+        is_top1=stats.argmax == labels if "is_top1" in extras else None,
+        log_sum_sq_probs=stats.log_sum_sq_probs() if "log_sum_sq_probs" in extras else None,
+    )
+
+
+def _logits(head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Raw logits of x [n, H] and a slice of the head [v, H], into out [n, v]."""
+    head.backend.linear(x, weight, out)
+    if bias is not None:
+        out += bias.to(out.dtype)
+
+
+def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a tile's rows, seen as rows of a narrower dtype that start where they start."""
+    if tile.dtype == dtype:
+        return tile
+    return tile.view(dtype)[:, : tile.shape[1]]
+
+
+class LinearTokenLogps(torch.autograd.Function):
+    """hidden [M, H], weight [V, H], bias [V] or None, labels [N], index [N] or None -> TokenStats.
+
+    index: which rows of hidden the labels belong to; None means all, M = N. The outputs are [N].
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, index, head: Head):
+        plan, extras, backend = head.plan, head.extras, head.backend
+        x = hidden if index is None else hidden.index_select(0, index)
+        w = weight.to(x.dtype)  # a copy only under autocast, whose own cast this is
+        b = None if bias is None else bias.detach()
+        n, vocab = x.shape[0], w.shape[0]
+        tile_type = tile_dtype(x.dtype, plan.precision)
+        stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+        stats = Stats.empty(n, x.device, stats_type, extras)
+        u = torch.empty_like(x) if head.hidden_grad else None
+        stash = x.new_empty((plan.stash_tokens, vocab)) if head.weight_grad else x.new_empty((0, 0))
+        buffer = x.new_empty((min(plan.block_tokens, max(n, 1)), vocab), dtype=tile_type)
+        for start in range(0, n, plan.block_tokens):
+            stop = min(start + plan.block_tokens, n)
+            rows, y = stats.rows(start, stop), labels[start:stop]
+            kept = stash[start : min(stop, plan.stash_tokens)]
+            # D overwrites the logits, in the stash itself where the two have the same width.
+            whole = kept.shape[0] == stop - start and tile_type == x.dtype
+            tile = kept if whole else buffer[: stop - start]
+            _logits(head, x[start:stop], w, b, tile)
+            backend.fold(tile, y, 0, rows, head.transform)
+            if u is None and kept.shape[0] == 0:
+                continue
+            d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
+            backend.grad(tile, y, 0, rows.lse(), rows.logps(), d, head.transform)
+            if u is not None:
+                backend.project(d, w, u[start:stop])
+            if kept.shape[0] < stop - start:
+                kept.copy_(d[: kept.shape[0]])
+        del buffer
+        out = _outputs(stats, labels, vocab, extras)
+
+        ctx.head, ctx.rows, ctx.weight_dtype = head, hidden.shape[0], weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        again = head.weight_grad and plan.stash_tokens < n  # logits once more, in backward
+        if head.hidden_grad or head.weight_grad:
+            again = again or out.entropy is not None
+            ctx.save_for_backward(
+                x if head.weight_grad or again else None,
+                weight if again else None,
+                bias if again else None,
+                labels,
+                index,
+                u,
+                stash,
+                stats.lse(),
+                out.logps,
+                out.entropy,
+            )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in out[2:] if t is not None))
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, coef, entropy_coef, *_):
+        x, weight, bias, labels, index, u, stash, lse, logps, entropy = ctx.saved_tensors
+        head: Head = ctx.head
+        if coef is None and entropy_coef is None:
+            return None, None, None, None, None, None
+        coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
+        dx = dw = db = None
+        if entropy_coef is not None:
+            dx, dw, db = _recompute_both(
+                head, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef.contiguous()
+            )
+        else:
+            if head.hidden_grad:
+                dx = (u * coef[:, None]).to(u.dtype)
+            if head.weight_grad:
+                dw, db = _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef)
+        if dx is not None and index is not None:
+            dx = dx.new_zeros((ctx.rows, dx.shape[1])).index_copy_(0, index, dx)
+        return (
+            dx,
+            dw if ctx.needs_input_grad[1] else None,
+            db.to(ctx.bias_dtype) if db is not None and ctx.needs_input_grad[2] else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
+    """dW [V, H] and db [V] from the stashed D, and from D computed again where it was not kept."""
+    head, plan = ctx.head, ctx.head.plan
+    n, kept, vocab = x.shape[0], stash.shape[0], plan.vocab_size
+    cx = (x * coef[:, None]).to(x.dtype)  # c goes on X: D stays free of the loss
+    dw = x.new_empty((vocab, x.shape[1]), dtype=ctx.weight_dtype)
+    has_bias = ctx.bias_dtype is not None
+    db = coef.new_empty(vocab) if has_bias else None
+    if kept == n:
+        head.backend.outer(stash, cx, dw)
+        if db is not None:
+            for a in range(0, vocab, plan.block_vocab):
+                db[a : a + plan.block_vocab] = _bias_grad(stash[:, a : a + plan.block_vocab], coef)
+        return dw, db
+    buffer = x.new_empty(n * plan.block_vocab, dtype=tile_dtype(x.dtype, plan.precision))
+    for a in range(0, vocab, plan.block_vocab):
+        b = min(a + plan.block_vocab, vocab)
+        tile = buffer[: n * (b - a)].view(n, b - a)
+        w, bias_slice = weight[a:b].to(x.dtype), None if bias is None else bias[a:b]
+        again = tile[kept:]
+        _logits(head, x[kept:], w, bias_slice, again)
+        d = _in_place(tile, x.dtype)
+        rows = labels[kept:], a, lse[kept:], logps[kept:]
+        head.backend.grad(again, *rows, d[kept:], head.transform)
+        d[:kept].copy_(stash[:, a:b])
+        head.backend.outer(d, cx, dw[a:b])
+        if db is not None:
+            db[a:b] = _bias_grad(d, coef)
+    return dw, db
+
+
+def _bias_grad(d: Tensor, coef: Tensor) -> Tensor:
+    return torch.mv(d.t().to(coef.dtype), coef)
+
+
+def _recompute_both(head, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef):
+    """All gradients when the entropy has one too: it is not a multiple of u, so D is made again."""
+    plan, n = head.plan, x.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.zeros(x.shape, dtype=wide, device=x.device) if head.hidden_grad else None
+    dw = torch.empty_like(weight) if head.weight_grad else None
+    db = coef.new_empty(plan.vocab_size) if head.weight_grad and bias is not None else None
+    buffer = x.new_empty(n * plan.block_vocab, dtype=tile_dtype(x.dtype, plan.precision))
+    part = torch.empty_like(x)
+    for a in range(0, plan.vocab_size, plan.block_vocab):
+        b = min(a + plan.block_vocab, plan.vocab_size)
+        tile = buffer[: n * (b - a)].view(n, b - a)
+        w = weight[a:b].to(x.dtype)
+        _logits(head, x, w, None if bias is None else bias[a:b], tile)
+        d = _in_place(tile, x.dtype)
+        head.backend.grad(
+            tile, labels, a, lse, logps, d, head.transform, coef, entropy, entropy_coef
+        )
+        if dx is not None:
+            head.backend.project(d, w, part)
+            dx += part
+        if dw is not None:
+            head.backend.outer(d, x, dw[a:b])
+        if db is not None:
+            db[a:b] = d.to(coef.dtype).sum(0)
+    return None if dx is None else dx.to(x.dtype), dw, db
+
+
+class TokenLogps(torch.autograd.Function):
+    """logits [N, V], labels [N] (negative: ignored) -> log-probabilities [N], 0 where ignored."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, transform: Transform, backend, inplace: bool):
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        stats = Stats.empty(logits.shape[0], logits.device, dtype)
+        backend.fold(logits, labels, 0, stats, transform)
+        ignored = labels < 0
+        logps = stats.logps().masked_fill(ignored, 0.0)
+        ctx.save_for_backward(logits, labels, stats.lse().masked_fill(ignored, 0.0), logps)
+        ctx.transform, ctx.backend, ctx.inplace, ctx.used = transform, backend, inplace, False
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, coef):
+        logits, labels, lse, logps = ctx.saved_tensors
+        if ctx.used:
+            raise RuntimeError(
+                "token_logps: inplace_backward=True overwrote the logits in the first backward pass; "
+                "a second one needs inplace_backward=False"
+            )
+        ctx.used = ctx.inplace
+        # Through .data: autograd's version counter guards others against this write, not ourselves.
+        out = logits.data if ctx.inplace else torch.empty_like(logits)
+        ctx.backend.grad(logits.data, labels, 0, lse, logps, out, ctx.transform, coef.contiguous())
+        return out, None, None, None, None

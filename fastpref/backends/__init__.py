@@ -1,0 +1,67 @@
+"""Which implementation of the tile primitives runs, and why.
+
+A backend is a module with NAME, fold, grad, linear, project, outer, and pair_loss for the losses in
+its CLOSED_FORMS. `choose` picks the fastest one that works for a tensor; FASTPREF_BACKEND or
+`backend=` forces one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from fastpref.backends import eager, native
+
+NAMES = ("native", "eager")
+_MODULES: dict[str, ModuleType] = {"native": native, "eager": eager}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of `fastpref doctor`."""
+
+    name: str
+    works: bool
+    reason: str
+    devices: tuple[str, ...]
+
+
+def report() -> list[BackendStatus]:
+    """Every backend, fastest first: whether it works on this machine, and if not, why not."""
+    problem = native.problem()
+    return [
+        BackendStatus("native", problem is None, problem or native.describe(), ("cpu",)),
+        BackendStatus("eager", True, "plain torch, any device and dtype", ("any",)),
+    ]
+
+
+def active(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """The name of the backend that runs for tensors of this device and dtype."""
+    return choose(torch.device(device), dtype).NAME
+
+
+def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> ModuleType:
+    """The backend module for tensors of this device and dtype.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, where the one that was
+    forced by argument or by FASTPREF_BACKEND cannot run.
+    """
+    source = "backend"
+    if backend in (None, "auto"):
+        source, backend = "FASTPREF_BACKEND", os.environ.get("FASTPREF_BACKEND") or None
+    if backend in (None, "auto"):
+        return native if native.why_not(device, dtype) is None else eager
+    if backend not in _MODULES:
+        raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(NAMES)} or auto")
+    reason = native.why_not(device, dtype) if backend == "native" else None
+    if reason is not None:
+        raise RuntimeError(f"{source}={backend!r} cannot run here: {reason}")
+    return _MODULES[backend]
+
+
+def may_synchronise(device: torch.device) -> bool:
+    """Whether a check may read a tensor's values: always on a CPU, on a GPU with FASTPREF_DEBUG=1."""
+    return device.type == "cpu" or os.environ.get("FASTPREF_DEBUG") == "1"

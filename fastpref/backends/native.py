@@ -1,0 +1,169 @@
+"""The tile primitives in C++ (csrc/, module fastpref._cpu): fp32, bf16 and fp16 on CPUs.
+
+Tensors cross the boundary as addresses, so the module links no torch. What torch would check is
+checked here: device, dtype, unit inner stride. Tensors stay alive in the caller's locals.
+"""
+
+from __future__ import annotations
+
+import torch  # before _cpu: both then share the OpenMP pool that torch loads
+from torch import Tensor
+
+from fastpref.backends import gemm
+from fastpref.backends.gemm import outer, project
+from fastpref.backends.tile import Stats, Transform
+
+try:
+    from fastpref import _cpu
+
+    _PROBLEM = None
+except ImportError as error:
+    _cpu = None
+    _PROBLEM = (
+        f"fastpref._cpu is not built ({error}); install a C++ compiler and run "
+        "pip install --force-reinstall --no-deps fastpref"
+    )
+
+NAME = "native"
+__all__ = ["NAME", "fold", "grad", "linear", "outer", "pair_loss", "project"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LOSSES = {"sigmoid": 0, "ipo": 1}
+CLOSED_FORMS = frozenset(_LOSSES)
+
+
+def problem() -> str | None:
+    """Why the module cannot run on this machine, or None."""
+    return _PROBLEM
+
+
+def describe() -> str:
+    product = "bf16 dot products" if _cpu.have_linear_bf16() else "no bf16 dot products"
+    return f"C++ row kernels ({_cpu.isa()}, {product}), {torch.get_num_threads()} threads"
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device and dtype cannot run here, or None."""
+    if _PROBLEM is not None:
+        return _PROBLEM
+    if device.type != "cpu":
+        return f"the native backend has no kernels for {device.type} tensors"
+    if dtype not in _DTYPES:
+        return f"the native backend has no {str(dtype)[6:]} kernels; use backend='eager'"
+    return None
+
+
+def _rows(t: Tensor) -> tuple[int, int]:
+    """Address and row stride of a matrix, whose columns must be adjacent."""
+    assert t.dim() == 2 and t.device.type == "cpu" and (t.stride(1) == 1 or t.shape[1] <= 1)
+    return t.data_ptr(), t.stride(0)
+
+
+def _vector(t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+    if t is None:
+        return 0
+    assert t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous()
+    return t.data_ptr()
+
+
+def _tile(tile: Tensor, labels: Tensor, col0: int, transform: Transform) -> tuple:
+    data, stride = _rows(tile)
+    assert labels.shape[0] == tile.shape[0]
+    return (
+        data,
+        _DTYPES[tile.dtype],
+        *tile.shape,
+        stride,
+        col0,
+        _vector(labels, torch.int64),
+        transform.scale,
+        transform.softcap or 0.0,
+        1.0 / transform.temperature,
+    )
+
+
+def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Transform) -> None:
+    """As `eager.fold`."""
+    _cpu.fold(
+        *_tile(tile, labels, col0, transform),
+        *(_vector(getattr(stats, name)) for name in Stats.FIELDS[:-1]),
+        _vector(stats.argmax, torch.int64),
+        torch.get_num_threads(),
+    )
+
+
+def grad(
+    tile: Tensor,
+    labels: Tensor,
+    col0: int,
+    lse: Tensor,
+    logps: Tensor,
+    out: Tensor,
+    transform: Transform,
+    coef: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Tensor | None = None,
+) -> None:
+    """As `eager.grad`."""
+    address, stride = _rows(out)
+    assert out.shape == tile.shape
+    assert tile.dtype == torch.float32 or out.dtype in (tile.dtype, torch.float32)
+    _cpu.grad(
+        *_tile(tile, labels, col0, transform),
+        _vector(lse),
+        _vector(logps),
+        _vector(coef),
+        _vector(entropy),
+        _vector(entropy_coef),
+        address,
+        _DTYPES[out.dtype],
+        stride,
+        torch.get_num_threads(),
+    )
+
+
+def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """As `gemm.linear`; bf16 operands with fp32 results have a kernel of their own."""
+    if (
+        x.dtype == weight.dtype == torch.bfloat16
+        and out.dtype == torch.float32
+        and _cpu.have_linear_bf16()
+        and x.stride(1) == weight.stride(1) == 1
+    ):
+        n, h = x.shape
+        _cpu.linear_bf16(
+            *_rows(x), *_rows(weight), *_rows(out), n, weight.shape[0], h, torch.get_num_threads()
+        )
+    else:
+        gemm.linear(x, weight, out)
+
+
+def pair_loss(
+    logps: Tensor,
+    sequence_ids: Tensor,
+    pairs: int,
+    ref_logps: Tensor | None,
+    *,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    lengths: Tensor | None,
+    weight: Tensor | None,
+    margin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token log-probs [N] to (loss [], sequence log-probs [2P], rewards [2P], coef [N]), for a loss
+    in CLOSED_FORMS. lengths [2P]: IPO's denominators, None for sums. All float32."""
+    loss, coef = logps.new_empty(()), torch.empty_like(logps)
+    sequences, rewards = logps.new_empty(2 * pairs), logps.new_empty(2 * pairs)
+    _cpu.pair_loss(
+        _LOSSES[loss_type],
+        logps.shape[0],
+        pairs,
+        _vector(logps),
+        _vector(sequence_ids, torch.int64),
+        *(_vector(t) for t in (ref_logps, lengths, weight, margin)),
+        beta,
+        label_smoothing,
+        *(_vector(t) for t in (loss, sequences, rewards, coef)),
+    )
+    return loss, sequences, rewards, coef

@@ -1,0 +1,91 @@
+"""What the tile primitives of every backend share: the transform, the running statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXTRAS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """z = softcap * tanh(scale * raw / softcap) / temperature; softcap None leaves tanh out."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale: got {self.scale}, expected a finite number")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"softcap: got {self.softcap}, expected a positive number or None")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
+
+
+class Stats:
+    """Running statistics of n rows, folded from tiles of their logits z, left to right.
+
+    max, sum: the running maximum m and the sum of exp(z - m).
+    target: the label's logit; NaN until the tile that holds it has been folded.
+    weighted: the sum of exp(z - m) (z - m); total: the sum of z; squared: the sum of exp(2(z - m)).
+    argmax: the first index of the maximum.
+    The last four are None unless an extra output needs them. float32, or float64 for float64 tiles.
+    """
+
+    FIELDS = ("max", "sum", "target", "weighted", "total", "squared", "argmax")
+
+    def __init__(self, **fields: Tensor | None):
+        self.max: Tensor
+        self.sum: Tensor
+        self.target: Tensor
+        self.weighted: Tensor | None
+        self.total: Tensor | None
+        self.squared: Tensor | None
+        self.argmax: Tensor | None
+        for name in self.FIELDS:
+            setattr(self, name, fields[name])
+
+    @classmethod
+    def empty(cls, n: int, device: torch.device, dtype: torch.dtype, extras=()) -> Stats:
+        def new(value: float) -> Tensor:
+            return torch.full((n,), value, device=device, dtype=dtype)
+
+        sums = any(name in extras for name in ("entropy", "mean_logit", "log_sum_sq_probs"))
+        return cls(
+            max=new(-math.inf),
+            sum=new(0.0),
+            target=new(math.nan),
+            weighted=new(0.0) if sums else None,
+            total=new(0.0) if sums else None,
+            squared=new(0.0) if sums else None,
+            argmax=(
+                torch.zeros((n,), device=device, dtype=torch.int64) if "is_top1" in extras else None
+            ),
+        )
+
+    def rows(self, start: int, stop: int) -> Stats:
+        """A view of the rows [start, stop)."""
+        fields = {name: getattr(self, name) for name in self.FIELDS}
+        return Stats(**{k: None if v is None else v[start:stop] for k, v in fields.items()})
+
+    def lse(self) -> Tensor:
+        return self.max + self.sum.log()
+
+    def logps(self) -> Tensor:
+        """Log-probabilities of the labels; never above 0."""
+        # (target - max) is exact where it matters, at saturated rows; target - lse is not. A
+        # positive value can only be the rounding of a zero. `minimum` keeps NaN.
+        logps = (self.target - self.max) - self.sum.log()
+        return logps.minimum(logps.new_zeros(()))
+
+    def entropy(self) -> Tensor:
+        return self.sum.log() - self.weighted / self.sum
+
+    def log_sum_sq_probs(self) -> Tensor:
+        return self.squared.log() - 2 * self.sum.log()

@@ -1,0 +1,127 @@
+"""`PreferenceConfig`: the options of `PreferenceTrainer`, on top of transformers' own."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+LOSS_ALIASES = {"dpo": "sigmoid"}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Options of `PreferenceTrainer`: transformers' `TrainingArguments` and those below.
+
+    Names and defaults are those of TRL 1.16's DPOConfig where it has them. Changed from
+    TrainingArguments: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
+    checkpointing on, `bf16` on unless `fp16`, `logging_nan_inf_filter` off because a loss that is
+    not finite stops the run. On a machine without an accelerator `use_cpu` is set.
+
+    Args:
+        beta: strength of the pull towards the reference; tau in the IPO paper.
+        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of `preference_loss`.
+        label_smoothing: probability that a label is flipped (conservative DPO).
+        ipo_normalization: "token_mean" (TRL's) or "sum" (the paper's Eq. 17).
+        reference_free: train without a reference model.
+        max_length: tokens kept of prompt + answer; None keeps all.
+        truncation_mode: "keep_start" or "keep_end".
+        precompute_ref_log_probs: compute the reference log-probs once, before training.
+        precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
+        head_strategy, head_memory_budget, backend: how the output head is computed; see ``fastpref
+            plan`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = _option(1e-6, "Initial learning rate of AdamW.")
+    logging_steps: float = _option(10, "Optimiser steps between two log lines.")
+    bf16: bool | None = _option(None, "Mixed precision in bfloat16; on unless fp16 is.")  # type: ignore[assignment]
+    gradient_checkpointing: bool | None = _option(
+        None, "Recompute activations in the backward to save memory; on by default."
+    )
+    logging_nan_inf_filter: bool = _option(
+        False, "Leave NaN losses out of the log; costs a device synchronisation every micro-step."
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Arguments of from_pretrained when the model is given by name; dtype is float32 else."
+    )
+    trust_remote_code: bool = _option(False, "Run code that a model or tokenizer brings along.")
+    router_aux_loss_coef: float | None = _option(
+        None, "Weight of a mixture of experts' load-balancing loss; the model's own by default."
+    )
+    disable_dropout: bool = _option(True, "Switch dropout off in the model and the reference.")
+
+    # The data
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise the data.")
+    max_length: int | None = _option(1024, "Tokens kept of prompt + answer; None keeps all.")
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "Which end of a sequence longer than max_length stays.",
+            "choices": ["keep_start", "keep_end"],
+        },
+    )
+    pad_to_multiple_of: int | None = _option(None, "Pad batches to a multiple of this length.")
+    precompute_ref_log_probs: bool = _option(
+        False, "Compute the reference log-probs of all data once, before training."
+    )
+    precompute_ref_batch_size: int | None = _option(
+        None, "Pairs per batch while doing so; the training or evaluation batch size by default."
+    )
+
+    # The loss
+    loss_type: str = _option("sigmoid", "Preference loss: sigmoid (DPO), ipo, ...")
+    beta: float = _option(0.1, "Strength of the pull towards the reference model.")
+    label_smoothing: float = _option(0.0, "Probability that a preference label is flipped.")
+    ipo_normalization: str = field(
+        default="token_mean",
+        metadata={
+            "help": "IPO on log-ratios per token (token_mean) or per sequence (sum).",
+            "choices": ["token_mean", "sum"],
+        },
+    )
+    reference_free: bool = _option(False, "Train without a reference model.")
+
+    # The output head
+    precision: str = field(
+        default="exact",
+        metadata={"help": "Logits in fp32 (exact) or bf16 (fast).", "choices": ["exact", "fast"]},
+    )
+    head_strategy: str = _option("auto", "auto, stash, recompute or mixed.")
+    head_memory_budget: int | None = _option(
+        None, "Bytes that the head may use between forward and backward; planned by default."
+    )
+    backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_type, (list, tuple)):  # TRL's form
+            if len(self.loss_type) != 1:
+                raise ValueError(f"loss_type is {self.loss_type}; expected one loss")
+            self.loss_type = self.loss_type[0]
+        self.loss_type = LOSS_ALIASES.get(self.loss_type, self.loss_type)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        # transformers renamed the option during version 5 and warns about the old name, TRL's.
+        renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
+        for end, default in (("", True), ("_kwargs", None)):
+            old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
+            given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
+            setattr(self, new if renamed else old, given[0] if given else default)
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(f"beta is {self.beta}; expected a positive number")

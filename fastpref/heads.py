@@ -1,0 +1,189 @@
+"""The output head of a transformers model, and calling a model without building its logits.
+
+The loss runs inside the model's own forward: `install_head_forward` teaches a causal language model
+one more keyword, `head_fn`, which receives the final hidden states and the head in place of logits.
+So every wrapper around the model (DDP, PEFT, autocast, compile) sees an ordinary call, and with
+bf16 autocast the hidden states are never converted on their way out. Without `head_fn` the model
+behaves as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        weight: [V, H].
+        bias: [V] or None.
+        scale: multiplies the logits, before the softcap.
+        softcap: c in c * tanh(logits / c), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Bias, scale and softcap as keyword arguments of the `linear_*` functions."""
+        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal language model inside DDP, compile and PEFT wrappers."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
+def read_head(model: nn.Module) -> Head:
+    """Read a causal language model's output head and the transform of its logits.
+
+    The scale comes from the first config key present of `logit_scale`, `output_multiplier`,
+    `lm_head_multiplier`, `logits_scaling` (which divides, except in HyperCLOVA X), the softcap from
+    `final_logit_softcapping`; the keys and order are TRL 1.16's.
+
+    Raises:
+        ValueError: the model has no output head, its head carries a PEFT adapter, or the head's
+            weight is not whole on this process.
+    """
+    model = unwrap(model)
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if getter is not None else None
+    if module is None or getattr(module, "weight", None) is None:
+        raise ValueError(
+            f"model {type(model).__name__} has no output head; expected a causal language model "
+            "whose get_output_embeddings() returns a linear layer"
+        )
+    if _has_adapter(module):
+        raise ValueError(
+            "the model's output head carries a PEFT adapter, which would never be trained because "
+            "the head's weight is used directly; leave 'lm_head' out of target_modules"
+        )
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(
+            f"the output head's weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
+            "expected a whole [vocabulary, hidden] matrix of floating-point numbers (sharded and "
+            "quantised heads are not supported)"
+        )
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(weight, bias, scale=_logit_scale(config), softcap=softcap)
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return False
+    return isinstance(module, BaseTunerLayer)
+
+
+def _logit_scale(config: Any) -> float:
+    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (value := getattr(config, key, None)) is not None:
+            return float(value)
+    if (value := getattr(config, "logits_scaling", None)) is not None:
+        return float(value) if config.model_type == "hyperclovax" else 1.0 / float(value)
+    return 1.0
+
+
+HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
+
+
+def install_head_forward(model: nn.Module) -> None:
+    """Let `model(..., head_fn=f, head_inputs={...})` return `f(hidden, head, aux_loss, **inputs)`.
+
+    `hidden` is the last hidden state [B, T, H], `head` a `Head`, `aux_loss` the load-balancing loss
+    of a mixture of experts when `output_router_logits=True` was passed and None otherwise. Install
+    before the model is wrapped for distributed training; installing twice changes nothing.
+    """
+    model = unwrap(model)
+    read_head(model)
+    if getattr(model, "base_model", model) is model:
+        raise ValueError(f"model {type(model).__name__} has no backbone apart from its output head")
+    if "_forward_without_head_fn" in model.__dict__:
+        return
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
+    def forward(
+        self: Any,
+        *args: Any,
+        head_fn: HeadFunction | None = None,
+        head_inputs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if head_fn is None:
+            return self._forward_without_head_fn(*args, **kwargs)
+        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _load_balancing_loss(self, outputs, kwargs.get("attention_mask"))
+        return head_fn(outputs[0], read_head(self), aux_loss, **(head_inputs or {}))
+
+    model._forward_without_head_fn = model.forward
+    model.forward = MethodType(forward, model)
+
+
+def _load_balancing_loss(model: nn.Module, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    # The one that every mixture of experts in transformers uses.
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config: Any = model.config.get_text_config()  # type: ignore[operator]
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(
+        outputs.router_logits, experts, config.num_experts_per_tok, attention_mask
+    )
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Call a causal language model, wrapped or not, and return its final hidden states [B, T, H].
+
+    No logits are computed. Prompt-learning adapters prepend virtual tokens; the positions of the
+    real ones are the last T.
+    """
+    install_head_forward(model)
+    return model(**inputs, head_fn=_return_hidden)
+
+
+def _return_hidden(hidden: Tensor, head: Head, aux_loss: Tensor | None) -> Tensor:
+    return hidden
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the model to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # read by functional attention
+
+
+def align_to_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
+    """Drop the virtual tokens that prompt learning put in front: the last T positions remain."""
+    return hidden if hidden.shape[1] == labels.shape[1] else hidden[:, -labels.shape[1] :]
+
+
+def shifted_labels(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    """Labels [B, T] aligned with the hidden states: the completion token at t + 1, else -100."""
+    labels = torch.full_like(input_ids, -100)
+    labels[:, :-1] = input_ids[:, 1:].masked_fill(completion_mask[:, 1:] == 0, -100)
+    return labels

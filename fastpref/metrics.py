@@ -1,0 +1,166 @@
+"""The trainer's metrics: summed on the device, read once per log line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.fused import PreferenceOutput
+
+# One micro-step's sums, in this order in its vector. Sums and counts rather than means, so that
+# they add up over processes of different sizes.
+SUMS = (
+    "loss",
+    "aux_loss",
+    "pairs",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "tokens/chosen",
+    "tokens/rejected",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "top1/chosen",
+    "num_tokens",
+)
+EXTRAS = ("entropy", "mean_logit", "is_top1")
+PER_PAIR = tuple(key for key in SUMS if key.startswith(("rewards/", "logps/")))
+
+
+class NonFiniteLossError(ValueError):
+    """The loss, a gradient or a weight became NaN or infinite."""
+
+
+@torch.no_grad()
+def micro_step_sums(
+    out: PreferenceOutput,
+    loss: Tensor,
+    aux_loss: Tensor | None,
+    labels: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """The vector [len(SUMS)] of one micro-step, float32 on the device, without a synchronisation."""
+    assert out.stats is not None
+    entropy, mean_logit, is_top1 = out.stats.entropy, out.stats.mean_logit, out.stats.is_top1
+    assert entropy is not None and mean_logit is not None and is_top1 is not None
+    tokens = (labels != -100).sum(1).chunk(2)
+    logits = mean_logit.sum(1).chunk(2)  # the statistics are 0 where there is no label
+    values = {
+        "loss": loss,
+        "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
+        "pairs": loss.new_full((), len(out.chosen_rewards)),
+        "rewards/chosen": out.chosen_rewards.sum(),
+        "rewards/rejected": out.rejected_rewards.sum(),
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).sum(),
+        "logps/chosen": out.chosen_logps.sum(),
+        "logps/rejected": out.rejected_logps.sum(),
+        "tokens/chosen": tokens[0].sum(),
+        "tokens/rejected": tokens[1].sum(),
+        "entropy": entropy.sum(),
+        "logits/chosen": logits[0].sum(),
+        "logits/rejected": logits[1].sum(),
+        "top1/chosen": is_top1.chunk(2)[0].sum(),
+        "num_tokens": attention_mask.sum(),
+    }
+    return torch.stack([values[key].float() for key in SUMS])
+
+
+def micro_step_metrics(sums: dict[str, float], has_aux_loss: bool) -> dict[str, float]:
+    """TRL's metrics of one micro-step from its sums over all processes."""
+
+    def mean(key: str, *counts: str) -> float:
+        count = sum(sums[c] for c in counts)
+        return sums[key] / count if count > 0 else 0.0
+
+    metrics = {"aux_loss": sums["aux_loss"]} if has_aux_loss else {}
+    metrics["entropy"] = mean("entropy", "tokens/chosen", "tokens/rejected")
+    metrics["logits/chosen"] = mean("logits/chosen", "tokens/chosen")
+    metrics["logits/rejected"] = mean("logits/rejected", "tokens/rejected")
+    metrics["mean_token_accuracy"] = mean("top1/chosen", "tokens/chosen")
+    metrics.update({key: mean(key, "pairs") for key in PER_PAIR})
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+@dataclass
+class _Step:
+    """A micro-step whose sums are still on the device."""
+
+    sums: Tensor
+    rows: Tensor | None
+    where: str
+
+
+@dataclass
+class MetricWindow:
+    """Micro-steps since the last log line.
+
+    Args:
+        gather: stacks the tensors of all processes on dim 0, as `Accelerator.gather` does.
+        world_size: number of processes.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    world_size: int
+    has_aux_loss: bool = False
+    total_tokens: int = 0
+    pending: list[_Step] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, sums: Tensor, rows: Tensor | None, where: str) -> None:
+        """Keep a micro-step. On a CPU in one process its loss is checked at once."""
+        step = _Step(sums, rows, where)
+        if sums.device.type == "cpu" and self.world_size == 1:
+            self._check(sums[None], [step])
+        self.pending.append(step)
+
+    def sync(self) -> None:
+        """Bring the pending sums over from the device, with one collective and one copy.
+
+        Raises:
+            NonFiniteLossError: on every process, if a loss on any of them is not finite.
+        """
+        if not self.pending:
+            return
+        steps, self.pending = self.pending, []
+        local = torch.stack([step.sums for step in steps])
+        parts = self.gather(local).view(self.world_size, len(steps), len(SUMS)).cpu().double()
+        for rank, part in enumerate(parts):
+            mine = torch.equal(part, local.cpu().double()) if self.world_size > 1 else True
+            self._check(part, steps if mine else [_Step(s.sums, None, s.where) for s in steps], rank)
+        total = parts.sum(0)
+        total[:, SUMS.index("aux_loss")] /= self.world_size
+        for row in total.tolist():
+            sums = dict(zip(SUMS, row, strict=True))
+            self.metrics.append(micro_step_metrics(sums, self.has_aux_loss))
+            self.total_tokens += int(sums["num_tokens"])
+
+    def _check(self, values: Tensor, steps: list[_Step], rank: int = 0) -> None:
+        losses = values[:, SUMS.index("loss")]
+        if bool(losses.isfinite().all()):
+            return
+        index = int((~losses.isfinite()).nonzero()[0])
+        step = steps[index]
+        rows = "" if step.rows is None else f", data rows {step.rows.tolist()}"
+        process = f", process {rank}" if self.world_size > 1 else ""
+        raise NonFiniteLossError(f"the loss is {losses[index].item()} at {step.where}{process}{rows}")
+
+    def drain(self) -> dict[str, float]:
+        """The mean over the window's micro-steps, and an empty window. Empty if there were none."""
+        self.sync()
+        steps, self.metrics = self.metrics, []
+        return {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]} if steps else {}
+
+    def clear(self) -> None:
+        self.pending, self.metrics = [], []
+
+
+def mean_of(values: list[Any]) -> float:
+    return sum(values) / len(values)

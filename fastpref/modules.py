@@ -1,0 +1,71 @@
+"""The fused losses as modules, for code that builds its loss once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpref.fused import PreferenceOutput, linear_preference_loss
+from fastpref.losses import check_options
+
+
+class FusedLinearPreferenceLoss(nn.Module):
+    """`linear_preference_loss` with its options fixed at construction.
+
+    loss_type, beta, label_smoothing, ipo_normalization and reference_free are the loss's; any other
+    keyword of `linear_preference_loss` (softcap, precision, memory_budget, ...) is passed through.
+    Raises ValueError at construction for a loss or option that does not exist or does not fit.
+    """
+
+    def __init__(
+        self,
+        loss_type: str = "sigmoid",
+        *,
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        ipo_normalization: str = "token_mean",
+        reference_free: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        check_options(loss_type, beta, label_smoothing, ipo_normalization, None)
+        self.options = dict(
+            options,
+            loss_type=loss_type,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            ipo_normalization=ipo_normalization,
+            reference_free=reference_free,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        **inputs: Any,
+    ) -> PreferenceOutput:
+        """hidden [2P, T, H], weight [V, H], labels [2P, T], ref_logps [2P]; inputs: bias, ref_hidden,
+        ref_weight, ref_bias, sequence_ids, lengths, pair_weight, margin, token_indices, ..."""
+        return linear_preference_loss(
+            hidden, weight, labels, ref_logps, **{**self.options, **inputs}
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
+    """DPO (arXiv:2305.18290) from hidden states; label_smoothing > 0 is cDPO."""
+
+    def __init__(self, *, beta: float = 0.1, **options: Any):
+        super().__init__("sigmoid", beta=beta, **options)
+
+
+class FusedLinearIPOLoss(FusedLinearPreferenceLoss):
+    """IPO (arXiv:2310.12036) from hidden states; ipo_normalization "token_mean" or "sum"."""
+
+    def __init__(self, *, beta: float = 0.1, **options: Any):
+        super().__init__("ipo", beta=beta, **options)

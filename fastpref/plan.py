@@ -1,0 +1,147 @@
+"""How the head is computed: which strategy, in which tiles, at what predicted cost.
+
+| strategy     | when                                   | FLOPs      | extra memory               |
+| forward-only | nothing needs a gradient               | 2NHV       | one tile                   |
+| frozen       | only the hidden states need a gradient | 4NHV       | one tile and u [N, H]      |
+| stash        | the head trains and D fits the budget  | 6NHV       | D [N, V] in the head's dtype |
+| recompute    | the head trains and D does not fit     | 8NHV       | one tile                   |
+| mixed        | a fraction f of D fits                 | (8-2f)NHV  | that fraction              |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
+PRECISIONS = ("exact", "fast")
+
+# Bytes of the logits tile per vocabulary entry. 512 is 128 fp32 rows or 256 bf16 rows: on two Zen 5
+# cores the bf16 GEMM then runs at 90 % of its rate for tall matrices, and the tile of a 32k
+# vocabulary stays inside the last-level cache.
+_TILE_BYTES_PER_COLUMN = 512
+_MIN_ROWS = 16
+_MIN_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What `plan_head` decided. Sizes in tokens and vocabulary entries, memory in bytes."""
+
+    strategy: str
+    tokens: int
+    hidden_size: int
+    vocab_size: int
+    precision: str
+    block_tokens: int  # rows of a forward tile, which is block_tokens x vocab_size
+    block_vocab: int  # columns of a backward tile, which is tokens x block_vocab
+    stash_tokens: int  # tokens whose D is kept for the backward pass
+    flops: int  # predicted, forward and backward together
+    extra_bytes: int  # predicted peak beyond the inputs and the returned gradients
+
+    def __str__(self) -> str:
+        return (
+            f"{self.strategy} ({self.precision}): N={self.tokens} H={self.hidden_size} "
+            f"V={self.vocab_size}, tile {self.block_tokens} x {self.vocab_size}, backward tile "
+            f"{self.tokens} x {self.block_vocab}, stash {self.stash_tokens} tokens, "
+            f"{self.flops / 1e9:.1f} GFLOP, {self.extra_bytes / 2**20:.1f} MiB extra"
+        )
+
+
+def default_memory_budget(device: torch.device | str = "cpu") -> int:
+    """A sixteenth of the device's memory, in bytes: constant for a machine, so that the choice of
+    strategy, and with it the last bit of dW, does not depend on what else is running."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 16
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+    return 2**30
+
+
+def tile_dtype(compute: torch.dtype, precision: str) -> torch.dtype:
+    """dtype of the logits tile: fp32 for 16-bit inputs, unless they asked for `fast`."""
+    half = compute in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and precision == "exact" else compute
+
+
+def plan_head(
+    tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+    memory_budget: int | None = None,
+    strategy: str = "auto",
+    precision: str = "exact",
+) -> HeadPlan:
+    """Choose the strategy and the tiles of one call of `linear_token_logps`.
+
+    tokens, hidden_size, vocab_size: N (labelled tokens only), H and V.
+    dtype: the compute dtype, which is the one of hidden.
+    hidden_grad, weight_grad: what needs a gradient (weight_grad: the weight or the bias).
+    memory_budget: bytes for the tile and the stash; None is `default_memory_budget(device)`.
+    strategy: "auto", or one to force. Forcing matters for a trainable head only: without one the
+        call is forward-only or frozen whatever is asked for.
+
+    Raises ValueError for an unknown strategy or precision, a budget that is not positive, and a
+    strategy that cannot give the gradients that are needed.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget: got {memory_budget}, expected a positive number of bytes")
+    if weight_grad and strategy in ("forward-only", "frozen"):
+        raise ValueError(
+            f"strategy: {strategy!r} gives no gradient for the head, whose weight or bias requires "
+            "one; use 'auto', 'stash', 'recompute' or 'mixed', or detach the head"
+        )
+    n, h, v = tokens, hidden_size, vocab_size
+    budget = default_memory_budget(device) if memory_budget is None else memory_budget
+    tile_size, item = tile_dtype(dtype, precision).itemsize, dtype.itemsize
+
+    tile_budget = min(_TILE_BYTES_PER_COLUMN * v, budget)
+    rows = max(1, min(n, max(tile_budget // max(tile_size * v, 1), _MIN_ROWS)))
+    columns = max(1, min(v, max(tile_budget // max(tile_size * n, 1), _MIN_COLUMNS)))
+    tile_bytes = rows * v * tile_size
+    u_bytes = n * h * item if hidden_grad else 0
+
+    if not weight_grad:
+        chosen = "frozen" if hidden_grad else "forward-only"
+        stash = 0
+    else:
+        fits = max(budget - tile_bytes, 0) // max(v * item, 1)
+        chosen = strategy
+        if strategy == "auto":
+            # Below an eighth the saved GEMM does not pay for the memory it holds until backward.
+            chosen = "stash" if fits >= n else "mixed" if fits * 8 >= n else "recompute"
+        stash = {"stash": n, "recompute": 0}.get(chosen, min(int(fits), n))
+        if chosen == "mixed" and stash == n and strategy == "mixed":
+            stash = n // 2  # asked for by name although all of D would fit
+    gemms = 2 + (2 if hidden_grad else 0)
+    flops = gemms * n * h * v
+    extra = tile_bytes + u_bytes
+    if weight_grad:
+        flops += 2 * n * h * v + 2 * (n - stash) * h * v
+        backward_tile = n * columns * tile_size if stash < n else 0
+        # X is copied when prompts are dropped, and scaled by c for the last GEMM.
+        extra = max(extra, u_bytes + backward_tile) + stash * v * item + 2 * n * h * item
+    return HeadPlan(
+        strategy=chosen,
+        tokens=n,
+        hidden_size=h,
+        vocab_size=v,
+        precision=precision,
+        block_tokens=rows,
+        block_vocab=columns,
+        stash_tokens=stash,
+        flops=flops,
+        extra_bytes=extra,
+    )

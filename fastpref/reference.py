@@ -1,0 +1,170 @@
+"""Reference log-probabilities: from a second model, an adapter switched off, or computed ahead."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data_files import REFERENCE
+from .heads import Head, align_to_tokens, unwrap
+
+REF_ADAPTER = "ref"
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether model is a `peft.PeftModel`."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model as it is now, in evaluation mode, that nothing trains."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Add a frozen copy of a PeftModel's active adapter, named "ref", unless there is one.
+
+    Training that continues from a trained adapter must measure against that adapter, not against
+    the bare model. Checkpoints hold both, so a resumed run gets its first reference back.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if REF_ADAPTER in model.peft_config:
+        return
+    active = model.active_adapter
+    if not isinstance(active, str):
+        raise ValueError(f"the PEFT model has several active adapters {active}; expected one")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    state = {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name=active).items()}
+    model.add_adapter(REF_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    set_peft_model_state_dict(model, state, adapter_name=REF_ADAPTER)
+    model.set_adapter(active)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+@contextlib.contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """Within it, a PeftModel is its own reference: its "ref" adapter, or no adapter at all."""
+    if REF_ADAPTER not in model.peft_config:
+        with model.disable_adapter():
+            yield
+        return
+    active = model.active_adapter
+    model.set_adapter(REF_ADAPTER)
+    try:
+        yield
+    finally:
+        model.set_adapter(active)
+
+
+def check_adapter_reference(model: Any) -> None:
+    """Refuse a PeftModel that trains weights which stay when its adapter is switched off.
+
+    Raises:
+        ValueError: the "reference" would move with the policy.
+    """
+    with as_reference(model):
+        base = unwrap(model)
+        moving = [n for n, p in base.named_parameters() if p.requires_grad and ".ref." not in n]
+    if moving:
+        raise ValueError(
+            f"{len(moving)} weights outside of the adapter are trainable ({moving[0]}, ...), so the "
+            "model without its adapter would not stay the reference; freeze them or pass ref_model"
+        )
+
+
+def sequence_logps_head(
+    hidden: Tensor,
+    head: Head,
+    aux_loss: Tensor | None,
+    *,
+    labels: Tensor,
+    token_indices: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """A `head_fn` that returns the log-probability of each sequence's labels, [2P]."""
+    from fastpref.logps import linear_token_logps, sequence_logps
+
+    logps = linear_token_logps(
+        align_to_tokens(hidden, labels),
+        head.weight,
+        labels,
+        token_indices=token_indices,
+        **head.options(),
+        **options,
+    )
+    return sequence_logps(logps, labels)
+
+
+def has_reference(dataset: Any) -> bool:
+    """Whether every row carries its reference log-probs."""
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    return set(REFERENCE) <= set(columns)
+
+
+def precompute(
+    dataset: Any,
+    logps: Callable[[dict[str, Any]], Tensor],
+    collator: Callable[[list[dict]], dict[str, Tensor]],
+    accelerator: Any,
+    *,
+    batch_size: int,
+    name: str,
+    num_workers: int = 0,
+    disable_tqdm: bool = False,
+) -> Any:
+    """Add the columns ref_chosen_logps and ref_rejected_logps to a map-style data set.
+
+    Args:
+        dataset: a tokenised `datasets.Dataset`.
+        logps: takes a batch on the device and returns the reference's sequence log-probs [2P].
+        collator: makes a batch of rows.
+        accelerator: places batches and shares the work among processes.
+        batch_size: pairs per batch and process.
+
+    Raises:
+        ValueError: the data set is a stream.
+    """
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from tqdm.auto import tqdm
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            "precompute_ref_log_probs=True needs data of known length, got a stream; load the data "
+            "or set precompute_ref_log_probs=False"
+        )
+    # Longest first: batches of like lengths carry little padding, and the memory peak comes at once.
+    columns = dataset.with_format("numpy")
+    lengths = sum(np.array([len(ids) for ids in columns[key]]) for key in ("prompt_ids", "chosen_ids"))
+    order = np.argsort(-lengths, kind="stable")
+    loader = accelerator.prepare_data_loader(
+        DataLoader(
+            dataset.select(order),
+            batch_size=batch_size,
+            collate_fn=collator,
+            num_workers=num_workers,
+        )
+    )
+    chosen, rejected = [], []
+    bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)
+    for batch in bar:
+        pairs = logps(batch).view(2, -1).T.contiguous()  # [P, 2], so that gathering keeps pairs whole
+        pairs = accelerator.gather_for_metrics(pairs)
+        chosen.append(pairs[:, 0])
+        rejected.append(pairs[:, 1])
+    for column, parts in zip(REFERENCE, (chosen, rejected), strict=True):
+        values = np.empty(len(order), dtype=np.float32)
+        values[order] = torch.cat(parts).float().cpu().numpy()
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ValueError(f"{name} data: the reference's log-prob of row {row} is {values[row]}")
+        dataset = dataset.add_column(column, values)
+    return dataset

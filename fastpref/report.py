@@ -1,0 +1,170 @@
+"""What a run reports: its peak memory, a summary table, a log file and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#c8553d", "#6b7280"
+
+
+class PeakMemory:
+    """The most memory that was in use inside a `with` block, in bytes.
+
+    With a GPU it is what torch allocated there; otherwise the resident memory of this process, whose
+    high-water mark Linux can reset. `base` is what was in use at the start, `peak` the most since
+    then; both are None where neither can be measured. Where the mark cannot be reset, `peak` is that
+    of the whole life of the process and `exact` is False.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.base: int | None = None
+        self.peak: int | None = None
+        self.exact = True
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.base = torch.cuda.memory_allocated(self.device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self.exact = False
+            self.base = _status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak = _status_bytes("VmHWM") or _life_peak()
+
+    @property
+    def extra(self) -> int | None:
+        """Bytes beyond what was in use at the start, or None where that is not known."""
+        if self.base is None or self.peak is None or not self.exact:
+            return None
+        return max(0, self.peak - self.base)
+
+
+def _status_bytes(name: str) -> int | None:
+    """A field of /proc/self/status in bytes, or None where there is no such file or field."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(name + ":")), None)
+
+
+def _life_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def size_text(count: float | None) -> str:
+    """Bytes for people: 12.3 MB, 4.56 GB; "not measured" for None."""
+    if count is None:
+        return "not measured"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Any:
+    """A rich table of two columns, name and value."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+                  show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def jsonable(value: Any) -> Any:
+    """The same value with NaN and infinities as None, which JSON lacks, and tensors as numbers."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric in a trainer's `log_history`."""
+    points = [(row["step"], row[key]) for row in history if key in row and "step" in row]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+# The panels of a training plot: title, metric, whether zero is drawn, bounds of the axis.
+_PANELS = (
+    ("Loss", "loss", False, None),
+    ("Reward margin", "rewards/margins", True, None),
+    ("Reward accuracy", "rewards/accuracies", False, (-0.03, 1.03)),
+)
+
+
+def draw_training(axes: Sequence[Any], history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw loss, margin and accuracy of a `log_history` on three matplotlib axes."""
+    for axis, (title, key, zero, bounds) in zip(axes, _PANELS, strict=True):
+        for name, colour, style in (
+            (key, CHOSEN, {"linewidth": 1.6}),
+            (f"eval_{key}", REJECTED, {"marker": "o", "markersize": 4, "linewidth": 1.2}),
+        ):
+            steps, values = series(history, name)
+            if steps:
+                label = "held out" if name.startswith("eval_") else "training"
+                axis.plot(steps, values, color=colour, label=label, **style)
+        if zero:
+            axis.axhline(0, color=NEUTRAL, linewidth=0.8, linestyle=":")
+        if bounds:
+            axis.set_ylim(*bounds)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("optimiser step", fontsize=9)
+        tidy(axis)
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(frameon=False, fontsize=9)
+
+
+def tidy(axis: Any) -> None:
+    """The look that all plots share."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Write a PNG of loss, reward margin and reward accuracy over the steps of a `log_history`."""
+    from matplotlib.figure import Figure  # no pyplot: no display and no global state
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    draw_training(figure.subplots(1, 3), history)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as fastpref.kernels. Empty until the Triton backend lands."""
