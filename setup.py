@@ -4,6 +4,7 @@ The extension is optional: without a working compiler the package installs all t
 the eager backend, and `fastpref doctor` says so.
 """
 
+import os
 import sys
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
@@ -18,6 +19,10 @@ if sys.platform == "linux":
     # Linked plainly: the loader binds to the libgomp that torch has loaded, one pool for both.
     FLAGS += ["-fopenmp"]
     LINK += ["-fopenmp"]
+if os.environ.get("FASTPREF_SANITIZE") == "1":
+    FLAGS += ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FLAGS += ["-fno-omit-frame-pointer"]
+    LINK += ["-fsanitize=address,undefined"]
 
 
 def native(module: str, sources: list[str]) -> Pybind11Extension:

@@ -22,8 +22,8 @@ from fastpref.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinear
 from fastpref.plan import HeadPlan, plan_head
 
 if TYPE_CHECKING:
-    from fastpref.config import PreferenceConfig
-    from fastpref.trainer import PreferenceTrainer
+    from fastpref.config import PreferenceConfig as PreferenceConfig
+    from fastpref.trainer import PreferenceTrainer as PreferenceTrainer
 
 __version__ = "0.1.0"
 

@@ -1,8 +1,8 @@
 """The autograd functions: tiles in, token log-probabilities and their gradients out.
 
-Forward is token-outer: a tile [n, V] is whole, so the statistics of its tokens and u = D W are final
-when it is done. Backward is vocabulary-outer: for a slice the tile [N, v] is whole, so dW[v] is one
-GEMM. Each output is written once; nothing is accumulated across tiles but [N] statistics.
+Forward is token-outer: a tile [n, V] is whole, so the statistics of its tokens and u = D W are
+final when it is done. Backward is vocabulary-outer: for a slice the tile [N, v] is whole, so dW[v]
+is one GEMM. Each output is written once; nothing is accumulated across tiles but [N] statistics.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ def _logits(head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
         out += bias.to(out.dtype)
 
 
+def _target_logits(head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
+    """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
+    raw = (x.float() * weight.index_select(0, labels).float()).sum(1)
+    if bias is not None:
+        raw += bias.index_select(0, labels).float()
+    return head.transform(raw)[0]
+
+
 def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
     """The memory of a tile's rows, seen as rows of a narrower dtype that start where they start."""
     if tile.dtype == dtype:
@@ -98,6 +106,8 @@ class LinearTokenLogps(torch.autograd.Function):
             tile = kept if whole else buffer[: stop - start]
             _logits(head, x[start:stop], w, b, tile)
             backend.fold(tile, y, 0, rows, head.transform)
+            if tile_type != stats_type:
+                rows.replace_target(_target_logits(head, x[start:stop], w, b, y))
             if u is None and kept.shape[0] == 0:
                 continue
             d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
@@ -243,8 +253,8 @@ class TokenLogps(torch.autograd.Function):
         logits, labels, lse, logps = ctx.saved_tensors
         if ctx.used:
             raise RuntimeError(
-                "token_logps: inplace_backward=True overwrote the logits in the first backward pass; "
-                "a second one needs inplace_backward=False"
+                "token_logps: inplace_backward=True overwrote the logits in the first backward "
+                "pass; a second one needs inplace_backward=False"
             )
         ctx.used = ctx.inplace
         # Through .data: autograd's version counter guards others against this write, not ourselves.

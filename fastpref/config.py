@@ -35,8 +35,8 @@ class PreferenceConfig(TrainingArguments):
         truncation_mode: "keep_start" or "keep_end".
         precompute_ref_log_probs: compute the reference log-probs once, before training.
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
-        head_strategy, head_memory_budget, backend: how the output head is computed; see ``fastpref
-            plan`.
+        head_strategy, head_memory_budget, backend: how the output head is computed; see
+            `linear_token_logps`.
 
     Raises:
         ValueError: an option is out of range.

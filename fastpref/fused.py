@@ -68,7 +68,7 @@ def _preference(
     pair_weight: Tensor | None = None,
     margin: Tensor | None = None,
 ) -> PreferenceOutput:
-    """From token log-probs [2P, T] or [N] to the output, by closed form where the backend has one."""
+    """From token log-probs [2P, T] or [N] to the output; by closed form if the backend has it."""
     loss = check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
     check_reference(reference_free, ref_logps)
     segments: dict[str, Any] = dict(
@@ -143,7 +143,8 @@ def _count_sequences(
     if sequence_ids is None:
         if labels.dim() != 2:
             raise ValueError(
-                f"labels: got shape {tuple(labels.shape)}, expected [2P, T], or [N] with sequence_ids"
+                f"labels: got shape {tuple(labels.shape)}, expected [2P, T], or [N] with "
+                "sequence_ids"
             )
         size = labels.shape[0]
     else:
@@ -195,7 +196,8 @@ def linear_preference_loss(
         hidden: [2P, T, H], the chosen sequences first, then the rejected ones in the same order; or
             flat [N, H] with sequence_ids.
         weight, bias: the head, [V, H] and [V] or None.
-        labels: [2P, T] or [N] int64, aligned with hidden; ignore_index where a token does not count.
+        labels: [2P, T] or [N] int64, aligned with hidden; ignore_index where a token does not
+            count.
         ref_logps: [2P] the reference's log-probabilities, summed per sequence. Or give ref_hidden
             (shaped like hidden) with ref_weight and ref_bias (default: weight and bias), and they
             are computed here without gradients. Or pass reference_free=True.

@@ -168,7 +168,7 @@ def sequence_logps(
         token_logps: [S, T] with labels [S, T], or flat [N] with sequence_ids [N] in [0, S).
         num_sequences: S for the flat form; default: the largest id plus one.
         average: divide by the number of labelled tokens. A sequence without any has 0.
-        labels: the positions with ignore_index do not count; also for the flat form, optional there.
+        labels: the positions with ignore_index do not count; optional in the flat form.
 
     Returns:
         [S], in token_logps' dtype.
@@ -241,8 +241,8 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V > 0")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden: got shape {tuple(hidden.shape)}, expected [..., {weight.shape[1]}] to go with "
-            f"weight {tuple(weight.shape)}"
+            f"hidden: got shape {tuple(hidden.shape)}, expected [..., {weight.shape[1]}] to go "
+            f"with weight {tuple(weight.shape)}"
         )
     cast = torch.is_autocast_enabled(hidden.device.type) and weight.dtype in _FLOATS[1:]
     if weight.dtype != hidden.dtype and not cast:
@@ -270,7 +270,7 @@ def _check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.devi
 
 
 def _check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> None:
-    """On a CPU at once; on a GPU this would synchronise, see FASTPREF_DEBUG in docs/algorithm.md."""
+    """At once on a CPU; on a GPU, where it would synchronise, only with FASTPREF_DEBUG=1."""
     if labels.numel() == 0 or not backends.may_synchronise(labels.device):
         return
     bad = (labels < 0) | (labels >= vocab)

@@ -20,7 +20,7 @@ IPO_NORMALIZATIONS = ("token_mean", "sum")
 
 
 class PreferenceLoss(NamedTuple):
-    """loss []: mean over the pairs. chosen_rewards, rejected_rewards [P]: beta (logp - ref), detached."""
+    """loss []: mean over the pairs. The rewards [P]: beta (logp - ref), detached."""
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -41,9 +41,10 @@ class Pairs:
 
 
 def sigmoid(pairs: Pairs) -> Tensor:
-    """DPO, Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7: -log sigmoid(beta d), d = chosen - rejected.
+    """DPO, Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7: -log sigmoid(beta d).
 
-    label_smoothing e gives cDPO (Mitchell 2023): -(1-e) log sigmoid(beta d) - e log sigmoid(-beta d).
+    d is chosen - rejected. label_smoothing e gives cDPO (Mitchell 2023):
+    -(1-e) log sigmoid(beta d) - e log sigmoid(-beta d).
     margin m gives DPO with an offset (Amini et al. 2024, arXiv:2402.10571): beta d - m for beta d.
     Gradient in d: -beta (1-e) sigmoid(-x) + beta e sigmoid(x), x = beta d - m.
     """
@@ -148,8 +149,10 @@ def preference_loss(
         loss_type: "sigmoid" (DPO) or "ipo"; their docstrings have the formulas.
         beta: strength of the pull towards the reference; IPO's tau.
         label_smoothing: probability that a label is flipped (cDPO), in [0, 0.5).
-        ipo_normalization: "token_mean" divides each log-ratio by its answer's tokens, "sum" does not.
-        chosen_lengths, rejected_lengths: [P] labelled tokens per answer; IPO's token mean needs them.
+        ipo_normalization: "token_mean" divides each log-ratio by its answer's tokens, "sum" does
+            not.
+        chosen_lengths, rejected_lengths: [P] labelled tokens per answer; IPO's token mean needs
+            them.
         reference_free: the reference is the uniform policy; its log-probabilities count as 0.
         weight: [P] factor on each pair's loss. The mean still divides by P.
         margin: [P] by how much the chosen answer's reward should exceed the rejected one's.
@@ -216,6 +219,6 @@ def check_reference(reference_free: bool, *references: Tensor | None) -> None:
         )
     if not reference_free and any(missing):
         raise ValueError(
-            "ref_logps: got None, expected the reference's log-probs; without a reference model pass "
-            "reference_free=True"
+            "ref_logps: got None, expected the reference's log-probs; without a reference model "
+            "pass reference_free=True"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def micro_step_sums(
     labels: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """The vector [len(SUMS)] of one micro-step, float32 on the device, without a synchronisation."""
+    """The vector [len(SUMS)] of one micro-step, float32 on the device; nothing synchronises."""
     assert out.stats is not None
     entropy, mean_logit, is_top1 = out.stats.entropy, out.stats.mean_logit, out.stats.is_top1
     assert entropy is not None and mean_logit is not None and is_top1 is not None
@@ -104,11 +103,13 @@ class MetricWindow:
 
     Args:
         gather: stacks the tensors of all processes on dim 0, as `Accelerator.gather` does.
-        world_size: number of processes.
+        world_size, rank: number of processes, and which one this is.
+        has_aux_loss: whether to report `aux_loss`.
     """
 
     gather: Callable[[Tensor], Tensor]
-    world_size: int
+    world_size: int = 1
+    rank: int = 0
     has_aux_loss: bool = False
     total_tokens: int = 0
     pending: list[_Step] = field(default_factory=list)
@@ -118,7 +119,7 @@ class MetricWindow:
         """Keep a micro-step. On a CPU in one process its loss is checked at once."""
         step = _Step(sums, rows, where)
         if sums.device.type == "cpu" and self.world_size == 1:
-            self._check(sums[None], [step])
+            self._check(sums[None], [step], self.rank)
         self.pending.append(step)
 
     def sync(self) -> None:
@@ -133,8 +134,7 @@ class MetricWindow:
         local = torch.stack([step.sums for step in steps])
         parts = self.gather(local).view(self.world_size, len(steps), len(SUMS)).cpu().double()
         for rank, part in enumerate(parts):
-            mine = torch.equal(part, local.cpu().double()) if self.world_size > 1 else True
-            self._check(part, steps if mine else [_Step(s.sums, None, s.where) for s in steps], rank)
+            self._check(part, steps, rank)
         total = parts.sum(0)
         total[:, SUMS.index("aux_loss")] /= self.world_size
         for row in total.tolist():
@@ -142,15 +142,19 @@ class MetricWindow:
             self.metrics.append(micro_step_metrics(sums, self.has_aux_loss))
             self.total_tokens += int(sums["num_tokens"])
 
-    def _check(self, values: Tensor, steps: list[_Step], rank: int = 0) -> None:
+    def _check(self, values: Tensor, steps: list[_Step], rank: int) -> None:
         losses = values[:, SUMS.index("loss")]
         if bool(losses.isfinite().all()):
             return
         index = int((~losses.isfinite()).nonzero()[0])
         step = steps[index]
-        rows = "" if step.rows is None else f", data rows {step.rows.tolist()}"
         process = f", process {rank}" if self.world_size > 1 else ""
-        raise NonFiniteLossError(f"the loss is {losses[index].item()} at {step.where}{process}{rows}")
+        rows = ""
+        if rank == self.rank and step.rows is not None:  # of other processes only sums are here
+            rows = f", data rows {step.rows.tolist()}"
+        raise NonFiniteLossError(
+            f"the loss is {losses[index].item()} at {step.where}{process}{rows}"
+        )
 
     def drain(self) -> dict[str, float]:
         """The mean over the window's micro-steps, and an empty window. Empty if there were none."""
@@ -160,7 +164,3 @@ class MetricWindow:
 
     def clear(self) -> None:
         self.pending, self.metrics = [], []
-
-
-def mean_of(values: list[Any]) -> float:
-    return sum(values) / len(values)

@@ -47,8 +47,11 @@ class FusedLinearPreferenceLoss(nn.Module):
         ref_logps: Tensor | None = None,
         **inputs: Any,
     ) -> PreferenceOutput:
-        """hidden [2P, T, H], weight [V, H], labels [2P, T], ref_logps [2P]; inputs: bias, ref_hidden,
-        ref_weight, ref_bias, sequence_ids, lengths, pair_weight, margin, token_indices, ..."""
+        """hidden [2P, T, H], weight [V, H], labels [2P, T], ref_logps [2P].
+
+        inputs: bias, ref_hidden, ref_weight, ref_bias, sequence_ids, lengths, pair_weight, margin,
+        token_indices, ...; they win over the options fixed at construction.
+        """
         return linear_preference_loss(
             hidden, weight, labels, ref_logps, **{**self.options, **inputs}
         )

@@ -3,7 +3,7 @@
 | strategy     | when                                   | FLOPs      | extra memory               |
 | forward-only | nothing needs a gradient               | 2NHV       | one tile                   |
 | frozen       | only the hidden states need a gradient | 4NHV       | one tile and u [N, H]      |
-| stash        | the head trains and D fits the budget  | 6NHV       | D [N, V] in the head's dtype |
+| stash        | the head trains and D fits the budget  | 6NHV       | D [N, V], 16 bits an entry |
 | recompute    | the head trains and D does not fit     | 8NHV       | one tile                   |
 | mixed        | a fraction f of D fits                 | (8-2f)NHV  | that fraction              |
 """

@@ -75,8 +75,8 @@ def check_adapter_reference(model: Any) -> None:
         moving = [n for n, p in base.named_parameters() if p.requires_grad and ".ref." not in n]
     if moving:
         raise ValueError(
-            f"{len(moving)} weights outside of the adapter are trainable ({moving[0]}, ...), so the "
-            "model without its adapter would not stay the reference; freeze them or pass ref_model"
+            f"{len(moving)} weights outside the adapter are trainable ({moving[0]}, ...), so the "
+            "model without its adapter does not stay the reference; freeze them or pass ref_model"
         )
 
 
@@ -141,10 +141,9 @@ def precompute(
             "precompute_ref_log_probs=True needs data of known length, got a stream; load the data "
             "or set precompute_ref_log_probs=False"
         )
-    # Longest first: batches of like lengths carry little padding, and the memory peak comes at once.
-    columns = dataset.with_format("numpy")
-    lengths = sum(np.array([len(ids) for ids in columns[key]]) for key in ("prompt_ids", "chosen_ids"))
-    order = np.argsort(-lengths, kind="stable")
+    # Longest first: batches of like lengths have little padding, and the memory peak comes at once.
+    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in dataset]
+    order = np.argsort(-np.array(lengths), kind="stable")
     loader = accelerator.prepare_data_loader(
         DataLoader(
             dataset.select(order),
@@ -153,18 +152,17 @@ def precompute(
             num_workers=num_workers,
         )
     )
-    chosen, rejected = [], []
+    parts = []
     bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)
     for batch in bar:
-        pairs = logps(batch).view(2, -1).T.contiguous()  # [P, 2], so that gathering keeps pairs whole
-        pairs = accelerator.gather_for_metrics(pairs)
-        chosen.append(pairs[:, 0])
-        rejected.append(pairs[:, 1])
-    for column, parts in zip(REFERENCE, (chosen, rejected), strict=True):
-        values = np.empty(len(order), dtype=np.float32)
-        values[order] = torch.cat(parts).float().cpu().numpy()
-        if not np.isfinite(values).all():
-            row = int(np.flatnonzero(~np.isfinite(values))[0])
-            raise ValueError(f"{name} data: the reference's log-prob of row {row} is {values[row]}")
-        dataset = dataset.add_column(column, values)
+        sums = logps(batch).view(2, -1).T.contiguous()  # [P, 2], which is gathered pair by pair
+        parts.append(accelerator.gather_for_metrics(sums).cpu())
+    values = np.empty((len(order), 2), dtype=np.float32)
+    values[order] = torch.cat(parts).float().numpy()
+    if not np.isfinite(values).all():
+        index = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+        row = dataset[index].get("row", index)
+        raise ValueError(f"{name} data: the reference's log-probs of row {row} are {values[index]}")
+    for i, column in enumerate(REFERENCE):
+        dataset = dataset.add_column(column, values[:, i])
     return dataset

@@ -63,5 +63,5 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None)
 
 
 def may_synchronise(device: torch.device) -> bool:
-    """Whether a check may read a tensor's values: always on a CPU, on a GPU with FASTPREF_DEBUG=1."""
+    """Whether checks may read tensors: on a CPU always, on a GPU with FASTPREF_DEBUG=1."""
     return device.type == "cpu" or os.environ.get("FASTPREF_DEBUG") == "1"

@@ -16,16 +16,6 @@ CLOSED_FORMS: frozenset[str] = frozenset()  # every loss runs through autograd
 __all__ = ["NAME", "fold", "grad", "linear", "outer", "project"]
 
 
-def _transform(raw: Tensor, t: Transform) -> tuple[Tensor, Tensor | None]:
-    """z and, with a softcap, the tanh that it is made of (needed again for the derivative)."""
-    tanh = None
-    z = raw * t.scale if t.scale != 1.0 else raw
-    if t.softcap is not None:
-        tanh = torch.tanh(z / t.softcap)
-        z = tanh * t.softcap
-    return (z / t.temperature if t.temperature != 1.0 else z), tanh
-
-
 def _hits(labels: Tensor, col0: int, columns: int) -> tuple[Tensor, Tensor]:
     """Which rows have their label in [col0, col0 + columns), and its column (0 elsewhere)."""
     column = labels - col0
@@ -40,7 +30,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
     """
     if tile.shape[1] == 0:
         return
-    z, _ = _transform(tile.to(stats.max.dtype), transform)
+    z, _ = transform(tile.to(stats.max.dtype))
     tile_max, where = z.max(1)
     if stats.argmax is not None:
         # Strictly greater: the first of equal maxima wins, as in argmax over the whole row.
@@ -62,7 +52,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
     stats.max.copy_(new_max)
     hit, column = _hits(labels, col0, tile.shape[1])
     raw = tile.gather(1, column[:, None])[:, 0].to(stats.max.dtype)
-    stats.target.copy_(torch.where(hit, _transform(raw, transform)[0], stats.target))
+    stats.target.copy_(torch.where(hit, transform(raw)[0], stats.target))
 
 
 def grad(
@@ -84,7 +74,7 @@ def grad(
     coef, entropy [n] in the statistics' dtype. out may be the tile itself or a view of its memory
     with the same row starts; it may have a narrower dtype. Rows with a negative label become 0.
     """
-    z, tanh = _transform(tile.to(lse.dtype), transform)
+    z, tanh = transform(tile.to(lse.dtype))
     logp = z - lse[:, None]
     p = logp.exp()
     d = -p

@@ -27,6 +27,15 @@ class Transform:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
 
+    def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z and, with a softcap, the tanh it is made of, which the derivative needs again."""
+        tanh = None
+        z = raw * self.scale if self.scale != 1.0 else raw
+        if self.softcap is not None:
+            tanh = torch.tanh(z / self.softcap)
+            z = tanh * self.softcap
+        return (z / self.temperature if self.temperature != 1.0 else z), tanh
+
 
 class Stats:
     """Running statistics of n rows, folded from tiles of their logits z, left to right.
@@ -73,6 +82,15 @@ class Stats:
         """A view of the rows [start, stop)."""
         fields = {name: getattr(self, name) for name in self.FIELDS}
         return Stats(**{k: None if v is None else v[start:stop] for k, v in fields.items()})
+
+    def replace_target(self, target: Tensor) -> None:
+        """Put the exact logit of the label where a rounded one was, in the normaliser as well.
+
+        With only the target exact, log-probabilities would come out above 0; with both, the error
+        of a confident token falls to that of the other logits' tiny share.
+        """
+        self.sum += (target - self.max).exp() - (self.target - self.max).exp()
+        self.target.copy_(target)
 
     def lse(self) -> Tensor:
         return self.max + self.sum.log()

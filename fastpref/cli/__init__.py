@@ -1,0 +1,92 @@
+"""The command line: `fastpref train`, `fastpref demo`, `fastpref doctor`.
+
+Bad input ends in one sentence on stderr and exit code 2; `--debug` shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+try:
+    import typer
+except ImportError:
+    typer = None  # type: ignore[assignment]
+
+from fastpref.cli import doctor
+
+NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
+app: Any = None  # the typer application; None where typer is not installed
+
+
+def main() -> None:
+    """Entry point of the `fastpref` command."""
+    if app is not None:
+        app(prog_name="fastpref")
+    elif sys.argv[1:2] == ["doctor"]:  # it must work where nothing but torch is installed
+        doctor.run(as_json="--json" in sys.argv[2:])
+    else:
+        print(missing_packages(), file=sys.stderr)
+        sys.exit(2)
+
+
+def missing_packages() -> str | None:
+    """One sentence that says what to install, or None where everything is there."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if not missing:
+        return None
+    return f"fastpref: {', '.join(missing)} not installed; run: pip install 'fastpref[train]'"
+
+
+def sentence(error: BaseException) -> str:
+    """The message of an error on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what bad input raises into a sentence and exit code 2."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        if missing := missing_packages():
+            typer.echo(missing, err=True)
+            raise typer.Exit(2)
+        try:
+            command(**options)
+        except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+            if options["debug"]:
+                raise
+            hint = " (--debug shows the traceback)" if isinstance(error, RuntimeError) else ""
+            typer.echo(f"fastpref: {sentence(error)}{hint}", err=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def _build() -> Any:
+    from fastpref.cli import demo, train
+
+    application = typer.Typer(
+        help="Preference optimisation (DPO, IPO) without logits.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )
+    application.command("train")(guarded(train.command))
+    application.command("demo")(guarded(demo.command))
+
+    @application.command("doctor")
+    def doctor_command(
+        as_json: bool = typer.Option(False, "--json", help="Machine-readable output."),
+    ) -> None:
+        """Show versions, CPU features, devices, and which backends work and why not."""
+        doctor.run(as_json=as_json)
+
+    return application
+
+
+if typer is not None:
+    app = _build()

@@ -1,0 +1,90 @@
+"""What a training run shows while it runs, and what is counted on the way for its summary."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class ProgressBar(TrainerCallback):
+    """A bar of optimiser steps with the latest metrics; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, title: str = "Training", lines: bool = True) -> None:
+        self.console = console
+        self.title = title
+        self.lines = lines  # whether to print metrics where there is no terminal
+        self.bar: Progress | None = None
+        self.resumed_tokens = 0
+        self.seconds = 0.0  # spent training, evaluation left out
+        self._clock: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+        self.resumed_tokens = logged[-1] if logged else 0
+        if not (state.is_world_process_zero and self.console.is_terminal):
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TimeRemainingColumn(), TextColumn("[dim]{task.fields[metrics]}"),
+            console=self.console,
+        )
+        self.task = self.bar.add_task(
+            self.title, total=state.max_steps, completed=state.global_step, metrics="")
+        self.bar.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._clock = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._clock is not None:
+            self.seconds += time.perf_counter() - self._clock
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        prefix = "eval_" if "eval_loss" in logs else ""
+        if not state.is_world_process_zero or f"{prefix}rewards/margins" not in logs:
+            return
+        text = (
+            f"loss {logs[f'{prefix}loss']:.4f}  "
+            f"accuracy {logs[f'{prefix}rewards/accuracies']:.2f}  "
+            f"margin {logs[f'{prefix}rewards/margins']:+.3f}"
+        )
+        if prefix:
+            self.console.print(f"Held out after step {state.global_step}: {text}")
+        elif self.bar:
+            self.bar.update(self.task, metrics=text)
+        elif self.lines:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen; needed where training ends in an error."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+class CountingCollator:
+    """A collator that remembers the size of the largest batch that it made.
+
+    positions: the most tokens of one batch, padding included, which is how many rows of logits a
+    model that computes logits would make for it. labelled: the most tokens with a label.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+        self.positions = 0
+        self.labelled = 0
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collator(examples)
+        self.positions = max(self.positions, batch["input_ids"].numel())
+        self.labelled = max(self.labelled, int(batch["completion_mask"].sum()))
+        return batch

@@ -1,0 +1,312 @@
+"""`fastpref train`: preference training of a model from one command."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastpref import report
+
+
+class Loss(str, Enum):
+    dpo = "dpo"
+    ipo = "ipo"
+
+
+class Precision(str, Enum):
+    exact = "exact"
+    fast = "fast"
+
+
+class Reference(str, Enum):
+    auto = "auto"
+    model = "model"
+    adapter = "adapter"
+    precompute = "precompute"
+    columns = "columns"
+
+
+REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
+LEARNING_RATES = {False: 1e-6, True: 1e-5}  # full, LoRA: what TRL recommends for preferences
+
+
+def command(
+    model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
+    data: Annotated[str, typer.Option(
+        help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")],
+    loss: Annotated[Loss, typer.Option(help="Preference loss.")] = Loss.dpo,
+    output: Annotated[Path, typer.Option(
+        help="Where the model, checkpoints, log and plot go.")] = Path("fastpref-output"),
+    lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter only.")] = False,
+    lora_r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="Scale of the adapter.")] = 32,
+    lora_targets: Annotated[str, typer.Option(
+        help="Comma-separated modules, or all-linear.")] = "all-linear",
+    eval_data: Annotated[str | None, typer.Option(help="Held-out pairs.")] = None,
+    eval_split: Annotated[float, typer.Option(
+        min=0.0, max=0.9, help="Hold out this fraction of the data instead.")] = 0.0,
+    eval_steps: Annotated[int | None, typer.Option(
+        min=1, help="Evaluate every so many steps; at the end in any case.")] = None,
+    beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
+    lr: Annotated[float | None, typer.Option(
+        help="Learning rate; by default 1e-6, with --lora 1e-5.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: epochs.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per device and step.")] = 4,
+    grad_accumulation: Annotated[int, typer.Option(
+        min=1, help="Batches per optimiser step.")] = 1,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 1024,
+    precision: Annotated[Precision, typer.Option(
+        help="Logits in fp32 (exact) or bf16 (fast).")] = Precision.exact,
+    bf16: Annotated[bool | None, typer.Option(
+        "--bf16/--fp32", help="Mixed bf16 or plain fp32; by default what the machine is fast at."
+    )] = None,
+    reference: Annotated[Reference, typer.Option(
+        help="Where reference log-probs come from: a second model, the model with its adapter "
+        "off, a pass before training, or columns of the data. auto: columns where the data has "
+        "them, else adapter with --lora, else precompute.")] = Reference.auto,
+    gradient_checkpointing: Annotated[bool, typer.Option(
+        help="Recompute activations: less memory, slower.")] = True,
+    resume: Annotated[str | None, typer.Option(
+        help="Continue from this checkpoint directory, or 'latest' of --output.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
+    logging_steps: Annotated[int | None, typer.Option(
+        min=1, help="Steps between two log points; by default at least 50 points, 1 to 10.")] = None,
+    save_steps: Annotated[int, typer.Option(
+        min=0, help="Steps between two checkpoints; 0 saves at the end only.")] = 500,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Train a model on preference pairs with DPO or IPO."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console(highlight=False)
+    notes = logging.getLogger("fastpref")
+    notes.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
+    mode = reference_mode(reference, lora, train_set.column_names, eval_set)
+    use_bf16 = bf16_is_fast() if bf16 is None else bf16
+    if not use_bf16 and precision is Precision.fast:
+        raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
+    rate = LEARNING_RATES[lora] if lr is None else lr
+    pairs_per_step = batch_size * grad_accumulation
+    steps = max_steps if max_steps > 0 else max(1, round(epochs * len(train_set) / pairs_per_step))
+    console.print(
+        f"{loss.value.upper()} on [bold]{model}[/bold]: {len(train_set)} pairs"
+        + (f", {len(eval_set)} held out" if eval_set is not None else "")
+        + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
+        f"learning rate {rate:g}, beta {beta:g}, reference: {mode.value}"
+    )
+
+    from fastpref.cli.progress import ProgressBar
+    from fastpref.config import PreferenceConfig
+
+    output.mkdir(parents=True, exist_ok=True)
+    config = PreferenceConfig(
+        output_dir=str(output),
+        loss_type=loss.value,
+        beta=beta,
+        learning_rate=rate,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=grad_accumulation,
+        max_length=max_length,
+        precision=precision.value,
+        bf16=use_bf16,
+        precompute_ref_log_probs=mode is Reference.precompute,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        logging_steps=logging_steps or min(10, max(1, steps // 50)),
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        eval_strategy="steps" if eval_steps and eval_set is not None else "no",
+        eval_steps=eval_steps,
+        report_to="none",
+    )
+    bar = ProgressBar(console)
+    trainer = make_trainer(
+        load_model(model, torch.bfloat16 if lora and use_bf16 else torch.float32),
+        config, tokenizer, train_set, eval_set,
+        peft_config=lora_config(lora_r, lora_alpha, lora_targets) if lora else None,
+        bar=bar,
+    )
+    if resume == "latest":
+        resume = latest_checkpoint(output)
+    elif resume is not None and not Path(resume).is_dir():
+        raise ValueError(f"--resume {resume} is not a checkpoint directory")
+    with report.PeakMemory(trainer.args.device) as memory:
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        finally:
+            bar.close()
+        if eval_set is not None:
+            trainer.evaluate()
+    trainer.save_model(str(output))
+    facts = summarise(trainer, memory, bar)
+    title = f"{loss.value.upper()}, {Path(model).name}, beta {beta:g}"
+    report.plot_training(trainer.state.log_history, output / "training.png", title)
+    report.write_json(output / "training_log.json", {
+        "summary": facts, "history": trainer.state.log_history,
+        "options": {k: v for k, v in config.to_dict().items() if k != "hub_token"},
+    })
+    console.print(report.summary_table("Summary", summary_rows(facts)))
+    console.print(f"Model, training_log.json and training.png are in [bold]{output}[/bold]")
+
+
+def load(model: str, data: str, eval_data: str | None, fraction: float, seed: int) -> tuple:
+    """Tokenizer, training pairs and held-out pairs (or None)."""
+    from fastpref.data import load_preference_data
+
+    if eval_data is not None and fraction > 0:
+        raise ValueError("--eval-data and --eval-split exclude each other; give one of them")
+    train_set = load_preference_data(data)
+    eval_set = None if eval_data is None else load_preference_data(eval_data)
+    if fraction > 0:
+        if len(train_set) < 2:
+            raise ValueError(f"--eval-split needs at least 2 pairs, but {data} has 1")
+        parts = train_set.train_test_split(fraction, seed=seed)
+        train_set, eval_set = parts["train"], parts["test"]
+    from transformers import AutoTokenizer
+
+    return from_pretrained(AutoTokenizer, model), train_set, eval_set
+
+
+def load_model(name: str, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+
+
+def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model {name} is a directory without config.json, so no model")
+        name = str(path)
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"--model {name} is not a directory")
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0].rstrip(" .:")
+        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
+        raise ValueError(f"--model {name}: no {what} could be loaded ({first})") from error
+
+
+def reference_mode(wanted: Reference, lora: bool, columns: list[str], eval_set: Any) -> Reference:
+    """Resolve `auto` and refuse what cannot work."""
+    missing = REFERENCE_COLUMNS - set(columns)
+    if eval_set is not None:
+        missing |= REFERENCE_COLUMNS - set(eval_set.column_names)
+    if wanted is Reference.auto:
+        if not missing:
+            return Reference.columns
+        return Reference.adapter if lora else Reference.precompute
+    if wanted is Reference.adapter and not lora:
+        raise ValueError("--reference adapter switches a LoRA adapter off; add --lora")
+    if wanted is Reference.model and lora:
+        raise ValueError("--reference model would load the base twice; with --lora use adapter")
+    if wanted is Reference.columns and missing:
+        raise ValueError(f"--reference columns: the data lacks {' and '.join(sorted(missing))}")
+    if wanted is not Reference.columns and not missing:
+        raise ValueError(
+            f"the data has reference log-probs, which --reference {wanted.value} would not use; "
+            "remove those columns or use --reference columns"
+        )
+    return wanted
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    from fastpref.cli.doctor import cpu
+
+    features = cpu()["features"] or {}
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def lora_config(rank: int, alpha: float, targets: str) -> Any:
+    from peft import LoraConfig
+
+    modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=modules)
+
+
+def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=None, bar) -> Any:
+    """A `PreferenceTrainer` with our progress bar that also counts the positions of its batches."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from fastpref.cli.progress import CountingCollator
+    from fastpref.trainer import PreferenceTrainer
+
+    trainer = PreferenceTrainer(
+        model=model, args=config, train_dataset=train_set, eval_dataset=eval_set,
+        processing_class=tokenizer, peft_config=peft_config,
+    )
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(bar)
+    trainer.data_collator = CountingCollator(trainer.data_collator)
+    return trainer
+
+
+def latest_checkpoint(output: Path) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if found is None:
+        raise ValueError(f"--resume latest: there is no checkpoint in {output}")
+    return found
+
+
+def summarise(trainer: Any, memory: report.PeakMemory, bar: Any) -> dict[str, Any]:
+    """The figures of a finished run; None where something was not measured."""
+    history = trainer.state.log_history
+    metrics: dict[str, Any] = {}
+    for row in history:
+        metrics.update(row)
+    tokens = metrics.get("num_tokens", 0) - bar.resumed_tokens
+    vocabulary = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings().weight
+    facts = {
+        "steps": trainer.state.global_step,
+        "seconds": bar.seconds,
+        "tokens_per_second": tokens / bar.seconds if bar.seconds and tokens > 0 else None,
+        "peak_memory_bytes": memory.peak,
+        "peak_memory_kind": "device" if memory.device.type == "cuda" else "resident",
+        "batch_positions": trainer.data_collator.positions,
+        "batch_labelled_tokens": trainer.data_collator.labelled,
+        "logits_bytes": trainer.data_collator.positions * vocabulary.shape[0] * 4,
+    }
+    for prefix in ("", "eval_"):
+        for key in ("loss", "rewards/accuracies", "rewards/margins"):
+            facts[prefix + key] = metrics.get(prefix + key)
+    return facts
+
+
+def summary_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    def trained(key: str, form: str) -> str:
+        values = [(facts[key], "training"), (facts[f"eval_{key}"], "held out")]
+        return ", ".join(f"{value:{form}} {name}" for value, name in values if value is not None)
+
+    rate, seconds = facts["tokens_per_second"], facts["seconds"]
+    return [
+        ("steps", f"{facts['steps']}" + (f" in {seconds:.1f} s" if seconds else "")),
+        ("loss", trained("loss", ".4f")),
+        ("reward accuracy", trained("rewards/accuracies", ".3f")),
+        ("reward margin", trained("rewards/margins", "+.4f")),
+        ("tokens per second", "not measured" if rate is None else f"{rate:,.0f}"),
+        ("peak memory", f"{report.size_text(facts['peak_memory_bytes'])} "
+                        f"({facts['peak_memory_kind']})"),
+        ("logits not made", f"{report.size_text(facts['logits_bytes'])} for one fp32 copy of those "
+                            f"of the largest batch ({facts['batch_positions']:,} positions)"),
+    ]

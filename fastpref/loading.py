@@ -1,0 +1,78 @@
+"""What a trainer is made of: the model, its tokenizer, its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
+
+from .config import PreferenceConfig
+from .heads import unwrap
+from .reference import add_reference_adapter, is_peft
+
+
+def load_model(model: Any, args: PreferenceConfig) -> Any:
+    """The model itself, or the one of that name, in float32 by default."""
+    if isinstance(model, nn.Module):
+        return model
+    options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    options.update(args.model_init_kwargs or {})  # type: ignore[call-overload]
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, **options)
+    except OSError as error:
+        raise ValueError(f"model {model!r} could not be loaded: {error}") from error
+
+
+def load_tokenizer(model: Any, tokenizer: Any, args: PreferenceConfig) -> tuple[Any, int]:
+    """The tokenizer, by default the model's, with a pad token; and the id to pad with."""
+    config = unwrap(model).config.get_text_config()
+    if isinstance(tokenizer, ProcessorMixin):
+        raise ValueError("processing_class is a multimodal processor; expected a tokenizer")
+    if tokenizer is None and (name := getattr(unwrap(model).config, "_name_or_path", "")):
+        options = dict(args.model_init_kwargs or {})  # type: ignore[call-overload]
+        options = {key: options[key] for key in ("revision", "token") if key in options}
+        options["trust_remote_code"] = args.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if tokenizer is None:  # enough for data that is tokenised already
+        known = [i for i in (config.pad_token_id, config.eos_token_id) if i is not None]
+        return None, known[0] if known else 0
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    if getattr(unwrap(model), "generation_config", None) is not None:
+        unwrap(model).generation_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, tokenizer.pad_token_id
+
+
+def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
+    """The model with a new adapter, or with a frozen copy of its trained one as the reference."""
+    if peft_config is not None:
+        if is_peft(model):
+            raise ValueError(
+                "model is a PeftModel and peft_config is given; merge the adapter into the model "
+                "first, or leave peft_config out to go on training it"
+            )
+        from peft import get_peft_model
+
+        return get_peft_model(model, peft_config)
+    if is_peft(model) and not has_ref_model:
+        add_reference_adapter(model)
+    return model
+
+
+def router_coefficient(model: nn.Module, given: float | None) -> float:
+    """The weight of the load-balancing loss; 0 for a model that is no mixture of experts."""
+    config = unwrap(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    routed = hasattr(config, "output_router_logits")
+    if given and not routed:
+        raise ValueError(
+            f"router_aux_loss_coef is {given} but the model is a {type(unwrap(model)).__name__}, "
+            "which is not a mixture of experts with router logits"
+        )
+    default = getattr(config, "router_aux_loss_coef", 0.0)
+    return (default if given is None else given) if routed else 0.0

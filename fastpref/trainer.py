@@ -1,0 +1,437 @@
+"""`PreferenceTrainer`: preference optimisation on `transformers.Trainer`, without logits."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from . import reference as refs
+from .config import PreferenceConfig
+from .data import DataReport, PreferenceCollator, load_preference_data, prepare_dataset
+from .data_files import IDS, NUMBERS, REFERENCE
+from .fused import linear_preference_loss
+from .heads import (
+    Head,
+    align_to_tokens,
+    disable_dropout,
+    install_head_forward,
+    read_head,
+    shifted_labels,
+)
+from .loading import add_adapter, load_model, load_tokenizer, router_coefficient
+from .losses import check_options
+from .metrics import EXTRAS, MetricWindow, NonFiniteLossError, micro_step_sums
+
+logger = logging.getLogger("fastpref")
+
+_NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS}
+
+
+class PreferenceTrainer(Trainer):
+    """Train a causal language model on preference pairs (DPO, IPO, ...).
+
+    A drop-in for TRL 1.16's DPOTrainer: the same data, tokenisation, loss, metric names and
+    gradient-accumulation semantics (the mean over micro-batches). The output head goes through
+    `linear_preference_loss`, so no logits exist. Metrics are summed on the device and read once per
+    log line.
+
+    The reference is the first of: the data's columns ref_chosen_logps and ref_rejected_logps;
+    `ref_model`; for a model that a `peft_config` is applied to, the model with its adapter off; for
+    a PeftModel, a frozen copy of its adapter; with `precompute_ref_log_probs`, the model as it is
+    now, asked once; a frozen copy of the model.
+
+    Args:
+        model: a name or directory (loaded in float32 unless `model_init_kwargs` says otherwise), a
+            PreTrainedModel or a PeftModel.
+        ref_model: the reference; a model, a name or None.
+        args: a `PreferenceConfig`.
+        data_collator: replaces `PreferenceCollator`; must return input_ids, attention_mask and
+            completion_mask as that does.
+        train_dataset: anything that `load_preference_data` reads.
+        eval_dataset: likewise, or a dict of them by name.
+        processing_class: the tokenizer; by default the model's.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        peft_config: adapter to add, such as `peft.LoraConfig`.
+
+    Raises:
+        ValueError: bad data (see `prepare_dataset`), an unknown loss or option, a model without an
+            output head, a tokenizer without a pad token.
+        NonFiniteLossError: while training, if the loss, a gradient or a weight is not finite. The
+            message names the step and, where known, the rows. Nothing is saved after that.
+    """
+
+    loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        if args is None:
+            args = PreferenceConfig(output_dir="fastpref-output")
+        if train_dataset is None:
+            raise ValueError("train_dataset is None; expected preference data")
+        set_seed(args.seed)  # before an adapter draws its weights
+        if model is ref_model and isinstance(model, nn.Module):
+            raise ValueError("ref_model is model itself; leave it out to have a copy made")
+        if isinstance(model, nn.Module) and args.model_init_kwargs is not None:
+            raise ValueError("model_init_kwargs is given but the model is already loaded")
+        model = load_model(model, args)
+        ref_model = None if ref_model is None else load_model(ref_model, args)
+        tokenizer, pad_id = load_tokenizer(model, processing_class, args)
+        model = add_adapter(model, peft_config, ref_model is not None)
+        read_head(model)
+        self.reports: dict[str, DataReport] = {}
+        self._tokenizer = tokenizer
+        self.args = args
+        train_dataset = self._prepare_data(train_dataset, "train")
+        eval_dataset = self._prepare_eval_data(eval_dataset)
+        if not hasattr(train_dataset, "__len__"):  # processes read streams by themselves
+            args.accelerator_config.dispatch_batches = False
+        if data_collator is None:
+            data_collator = PreferenceCollator(
+                pad_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
+            )
+        if args.disable_dropout:
+            disable_dropout(model)
+        datasets = [train_dataset, *_each(eval_dataset)]
+        with_reference = [refs.has_reference(dataset) for dataset in datasets]
+        given = all(with_reference)
+        self._adapter_reference = refs.is_peft(model) and ref_model is None
+        self.precompute = args.precompute_ref_log_probs and not given and not args.reference_free
+        if args.reference_free and (any(with_reference) or ref_model is not None):
+            raise ValueError(
+                "reference_free is True but a reference is given; expected one of them"
+            )
+        if not (given or args.reference_free or self.precompute or self._adapter_reference):
+            ref_model = refs.frozen_copy(model) if ref_model is None else ref_model
+        if self._adapter_reference and not (given or args.reference_free):
+            refs.check_adapter_reference(model)
+        install_head_forward(model)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or []), _RestoreTokens(self)],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
+                "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        self._head_options = {
+            "strategy": args.head_strategy,
+            "memory_budget": args.head_memory_budget,
+            "precision": args.precision,
+            "backend": args.backend,
+        }
+        self._loss_options = {
+            "loss_type": args.loss_type,
+            "beta": args.beta,
+            "label_smoothing": args.label_smoothing,
+            "ipo_normalization": args.ipo_normalization,
+        }
+        has_margin = any("margin" in (d.column_names or ()) for d in datasets)
+        check_options(**self._loss_options, margin=torch.zeros(1) if has_margin else None)
+        self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
+        self._windows = {mode: self._new_window() for mode in ("train", "eval")}
+        self._eval_prefix: str | None = None
+        self._micro_step = (0, 0)
+        self.ref_model = None
+        if ref_model is not None:
+            install_head_forward(ref_model)
+            if args.disable_dropout:
+                disable_dropout(ref_model)
+            self.ref_model = self.accelerator.prepare_model(
+                ref_model.eval().requires_grad_(False), evaluation_mode=True
+            )
+        if self.precompute:
+            self.train_dataset = self._precompute(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, Mapping):
+                named = self.eval_dataset.items()
+                self.eval_dataset = {name: self._precompute(d, name) for name, d in named}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._precompute(self.eval_dataset, "eval")
+
+    # ---- data ----
+
+    def _prepare_data(self, source: Any, name: str) -> Any:
+        args = self.args
+        with args.main_process_first(desc=f"tokenising {name} data"):
+            dataset, report = prepare_dataset(
+                load_preference_data(source),
+                self._tokenizer,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+                name=name,
+            )
+        if args.process_index == 0 and report.rows is not None:
+            for sentence in report.warnings():
+                logger.warning(sentence)
+        self.reports[name] = report
+        return dataset
+
+    def _prepare_eval_data(self, source: Any) -> Any:
+        if isinstance(source, Mapping):
+            return {name: self._prepare_data(part, name) for name, part in source.items()}
+        return None if source is None else self._prepare_data(source, "eval")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = [*IDS, *NUMBERS, "row"]
+
+    def _precompute(self, dataset: Any, name: str) -> Any:
+        if refs.has_reference(dataset):
+            return dataset
+        args = self.args
+        size = args.train_batch_size if name == "train" else args.eval_batch_size
+        model = self.model if self.ref_model is None else self.ref_model
+        was_training = model.training
+        model.eval()
+        try:
+            return refs.precompute(
+                dataset,
+                lambda batch: self._reference_logps(batch, policy_is_reference=True),
+                self.data_collator,
+                self.accelerator,
+                batch_size=args.precompute_ref_batch_size or size,
+                name=name,
+                num_workers=args.dataloader_num_workers,
+                disable_tqdm=args.disable_tqdm or not self.is_world_process_zero(),
+            )
+        finally:
+            model.train(was_training)
+
+    # ---- loss ----
+
+    def _reference_logps(
+        self, inputs: dict[str, Any], policy_is_reference: bool = False
+    ) -> Tensor | None:
+        """The reference's log-prob of each sequence [2P], or None without a reference."""
+        if self.args.reference_free:
+            return None
+        if REFERENCE[0] in inputs:
+            return torch.cat([inputs[key] for key in REFERENCE])
+        if self.ref_model is None and not (self._adapter_reference or policy_is_reference):
+            raise ValueError(
+                "this data has no reference log-probs and no reference model is kept; pass the data "
+                "as eval_dataset when the trainer is made, or pass ref_model"
+            )
+        own = self.ref_model is None and self._adapter_reference
+        model = self.model if self.ref_model is None else self.ref_model
+        dropout = own and model.training and not self.args.disable_dropout
+        with torch.no_grad(), self.accelerator.autocast():
+            with refs.as_reference(model) if own else contextlib.nullcontext():
+                if dropout:
+                    model.eval()
+                logps = model(
+                    **_model_inputs(inputs),
+                    head_fn=refs.sequence_logps_head,
+                    head_inputs={
+                        "labels": _labels(inputs),
+                        "token_indices": inputs.get("token_indices"),
+                        "options": self._head_options,
+                    },
+                )
+                if dropout:
+                    model.train()
+        return logps
+
+    def _loss_head(
+        self,
+        hidden: Tensor,
+        head: Head,
+        aux_loss: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        **inputs: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The `head_fn` of a training step: the loss and the vector of metric sums."""
+        out = linear_preference_loss(
+            align_to_tokens(hidden, labels),
+            head.weight,
+            labels,
+            **inputs,  # type: ignore[arg-type]
+            **head.options(),
+            **self._loss_options,
+            **self._head_options,
+            reference_free=self.args.reference_free,
+            extras=EXTRAS,
+        )
+        loss = out.loss
+        if aux_loss is not None:
+            loss = loss + self._router_coef * aux_loss.to(loss.device)
+        return {"loss": loss, "sums": micro_step_sums(out, loss, aux_loss, labels, attention_mask)}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch; its metrics are kept on the device until they are logged."""
+        if return_outputs:
+            raise ValueError("return_outputs=True asks for logits, which this trainer never builds")
+        head_inputs = {
+            "attention_mask": inputs["attention_mask"],
+            "labels": _labels(inputs),
+            "token_indices": inputs.get("token_indices"),
+            "ref_logps": self._reference_logps(inputs),
+            # As in TRL, IPO divides by all completion tokens, also one at position 0.
+            "lengths": inputs["completion_mask"].sum(1).clamp(min=1),
+            "pair_weight": inputs.get("weight"),
+            "margin": inputs.get("margin"),
+        }
+        model_inputs = _model_inputs(inputs)
+        if self._router_coef:
+            model_inputs["output_router_logits"] = True
+        out = model(**model_inputs, head_fn=self._loss_head, head_inputs=head_inputs)
+        self._windows["train" if model.training else "eval"].add(
+            out["sums"], inputs.get("rows"), self._where(model.training)
+        )
+        return out["loss"]
+
+    def _where(self, training: bool) -> str:
+        if not training:
+            return f"evaluation after step {self.state.global_step}"
+        step = self.state.global_step + 1
+        micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 1
+        self._micro_step = (step, micro)
+        return f"step {step}, micro-batch {micro} of {self.args.gradient_accumulation_steps}"
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """The evaluation loss of one batch; there are no logits to return."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # ---- evaluation, logging, checkpoints ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate on the trainer's evaluation data, or on other data of any form it accepts.
+
+        A dict of data sets is evaluated one by one under `eval_{name}_`.
+        """
+        known = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in chosen.items():
+                part = name if eval_dataset is None else part
+                prefix = f"{metric_key_prefix}_{name}"
+                metrics.update(self.evaluate(part, ignore_keys, prefix))
+            return metrics
+        if eval_dataset is not None and not (known and eval_dataset in self.eval_dataset):
+            eval_dataset = self._prepare_data(eval_dataset, metric_key_prefix)
+            own = self.ref_model is None and not self._adapter_reference
+            if self.precompute and not (own and self.state.global_step > 0):
+                eval_dataset = self._precompute(eval_dataset, metric_key_prefix)
+        self._windows["eval"].clear()
+        self._eval_prefix = metric_key_prefix
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._eval_prefix = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's metrics to a log line; the only place where they leave the device."""
+        prefix = "" if self._eval_prefix is None else f"{self._eval_prefix}_"
+        metrics = self._windows["eval" if prefix else "train"].drain()
+        if metrics:
+            metrics["num_tokens"] = self._windows["train"].total_tokens
+        logs.update({prefix + key: value for key, value in metrics.items()})
+        grad_norm = logs.get("grad_norm")
+        if grad_norm is not None and not self.args.fp16:  # with fp16 the scaler skips such steps
+            if not torch.tensor(grad_norm).isfinite():
+                raise NonFiniteLossError(
+                    f"the gradient's norm is {grad_norm} at step {self.state.global_step}"
+                )
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Nothing is written over or next to the last good checkpoint unless all is finite.
+        self._windows["train"].sync()
+        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        if not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
+            raise NonFiniteLossError(f"a weight is not finite after step {self.state.global_step}")
+        tokens = self._windows["train"].total_tokens
+        self.state.stateful_callbacks[_RestoreTokens.KEY] = {"num_tokens": tokens}
+        super()._save_checkpoint(model, trial)
+
+    def _new_window(self) -> MetricWindow:
+        return MetricWindow(
+            self.accelerator.gather,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            has_aux_loss=self._router_coef != 0,
+        )
+
+
+class _RestoreTokens(TrainerCallback):
+    """Counts tokens on from the checkpoint that a run resumes from."""
+
+    KEY = "fastpref"
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(self.KEY, {})
+        window = self.trainer._windows["train"]
+        window.total_tokens = saved.get("num_tokens", window.total_tokens)
+
+
+def _each(datasets: Any) -> list[Any]:
+    if isinstance(datasets, Mapping):
+        return list(datasets.values())
+    return [] if datasets is None else [datasets]
+
+
+def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in _NOT_FOR_MODEL}
+
+
+def _labels(inputs: dict[str, Any]) -> Tensor:
+    if "labels" in inputs:
+        return inputs["labels"]
+    return shifted_labels(inputs["input_ids"], inputs["completion_mask"])

@@ -1,0 +1,71 @@
+"""A tiny model, tokenizer and preference data for the trainer's tests."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(180)]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
+    special = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>", "<system>"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens(special)
+    options = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **options)
+
+
+def model(seed: int = 0, **kwargs: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    options = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,  # far from uniform, so that entropies and accuracies differ
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+        **kwargs,
+    }
+    return LlamaForCausalLM(LlamaConfig(**options))
+
+
+def rows(n: int = 40, seed: int = 0, chat: bool = False, longest: int = 12) -> list[dict]:
+    draw = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, longest)))
+
+    out = []
+    for _ in range(n):
+        prompt, chosen, rejected = text(), text(), text()
+        if chat:
+            out.append(
+                {
+                    "prompt": [{"role": "user", "content": prompt}],
+                    "chosen": [{"role": "assistant", "content": chosen}],
+                    "rejected": [{"role": "assistant", "content": rejected}],
+                }
+            )
+        else:
+            out.append({"prompt": prompt + " ", "chosen": chosen, "rejected": rejected})
+    return out
+
+
+def data(n: int = 40, **kwargs: Any) -> Dataset:
+    return Dataset.from_list(rows(n, **kwargs))
