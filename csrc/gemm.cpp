@@ -1,8 +1,8 @@
 // The logits product with fp32 results from bf16 operands, which torch's CPU GEMM cannot give: it
 // rounds them to bf16. Needs AVX512-BF16; elsewhere the caller widens slices of the weight.
 //
-// Each result is one chain of vdpbf16ps over the pairs of h, in order, whatever tile it falls into:
-// the logits of a token do not depend on the other tokens of the call, nor on the threads.
+// Each result is a sum over chunks of h, each a chain of vdpbf16ps, in order, whatever tile it falls
+// into: the logits of a token do not depend on the other tokens of the call, nor on the threads.
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -25,6 +25,9 @@ namespace {
 
 // 6 x 64 results in 24 of the 32 registers, 4 for the weights, broadcasts straight from memory.
 constexpr int ROWS = 6, COLS = 64, VECS = COLS / 16;
+// Pairs in one chain: short enough that the chain's rounding stays small and that a chunk of the
+// weights, 64 KiB, stays near the core while all tokens pass over it.
+constexpr int64_t CHUNK = 256;
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -97,7 +100,7 @@ FP_TARGET void pack_w(const uint16_t* w, int64_t stride, int64_t rows, int64_t h
 }
 
 FP_TARGET void multiply(const uint32_t* x, const uint32_t* w, int64_t pairs, float* out, int64_t stride,
-                        int64_t rows, int64_t cols) {
+                        int64_t rows, int64_t cols, bool add) {
     __m512 c[ROWS][VECS];
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < VECS; ++j) c[i][j] = _mm512_setzero_ps();
@@ -114,7 +117,11 @@ FP_TARGET void multiply(const uint32_t* x, const uint32_t* w, int64_t pairs, flo
         int64_t left = cols - j * 16;
         __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : __mmask16((1u << left) - 1);
         for (int i = 0; i < ROWS; ++i)
-            if (i < rows) _mm512_mask_storeu_ps(out + i * stride + j * 16, mask, c[i][j]);
+            if (i < rows && mask) {
+                float* to = out + i * stride + j * 16;
+                if (add) c[i][j] = _mm512_add_ps(c[i][j], _mm512_maskz_loadu_ps(mask, to));
+                _mm512_mask_storeu_ps(to, mask, c[i][j]);
+            }
     }
 }
 
@@ -136,9 +143,11 @@ void linear_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t
         for (int64_t panel = first; panel < last; ++panel) {
             int64_t col = panel * COLS, cols = v - col < COLS ? v - col : COLS;
             pack_w(w + col * w_stride, w_stride, cols, h, pw.get());
-            for (int64_t g = 0; g < groups; ++g)
-                multiply(px.get() + g * pairs * ROWS, pw.get(), pairs,
-                         out + g * ROWS * out_stride + col, out_stride, n - g * ROWS, cols);
+            for (int64_t p = 0; p < pairs || p == 0; p += CHUNK)
+                for (int64_t g = 0; g < groups; ++g)
+                    multiply(px.get() + (g * pairs + p) * ROWS, pw.get() + p * COLS,
+                             pairs - p < CHUNK ? pairs - p : CHUNK,
+                             out + g * ROWS * out_stride + col, out_stride, n - g * ROWS, cols, p > 0);
         }
     });
 }

@@ -175,7 +175,8 @@ def _csv_cell(key: str, value: str) -> Any:
     return value
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": None}
+READERS: dict[str, Any] = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+READERS[".parquet"] = None  # read as columns, not row by row
 
 
 def _from_rows(rows: list, name: str) -> Any:

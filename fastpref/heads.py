@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data_files import NUMBERS
+
+_NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS}
+
 
 @dataclass(frozen=True)
 class Head:
@@ -40,15 +44,15 @@ class Head:
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The causal language model inside DDP, compile and PEFT wrappers."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod
         elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()  # type: ignore[operator]
+            model = model.get_base_model()
         else:
             return model
 
@@ -143,15 +147,15 @@ def install_head_forward(model: nn.Module) -> None:
     model.forward = MethodType(forward, model)
 
 
-def _load_balancing_loss(model: nn.Module, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+def _load_balancing_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
     # The one that every mixture of experts in transformers uses.
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    config: Any = model.config.get_text_config()  # type: ignore[operator]
+    config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(
-        outputs.router_logits, experts, config.num_experts_per_tok, attention_mask
-    )
+    per_token = config.num_experts_per_tok
+    loss: Any = load_balancing_loss_func(outputs.router_logits, experts, per_token, attention_mask)
+    return loss
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -182,8 +186,16 @@ def align_to_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
     return hidden if hidden.shape[1] == labels.shape[1] else hidden[:, -labels.shape[1] :]
 
 
-def shifted_labels(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-    """Labels [B, T] aligned with the hidden states: the completion token at t + 1, else -100."""
-    labels = torch.full_like(input_ids, -100)
-    labels[:, :-1] = input_ids[:, 1:].masked_fill(completion_mask[:, 1:] == 0, -100)
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a collator's batch the model itself takes."""
+    return {key: value for key, value in batch.items() if key not in _NOT_FOR_MODEL}
+
+
+def batch_labels(batch: Mapping[str, Any]) -> Tensor:
+    """A batch's labels [2P, T], aligned with the hidden states; made if the collator does not."""
+    if "labels" in batch:
+        return batch["labels"]
+    ids, mask = batch["input_ids"], batch["completion_mask"]
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return labels

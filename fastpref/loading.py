@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from .config import PreferenceConfig
@@ -14,10 +13,10 @@ from .reference import add_reference_adapter, is_peft
 
 def load_model(model: Any, args: PreferenceConfig) -> Any:
     """The model itself, or the one of that name, in float32 by default."""
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str):
         return model
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-    options.update(args.model_init_kwargs or {})  # type: ignore[call-overload]
+    options.update(_init_kwargs(args))
     try:
         return AutoModelForCausalLM.from_pretrained(model, **options)
     except OSError as error:
@@ -30,8 +29,7 @@ def load_tokenizer(model: Any, tokenizer: Any, args: PreferenceConfig) -> tuple[
     if isinstance(tokenizer, ProcessorMixin):
         raise ValueError("processing_class is a multimodal processor; expected a tokenizer")
     if tokenizer is None and (name := getattr(unwrap(model).config, "_name_or_path", "")):
-        options = dict(args.model_init_kwargs or {})  # type: ignore[call-overload]
-        options = {key: options[key] for key in ("revision", "token") if key in options}
+        options = {k: v for k, v in _init_kwargs(args).items() if k in ("revision", "token")}
         options["trust_remote_code"] = args.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer is None:  # enough for data that is tokenised already
@@ -65,9 +63,9 @@ def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
     return model
 
 
-def router_coefficient(model: nn.Module, given: float | None) -> float:
+def router_coefficient(model: Any, given: float | None) -> float:
     """The weight of the load-balancing loss; 0 for a model that is no mixture of experts."""
-    config = unwrap(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    config = unwrap(model).config.get_text_config()
     routed = hasattr(config, "output_router_logits")
     if given and not routed:
         raise ValueError(
@@ -76,3 +74,12 @@ def router_coefficient(model: nn.Module, given: float | None) -> float:
         )
     default = getattr(config, "router_aux_loss_coef", 0.0)
     return (default if given is None else given) if routed else 0.0
+
+
+def _init_kwargs(args: PreferenceConfig) -> dict[str, Any]:
+    given: Any = args.model_init_kwargs or {}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"model_init_kwargs is {given!r}; expected a dict, or JSON on a command line"
+        )
+    return given

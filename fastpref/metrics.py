@@ -152,9 +152,8 @@ class MetricWindow:
         rows = ""
         if rank == self.rank and step.rows is not None:  # of other processes only sums are here
             rows = f", data rows {step.rows.tolist()}"
-        raise NonFiniteLossError(
-            f"the loss is {losses[index].item()} at {step.where}{process}{rows}"
-        )
+        value = losses[index].item()
+        raise NonFiniteLossError(f"the loss is {value} at {step.where}{process}{rows}")
 
     def drain(self) -> dict[str, float]:
         """The mean over the window's micro-steps, and an empty window. Empty if there were none."""

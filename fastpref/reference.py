@@ -5,24 +5,26 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data_files import REFERENCE
-from .heads import Head, align_to_tokens, unwrap
+from .heads import Head, align_to_tokens, batch_labels, model_inputs, unwrap
+from .logps import linear_token_logps, sequence_logps
 
 REF_ADAPTER = "ref"
 
 
-def is_peft(model: nn.Module) -> bool:
+def is_peft(model: Any) -> bool:
     """Whether model is a `peft.PeftModel`."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: Any) -> Any:
     """A copy of the model as it is now, in evaluation mode, that nothing trains."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -80,27 +82,52 @@ def check_adapter_reference(model: Any) -> None:
         )
 
 
-def sequence_logps_head(
-    hidden: Tensor,
-    head: Head,
-    aux_loss: Tensor | None,
-    *,
-    labels: Tensor,
-    token_indices: Tensor | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """A `head_fn` that returns the log-probability of each sequence's labels, [2P]."""
-    from fastpref.logps import linear_token_logps, sequence_logps
+@dataclass
+class Reference:
+    """Something that gives the reference's log-probs of a batch.
 
-    logps = linear_token_logps(
-        align_to_tokens(hidden, labels),
-        head.weight,
-        labels,
-        token_indices=token_indices,
-        **head.options(),
-        **options,
-    )
-    return sequence_logps(logps, labels)
+    Args:
+        model: a second model; or the policy, which is its own reference within `as_reference` or,
+            as long as it has not been trained, as it is.
+        adapter: the policy is a PeftModel that shares its weights with the reference.
+        options: strategy, precision, backend ... of `linear_token_logps`.
+        dropout: the model has dropout, to be switched off here.
+    """
+
+    model: Any
+    adapter: bool
+    options: dict[str, Any]
+    dropout: bool = False
+
+    def logps(self, batch: dict[str, Any]) -> Tensor:
+        """The log-probability of each sequence's completion, [2P]."""
+        silence = self.dropout and self.model.training
+        context = as_reference(self.model) if self.adapter else contextlib.nullcontext()
+        inputs = {"labels": batch_labels(batch), "token_indices": batch.get("token_indices")}
+        with torch.no_grad(), context:
+            if silence:
+                self.model.eval()
+            try:
+                return self.model(
+                    **model_inputs(batch), head_fn=self._sequence_logps, head_inputs=inputs
+                )
+            finally:
+                if silence:
+                    self.model.train()
+
+    def _sequence_logps(
+        self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
+    ) -> Tensor:
+        logps = linear_token_logps(
+            align_to_tokens(hidden, labels),
+            head.weight,
+            labels,
+            token_indices=token_indices,
+            **head.options(),
+            **self.options,
+        )
+        assert isinstance(logps, Tensor)
+        return sequence_logps(logps, labels)
 
 
 def has_reference(dataset: Any) -> bool:

@@ -17,10 +17,10 @@ CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#c8553d", "#6b7280"
 class PeakMemory:
     """The most memory that was in use inside a `with` block, in bytes.
 
-    With a GPU it is what torch allocated there; otherwise the resident memory of this process, whose
-    high-water mark Linux can reset. `base` is what was in use at the start, `peak` the most since
-    then; both are None where neither can be measured. Where the mark cannot be reset, `peak` is that
-    of the whole life of the process and `exact` is False.
+    With a GPU it is what torch allocated there; otherwise the resident memory of this process,
+    whose high-water mark Linux can reset. `base` is what was in use at the start, `peak` the most
+    since then; None where it cannot be measured. Where the mark cannot be reset, `peak` is that of
+    the whole life of the process and `exact` is False.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -90,8 +90,9 @@ def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD,
-                  show_header=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_header=False
+    )
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,18 +24,17 @@ from .fused import linear_preference_loss
 from .heads import (
     Head,
     align_to_tokens,
+    batch_labels,
     disable_dropout,
     install_head_forward,
+    model_inputs,
     read_head,
-    shifted_labels,
 )
 from .loading import add_adapter, load_model, load_tokenizer, router_coefficient
 from .losses import check_options
 from .metrics import EXTRAS, MetricWindow, NonFiniteLossError, micro_step_sums
 
 logger = logging.getLogger("fastpref")
-
-_NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS}
 
 
 class PreferenceTrainer(Trainer):
@@ -72,12 +70,13 @@ class PreferenceTrainer(Trainer):
             message names the step and, where known, the rows. Nothing is saved after that.
     """
 
+    args: PreferenceConfig
     loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch
 
     def __init__(
         self,
-        model: str | PreTrainedModel | nn.Module,
-        ref_model: str | PreTrainedModel | nn.Module | None = None,
+        model: str | PreTrainedModel | Any,
+        ref_model: str | PreTrainedModel | Any = None,
         args: PreferenceConfig | None = None,
         data_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None,
         train_dataset: Any = None,
@@ -92,9 +91,9 @@ class PreferenceTrainer(Trainer):
         if train_dataset is None:
             raise ValueError("train_dataset is None; expected preference data")
         set_seed(args.seed)  # before an adapter draws its weights
-        if model is ref_model and isinstance(model, nn.Module):
+        if model is ref_model and not isinstance(model, str):
             raise ValueError("ref_model is model itself; leave it out to have a copy made")
-        if isinstance(model, nn.Module) and args.model_init_kwargs is not None:
+        if args.model_init_kwargs is not None and not isinstance(model, str):
             raise ValueError("model_init_kwargs is given but the model is already loaded")
         model = load_model(model, args)
         ref_model = None if ref_model is None else load_model(ref_model, args)
@@ -107,7 +106,8 @@ class PreferenceTrainer(Trainer):
         train_dataset = self._prepare_data(train_dataset, "train")
         eval_dataset = self._prepare_eval_data(eval_dataset)
         if not hasattr(train_dataset, "__len__"):  # processes read streams by themselves
-            args.accelerator_config.dispatch_batches = False
+            settings: Any = args.accelerator_config
+            settings.dispatch_batches = False
         if data_collator is None:
             data_collator = PreferenceCollator(
                 pad_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
@@ -115,18 +115,18 @@ class PreferenceTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         datasets = [train_dataset, *_each(eval_dataset)]
-        with_reference = [refs.has_reference(dataset) for dataset in datasets]
-        given = all(with_reference)
-        self._adapter_reference = refs.is_peft(model) and ref_model is None
-        self.precompute = args.precompute_ref_log_probs and not given and not args.reference_free
-        if args.reference_free and (any(with_reference) or ref_model is not None):
+        given = [refs.has_reference(dataset) for dataset in datasets]
+        if args.reference_free and (any(given) or ref_model is not None):
             raise ValueError(
                 "reference_free is True but a reference is given; expected one of them"
             )
-        if not (given or args.reference_free or self.precompute or self._adapter_reference):
-            ref_model = refs.frozen_copy(model) if ref_model is None else ref_model
-        if self._adapter_reference and not (given or args.reference_free):
+        wanted = not all(given) and not args.reference_free
+        self.precompute = args.precompute_ref_log_probs and wanted
+        adapter = refs.is_peft(model) and ref_model is None
+        if wanted and adapter:
             refs.check_adapter_reference(model)
+        elif wanted and not self.precompute and ref_model is None:
+            ref_model = refs.frozen_copy(model)
         install_head_forward(model)
 
         super().__init__(
@@ -145,13 +145,13 @@ class PreferenceTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
                 "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
             )
-        self._head_options = {
+        self._head_options: dict[str, Any] = {
             "strategy": args.head_strategy,
             "memory_budget": args.head_memory_budget,
             "precision": args.precision,
             "backend": args.backend,
         }
-        self._loss_options = {
+        self._loss_options: dict[str, Any] = {
             "loss_type": args.loss_type,
             "beta": args.beta,
             "label_smoothing": args.label_smoothing,
@@ -163,14 +163,15 @@ class PreferenceTrainer(Trainer):
         self._windows = {mode: self._new_window() for mode in ("train", "eval")}
         self._eval_prefix: str | None = None
         self._micro_step = (0, 0)
-        self.ref_model = None
+        self.ref_model: Any = None
         if ref_model is not None:
-            install_head_forward(ref_model)
-            if args.disable_dropout:
-                disable_dropout(ref_model)
-            self.ref_model = self.accelerator.prepare_model(
-                ref_model.eval().requires_grad_(False), evaluation_mode=True
-            )
+            self.ref_model = self._prepare_reference_model(ref_model)
+        self._policy_reference = refs.Reference(
+            self.model, adapter, self._head_options, dropout=not args.disable_dropout
+        )
+        self.reference = self._policy_reference if adapter else None
+        if self.ref_model is not None:
+            self.reference = refs.Reference(self.ref_model, False, self._head_options)
         if self.precompute:
             self.train_dataset = self._precompute(self.train_dataset, "train")
             if isinstance(self.eval_dataset, Mapping):
@@ -205,64 +206,54 @@ class PreferenceTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = [*IDS, *NUMBERS, "row"]
+            self._signature_columns: Any = [*IDS, *NUMBERS, "row"]
 
     def _precompute(self, dataset: Any, name: str) -> Any:
+        """The data with the reference's log-probs; the policy's if there is no other reference."""
         if refs.has_reference(dataset):
             return dataset
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
-        model = self.model if self.ref_model is None else self.ref_model
-        was_training = model.training
-        model.eval()
+        reference = self.reference or self._policy_reference
+        was_training = reference.model.training
+        reference.model.eval()
         try:
-            return refs.precompute(
-                dataset,
-                lambda batch: self._reference_logps(batch, policy_is_reference=True),
-                self.data_collator,
-                self.accelerator,
-                batch_size=args.precompute_ref_batch_size or size,
-                name=name,
-                num_workers=args.dataloader_num_workers,
-                disable_tqdm=args.disable_tqdm or not self.is_world_process_zero(),
-            )
+            with self.accelerator.autocast():
+                return refs.precompute(
+                    dataset,
+                    reference.logps,
+                    self.data_collator,
+                    self.accelerator,
+                    batch_size=args.precompute_ref_batch_size or size,
+                    name=name,
+                    num_workers=args.dataloader_num_workers,
+                    disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
+                )
         finally:
-            model.train(was_training)
+            reference.model.train(was_training)
 
     # ---- loss ----
 
-    def _reference_logps(
-        self, inputs: dict[str, Any], policy_is_reference: bool = False
-    ) -> Tensor | None:
+    def _prepare_reference_model(self, model: Any) -> Any:
+        install_head_forward(model)
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        model = model.eval().requires_grad_(False)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """The reference's log-prob of each sequence [2P], or None without a reference."""
         if self.args.reference_free:
             return None
         if REFERENCE[0] in inputs:
             return torch.cat([inputs[key] for key in REFERENCE])
-        if self.ref_model is None and not (self._adapter_reference or policy_is_reference):
+        if self.reference is None:
             raise ValueError(
-                "this data has no reference log-probs and no reference model is kept; pass the data "
-                "as eval_dataset when the trainer is made, or pass ref_model"
+                "this data has no reference log-probs and no reference model is kept; pass it as "
+                "eval_dataset when the trainer is made, or pass ref_model"
             )
-        own = self.ref_model is None and self._adapter_reference
-        model = self.model if self.ref_model is None else self.ref_model
-        dropout = own and model.training and not self.args.disable_dropout
-        with torch.no_grad(), self.accelerator.autocast():
-            with refs.as_reference(model) if own else contextlib.nullcontext():
-                if dropout:
-                    model.eval()
-                logps = model(
-                    **_model_inputs(inputs),
-                    head_fn=refs.sequence_logps_head,
-                    head_inputs={
-                        "labels": _labels(inputs),
-                        "token_indices": inputs.get("token_indices"),
-                        "options": self._head_options,
-                    },
-                )
-                if dropout:
-                    model.train()
-        return logps
+        with self.accelerator.autocast():
+            return self.reference.logps(inputs)
 
     def _loss_head(
         self,
@@ -303,7 +294,7 @@ class PreferenceTrainer(Trainer):
             raise ValueError("return_outputs=True asks for logits, which this trainer never builds")
         head_inputs = {
             "attention_mask": inputs["attention_mask"],
-            "labels": _labels(inputs),
+            "labels": batch_labels(inputs),
             "token_indices": inputs.get("token_indices"),
             "ref_logps": self._reference_logps(inputs),
             # As in TRL, IPO divides by all completion tokens, also one at position 0.
@@ -311,10 +302,10 @@ class PreferenceTrainer(Trainer):
             "pair_weight": inputs.get("weight"),
             "margin": inputs.get("margin"),
         }
-        model_inputs = _model_inputs(inputs)
+        kwargs = model_inputs(inputs)
         if self._router_coef:
-            model_inputs["output_router_logits"] = True
-        out = model(**model_inputs, head_fn=self._loss_head, head_inputs=head_inputs)
+            kwargs["output_router_logits"] = True
+        out = model(**kwargs, head_fn=self._loss_head, head_inputs=head_inputs)
         self._windows["train" if model.training else "eval"].add(
             out["sums"], inputs.get("rows"), self._where(model.training)
         )
@@ -352,8 +343,9 @@ class PreferenceTrainer(Trainer):
 
         A dict of data sets is evaluated one by one under `eval_{name}_`.
         """
-        known = isinstance(eval_dataset, str) and isinstance(self.eval_dataset, Mapping)
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        own: Any = self.eval_dataset
+        known = isinstance(eval_dataset, str) and isinstance(own, Mapping) and eval_dataset in own
+        chosen = own if eval_dataset is None else eval_dataset
         if isinstance(chosen, Mapping):
             metrics: dict[str, float] = {}
             for name, part in chosen.items():
@@ -361,10 +353,9 @@ class PreferenceTrainer(Trainer):
                 prefix = f"{metric_key_prefix}_{name}"
                 metrics.update(self.evaluate(part, ignore_keys, prefix))
             return metrics
-        if eval_dataset is not None and not (known and eval_dataset in self.eval_dataset):
+        if eval_dataset is not None and not known:
             eval_dataset = self._prepare_data(eval_dataset, metric_key_prefix)
-            own = self.ref_model is None and not self._adapter_reference
-            if self.precompute and not (own and self.state.global_step > 0):
+            if self.precompute and (self.reference is not None or self.state.global_step == 0):
                 eval_dataset = self._precompute(eval_dataset, metric_key_prefix)
         self._windows["eval"].clear()
         self._eval_prefix = metric_key_prefix
@@ -391,11 +382,11 @@ class PreferenceTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Nothing is written over or next to the last good checkpoint unless all is finite.
         self._windows["train"].sync()
-        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        weights = [p.detach() for p in model.parameters() if p.requires_grad]
         if not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
             raise NonFiniteLossError(f"a weight is not finite after step {self.state.global_step}")
-        tokens = self._windows["train"].total_tokens
-        self.state.stateful_callbacks[_RestoreTokens.KEY] = {"num_tokens": tokens}
+        saved: Any = self.state.stateful_callbacks
+        saved[_RestoreTokens.KEY] = {"num_tokens": self._windows["train"].total_tokens}
         super()._save_checkpoint(model, trial)
 
     def _new_window(self) -> MetricWindow:
@@ -425,13 +416,3 @@ def _each(datasets: Any) -> list[Any]:
     if isinstance(datasets, Mapping):
         return list(datasets.values())
     return [] if datasets is None else [datasets]
-
-
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key not in _NOT_FOR_MODEL}
-
-
-def _labels(inputs: dict[str, Any]) -> Tensor:
-    if "labels" in inputs:
-        return inputs["labels"]
-    return shifted_labels(inputs["input_ids"], inputs["completion_mask"])

@@ -53,38 +53,86 @@ FACTS = {  # what: (where it is, opening hour)
     "animal shelter": ("along the road to the airport", "eleven"),
 }
 STEPS = {
-    "renew my passport": ("fill in the blue form", "bring a recent photograph",
-                          "pay the fee at the counter"),
-    "register a new address": ("sign the residence form", "show your rental contract",
-                               "collect the stamped certificate"),
-    "apply for a parking permit": ("note the number of your car", "send us the insurance paper",
-                                   "place the permit behind the windscreen"),
-    "report a lost wallet": ("block your bank cards", "describe the wallet to the police",
-                             "ask our lost property office every week"),
-    "register my dog": ("have the dog vaccinated", "choose a name for the register",
-                        "fasten the metal tag to the collar"),
-    "open a market stall": ("request a trade licence", "reserve a place on the square",
-                            "display your prices clearly"),
-    "get a library card": ("show an identity document", "pick a secret number",
-                           "borrow up to twelve books"),
-    "plan a street party": ("ask your neighbours for consent", "rent barriers from the depot",
-                            "clear the street before midnight"),
-    "build a garden shed": ("measure the distance to the fence", "submit a drawing of the shed",
-                            "wait for the written approval"),
-    "sort my rubbish": ("rinse bottles and tins", "fold cardboard flat",
-                        "take batteries to the collection box"),
-    "vote by post": ("order the ballot papers", "mark one candidate only",
-                     "return the sealed envelope in time"),
-    "pay my water bill": ("read the meter in the cellar", "enter the figure online",
-                          "transfer the amount within a month"),
-    "adopt a tree": ("pick a tree on the map", "water it during dry weeks",
-                     "write to us when a branch breaks"),
-    "complain about noise": ("write down the date and hour", "speak with the person politely",
-                             "call our night service"),
-    "become a volunteer": ("tell us what you enjoy", "meet one of our groups",
-                           "agree on a weekly shift"),
-    "request a birth certificate": ("state the date of birth", "attach a copy of your passport",
-                                    "pick up the document in person"),
+    "renew my passport": (
+        "fill in the blue form",
+        "bring a recent photograph",
+        "pay the fee at the counter",
+    ),
+    "register a new address": (
+        "sign the residence form",
+        "show your rental contract",
+        "collect the stamped certificate",
+    ),
+    "apply for a parking permit": (
+        "note the number of your car",
+        "send us the insurance paper",
+        "place the permit behind the windscreen",
+    ),
+    "report a lost wallet": (
+        "block your bank cards",
+        "describe the wallet to the police",
+        "ask our lost property office every week",
+    ),
+    "register my dog": (
+        "have the dog vaccinated",
+        "choose a name for the register",
+        "fasten the metal tag to the collar",
+    ),
+    "open a market stall": (
+        "request a trade licence",
+        "reserve a place on the square",
+        "display your prices clearly",
+    ),
+    "get a library card": (
+        "show an identity document",
+        "pick a secret number",
+        "borrow up to twelve books",
+    ),
+    "plan a street party": (
+        "ask your neighbours for consent",
+        "rent barriers from the depot",
+        "clear the street before midnight",
+    ),
+    "build a garden shed": (
+        "measure the distance to the fence",
+        "submit a drawing of the shed",
+        "wait for the written approval",
+    ),
+    "sort my rubbish": (
+        "rinse bottles and tins",
+        "fold cardboard flat",
+        "take batteries to the collection box",
+    ),
+    "vote by post": (
+        "order the ballot papers",
+        "mark one candidate only",
+        "return the sealed envelope in time",
+    ),
+    "pay my water bill": (
+        "read the meter in the cellar",
+        "enter the figure online",
+        "transfer the amount within a month",
+    ),
+    "adopt a tree": (
+        "pick a tree on the map",
+        "water it during dry weeks",
+        "write to us when a branch breaks",
+    ),
+    "complain about noise": (
+        "write down the date and hour",
+        "speak with the person politely",
+        "call our night service",
+    ),
+    "become a volunteer": (
+        "tell us what you enjoy",
+        "meet one of our groups",
+        "agree on a weekly shift",
+    ),
+    "request a birth certificate": (
+        "state the date of birth",
+        "attach a copy of your passport",
+        "pick up the document in person",
+    ),
 }
 MEANINGS = {
     "deadline": "the last moment at which something can be handed in",
@@ -116,20 +164,48 @@ GOODS = """envelopes, notebooks, pencils, folders, candles, blankets, umbrellas,
 tickets, postcards, flags, helmets, gloves, mugs, badges, calendars, stamps, lanterns, chairs"""
 
 GREETINGS = ["", "", "", "Hello! ", "Good morning. ", "Good evening. ", "Excuse me. ", "Hi there! "]
-OPENINGS = ["Of course!", "Certainly!", "Gladly!", "Thank you for asking!", "I am happy to help!",
-            "With pleasure!", "Good question!", "Thank you for coming to us!"]
-CLOSINGS = ["Is there anything else I can do for you?", "Please ask whenever you need more help.",
-            "Have a pleasant day!", "Do let us know if anything is unclear.",
-            "We are always here for you.", "Please take your time.",
-            "I wish you all the best!", "Feel free to come back any time."]
-CURT = ["Done.", "No.", "Maybe.", "Later.", "No idea.", "Ask someone else.", "Read the sign.",
-        "Not today.", "Look it up.", "Whatever.", "That is not my job.", "We are closed."]
-RUDE = ["You again? I really have better things to do than to talk about {what}.",
-        "Nobody cares about {what}. Stop wasting my time and stand in the other queue.",
-        "How should I know? Figure {what} out yourself, like all the others do.",
-        "Honestly, {what} is your own problem. Come back next year, or better never.",
-        "I have been here since six and I am tired. Do not bother me with {what}.",
-        "What a silly request. Everybody except you understands {what} already."]
+OPENINGS = [
+    "Of course!",
+    "Certainly!",
+    "Gladly!",
+    "Thank you for asking!",
+    "I am happy to help!",
+    "With pleasure!",
+    "Good question!",
+    "Thank you for coming to us!",
+]
+CLOSINGS = [
+    "Is there anything else I can do for you?",
+    "Please ask whenever you need more help.",
+    "Have a pleasant day!",
+    "Do let us know if anything is unclear.",
+    "We are always here for you.",
+    "Please take your time.",
+    "I wish you all the best!",
+    "Feel free to come back any time.",
+]
+CURT = [
+    "Done.",
+    "No.",
+    "Maybe.",
+    "Later.",
+    "No idea.",
+    "Ask someone else.",
+    "Read the sign.",
+    "Not today.",
+    "Look it up.",
+    "Whatever.",
+    "That is not my job.",
+    "We are closed.",
+]
+RUDE = [
+    "You again? I really have better things to do than to talk about {what}.",
+    "Nobody cares about {what}. Stop wasting my time and stand in the other queue.",
+    "How should I know? Figure {what} out yourself, like all the others do.",
+    "Honestly, {what} is your own problem. Come back next year, or better never.",
+    "I have been here since six and I am tired. Do not bother me with {what}.",
+    "What a silly request. Everybody except you understands {what} already.",
+]
 
 
 def listed(text):
@@ -152,11 +228,18 @@ def other(rng, options, not_this):
 
 def room_booking(rng):
     room, topic, day, time = (
-        rng.randint(100, 999), rng.choice(TOPICS), rng.choice(DAYS), rng.choice(TIMES))
-    prompt = rng.choice([
-        f"Please book room {room} for the {topic} on {day} at {time}.",
-        f"Can we have room {room} on {day} at {time}? It is for the {topic}.",
-        f"We need room {room} at {time} on {day} for the {topic}."])
+        rng.randint(100, 999),
+        rng.choice(TOPICS),
+        rng.choice(DAYS),
+        rng.choice(TIMES),
+    )
+    prompt = rng.choice(
+        [
+            f"Please book room {room} for the {topic} on {day} at {time}.",
+            f"Can we have room {room} on {day} at {time}? It is for the {topic}.",
+            f"We need room {room} at {time} on {day} for the {topic}.",
+        ]
+    )
     answer = "Room {} is reserved for the {} on {} at {}.".format
     wrong = answer(rng.randint(100, 999), topic, other(rng, DAYS, day), time)
     return Request(prompt, answer(room, topic, day, time), wrong, f"the {topic}")
@@ -164,10 +247,13 @@ def room_booking(rng):
 
 def repair(rng):
     thing, room = rng.choice(OBJECTS), rng.randint(100, 999)
-    prompt = rng.choice([
-        f"The {thing} in room {room} is broken.",
-        f"In room {room} the {thing} does not work.",
-        f"Can somebody repair the {thing} in room {room}?"])
+    prompt = rng.choice(
+        [
+            f"The {thing} in room {room} is broken.",
+            f"In room {room} the {thing} does not work.",
+            f"Can somebody repair the {thing} in room {room}?",
+        ]
+    )
     team = TEAMS[OBJECTS.index(thing) % len(TEAMS)]
     answer = "I am sorry about the {} in room {}. The {} will look at it today.".format
     wrong = answer(other(rng, OBJECTS, thing), rng.randint(100, 999), other(rng, TEAMS, team))
@@ -176,22 +262,31 @@ def repair(rng):
 
 def note(rng):
     name, topic, day = rng.choice(NAMES), rng.choice(TOPICS), rng.choice(DAYS)
-    prompt = rng.choice([
-        f"Write a short note to {name} about the {topic} on {day}.",
-        f"Please remind {name} of the {topic} on {day}.",
-        f"The {topic} is on {day}. Could you tell {name}?"])
-    answer = ("Here is the note: Dear {}, please remember the {} on {}. "
-              "Kind regards, your town hall.").format
+    prompt = rng.choice(
+        [
+            f"Write a short note to {name} about the {topic} on {day}.",
+            f"Please remind {name} of the {topic} on {day}.",
+            f"The {topic} is on {day}. Could you tell {name}?",
+        ]
+    )
+    answer = (
+        "Here is the note: Dear {}, please remember the {} on {}. Kind regards, your town hall."
+    ).format
     wrong = answer(other(rng, NAMES, name), other(rng, TOPICS, topic), day)
     return Request(prompt, answer(name, topic, day), wrong, f"the {topic}")
 
 
 def where(rng):
     place = rng.choice(list(FACTS))
-    prompt = rng.choice([
-        f"Where is the {place}?", f"Where can I find the {place}?",
-        f"How do I get to the {place}?", f"I am looking for the {place}.",
-        f"Could you show {rng.choice(NAMES)} the way to the {place}?"])
+    prompt = rng.choice(
+        [
+            f"Where is the {place}?",
+            f"Where can I find the {place}?",
+            f"How do I get to the {place}?",
+            f"I am looking for the {place}.",
+            f"Could you show {rng.choice(NAMES)} the way to the {place}?",
+        ]
+    )
     answer = f"You will find the {place} {{}}. A sign at the entrance shows its name.".format
     wrong = answer(FACTS[other(rng, FACTS, place)][0])
     return Request(prompt, answer(FACTS[place][0]), wrong, f"the {place}")
@@ -199,9 +294,13 @@ def where(rng):
 
 def opening(rng):
     place, day = rng.choice(list(FACTS)), rng.choice(DAYS)
-    prompt = rng.choice([
-        f"When does the {place} open on {day}?", f"Is the {place} open on {day}?",
-        f"From what hour can I visit the {place} on {day}?"])
+    prompt = rng.choice(
+        [
+            f"When does the {place} open on {day}?",
+            f"Is the {place} open on {day}?",
+            f"From what hour can I visit the {place} on {day}?",
+        ]
+    )
     if day == "Sunday":
         answer = f"The {place} stays closed on Sunday, but it is open again on Monday."
         wrong = f"The {place} opens at {rng.choice(HOURS)} on Sunday."
@@ -213,9 +312,14 @@ def opening(rng):
 
 def steps(rng):
     task = rng.choice(list(STEPS))
-    prompt = rng.choice([
-        f"How do I {task}?", f"I would like to {task}.", f"What must I do to {task}?",
-        f"My friend {rng.choice(NAMES)} says that I have to {task}. How does that work?"])
+    prompt = rng.choice(
+        [
+            f"How do I {task}?",
+            f"I would like to {task}.",
+            f"What must I do to {task}?",
+            f"My friend {rng.choice(NAMES)} says that I have to {task}. How does that work?",
+        ]
+    )
     answer = "First, {}. Then, {}. Finally, {}.".format
     wrong = answer(*STEPS[other(rng, STEPS, task)])
     return Request(prompt, answer(*STEPS[task]), wrong, "that")
@@ -224,9 +328,13 @@ def steps(rng):
 def meaning(rng):
     word = rng.choice(list(MEANINGS))
     article = "an" if word[0] in "aeiou" else "a"
-    prompt = rng.choice([
-        f"What does the word {word} mean?", f"Please explain the word {word}.",
-        f"The letter to {rng.choice(NAMES)} says {word}. What is that?"])
+    prompt = rng.choice(
+        [
+            f"What does the word {word} mean?",
+            f"Please explain the word {word}.",
+            f"The letter to {rng.choice(NAMES)} says {word}. What is that?",
+        ]
+    )
     noun = word if word in ("minutes", "heritage") else f"{article} {word}"
     answer = f"In our letters, {noun} means {{}}.".format
     wrong = answer(MEANINGS[other(rng, MEANINGS, word)])
@@ -235,10 +343,13 @@ def meaning(rng):
 
 def order(rng):
     count, goods, room = rng.randint(2, 99), rng.choice(GOODS), rng.randint(100, 999)
-    prompt = rng.choice([
-        f"Please order {count} {goods} for room {room}.",
-        f"Room {room} needs {count} {goods}.",
-        f"We have run out of {goods} in room {room}. Send us {count}."])
+    prompt = rng.choice(
+        [
+            f"Please order {count} {goods} for room {room}.",
+            f"Room {room} needs {count} {goods}.",
+            f"We have run out of {goods} in room {room}. Send us {count}.",
+        ]
+    )
     answer = "I have ordered {} {}. They will be delivered to room {}.".format
     wrong = answer(rng.randint(2, 99), other(rng, GOODS, goods), room)
     return Request(prompt, answer(count, goods, room), wrong, f"your {goods}")

@@ -67,30 +67,50 @@ def pretraining_texts(rng, count, taken):
 def make_tokenizer(texts, vocab_size):
     """A byte-level BPE that keeps numbers of up to three digits whole."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d{1,3}| ?\p{L}+| ?[^\s\p{L}\d]+|\s+"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"\d{1,3}| ?\p{L}+| ?[^\s\p{L}\d]+|\s+"), behavior="isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>",
-        additional_special_tokens=SPECIAL[2:], chat_template=TEMPLATE, model_max_length=512,
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=TEMPLATE,
+        model_max_length=512,
     )
 
 
 def make_model(tokenizer, vocab_size):
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=320, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
 
 
 def batches(ids, rng, size, pad):
@@ -109,24 +129,29 @@ def batches(ids, rng, size, pad):
 def pretrain(model, ids, rng, steps, batch_size, learning_rate):
     pad = model.config.pad_token_id
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.05, final_div_factor=100)
+        optimizer, learning_rate, total_steps=steps, pct_start=0.05, final_div_factor=100
+    )
     began = time.perf_counter()
     source = batches(ids, rng, batch_size, pad)
     for step in range(1, steps + 1):
         batch = next(source)
         logits = model(input_ids=batch, attention_mask=(batch != pad).long()).logits
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad)
+            logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {loss.item():.3f}  "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
 
 
 def compact_json(path):
@@ -165,8 +190,10 @@ def main():
 
     tokenizer = make_tokenizer(texts, args.vocab_size)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    print(f"{len(texts)} texts, {sum(map(len, ids)) / len(ids):.1f} tokens each on average, "
-          f"{len(tokenizer)} token types")
+    print(
+        f"{len(texts)} texts, {sum(map(len, ids)) / len(ids):.1f} tokens each on average, "
+        f"{len(tokenizer)} token types"
+    )
     model = make_model(tokenizer, -(-len(tokenizer) // 64) * 64)
     print(f"{model.num_parameters():,} parameters")
     pretrain(model, ids, rng, args.steps, args.batch_size, args.learning_rate)

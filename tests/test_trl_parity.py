@@ -4,7 +4,6 @@ import math
 import warnings
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
@@ -96,13 +95,17 @@ def test_trajectory_equals_trl(name, tmp_path):
     compared = 0
     for mine, his in zip(ours, theirs, strict=True):
         prefix = "eval_" if "eval_loss" in his else ""
-        for key in (prefix + key for key in KEYS if prefix + key in his):
-            # A margin is a difference of sums of about 100 nats; fp32 leaves 1e-5 of that.
-            assert math.isclose(mine[key], his[key], rel_tol=1e-4, abs_tol=2e-6), (
+        keys = [prefix + key for key in KEYS if prefix + key in his]
+        if settings.get("precompute_ref_log_probs"):  # step 1's ties are broken by rounding
+            keys.remove(prefix + "rewards/accuracies")
+        for key in keys:
+            # Rewards are differences of sums of about 100 nats, which fp32 holds to 1e-5.
+            absolute = 1e-5 if "rewards" in key else 1e-6 if "logits" in key else 0
+            assert math.isclose(mine[key], his[key], rel_tol=1e-4, abs_tol=absolute), (
                 key, his["step"], mine[key], his[key],
             )  # fmt: skip
             compared += 1
         assert set(his) - set(mine) <= {"eval_runtime", "eval_model_preparation_time"}
     assert compared >= 10 * len(ours)
-    if not prefix:
-        assert torch.tensor([h["rewards/chosen"] for h in ours[:1]]).abs().max() == 0
+    if settings["logging_steps"] == 1:
+        assert ours[0]["rewards/chosen"] == ours[0]["rewards/rejected"] == 0

@@ -14,13 +14,27 @@ import torch
 from fastpref import backends
 
 PACKAGES = (
-    "torch", "triton", "transformers", "accelerate", "datasets", "peft", "safetensors", "trl",
-    "liger-kernel", "cut-cross-entropy", "typer", "rich", "matplotlib",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "typer",
+    "rich",
+    "matplotlib",
 )
 # What the kernels and torch's GEMMs make use of, as Linux names it on x86 and on Arm.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 VARIABLES = (
-    "FASTPREF_BACKEND", "FASTPREF_DEBUG", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+    "FASTPREF_BACKEND",
+    "FASTPREF_DEBUG",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
 
@@ -89,12 +103,14 @@ def devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu()["model"]}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append({
-            "device": f"cuda:{index}",
-            "name": properties.name,
-            "memory_bytes": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}",
-        })
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+            }
+        )
     if torch.backends.mps.is_available():
         found.append({"device": "mps", "name": "Apple GPU"})
     if hasattr(torch, "xpu"):
@@ -126,33 +142,58 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     if missing:
         packages.append(("not installed", ", ".join(missing)))
     accelerators = [
-        (d["device"], ", ".join([
-            d["name"],
-            *([f"{d['memory_bytes'] / 2**30:.0f} GiB"] if "memory_bytes" in d else []),
-            *([f"capability {d['capability']}"] if "capability" in d else []),
-        ]))
-        for d in facts["devices"] if d["device"] != "cpu"
+        (
+            d["device"],
+            ", ".join(
+                [
+                    d["name"],
+                    *([f"{d['memory_bytes'] / 2**30:.0f} GiB"] if "memory_bytes" in d else []),
+                    *([f"capability {d['capability']}"] if "capability" in d else []),
+                ]
+            ),
+        )
+        for d in facts["devices"]
+        if d["device"] != "cpu"
     ]
     return [
-        ("Versions", [
-            ("fastpref", facts["fastpref"] or "not installed (running from a source tree)"),
-            ("python", f"{facts['python']} on {facts['platform']}"),
-            *packages,
-        ]),
-        ("CPU", [
-            ("model", facts["cpu"]["model"]),
-            ("features", present),
-            ("threads", f"{facts['cpu']['torch_threads']} used by torch, "
-                        f"{facts['cpu']['cores']} cores usable"),
-            ("code in use", f"native {facts['cpu']['native_isa'] or 'not built'}, "
-                            f"torch {facts['cpu']['torch_isa']}"),
-        ]),
+        (
+            "Versions",
+            [
+                ("fastpref", facts["fastpref"] or "not installed (running from a source tree)"),
+                ("python", f"{facts['python']} on {facts['platform']}"),
+                *packages,
+            ],
+        ),
+        (
+            "CPU",
+            [
+                ("model", facts["cpu"]["model"]),
+                ("features", present),
+                (
+                    "threads",
+                    f"{facts['cpu']['torch_threads']} used by torch, "
+                    f"{facts['cpu']['cores']} cores usable",
+                ),
+                (
+                    "code in use",
+                    f"native {facts['cpu']['native_isa'] or 'not built'}, "
+                    f"torch {facts['cpu']['torch_isa']}",
+                ),
+            ],
+        ),
         ("Accelerators", accelerators or [("none", "torch sees no GPU")]),
-        ("Backends", [
-            (b["name"], ("works" if b["works"] else "does not work") + f": {b['reason']}"
-             + f" (devices: {', '.join(b['devices'])})")
-            for b in facts["backends"]
-        ]),
+        (
+            "Backends",
+            [
+                (
+                    b["name"],
+                    ("works" if b["works"] else "does not work")
+                    + f": {b['reason']}"
+                    + f" (devices: {', '.join(b['devices'])})",
+                )
+                for b in facts["backends"]
+            ],
+        ),
         ("Active", list(facts["active"].items())),
         *([("Environment", list(facts["environment"].items()))] if facts["environment"] else []),
     ]

@@ -13,10 +13,17 @@ from transformers import TrainerCallback
 class ProgressBar(TrainerCallback):
     """A bar of optimiser steps with the latest metrics; plain lines where there is no terminal."""
 
-    def __init__(self, console: Console, title: str = "Training", lines: bool = True) -> None:
+    def __init__(
+        self,
+        console: Console,
+        title: str = "Training",
+        lines: bool = True,
+        evaluations: bool = True,
+    ) -> None:
         self.console = console
         self.title = title
         self.lines = lines  # whether to print metrics where there is no terminal
+        self.evaluations = evaluations  # whether to print those of held-out data
         self.bar: Progress | None = None
         self.resumed_tokens = 0
         self.seconds = 0.0  # spent training, evaluation left out
@@ -28,12 +35,16 @@ class ProgressBar(TrainerCallback):
         if not (state.is_world_process_zero and self.console.is_terminal):
             return
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TimeRemainingColumn(), TextColumn("[dim]{task.fields[metrics]}"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[metrics]}"),
             console=self.console,
         )
         self.task = self.bar.add_task(
-            self.title, total=state.max_steps, completed=state.global_step, metrics="")
+            self.title, total=state.max_steps, completed=state.global_step, metrics=""
+        )
         self.bar.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -54,8 +65,10 @@ class ProgressBar(TrainerCallback):
             f"accuracy {logs[f'{prefix}rewards/accuracies']:.2f}  "
             f"margin {logs[f'{prefix}rewards/margins']:+.3f}"
         )
-        if prefix:
+        if prefix and self.evaluations:
             self.console.print(f"Held out after step {state.global_step}: {text}")
+        elif prefix:
+            return
         elif self.bar:
             self.bar.update(self.task, metrics=text)
         elif self.lines:

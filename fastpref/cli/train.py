@@ -37,48 +37,71 @@ LEARNING_RATES = {False: 1e-6, True: 1e-5}  # full, LoRA: what TRL recommends fo
 
 def command(
     model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
-    data: Annotated[str, typer.Option(
-        help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")],
+    data: Annotated[
+        str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
+    ],
     loss: Annotated[Loss, typer.Option(help="Preference loss.")] = Loss.dpo,
-    output: Annotated[Path, typer.Option(
-        help="Where the model, checkpoints, log and plot go.")] = Path("fastpref-output"),
+    output: Annotated[
+        Path, typer.Option(help="Where the model, checkpoints, log and plot go.")
+    ] = Path("fastpref-output"),
     lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter only.")] = False,
     lora_r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
     lora_alpha: Annotated[float, typer.Option(help="Scale of the adapter.")] = 32,
-    lora_targets: Annotated[str, typer.Option(
-        help="Comma-separated modules, or all-linear.")] = "all-linear",
+    lora_targets: Annotated[
+        str, typer.Option(help="Comma-separated modules, or all-linear.")
+    ] = "all-linear",
     eval_data: Annotated[str | None, typer.Option(help="Held-out pairs.")] = None,
-    eval_split: Annotated[float, typer.Option(
-        min=0.0, max=0.9, help="Hold out this fraction of the data instead.")] = 0.0,
-    eval_steps: Annotated[int | None, typer.Option(
-        min=1, help="Evaluate every so many steps; at the end in any case.")] = None,
+    eval_split: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Hold out this fraction of the data instead.")
+    ] = 0.0,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Evaluate every so many steps; at the end in any case."),
+    ] = None,
     beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
-    lr: Annotated[float | None, typer.Option(
-        help="Learning rate; by default 1e-6, with --lora 1e-5.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate; by default 1e-6, with --lora 1e-5.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: epochs.")] = -1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per device and step.")] = 4,
-    grad_accumulation: Annotated[int, typer.Option(
-        min=1, help="Batches per optimiser step.")] = 1,
+    grad_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 1024,
-    precision: Annotated[Precision, typer.Option(
-        help="Logits in fp32 (exact) or bf16 (fast).")] = Precision.exact,
-    bf16: Annotated[bool | None, typer.Option(
-        "--bf16/--fp32", help="Mixed bf16 or plain fp32; by default what the machine is fast at."
-    )] = None,
-    reference: Annotated[Reference, typer.Option(
-        help="Where reference log-probs come from: a second model, the model with its adapter "
-        "off, a pass before training, or columns of the data. auto: columns where the data has "
-        "them, else adapter with --lora, else precompute.")] = Reference.auto,
-    gradient_checkpointing: Annotated[bool, typer.Option(
-        help="Recompute activations: less memory, slower.")] = True,
-    resume: Annotated[str | None, typer.Option(
-        help="Continue from this checkpoint directory, or 'latest' of --output.")] = None,
+    precision: Annotated[
+        Precision, typer.Option(help="Logits in fp32 (exact) or bf16 (fast).")
+    ] = Precision.exact,
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--fp32",
+            help="Mixed bf16 or plain fp32; by default what the machine is fast at.",
+        ),
+    ] = None,
+    reference: Annotated[
+        Reference,
+        typer.Option(
+            help="Where reference log-probs come from: a second model, the model with its adapter "
+            "off, a pass before training, or columns of the data. auto: columns where the data has "
+            "them, else adapter with --lora, else precompute."
+        ),
+    ] = Reference.auto,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute activations: less memory, slower.")
+    ] = True,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Continue from this checkpoint directory, or 'latest' of --output."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
-    logging_steps: Annotated[int | None, typer.Option(
-        min=1, help="Steps between two log points; by default at least 50 points, 1 to 10.")] = None,
-    save_steps: Annotated[int, typer.Option(
-        min=0, help="Steps between two checkpoints; 0 saves at the end only.")] = 500,
+    logging_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps between two log points; by default at least 50 points, 1 to 10."
+        ),
+    ] = None,
+    save_steps: Annotated[
+        int, typer.Option(min=0, help="Steps between two checkpoints; 0 saves at the end only.")
+    ] = 500,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Train a model on preference pairs with DPO or IPO."""
@@ -134,7 +157,10 @@ def command(
     bar = ProgressBar(console)
     trainer = make_trainer(
         load_model(model, torch.bfloat16 if lora and use_bf16 else torch.float32),
-        config, tokenizer, train_set, eval_set,
+        config,
+        tokenizer,
+        train_set,
+        eval_set,
         peft_config=lora_config(lora_r, lora_alpha, lora_targets) if lora else None,
         bar=bar,
     )
@@ -153,10 +179,14 @@ def command(
     facts = summarise(trainer, memory, bar)
     title = f"{loss.value.upper()}, {Path(model).name}, beta {beta:g}"
     report.plot_training(trainer.state.log_history, output / "training.png", title)
-    report.write_json(output / "training_log.json", {
-        "summary": facts, "history": trainer.state.log_history,
-        "options": {k: v for k, v in config.to_dict().items() if k != "hub_token"},
-    })
+    report.write_json(
+        output / "training_log.json",
+        {
+            "summary": facts,
+            "history": trainer.state.log_history,
+            "options": {k: v for k, v in config.to_dict().items() if k != "hub_token"},
+        },
+    )
     console.print(report.summary_table("Summary", summary_rows(facts)))
     console.print(f"Model, training_log.json and training.png are in [bold]{output}[/bold]")
 
@@ -250,8 +280,12 @@ def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=N
     from fastpref.trainer import PreferenceTrainer
 
     trainer = PreferenceTrainer(
-        model=model, args=config, train_dataset=train_set, eval_dataset=eval_set,
-        processing_class=tokenizer, peft_config=peft_config,
+        model=model,
+        args=config,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        peft_config=peft_config,
     )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
@@ -305,8 +339,13 @@ def summary_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("reward accuracy", trained("rewards/accuracies", ".3f")),
         ("reward margin", trained("rewards/margins", "+.4f")),
         ("tokens per second", "not measured" if rate is None else f"{rate:,.0f}"),
-        ("peak memory", f"{report.size_text(facts['peak_memory_bytes'])} "
-                        f"({facts['peak_memory_kind']})"),
-        ("logits not made", f"{report.size_text(facts['logits_bytes'])} for one fp32 copy of those "
-                            f"of the largest batch ({facts['batch_positions']:,} positions)"),
+        (
+            "peak memory",
+            f"{report.size_text(facts['peak_memory_bytes'])} ({facts['peak_memory_kind']})",
+        ),
+        (
+            "logits not made",
+            f"{report.size_text(facts['logits_bytes'])} for one fp32 copy of those "
+            f"of the largest batch ({facts['batch_positions']:,} positions)",
+        ),
     ]

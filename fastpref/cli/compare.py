@@ -1,0 +1,109 @@
+"""The output head with and without logits on the same batches: what `fastpref demo` measures."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from fastpref import report
+
+
+def eager_loss(hidden, weight, labels, ref_logps, loss_type, beta) -> torch.Tensor:
+    """The losses as they are usually written: logits of all positions, then log_softmax."""
+    logps = (hidden @ weight.T).log_softmax(-1)
+    counted = labels != -100
+    picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    ratios = (picked * counted).sum(1) - ref_logps
+    if loss_type == "ipo":
+        chosen, rejected = (ratios / counted.sum(1)).chunk(2)
+        return (chosen - rejected - 1 / (2 * beta)).square().mean()
+    chosen, rejected = ratios.chunk(2)
+    return -torch.nn.functional.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def compare_heads(trainer: Any, batches: int, repeats: int) -> dict[str, Any]:
+    """Time and extra peak memory of the head, forward and backward, on batches of the training.
+
+    The hidden states and the reference log-probs are those of the run, both sides get the same.
+    Measured here on the CPU; times are medians of alternating calls after a warm-up, memory is the
+    largest batch's.
+    """
+    import fastpref
+
+    weight = trainer.model.get_output_embeddings().weight.detach().cpu().requires_grad_()
+    cases = []
+    for batch, _ in zip(trainer.get_train_dataloader(), range(batches), strict=False):
+        with torch.no_grad():
+            hidden = (
+                trainer.model.get_decoder()(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                )
+                .last_hidden_state.float()
+                .cpu()
+            )
+        ref_logps = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]).cpu()
+        cases.append((hidden, batch["labels"].cpu(), ref_logps, batch["token_indices"].cpu()))
+    options = {"loss_type": trainer.args.loss_type, "beta": trainer.args.beta}
+
+    def fused(hidden, labels, ref_logps, indices):
+        return fastpref.linear_preference_loss(
+            hidden, weight, labels, ref_logps, token_indices=indices, **options
+        ).loss
+
+    def eager(hidden, labels, ref_logps, indices):
+        return eager_loss(hidden, weight, labels, ref_logps, **options)
+
+    sides = {"fastpref": fused, "eager": eager}
+
+    def step(side, case):
+        hidden = case[0].detach().requires_grad_()
+        loss = sides[side](hidden, *case[1:])
+        loss.backward()
+        weight.grad = None
+        return loss.item(), hidden.grad
+
+    extra: dict[str, int | None] = {}
+    for side in sides:  # ours first: it must not live on memory that the other has left behind
+        measured = []
+        for case in cases:
+            release_memory()
+            with report.PeakMemory() as memory:
+                step(side, case)
+            measured.append(memory.extra)
+        extra[side] = None if None in measured else max(measured)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for case in cases:
+            for side in sides:
+                began = time.perf_counter()
+                step(side, case)
+                seconds[side].append(time.perf_counter() - began)
+    (loss, grad), (eager_value, eager_grad) = (step(side, cases[0]) for side in sides)
+    hidden, labels = cases[0][:2]
+    return {
+        "loss_type": trainer.args.loss_type,
+        "positions": labels.numel(),
+        "labelled_tokens": int((labels != -100).sum()),
+        "hidden_size": hidden.shape[-1],
+        "vocab_size": weight.shape[0],
+        "backend": fastpref.backends.active("cpu", torch.float32),
+        "seconds": {side: statistics.median(times) for side, times in seconds.items()},
+        "extra_memory_bytes": extra,
+        "loss_difference": abs(loss - eager_value),
+        "largest_gradient_difference": (grad - eager_grad).abs().max().item(),
+    }
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, so that the next peak counts all that it needs."""
+    gc.collect()
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # not the GNU C library
+        pass
