@@ -91,6 +91,7 @@ FP_TARGET void pack_w(const uint16_t* w, int64_t stride, int64_t rows, int64_t h
                 int64_t row = v * 16 + i;
                 r[i] = row < rows ? _mm512_maskz_loadu_epi16(mask, w + row * stride + 2 * p)
                                   : _mm512_setzero_si512();
+                _mm_prefetch(reinterpret_cast<const char*>(w + (row + COLS) * stride + 2 * p), _MM_HINT_T1);
             }
             transpose16(r);
             for (int64_t i = 0; i < take; ++i)

@@ -95,7 +95,7 @@ class LinearTokenLogps(torch.autograd.Function):
         stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
         stats = Stats.empty(n, x.device, stats_type, extras)
         u = torch.empty_like(x) if head.hidden_grad else None
-        stash = x.new_empty((plan.stash_tokens, vocab)) if head.weight_grad else x.new_empty((0, 0))
+        stash = x.new_empty((plan.stash_tokens, vocab))
         buffer = x.new_empty((min(plan.block_tokens, max(n, 1)), vocab), dtype=tile_type)
         for start in range(0, n, plan.block_tokens):
             stop = min(start + plan.block_tokens, n)

@@ -37,9 +37,6 @@ class PreferenceConfig(TrainingArguments):
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
             `linear_token_logps`.
-
-    Raises:
-        ValueError: an option is out of range.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -123,5 +120,16 @@ class PreferenceConfig(TrainingArguments):
             given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
             setattr(self, new if renamed else old, given[0] if given else default)
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}; expected a positive number")
+    def loss_options(self) -> dict[str, Any]:
+        """The loss and its options, as arguments of `linear_preference_loss`."""
+        names = ("loss_type", "beta", "label_smoothing", "ipo_normalization")
+        return {name: getattr(self, name) for name in names}
+
+    def head_options(self) -> dict[str, Any]:
+        """How the output head is computed, as arguments of `linear_token_logps`."""
+        return {
+            "strategy": self.head_strategy,
+            "memory_budget": self.head_memory_budget,
+            "precision": self.precision,
+            "backend": self.backend,
+        }

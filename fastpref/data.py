@@ -236,6 +236,9 @@ def _encode_row(row: dict, tokenizer: Any, where: str) -> tuple[tuple[list, list
 
 
 def _tokenize_pair(row: dict, tokenizer: Any, where: str) -> list[list[int]]:
+    for key in TEXT:
+        if row[key] is None:
+            raise ValueError(f"{where}: {key} is missing; expected a string or a message list")
     prompt, chosen, rejected = (row[key] for key in TEXT)
     if all(isinstance(value, str) for value in (prompt, chosen, rejected)):
         eos = tokenizer.eos_token

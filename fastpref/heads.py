@@ -57,7 +57,7 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def read_head(model: nn.Module) -> Head:
+def read_head(model: Any) -> Head:
     """Read a causal language model's output head and the transform of its logits.
 
     The scale comes from the first config key present of `logit_scale`, `output_multiplier`,
@@ -113,7 +113,7 @@ def _logit_scale(config: Any) -> float:
 HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
 
 
-def install_head_forward(model: nn.Module) -> None:
+def install_head_forward(model: Any) -> None:
     """Let `model(..., head_fn=f, head_inputs={...})` return `f(hidden, head, aux_loss, **inputs)`.
 
     `hidden` is the last hidden state [B, T, H], `head` a `Head`, `aux_loss` the load-balancing loss
@@ -158,7 +158,7 @@ def _load_balancing_loss(model: Any, outputs: Any, attention_mask: Tensor | None
     return loss
 
 
-def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """Call a causal language model, wrapped or not, and return its final hidden states [B, T, H].
 
     No logits are computed. Prompt-learning adapters prepend virtual tokens; the positions of the

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from fastpref.fused import PreferenceOutput
 
@@ -163,3 +165,16 @@ class MetricWindow:
 
     def clear(self) -> None:
         self.pending, self.metrics = [], []
+
+
+class TokenCount(TrainerCallback):
+    """Counts tokens on from the checkpoint that a run resumes from."""
+
+    KEY = "fastpref"  # in the checkpoint's trainer_state.json, under stateful_callbacks
+
+    def __init__(self, window: MetricWindow) -> None:
+        self.window = window
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = (state.stateful_callbacks or {}).get(self.KEY, {})
+        self.window.total_tokens = saved.get("num_tokens", self.window.total_tokens)

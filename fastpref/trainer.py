@@ -32,7 +32,7 @@ from .heads import (
 )
 from .loading import add_adapter, load_model, load_tokenizer, router_coefficient
 from .losses import check_options
-from .metrics import EXTRAS, MetricWindow, NonFiniteLossError, micro_step_sums
+from .metrics import EXTRAS, MetricWindow, NonFiniteLossError, TokenCount, micro_step_sums
 
 logger = logging.getLogger("fastpref")
 
@@ -90,6 +90,8 @@ class PreferenceTrainer(Trainer):
             args = PreferenceConfig(output_dir="fastpref-output")
         if train_dataset is None:
             raise ValueError("train_dataset is None; expected preference data")
+        self._head_options, self._loss_options = args.head_options(), args.loss_options()
+        check_options(**self._loss_options, margin=None)
         set_seed(args.seed)  # before an adapter draws its weights
         if model is ref_model and not isinstance(model, str):
             raise ValueError("ref_model is model itself; leave it out to have a copy made")
@@ -115,11 +117,11 @@ class PreferenceTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         datasets = [train_dataset, *_each(eval_dataset)]
+        if any("margin" in (dataset.column_names or ()) for dataset in datasets):
+            check_options(**self._loss_options, margin=torch.zeros(1))
         given = [refs.has_reference(dataset) for dataset in datasets]
         if args.reference_free and (any(given) or ref_model is not None):
-            raise ValueError(
-                "reference_free is True but a reference is given; expected one of them"
-            )
+            raise ValueError("reference_free is True but a reference is given")
         wanted = not all(given) and not args.reference_free
         self.precompute = args.precompute_ref_log_probs and wanted
         adapter = refs.is_peft(model) and ref_model is None
@@ -136,7 +138,7 @@ class PreferenceTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), _RestoreTokens(self)],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
@@ -145,22 +147,9 @@ class PreferenceTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
                 "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
             )
-        self._head_options: dict[str, Any] = {
-            "strategy": args.head_strategy,
-            "memory_budget": args.head_memory_budget,
-            "precision": args.precision,
-            "backend": args.backend,
-        }
-        self._loss_options: dict[str, Any] = {
-            "loss_type": args.loss_type,
-            "beta": args.beta,
-            "label_smoothing": args.label_smoothing,
-            "ipo_normalization": args.ipo_normalization,
-        }
-        has_margin = any("margin" in (d.column_names or ()) for d in datasets)
-        check_options(**self._loss_options, margin=torch.zeros(1) if has_margin else None)
         self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
         self._windows = {mode: self._new_window() for mode in ("train", "eval")}
+        self.add_callback(TokenCount(self._windows["train"]))
         self._eval_prefix: str | None = None
         self._micro_step = (0, 0)
         self.ref_model: Any = None
@@ -386,7 +375,7 @@ class PreferenceTrainer(Trainer):
         if not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
             raise NonFiniteLossError(f"a weight is not finite after step {self.state.global_step}")
         saved: Any = self.state.stateful_callbacks
-        saved[_RestoreTokens.KEY] = {"num_tokens": self._windows["train"].total_tokens}
+        saved[TokenCount.KEY] = {"num_tokens": self._windows["train"].total_tokens}
         super()._save_checkpoint(model, trial)
 
     def _new_window(self) -> MetricWindow:
@@ -396,20 +385,6 @@ class PreferenceTrainer(Trainer):
             self.accelerator.process_index,
             has_aux_loss=self._router_coef != 0,
         )
-
-
-class _RestoreTokens(TrainerCallback):
-    """Counts tokens on from the checkpoint that a run resumes from."""
-
-    KEY = "fastpref"
-
-    def __init__(self, trainer: PreferenceTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(self.KEY, {})
-        window = self.trainer._windows["train"]
-        window.total_tokens = saved.get("num_tokens", window.total_tokens)
 
 
 def _each(datasets: Any) -> list[Any]:

@@ -92,3 +92,17 @@ def ipo_bandit(preferences: Tensor, reference: Tensor, tau: float) -> Tensor:
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
+
+
+def assert_within(got: Tensor, truth: Tensor, bound: Tensor | float) -> None:
+    """Every |got - truth| <= bound, no NaN; the message shows the worst element only."""
+    assert got.shape == truth.shape
+    got, truth = got.detach().double(), truth.detach().double()
+    excess = torch.where(got == truth, 0.0, (got - truth).abs() / bound)
+    excess = excess.nan_to_num(nan=math.inf)
+    if excess.numel() and excess.max() > 1:
+        at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), got.shape))
+        raise AssertionError(
+            f"{int((excess > 1).sum())} of {got.numel()} out of bounds, the worst at {at}: "
+            f"got {float(got[at])!r}, truth {float(truth[at])!r}, {float(excess[at]):.3g} bounds"
+        )

@@ -98,11 +98,9 @@ def command(
 
 def quiet() -> None:
     """Keep the bars and notices of the libraries below off the screen; ours are enough."""
-    import datasets
-    import transformers
+    from fastpref.cli.train import hide_library_bars
 
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    hide_library_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
@@ -213,8 +211,8 @@ def show_answers(console: Any, heldout: list[dict], answers: dict[str, list[str]
 
     bad = [i for i, row in enumerate(heldout) if body(row) not in answers["before"][i]]
     console.print(
-        f"\n[bold]Answers to held-out requests[/bold], {min(SHOWN, len(bad))} of the {len(bad)} that "
-        "were not answered well before; green is helpful and correct"
+        f"\n[bold]Answers to held-out requests[/bold]: {min(SHOWN, len(bad))} of the {len(bad)} "
+        "that went wrong before\n(sampled with one seed; green: helpful and correct)"
     )
     for i in bad[:SHOWN]:
         console.print(Text(f"\n  {request(heldout[i])}", style="bold cyan"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -106,11 +109,15 @@ def command(
 ) -> None:
     """Train a model on preference pairs with DPO or IPO."""
     from rich.console import Console
-    from rich.logging import RichHandler
+    from rich.markup import escape
 
     console = Console(highlight=False)
-    notes = logging.getLogger("fastpref")
-    notes.handlers = [RichHandler(console=console, show_time=False, show_path=False)]
+    if not console.is_terminal:  # bars are for people
+        hide_library_bars()
+    if resume == "latest":
+        resume = latest_checkpoint(output)
+    elif resume is not None and not Path(resume).is_dir():
+        raise ValueError(f"--resume {resume} is not a checkpoint directory")
     tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
     mode = reference_mode(reference, lora, train_set.column_names, eval_set)
     use_bf16 = bf16_is_fast() if bf16 is None else bf16
@@ -118,9 +125,9 @@ def command(
         raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
     rate = LEARNING_RATES[lora] if lr is None else lr
     pairs_per_step = batch_size * grad_accumulation
-    steps = max_steps if max_steps > 0 else max(1, round(epochs * len(train_set) / pairs_per_step))
+    steps = max_steps if max_steps > 0 else math.ceil(epochs * len(train_set) / pairs_per_step)
     console.print(
-        f"{loss.value.upper()} on [bold]{model}[/bold]: {len(train_set)} pairs"
+        f"{loss.value.upper()} on [bold]{escape(model)}[/bold]: {len(train_set)} pairs"
         + (f", {len(eval_set)} held out" if eval_set is not None else "")
         + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
         f"learning rate {rate:g}, beta {beta:g}, reference: {mode.value}"
@@ -153,22 +160,20 @@ def command(
         eval_strategy="steps" if eval_steps and eval_set is not None else "no",
         eval_steps=eval_steps,
         report_to="none",
+        disable_tqdm=not console.is_terminal,
     )
     bar = ProgressBar(console)
-    trainer = make_trainer(
-        load_model(model, torch.bfloat16 if lora and use_bf16 else torch.float32),
-        config,
-        tokenizer,
-        train_set,
-        eval_set,
-        peft_config=lora_config(lora_r, lora_alpha, lora_targets) if lora else None,
-        bar=bar,
-    )
-    if resume == "latest":
-        resume = latest_checkpoint(output)
-    elif resume is not None and not Path(resume).is_dir():
-        raise ValueError(f"--resume {resume} is not a checkpoint directory")
-    with report.PeakMemory(trainer.args.device) as memory:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with notes_on(console), report.PeakMemory(device) as memory:
+        trainer = make_trainer(
+            load_model(model, torch.bfloat16 if lora and use_bf16 else torch.float32),
+            config,
+            tokenizer,
+            train_set,
+            eval_set,
+            peft_config=lora_config(lora_r, lora_alpha, lora_targets) if lora else None,
+            bar=bar,
+        )
         try:
             trainer.train(resume_from_checkpoint=resume)
         finally:
@@ -188,7 +193,31 @@ def command(
         },
     )
     console.print(report.summary_table("Summary", summary_rows(facts)))
-    console.print(f"Model, training_log.json and training.png are in [bold]{output}[/bold]")
+    console.print(
+        f"Model, training_log.json and training.png are in [bold]{escape(str(output))}[/bold]"
+    )
+
+
+@contextlib.contextmanager
+def notes_on(console: Any) -> Iterator[None]:
+    """Print what the trainer logs, such as counts of rows that it dropped."""
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    notes = logging.getLogger("fastpref")
+    notes.addHandler(handler)
+    try:
+        yield
+    finally:
+        notes.removeHandler(handler)
+
+
+def hide_library_bars() -> None:
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def load(model: str, data: str, eval_data: str | None, fraction: float, seed: int) -> tuple:
