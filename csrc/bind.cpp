@@ -25,7 +25,8 @@ static Tile tile_of(Address data, int dtype, int64_t rows, int64_t cols, int64_t
 PYBIND11_MODULE(MODULE, m) {
     m.doc() = "fastpref's tile primitives for CPUs; fastpref.backends.native is the caller.";
     m.def("isa", &isa);
-    m.def("have_linear_bf16", &have_linear_bf16);
+    m.def("have_gemm", &have_gemm);
+    m.def("gemm_beats_library", &gemm_beats_library);
     m.def("fold", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
                      Address labels, float scale, float softcap, float inv_temperature, Address max,
                      Address sum, Address target, Address weighted, Address total, Address squared,
@@ -47,11 +48,13 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         grad(tile, {scale, softcap, inv_temperature}, g, at<void>(out), out_type, out_stride, threads);
     });
-    m.def("linear_bf16", [](Address x, int64_t x_stride, Address w, int64_t w_stride, Address out,
-                            int64_t out_stride, int64_t n, int64_t v, int64_t h, int threads) {
+    m.def("gemm", [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k, Address out,
+                     int64_t out_stride, int64_t rows, int64_t cols, int64_t k, bool bf16, int threads) {
+        if ((a_row != 1 && a_k != 1) || (b_row != 1 && b_k != 1))
+            throw std::invalid_argument("gemm: expected operands with a stride of 1");
+        Gemm g{at<void>(a), at<void>(b), a_row, a_k, b_row, b_k, at<float>(out), out_stride, rows, cols, k, bf16};
         py::gil_scoped_release release;
-        linear_bf16(at<uint16_t>(x), x_stride, at<uint16_t>(w), w_stride, at<float>(out), out_stride, n,
-                    v, h, threads);
+        gemm(g, threads);
     });
     m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,

@@ -62,10 +62,16 @@ struct PairLossOut {
 };
 void pair_loss(const PairLoss& in, const PairLossOut& out);
 
-// out[n, v] = x[n, h] . w[v, h]^T for bf16 x and w, accumulated and written in fp32.
-// have_linear_bf16 is false where the processor lacks the instructions.
-bool have_linear_bf16();
-void linear_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t w_stride, float* out,
-                 int64_t out_stride, int64_t n, int64_t v, int64_t h, int threads);
+// out[m, n] = a[m, k] . b[n, k]^T, both fp32 or both bf16, accumulated and written in fp32.
+struct Gemm {
+    const void *a, *b;
+    int64_t a_row, a_k, b_row, b_k;  // strides in elements; for each operand one of its two is 1
+    float* out;
+    int64_t out_stride, m, n, k;
+    bool bf16;
+};
+bool have_gemm(bool bf16);    // whether the processor has the instructions
+bool gemm_beats_library();    // whether torch's fp32 GEMM is the slower one here
+void gemm(const Gemm& g, int threads);
 
 }  // namespace fastpref

@@ -361,7 +361,7 @@ class PreferenceCollator:
             attention[i, : len(ids)] = 1
             completion[i, start : len(ids)] = 1
             first = max(start, 1)
-            labels[i, first - 1 : len(ids) - 1] = ids[first:]
+            labels[i, first - 1 : max(len(ids) - 1, 0)] = ids[first:]
         arrays = {
             "input_ids": input_ids,
             "attention_mask": attention,

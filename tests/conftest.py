@@ -47,10 +47,12 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
-    """torch.set_num_threads, undone afterwards."""
+    """torch.set_num_threads, undone afterwards. One thread unless a test asks for more: its idle
+    workers spin, and on a busy machine small tests then take ten times as long."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

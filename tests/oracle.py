@@ -9,6 +9,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -92,6 +93,30 @@ def ipo_bandit(preferences: Tensor, reference: Tensor, tau: float) -> Tensor:
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
+
+
+def eager_logps(hidden, weight, labels, bias=None, scale=1.0, softcap=None, temperature=1.0):
+    """The yardstick, not the truth: eager torch in the inputs' dtype, with the softmax in fp32."""
+    z = F.linear(hidden, weight, bias)
+    z = (z if z.dtype == torch.float64 else z.float()) * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    label = labels.clamp(min=0)[..., None]
+    logps = torch.log_softmax(z / temperature, -1).gather(-1, label)[..., 0]
+    return torch.where(labels < 0, 0.0, logps)
+
+
+def assert_no_worse(got: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """The error of got is no more than eager's, in the Euclidean norm, up to the luck of rounding.
+
+    Luck is a tenth, and in quadrature one rounding of each value to dtype: D is rounded before it
+    is scaled by the loss's coefficient and eager's is rounded after; either may be the finer.
+    """
+    assert got.shape == truth.shape and got.isfinite().all()
+    one = {torch.float64: 512, torch.float32: 4}.get(dtype, 1 / 3) * torch.finfo(dtype).eps
+    ours, theirs = (float((t.double() - truth).norm()) for t in (got, eager))
+    bound = math.hypot(1.1 * theirs, one * float(truth.norm())) + 1e-30
+    assert ours <= bound, f"error {ours:.3g}, eager's {theirs:.3g}, {ours / theirs:.2f} times it"
 
 
 def assert_within(got: Tensor, truth: Tensor, bound: Tensor | float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastpref.config import PreferenceConfig
+from fastpref.trainer import PreferenceTrainer
 
 WORDS = [f"w{i}" for i in range(180)]
 TEMPLATE = (
@@ -69,3 +73,49 @@ def rows(n: int = 40, seed: int = 0, chat: bool = False, longest: int = 12) -> l
 
 def data(n: int = 40, **kwargs: Any) -> Dataset:
     return Dataset.from_list(rows(n, **kwargs))
+
+
+def config(tmp_path, **kwargs):
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 4,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return PreferenceConfig(**{**options, **kwargs})
+
+
+def trainer(tmp_path, policy=None, train=None, **kwargs):
+    """A trainer; its own arguments and a PreferenceConfig's go in together."""
+    own = ("ref_model", "eval_dataset", "callbacks", "peft_config", "data_collator")
+    own = {key: kwargs.pop(key) for key in own if key in kwargs}
+    return PreferenceTrainer(
+        model=model() if policy is None else policy,
+        args=config(tmp_path, **kwargs),
+        train_dataset=rows() if train is None else train,
+        processing_class=tokenizer(),
+        **own,
+    )
+
+
+def lora(**kwargs):
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **kwargs})
+
+
+def history(t, key="loss"):
+    return [h for h in t.state.log_history if key in h]
+
+
+def same(a, b, keys=("loss", "grad_norm", "rewards/margins", "logps/chosen"), tol=1e-5):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        for key in keys:
+            assert math.isclose(x[key], y[key], rel_tol=tol, abs_tol=tol), (key, x[key], y[key])

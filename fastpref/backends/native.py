@@ -10,7 +10,6 @@ import torch  # before _cpu: both then share the OpenMP pool that torch loads
 from torch import Tensor
 
 from fastpref.backends import gemm
-from fastpref.backends.gemm import outer, project
 from fastpref.backends.tile import Stats, Transform
 
 try:
@@ -38,7 +37,7 @@ def problem() -> str | None:
 
 
 def describe() -> str:
-    product = "bf16 dot products" if _cpu.have_linear_bf16() else "no bf16 dot products"
+    product = "bf16 dot products" if _cpu.have_gemm(True) else "no bf16 dot products"
     return f"C++ row kernels ({_cpu.isa()}, {product}), {torch.get_num_threads()} threads"
 
 
@@ -122,20 +121,38 @@ def grad(
     )
 
 
+def _gemm(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """out [m, n] = a [m, k] @ b [n, k]^T in our own kernel, if that is the better one here."""
+    bf16 = a.dtype == torch.bfloat16
+    if a.dtype != b.dtype or out.dtype != torch.float32 or not (bf16 or a.dtype == out.dtype):
+        return False
+    # bf16 operands with fp32 results: torch would round them. fp32: only where torch is slow.
+    if not (_cpu.have_gemm(True) if bf16 else _cpu.gemm_beats_library()):
+        return False
+    if 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1 or 0 in out.shape:
+        return False
+    threads = torch.get_num_threads()
+    operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()
+    _cpu.gemm(*operands, *_rows(out), *out.shape, a.shape[1], bf16, threads)
+    return True
+
+
 def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """As `gemm.linear`; bf16 operands with fp32 results have a kernel of their own."""
-    if (
-        x.dtype == weight.dtype == torch.bfloat16
-        and out.dtype == torch.float32
-        and _cpu.have_linear_bf16()
-        and x.stride(1) == weight.stride(1) == 1
-    ):
-        n, h = x.shape
-        _cpu.linear_bf16(
-            *_rows(x), *_rows(weight), *_rows(out), n, weight.shape[0], h, torch.get_num_threads()
-        )
-    else:
+    """As `gemm.linear`."""
+    if not _gemm(x, weight, out):
         gemm.linear(x, weight, out)
+
+
+def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
+    """As `gemm.project`."""
+    if not _gemm(d, weight.t(), out):
+        gemm.project(d, weight, out)
+
+
+def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
+    """As `gemm.outer`."""
+    if not _gemm(d.t(), x.t(), out):
+        gemm.outer(d, x, out)
 
 
 def pair_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -308,14 +309,16 @@ def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=N
     from fastpref.cli.progress import CountingCollator
     from fastpref.trainer import PreferenceTrainer
 
-    trainer = PreferenceTrainer(
-        model=model,
-        args=config,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-    )
+    with warnings.catch_warnings():  # peft 0.21 asks transformers under a name that changed since
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        trainer = PreferenceTrainer(
+            model=model,
+            args=config,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(bar)

@@ -1,0 +1,397 @@
+"""The head: DPO loss, forward and backward, from hidden states to gradients, against the peers.
+
+    python benchmarks/head.py
+    python benchmarks/head.py --shapes 1024,1024,32768 --modes frozen --precision fast --repeats 9
+
+Prints a table, and writes a JSON and a PNG to benchmarks/results/. Times come from one process and
+interleaved calls; memory from a second one, in which freed blocks go back to the system at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peers
+import runner
+import torch
+from peers import Variant
+from problem import HeadProblem, Truth, errors, float64_truth, make_problem
+
+SHAPES = "1024,1024,32768 2048,576,49152 1024,896,151936"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# A result further off than this is wrong, not imprecise, and gets no speed-up. Eager is at 3e-3.
+WRONG = {"bf16": 0.05, "fp32": 1e-3}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES, help="N,H,V triples, separated by spaces")
+    parser.add_argument("--modes", default="trainable,frozen", help="trainable, frozen or both")
+    parser.add_argument("--precision", default="exact,fast", help="exact, fast or both")
+    parser.add_argument("--dtype", default="bf16", help="bf16, fp32 or both")
+    parser.add_argument("--peers", default=None, help="peers to run beside eager; default: all")
+    parser.add_argument("--repeats", type=int, default=9, help="calls of each variant")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="what one variant may spend on its calls"
+    )
+    parser.add_argument("--output", default="head", help="name of the files in results/, or a path")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.shapes = [tuple(int(i) for i in s.split(",")) for s in args.shapes.split()]
+    for name, known in (
+        ("modes", ["trainable", "frozen"]),
+        ("precision", ["exact", "fast"]),
+        ("dtype", list(DTYPES)),
+    ):
+        given = getattr(args, name).split(",")
+        if not set(given) <= set(known):
+            parser.error(f"--{name}: got {','.join(given)}, expected some of {','.join(known)}")
+        setattr(args, name, [k for k in known if k in given])
+    if any(len(s) != 3 for s in args.shapes):
+        parser.error("--shapes: expected triples N,H,V separated by spaces")
+    known = [v.name for v in peers.PEERS]
+    args.peers = None if args.peers is None else args.peers.split(",")
+    if args.peers and not set(args.peers) <= set(known):
+        parser.error(f"--peers: got {','.join(args.peers)}, expected some of {','.join(known)}")
+    return args
+
+
+def quiet() -> None:
+    """Peers warn about GPUs that are not there; that is not what this measures."""
+    warnings.filterwarnings("ignore")
+
+
+# ---- memory, in a process of its own -----------------------------------------------------------
+
+
+def memory_worker(request: dict[str, Any]) -> dict[str, Any]:
+    dtype = DTYPES[request["dtype"]]
+    problem = make_problem(*request["shape"], dtype)
+    problem.set_trainable(request["mode"] == "trainable")
+    small = make_problem(64, request["shape"][1], 1024, dtype)
+    small.set_trainable(problem.trainable)
+    answer: dict[str, Any] = {}
+    for variant in _variants(request):
+        try:
+            step = variant.make()
+            step(problem if variant.compiled else small)
+            usage = runner.peak_beyond(lambda step=step: step(problem), problem.clear)
+        except Exception as error:
+            answer[variant.name] = {"failed": runner.one_line(error)}
+            continue
+        usage["extra"] = usage["peak_beyond"] - problem.gradient_bytes()
+        answer[variant.name] = usage
+    return answer
+
+
+def _variants(request: dict[str, Any]) -> list[Variant]:
+    return peers.variants(
+        request["mode"] == "trainable",
+        DTYPES[request["dtype"]],
+        request["precision"],
+        request["peers"],
+    )
+
+
+# ---- time and errors ---------------------------------------------------------------------------
+
+
+def warm_up(
+    variant: Variant, problem: HeadProblem, truth: Truth
+) -> tuple[Any, list[float], dict[str, float | None]]:
+    """The step, seconds of its calls so far, and the errors of the last of them."""
+    step, seconds, outputs = variant.make(), [], []
+
+    def call() -> None:
+        outputs[:] = [step(problem)]
+
+    for _ in range(2 if variant.compiled else 1):
+        seconds.append(runner.timed(call, problem.clear))
+    out = outputs.pop()
+    tokens = out.token_logps if variant.logps is None else variant.logps(problem)
+    wrong = errors(problem, truth, float(out.loss), tokens, out.sums, variant.with_reference)
+    return step, seconds, wrong
+
+
+def measure(
+    problem: HeadProblem, truth: Truth, request: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    """One shape, dtype and mode."""
+    shape, trainable = request["shape"], request["mode"] == "trainable"
+    problem.set_trainable(trainable)
+    torch._dynamo.reset()  # otherwise a second shape compiles for shapes of any size
+    steps: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    cost: dict[str, float] = {}
+    once: dict[str, runner.Timing] = {}
+    for variant in _variants(request):
+        row = rows[variant.name] = {
+            "variant": variant.name,
+            "ours": variant.ours,
+            "strategy": variant.strategy,
+            "precision": variant.precision,
+            "note": variant.note,
+        }
+        _say(f"  {variant.name}: warming up")
+        try:
+            step, seconds, row["errors"] = warm_up(variant, problem, truth)
+        except Exception as error:
+            row["missing"] = runner.one_line(error)
+            continue
+        row["first_call_s"] = round(seconds[0], 3)
+        gradients = (row["errors"]["dhidden"], row["errors"]["dweight"] or 0.0)
+        row["wrong"] = not max(gradients) < WRONG[request["dtype"]]
+        if seconds[-1] > args.seconds:  # so slow that this call has to do
+            once[variant.name] = runner.Timing(seconds[-1:], limited=True)
+        else:
+            steps[variant.name], cost[variant.name] = step, seconds[-1]
+    calls = {name: (lambda step=step: step(problem)) for name, step in steps.items()}
+    dtype = DTYPES[request["dtype"]]
+    products = runner.head_products(*shape, dtype)
+    if not trainable:
+        del products["D^T X"]
+    extra = {**products, "canary": runner.canary(dtype)}
+    for name, call in extra.items():
+        call()
+        cost[name] = runner.timed(call)
+    _say(f"  {args.repeats} rounds")
+    timings = runner.interleave(
+        calls | extra, cost, repeats=args.repeats, seconds=args.seconds, reset=problem.clear
+    )
+    problem.clear()
+    del products, extra
+    roofline = sum(timings[name].median for name in timings if name in ("X W^T", "D W", "D^T X"))
+    timings |= once
+    for name in [*steps, *once]:
+        rows[name]["time"] = timings[name].to_json()
+        rows[name]["roofline_fraction"] = round(roofline / timings[name].median, 4)
+    product_flops = 2 * shape[0] * shape[1] * shape[2]
+    gemm = {
+        name: {
+            **timings[name].to_json(),
+            "gflop_per_s": round(product_flops / timings[name].median / 1e9, 1),
+        }
+        for name in ("X W^T", "D W", "D^T X")
+        if name in timings
+    }
+    return {
+        "shape": dict(zip("NHV", shape, strict=True)),
+        "sequences": problem.labels.shape[0],
+        "dtype": request["dtype"],
+        "mode": request["mode"],
+        "median_label_probability": round(truth.median_probability, 4),
+        "head_products": gemm,
+        "roofline_ms": round(1e3 * roofline, 3),
+        "canary": timings["canary"].to_json(),
+        "variants": list(rows.values()),
+    }
+
+
+def add_memory(cell: dict[str, Any], memory: dict[str, Any]) -> None:
+    """Put memory and the ratios to eager into a cell's rows, and its targets beside them."""
+    rows = {row["variant"]: row for row in cell["variants"]}
+    for name, row in rows.items():
+        row["memory"] = memory.get(name, {"failed": memory.get("failed", "not measured")})
+    eager = rows[peers.EAGER]
+    for row in rows.values():
+        if "time" in row and "time" in eager:
+            row["speed_over_eager"] = None if row["wrong"] else _ratio(eager, row)
+        if "extra" in row["memory"] and "extra" in eager["memory"]:
+            ratio = row["memory"]["extra"] / eager["memory"]["extra"]
+            row["memory_over_eager"] = round(ratio, 4)
+    cell["targets"] = targets(cell, rows)
+
+
+def _ratio(slow: dict[str, Any], fast: dict[str, Any]) -> float:
+    return round(slow["time"]["median_ms"] / fast["time"]["median_ms"], 3)
+
+
+def targets(cell: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The aims of this cell, measured: fastpref's fastest strategy in each precision."""
+    trainable, narrow = cell["mode"] == "trainable", cell["dtype"] == "bf16"
+    ours = [r for r in rows.values() if r["ours"]]
+    out = []
+
+    def best(precision: str, peer: str) -> float | None:
+        usable = [r for r in ours if r["precision"] == precision and "time" in r and not r["wrong"]]
+        if "time" not in rows.get(peer, {}) or not usable:
+            return None
+        return max(_ratio(rows[peer], r) for r in usable)
+
+    if narrow and any(r["precision"] == "fast" for r in ours):
+        wanted = {peers.EAGER: 1.8 if trainable else 2.2, peers.TRL: 9.0, peers.LIGER: 2.0}
+        for peer, times in wanted.items():
+            out.append(runner.target(f"fast: speed over {peer}", times, best("fast", peer)))
+    if not narrow:
+        out.append(runner.target("fp32: speed over eager", 1.2, best("exact", peers.EAGER)))
+    for row in ours:
+        part = 1 / 6 if row["strategy"] == "stash" else 1 / 16
+        what = f"{row['variant']}: extra memory over eager's"
+        out.append(runner.target(what, part, row.get("memory_over_eager"), most=True))
+    for row in ours:
+        if row["precision"] == "exact" and narrow and "errors" in row:
+            what = f"{row['variant']}: error of a 512-token sum, nat"
+            out.append(runner.target(what, 1e-3, row["errors"]["sum_max"], most=True))
+    return out
+
+
+# ---- report ------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "missing" in row:
+        return [row["variant"], "missing", *["-"] * 9]
+    e, m, t = row["errors"], row["memory"], row["time"]
+
+    def number(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    spread = (t["quartiles_ms"][1] - t["quartiles_ms"][0]) / t["median_ms"]
+    wrong = "WRONG" if row["wrong"] else number(row.get("speed_over_eager"), ".2f")
+    return [
+        row["variant"],
+        f"{t['median_ms']:.1f}",
+        f"{100 * spread:.0f}%",
+        str(t["repeats"]),
+        wrong,
+        f"{100 * row['roofline_fraction']:.0f}%",
+        number(m["extra"] / 2**20 if "extra" in m else None, ".1f"),
+        number(row.get("memory_over_eager"), ".3f"),
+        number(e["logp_max"], ".1e"),
+        number(e["logp_rms"], ".1e"),
+        number(e["sum_max"], ".1e"),
+    ]
+
+
+HEADER = ["", "ms", "IQR", "calls", "x eager", "roofline", "MiB extra", "of eager's"]
+HEADER += ["logp max", "logp RMS", "sum error"]
+
+
+def report(cell: dict[str, Any]) -> str:
+    n, h, v = cell["shape"].values()
+    rates = ", ".join(f"{k} {g['gflop_per_s']:.0f}" for k, g in cell["head_products"].items())
+    low, high = cell["canary"]["quartiles_ms"]
+    lines = [
+        f"\n{cell['dtype']}, {cell['mode']} head, N={n} H={h} V={v}",
+        f"GFLOP/s: {rates}; roofline {cell['roofline_ms']:.1f} ms; "
+        f"canary {cell['canary']['median_ms']:.1f} ms ({low:.1f} to {high:.1f})",
+        runner.table(HEADER, [_cells(row) for row in cell["variants"]]),
+    ]
+    for row in cell["variants"]:
+        if "missing" in row:
+            lines.append(f"{row['variant']} is missing: {row['missing']}")
+    lines.append(runner.target_table(cell["targets"]))
+    return "\n".join(lines)
+
+
+def plot(cells: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names: list[str] = []
+    for cell in cells:
+        names += [r["variant"] for r in cell["variants"] if r["variant"] not in names]
+    ours = [n for n in names if n.startswith("fastpref")]
+    colours = {n: plt.get_cmap("Blues")(0.95 - 0.14 * (i % 6)) for i, n in enumerate(ours)}
+    others = [n for n in names if n not in ours]
+    colours |= {n: plt.get_cmap("Set2")(i % 8) for i, n in enumerate(others)}
+    panels = [("speed_over_eager", "speed over eager"), ("mib", "extra memory, MiB")]
+    kinds = sorted({(c["dtype"], c["mode"]) for c in cells}, reverse=True)
+    figure, axes = plt.subplots(
+        len(kinds), 2, figsize=(15, 3.6 * len(kinds)), squeeze=False, layout="constrained"
+    )
+    for line, (dtype, mode) in zip(axes, kinds, strict=True):
+        group = [c for c in cells if (c["dtype"], c["mode"]) == (dtype, mode)]
+        here = [n for n in names if any(n == r["variant"] for c in group for r in c["variants"])]
+        width = 0.85 / len(here)
+        for axis, (key, title) in zip(line, panels, strict=True):
+            for i, name in enumerate(here):
+                points = []
+                for at, cell in enumerate(group):
+                    row = next((r for r in cell["variants"] if r["variant"] == name), {})
+                    value = row.get(key)
+                    if key == "mib" and "extra" in row.get("memory", {}):
+                        value = max(row["memory"]["extra"] / 2**20, 0.1)
+                    if value is not None:
+                        points.append((at + (i - (len(here) - 1) / 2) * width, value))
+                if points:
+                    axis.bar(*zip(*points, strict=True), width, color=colours[name], label=name)
+            shapes = ["N={N} H={H} V={V}".format(**c["shape"]) for c in group]
+            axis.set_xticks(range(len(group)), shapes)
+            axis.set_title(f"{title}: {dtype}, {mode} head", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+        line[0].axhline(1, color="grey", linewidth=0.8, linestyle="--")
+        line[1].set_yscale("log")
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles.update(dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    quiet()
+    if args.worker:
+        print(json.dumps(memory_worker(json.load(sys.stdin))))
+        return
+    begun = time.perf_counter()
+    cells = []
+    for shape in args.shapes:
+        for dtype in args.dtype:
+            _say(f"{dtype} {shape}: inputs and float64 truth")
+            problem = make_problem(*shape, DTYPES[dtype])
+            truth = float64_truth(problem)
+            for mode in args.modes:
+                request = {"shape": shape, "dtype": dtype, "mode": mode}
+                request |= {"precision": args.precision, "peers": args.peers}
+                cell = measure(problem, truth, request, args)
+                _say("  memory")
+                try:
+                    memory = runner.run_worker(os.fspath(Path(__file__)), request, runner.TIGHT_MALLOC)
+                except RuntimeError as error:
+                    memory = {"failed": str(error)}
+                add_memory(cell, memory)
+                cells.append(cell)
+                print(report(cell), flush=True)
+            del problem, truth
+    results = {
+        "benchmark": "head: linear DPO loss, forward and backward",
+        "machine": runner.machine(),
+        "settings": {
+            "repeats": args.repeats,
+            "seconds_per_variant": args.seconds,
+            "slow_variants": "a variant whose calls would take longer than seconds_per_variant gets "
+            "fewer repeats, at least 3; one whose single call does is timed once, in its first call",
+            "memory": "peak_beyond is the peak resident memory of one warm call beyond what was "
+            "resident before it; extra is that without the gradients it returns",
+            "errors": "against float64 on the same inputs; dhidden and dweight are relative",
+            "roofline": "time of the bare products with the least FLOPs (6NHV trainable, 4NHV "
+            "frozen), measured in the same rounds, over the variant's time",
+        },
+        "wall_s": round(time.perf_counter() - begun, 1),
+        "cells": cells,
+    }
+    path = Path(args.output)
+    path = path if path.parent != Path(".") else runner.RESULTS / path.name
+    runner.write_json(path.with_suffix(".json"), results)
+    plot(cells, path.with_suffix(".png"))
+    print(f"\n{results['wall_s']:.0f} s in all; wrote {path.stem}.json and {path.stem}.png")
+
+
+if __name__ == "__main__":
+    main()

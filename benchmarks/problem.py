@@ -1,0 +1,149 @@
+"""One head problem: inputs like those of a trained model, and the float64 truth about them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BETA = 0.1
+SENTENCE = 512  # tokens per sequence: the error of a 512-token sum is one of the results
+_SPREAD = 2.0  # standard deviation of the logits
+_SAMPLED_TOKENS = 32
+_SAMPLED_ROWS = 64
+
+
+@dataclass
+class HeadProblem:
+    """hidden [2P, T, H] and weight [V, H] with gradients; labels [2P, T], all of them counted;
+    ref_logps [2P]. trainable: the weight needs a gradient too."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    ref_logps: Tensor
+    trainable: bool = True
+
+    def set_trainable(self, trainable: bool) -> None:
+        self.trainable = trainable
+        self.weight.requires_grad_(trainable)
+        self.clear()
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def gradient_bytes(self) -> int:
+        given = [self.hidden, self.weight] if self.trainable else [self.hidden]
+        return sum(t.numel() * t.element_size() for t in given)
+
+
+def make_problem(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> HeadProblem:
+    """Random inputs whose labels have a probability of about a half.
+
+    The other logits are normal with a standard deviation of 2; hidden leans towards its label's row
+    of the head by as much as makes that logit equal, on average, to the logsumexp of the others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sequences = max(2, n // SENTENCE)
+    if n % sequences or sequences % 2:
+        raise ValueError(f"N: got {n}, expected an even multiple of {SENTENCE}, or an even number")
+    weight = torch.empty(v, h, dtype=dtype)
+    for part in weight.split(16384):
+        part.copy_(torch.randn(part.shape, generator=generator) / math.sqrt(h))
+    labels = torch.randint(v, (n,), generator=generator)
+    own = weight[labels].float()
+    lift = math.log(v) + _SPREAD**2 / 2
+    hidden = lift * own / own.square().sum(1, keepdim=True)
+    hidden += _SPREAD * torch.randn(n, h, generator=generator)
+    hidden = hidden.to(dtype).view(sequences, -1, h).requires_grad_()
+    # Near the policy's own sums, whose expectation this is, so that the loss is not saturated.
+    ref = -1.1 * n / sequences + 5 * torch.randn(sequences, generator=generator)
+    return HeadProblem(hidden, weight, labels.view(sequences, -1), ref)
+
+
+@dataclass
+class Truth:
+    """In float64: logps [N]; the loss and gradients with and without the reference; the gradients
+    of a sample of tokens [32, H] and of rows of the head [R, H]."""
+
+    logps: Tensor
+    tokens: Tensor
+    rows: Tensor
+    loss: dict[bool, float]
+    dhidden: dict[bool, Tensor]
+    dweight: dict[bool, Tensor]
+    median_probability: float
+
+
+def dpo_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The DPO loss of sequence log-probs [2P], as TRL and the paper write it."""
+    chosen, rejected = (logps - ref_logps).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def float64_truth(problem: HeadProblem) -> Truth:
+    """One pass over blocks of tokens in float64."""
+    x = problem.hidden.detach().flatten(0, 1).double()
+    w, y = problem.weight.detach().double(), problem.labels.flatten()
+    n = x.shape[0]
+    tokens = torch.linspace(0, n - 1, min(_SAMPLED_TOKENS, n)).long().unique()
+    rows = torch.cat([y[:_SAMPLED_ROWS], torch.arange(0, len(w), max(1, len(w) // _SAMPLED_ROWS))])
+    rows = rows.unique()
+    logps, probs = x.new_empty(n), x.new_empty(n, len(rows))
+    u = x.new_empty(len(tokens), x.shape[1])
+    for start in range(0, n, 64):
+        block = slice(start, min(start + 64, n))
+        z = x[block] @ w.t()
+        z -= z.logsumexp(1, keepdim=True)
+        logps[block] = z.gather(1, y[block, None])[:, 0]
+        p = z.exp_()
+        probs[block] = p[:, rows]
+        here = ((tokens >= start) & (tokens < start + 64)).nonzero()[:, 0]
+        if len(here):
+            t = tokens[here]
+            u[here] = w[y[t]] - p[t - start] @ w
+    loss, dhidden, dweight = {}, {}, {}
+    for with_reference in (True, False):
+        leaf = logps.detach().clone().requires_grad_()
+        ref = problem.ref_logps.double() * with_reference
+        value = dpo_loss(leaf.view_as(problem.labels).sum(1), ref)
+        (c,) = torch.autograd.grad(value, leaf)
+        d = (y[:, None] == rows).double() - probs
+        loss[with_reference] = value.item()
+        dhidden[with_reference] = c[tokens, None] * u
+        dweight[with_reference] = (c[:, None] * d).t() @ x
+    median = logps.exp().median().item()
+    return Truth(logps, tokens, rows, loss, dhidden, dweight, median)
+
+
+def errors(
+    problem: HeadProblem,
+    truth: Truth,
+    loss: float,
+    token_logps: Tensor | None,
+    sums: Tensor,
+    with_reference: bool,
+) -> dict[str, float | None]:
+    """What one call got wrong, against float64; gradients are read from the problem."""
+    exact = truth.logps.view_as(problem.labels)
+    out: dict[str, float | None] = {"logp_max": None, "logp_rms": None}
+    if token_logps is not None:
+        gap = token_logps.detach().double().view_as(exact) - exact
+        out["logp_max"] = gap.abs().max().item()
+        out["logp_rms"] = gap.square().mean().sqrt().item()
+    out["sum_max"] = (sums.detach().double() - exact.sum(1)).abs().max().item()
+    out["loss"] = abs(loss - truth.loss[with_reference])
+
+    def relative(got: Tensor, wanted: Tensor) -> float:
+        return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+    assert problem.hidden.grad is not None
+    dhidden = problem.hidden.grad.flatten(0, 1)[truth.tokens]
+    out["dhidden"] = relative(dhidden, truth.dhidden[with_reference])
+    out["dweight"] = None
+    if problem.trainable:
+        assert problem.weight.grad is not None
+        out["dweight"] = relative(problem.weight.grad[truth.rows], truth.dweight[with_reference])
+    return out
