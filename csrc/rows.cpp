@@ -87,7 +87,9 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
             st.argmax[r] = t.col0 + (j < t.cols ? j : 0);
         }
         float m = tile_max > old ? tile_max : old;
-        Sums s = row_sums<T, CAP, EXTRAS>(a, x, t.cols, m);
+        // A tile of nothing but -inf adds nothing; it must not become -inf - -inf.
+        bool nothing = m == -std::numeric_limits<float>::infinity();
+        Sums s = row_sums<T, CAP, EXTRAS>(a, x, t.cols, nothing ? 0.f : m);
         double shift = double(old) - m, moved = st.sum[r] > 0 ? std::exp(shift) : 0.0;
         if (EXTRAS) {
             double w = st.sum[r] > 0 ? moved * (st.weighted[r] + st.sum[r] * shift) : 0.0;

@@ -56,13 +56,6 @@ def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) 
     )
 
 
-def _logits(head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Raw logits of x [n, H] and a slice of the head [v, H], into out [n, v]."""
-    head.backend.linear(x, weight, out)
-    if bias is not None:
-        out += bias.to(out.dtype)
-
-
 def _target_logits(head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
     """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
     raw = (x.float() * weight.index_select(0, labels).float()).sum(1)
@@ -96,7 +89,8 @@ class LinearTokenLogps(torch.autograd.Function):
         stats = Stats.empty(n, x.device, stats_type, extras)
         u = torch.empty_like(x) if head.hidden_grad else None
         stash = x.new_empty((plan.stash_tokens, vocab))
-        buffer = x.new_empty((min(plan.block_tokens, max(n, 1)), vocab), dtype=tile_type)
+        in_stash = plan.stash_tokens == n and tile_type == x.dtype
+        buffer = x.new_empty((0 if in_stash else min(plan.block_tokens, n), vocab), dtype=tile_type)
         for start in range(0, n, plan.block_tokens):
             stop = min(start + plan.block_tokens, n)
             rows, y = stats.rows(start, stop), labels[start:stop]
@@ -104,7 +98,7 @@ class LinearTokenLogps(torch.autograd.Function):
             # D overwrites the logits, in the stash itself where the two have the same width.
             whole = kept.shape[0] == stop - start and tile_type == x.dtype
             tile = kept if whole else buffer[: stop - start]
-            _logits(head, x[start:stop], w, b, tile)
+            backend.linear(x[start:stop], w, tile, b)
             backend.fold(tile, y, 0, rows, head.transform)
             if tile_type != stats_type:
                 rows.replace_target(_target_logits(head, x[start:stop], w, b, y))
@@ -120,6 +114,7 @@ class LinearTokenLogps(torch.autograd.Function):
         out = _outputs(stats, labels, vocab, extras)
 
         ctx.head, ctx.rows, ctx.weight_dtype = head, hidden.shape[0], weight.dtype
+        ctx.device_type = hidden.device.type
         ctx.bias_dtype = None if bias is None else bias.dtype
         again = head.weight_grad and plan.stash_tokens < n  # logits once more, in backward
         if head.hidden_grad or head.weight_grad:
@@ -143,10 +138,16 @@ class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, coef, entropy_coef, *_):
-        x, weight, bias, labels, index, u, stash, lse, logps, entropy = ctx.saved_tensors
-        head: Head = ctx.head
         if coef is None and entropy_coef is None:
             return None, None, None, None, None, None
+        # A backward pass inside the caller's autocast must not round dW to 16 bits.
+        with torch.autocast(ctx.device_type, enabled=False):
+            return LinearTokenLogps._gradients(ctx, coef, entropy_coef)
+
+    @staticmethod
+    def _gradients(ctx, coef, entropy_coef):
+        x, weight, bias, labels, index, u, stash, lse, logps, entropy = ctx.saved_tensors
+        head: Head = ctx.head
         coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
         dx = dw = db = None
         if entropy_coef is not None:
@@ -155,7 +156,7 @@ class LinearTokenLogps(torch.autograd.Function):
             )
         else:
             if head.hidden_grad:
-                dx = (u * coef[:, None]).to(u.dtype)
+                dx = _scaled(u, coef)
             if head.weight_grad:
                 dw, db = _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef)
         if dx is not None and index is not None:
@@ -170,11 +171,19 @@ class LinearTokenLogps(torch.autograd.Function):
         )
 
 
+def _scaled(x: Tensor, coef: Tensor) -> Tensor:
+    """x [N, H] times coef [N], rounded once; in blocks, for the product is wider than x."""
+    out = torch.empty_like(x)
+    for a in range(0, x.shape[0], 256):
+        out[a : a + 256] = x[a : a + 256] * coef[a : a + 256, None]
+    return out
+
+
 def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
     """dW [V, H] and db [V] from the stashed D, and from D computed again where it was not kept."""
     head, plan = ctx.head, ctx.head.plan
     n, kept, vocab = x.shape[0], stash.shape[0], plan.vocab_size
-    cx = (x * coef[:, None]).to(x.dtype)  # c goes on X: D stays free of the loss
+    cx = _scaled(x, coef)  # c goes on X: D stays free of the loss
     dw = x.new_empty((vocab, x.shape[1]), dtype=ctx.weight_dtype)
     has_bias = ctx.bias_dtype is not None
     db = coef.new_empty(vocab) if has_bias else None
@@ -190,7 +199,7 @@ def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
         tile = buffer[: n * (b - a)].view(n, b - a)
         w, bias_slice = weight[a:b].to(x.dtype), None if bias is None else bias[a:b]
         again = tile[kept:]
-        _logits(head, x[kept:], w, bias_slice, again)
+        head.backend.linear(x[kept:], w, again, bias_slice)
         d = _in_place(tile, x.dtype)
         rows = labels[kept:], a, lse[kept:], logps[kept:]
         head.backend.grad(again, *rows, d[kept:], head.transform)
@@ -218,7 +227,7 @@ def _recompute_both(head, x, weight, bias, labels, lse, logps, coef, entropy, en
         b = min(a + plan.block_vocab, plan.vocab_size)
         tile = buffer[: n * (b - a)].view(n, b - a)
         w = weight[a:b].to(x.dtype)
-        _logits(head, x, w, None if bias is None else bias[a:b], tile)
+        head.backend.linear(x, w, tile, None if bias is None else bias[a:b])
         d = _in_place(tile, x.dtype)
         head.backend.grad(
             tile, labels, a, lse, logps, d, head.transform, coef, entropy, entropy_coef

@@ -120,6 +120,7 @@ class PreferenceConfig(TrainingArguments):
             given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
             setattr(self, new if renamed else old, given[0] if given else default)
         super().__post_init__()
+
     def loss_options(self) -> dict[str, Any]:
         """The loss and its options, as arguments of `linear_preference_loss`."""
         names = ("loss_type", "beta", "label_smoothing", "ipo_normalization")

@@ -157,7 +157,7 @@ def _count_sequences(
         if num_sequences is None and not known:
             raise ValueError("num_sequences: got None, expected 2P with sequence_ids")
         size = known[0] if num_sequences is None else num_sequences
-        _check_ids(sequence_ids, size)
+        _check_ids("sequence_ids", sequence_ids, size)
     if size % 2:
         raise ValueError(
             f"labels: got {size} sequences, expected an even number, [chosen; rejected]"

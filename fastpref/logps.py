@@ -77,6 +77,8 @@ def linear_token_logps(
         raise ValueError(
             f"token_indices: got {_describe(index)}, expected a vector of int64 on {hidden.device}"
         )
+    else:
+        _check_ids("token_indices", index, flat.shape[0])
     y = flat if index is None else flat.index_select(0, index)
     _check_range(y, weight.shape[0])
 
@@ -197,7 +199,7 @@ def sequence_logps(
         size = num_sequences
         if size is None:
             size = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
-        _check_ids(sequence_ids, size)
+        _check_ids("sequence_ids", sequence_ids, size)
         zeros = values.new_zeros(size)
         sums, counts = (zeros.index_add(0, sequence_ids, v) for v in (values, counted))
     return (sums / counts.clamp(min=1) if average else sums).to(token_logps.dtype)
@@ -254,6 +256,10 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"weight: got device {weight.device}, expected {hidden.device}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(
+            f"bias: got {str(bias.dtype)[6:]}, expected {str(weight.dtype)[6:]}, the dtype of weight"
+        )
     if bias is not None and bias.device != hidden.device:
         raise ValueError(f"bias: got device {bias.device}, expected {hidden.device}")
 
@@ -281,12 +287,12 @@ def _check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> N
         raise ValueError(f"labels: got {value}, expected ignore_index or a value in [0, {vocab})")
 
 
-def _check_ids(sequence_ids: Tensor, size: int) -> None:
-    if sequence_ids.dtype != torch.int64:
-        raise ValueError(f"sequence_ids: got {str(sequence_ids.dtype)[6:]}, expected int64")
-    if sequence_ids.numel() and backends.may_synchronise(sequence_ids.device):
-        low, high = int(sequence_ids.min()), int(sequence_ids.max())
+def _check_ids(name: str, ids: Tensor, size: int) -> None:
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name}: got {str(ids.dtype)[6:]}, expected int64")
+    if ids.numel() and backends.may_synchronise(ids.device):
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
             raise ValueError(
-                f"sequence_ids: got values from {low} to {high}, expected values in [0, {size})"
+                f"{name}: got values from {low} to {high}, expected values in [0, {size})"
             )

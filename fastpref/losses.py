@@ -179,11 +179,12 @@ def preference_loss(
     )
     check_reference(reference_free, ref_chosen_logps, ref_rejected_logps)
     if loss.needs_lengths and ipo_normalization == "token_mean":
-        if chosen_lengths is None or rejected_lengths is None:
-            raise ValueError(
-                "chosen_lengths: got None, expected the number of labelled tokens of each answer; "
-                "IPO divides by them unless ipo_normalization='sum'"
-            )
+        for side, lengths in (("chosen", chosen_lengths), ("rejected", rejected_lengths)):
+            if lengths is None:
+                raise ValueError(
+                    f"{side}_lengths: got None, expected the number of labelled tokens of each "
+                    "answer; IPO divides by them unless ipo_normalization='sum'"
+                )
     else:
         chosen_lengths = rejected_lengths = None
     if ref_chosen_logps is None or ref_rejected_logps is None:

@@ -62,7 +62,7 @@ def sequence_sums(logps: Tensor, labels: Tensor, ignore_index: int = -100) -> Te
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    return torch.where(x < 0, x, 0.0) - torch.log1p(torch.exp(-x.abs()))
+    return -torch.logaddexp(torch.zeros_like(x), -x)
 
 
 def dpo(chosen, rejected, beta=0.1, label_smoothing=0.0, margin=0.0) -> Tensor:

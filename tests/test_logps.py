@@ -35,7 +35,8 @@ def _own_product(dtype) -> bool:
     """Whether the native backend does the logits product in its own kernel, row by row."""
     if native.problem() or dtype not in (torch.float32, torch.bfloat16):
         return False
-    return native._cpu.have_gemm(True) if dtype == torch.bfloat16 else native._cpu.gemm_beats_library()
+    bf16 = dtype == torch.bfloat16
+    return native._cpu.have_gemm(True) if bf16 else native._cpu.gemm_beats_library()
 
 
 def _no_float64(backend, dtype):
@@ -217,7 +218,7 @@ def test_policy_and_reference_agree_to_the_bit(backend, dtype, precision, plan):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_batch_composition(backend, dtype):
-    """A token's log-prob does not depend on the tokens that share its batch, nor on their number."""
+    """A token's log-prob does not depend on which tokens, or how many, share its batch."""
     hidden, weight, labels, bias, _ = _problem(dtype, "softcap", n=150)
     options = dict(TRANSFORMS["softcap"], backend=backend)
     whole = linear_token_logps(hidden, weight, labels, bias, **options)
@@ -297,26 +298,25 @@ def test_inplace_backward_refuses_a_second_one(backend):
         total.backward()
 
 
-@pytest.mark.parametrize("gap", [3.0, 8.0, 30.0])
+@pytest.mark.parametrize("level", [8.0, 14.0, 40.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_confident_tokens_in_fast_mode(backend, dtype, gap):
+def test_confident_tokens_in_fast_mode(backend, dtype, level):
     """The rounding of the label's logit does not show: neither in its own log-prob and gradient,
     nor in the statistics, which stay those of a distribution."""
     hidden, weight = torch.randn(40, 256).to(dtype), torch.randn(500, 256).to(dtype) / 64
     labels = torch.arange(40) * 12
-    weight[labels] = (hidden.float() * (gap + 31) / 256).to(dtype)
+    weight[labels] = (hidden.float() * level / 256).to(dtype)
     truth = oracle.token_stats(oracle.logits(hidden, weight), labels)
     eager = torch.log_softmax((hidden @ weight.t()).float(), -1)
     options = dict(precision="fast", backend=backend, extras=EXTRAS)
     stats = linear_token_logps(hidden, weight, labels, **options)
-    assert (stats.logps <= 0).all() and (stats.log_sum_sq_probs <= 1e-6).all()
-    assert (stats.entropy >= -1e-6).all()
+    assert stats.logps.max() <= 0
+    assert stats.log_sum_sq_probs.max() <= 1e-6
+    assert stats.entropy.min() >= -1e-6
     entropy = -(eager.exp() * eager).sum(-1)
     oracle.assert_no_worse(stats.entropy, entropy, truth.entropy, torch.float32)
-    collision = (2 * eager).logsumexp(-1)
-    oracle.assert_no_worse(
-        stats.log_sum_sq_probs, collision, truth.log_sum_sq_probs, torch.float32
-    )
+    squared = (2 * eager).logsumexp(-1)
+    oracle.assert_no_worse(stats.log_sum_sq_probs, squared, truth.log_sum_sq_probs, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_ignored_rows_have_no_gradient(tiles, bad):
 @pytest.mark.parametrize("gap", [5.0, 9.0, 11.0, 14.0, 20.0, 100.0, 1e4])
 @pytest.mark.parametrize("level", [0.0, 30.0, -30.0])
 def test_saturated_rows(tiles, gap, level):
-    """A confident label keeps its gradient: log-prob and D come from a difference to the maximum."""
+    """A confident label keeps its gradient: its log-prob is a difference to the maximum."""
     tile = torch.randn(8, 500) * 0.1 + level
     labels = _labels(8, 500)
     tile.scatter_(1, labels[:, None], level + gap)

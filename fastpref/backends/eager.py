@@ -41,7 +41,8 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
     rescale = shift.exp()
     if stats.total is not None:
         stats.total += z.sum(1)
-    z = z - new_max[:, None]
+    # A tile of nothing but -inf adds nothing; it must not become -inf - -inf.
+    z = z - new_max.masked_fill(new_max == -math.inf, 0.0)[:, None]
     e = z.exp()
     if stats.weighted is not None and stats.squared is not None:
         moved = torch.where(rescale > 0, rescale * (stats.weighted + stats.sum * shift), 0.0)

@@ -21,25 +21,33 @@ def _slices(size: int):
     return ((i, min(i + _SLICE, size)) for i in range(0, size, _SLICE))
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [n, v] = x [n, H] @ weight [v, H]^T, in out's dtype, with no rounding below it."""
+def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out [n, v] = x [n, H] @ weight [v, H]^T + bias [v], in out's dtype and rounded once."""
     dtype = torch.promote_types(out.dtype, _gemm_dtype(x))
     if x.dtype == out.dtype == dtype:
-        torch.mm(x, weight.t(), out=out)
-    elif x.is_cuda and out.dtype == torch.float32:
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias.to(dtype), x, weight.t(), out=out)
+        return
+    if x.is_cuda and out.dtype == torch.float32:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
-    else:
-        x = x.to(dtype)
-        for a, b in _slices(weight.shape[0]):
-            if out.dtype == dtype:
-                torch.mm(x, weight[a:b].to(dtype).t(), out=out[:, a:b])
-            else:
-                out[:, a:b] = torch.mm(x, weight[a:b].to(dtype).t())
+        if bias is not None:
+            out += bias
+        return
+    x = x.to(dtype)
+    for a, b in _slices(weight.shape[0]):
+        tile = out[:, a:b] if out.dtype == dtype else x.new_empty((x.shape[0], b - a))
+        torch.mm(x, weight[a:b].to(dtype).t(), out=tile)
+        if bias is not None:
+            tile += bias[a:b]
+        if out.dtype != dtype:
+            out[:, a:b] = tile
 
 
 def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [n, H] = d [n, V] @ weight [V, H]: the sum over the whole vocabulary, rounded once."""
-    dtype = _gemm_dtype(d)
+    dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
         torch.mm(d, weight, out=out)
     else:
@@ -51,7 +59,7 @@ def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
     """out [v, H] = d [N, v]^T @ x [N, H]: the sum over all tokens, rounded once."""
-    dtype = _gemm_dtype(d)
+    dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
         torch.mm(d.t(), x, out=out)
     elif d.is_cuda and out.dtype == torch.float32:

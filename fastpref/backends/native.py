@@ -137,10 +137,12 @@ def _gemm(a: Tensor, b: Tensor, out: Tensor) -> bool:
     return True
 
 
-def linear(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
     """As `gemm.linear`."""
     if not _gemm(x, weight, out):
-        gemm.linear(x, weight, out)
+        gemm.linear(x, weight, out, bias)
+    elif bias is not None:
+        out += bias
 
 
 def project(d: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -89,7 +89,13 @@ class Stats:
         With only the target exact, log-probabilities would come out above 0; with both, the error
         of a confident token falls to that of the other logits' tiny share.
         """
-        self.sum += (target - self.max).exp() - (self.target - self.max).exp()
+        old, new = self.target - self.max, target - self.max
+        old_e, new_e = old.exp(), new.exp()
+        self.sum += new_e - old_e
+        if self.weighted is not None and self.squared is not None and self.total is not None:
+            self.weighted += new_e * new - old_e * old
+            self.squared += new_e * new_e - old_e * old_e
+            self.total += new - old
         self.target.copy_(target)
 
     def lse(self) -> Tensor:

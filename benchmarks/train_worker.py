@@ -1,0 +1,174 @@
+"""One training run in a process of its own, for train.py: fastpref's trainer or TRL's.
+
+Reads a request as a line of JSON on stdin and answers in lines of JSON on stdout. Between segments
+of steps it says {"paused": step} and waits for a line, so that two runs can take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import runner
+from transformers import TrainerCallback
+
+CHANNEL = None  # what was stdout; stdout itself goes to stderr, where libraries may print
+
+
+def say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), file=CHANNEL, flush=True)
+
+
+class Turns(TrainerCallback):
+    """Times every optimiser step, and hands over to the other run before every segment."""
+
+    def __init__(self, segment: int | None) -> None:
+        self.segment = segment
+        self.seconds: list[float] = []
+        self.peaks: list[int] = []
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.segment and state.global_step % self.segment == 0:
+            say({"paused": state.global_step})
+            sys.stdin.readline()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.peaks.append(runner.peak_resident_bytes())
+        say({"step": state.global_step, "seconds": self.seconds[-1]})
+
+
+def options(request: dict[str, Any], output_dir: str) -> dict[str, Any]:
+    """What both trainers are given; the rest is each one's default, and these are the same."""
+    return dict(
+        output_dir=output_dir,
+        model_init_kwargs={"dtype": request["dtype"]},
+        loss_type=request["loss"],
+        beta=request["beta"],
+        max_length=request["max_length"],
+        max_steps=request["steps"],
+        per_device_train_batch_size=request["batch"],
+        per_device_eval_batch_size=request["batch"],
+        learning_rate=request["learning_rate"],
+        lr_scheduler_type="linear",
+        warmup_steps=request["warmup_steps"],
+        gradient_checkpointing=request["checkpointing"],
+        bf16=request["autocast"],
+        seed=request["seed"],
+        precompute_ref_log_probs=request["precompute"],
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+    )
+
+
+def rows(path: str) -> Any:
+    from datasets import Dataset, load_from_disk
+
+    if Path(path).is_dir():
+        return load_from_disk(path)
+    return Dataset.from_list([json.loads(line) for line in Path(path).read_text().splitlines()])
+
+
+def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tuple[Any, float]:
+    """The trainer, and the seconds that it spent on the reference's log-probs."""
+    spent = [0.0]
+
+    def watched(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[0] += time.perf_counter() - start
+
+        return call
+
+    given = options(request, output_dir)
+    if request["trainer"] == "fastpref":
+        import fastpref.reference
+        from fastpref import PreferenceConfig, PreferenceTrainer
+
+        fastpref.reference.precompute = watched(fastpref.reference.precompute)
+        config = PreferenceConfig(**given, precision=request["precision"])
+        make: Any = PreferenceTrainer
+    else:
+        from trl import DPOConfig, DPOTrainer
+
+        DPOTrainer._precompute_ref_logps = watched(DPOTrainer._precompute_ref_logps)
+        config = DPOConfig(**given)
+        make = DPOTrainer
+    trainer = make(
+        model=request["model"],
+        args=config,
+        train_dataset=rows(request["train"]),
+        eval_dataset=rows(request["held_out"]) if request["held_out"] else None,
+        callbacks=[turns],
+    )
+    return trainer, spent[0]
+
+
+def evaluate(trainer: Any) -> dict[str, float]:
+    metrics = trainer.evaluate()
+    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    return {name: metrics[f"eval_{name}"] for name in names} | {
+        "logps/chosen": metrics["eval_logps/chosen"],
+        "logps/rejected": metrics["eval_logps/rejected"],
+        "seconds": round(metrics["eval_runtime"], 2),
+    }
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    turns = Turns(request["segment"])
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        trainer, reference = make_trainer(request, folder, turns)
+        answer["setup_s"] = round(time.perf_counter() - start - reference, 2)
+        answer["reference_s"] = round(reference, 2)
+        answer["peak_bytes_after_setup"] = runner.peak_resident_bytes()
+        if request["keep_data"]:
+            for name, dataset in (("train", trainer.train_dataset), ("held_out", trainer.eval_dataset)):
+                dataset.save_to_disk(os.path.join(request["keep_data"], name))
+        if request["held_out"]:
+            say({"stage": "held-out pairs before training"})
+            answer["held_out_before"] = evaluate(trainer)
+        say({"stage": "training"})
+        trainer.train()
+        answer["step_s"] = [round(s, 4) for s in turns.seconds]
+        answer["peak_bytes"] = turns.peaks[-1]
+        if request["held_out"]:
+            say({"stage": "held-out pairs after training"})
+            answer["held_out_after"] = evaluate(trainer)
+        keys = ("step", "loss", "rewards/margins", "rewards/accuracies", "grad_norm", "num_tokens")
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        answer["log"] = [{k: entry[k] for k in keys if k in entry} for entry in log]
+        answer["pairs"] = len(trainer.train_dataset)
+    return answer
+
+
+def main() -> None:
+    global CHANNEL
+    warnings.filterwarnings("ignore")
+    CHANNEL, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
+    os.dup2(2, 1)
+    try:
+        say({"result": run(json.loads(sys.stdin.readline()))})
+    except Exception as error:
+        say({"failed": runner.one_line(error)})
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The native module: what it computes bit by bit, its boundary, and doing without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+
+import fastpref
+from fastpref import backends
+from fastpref.backends import eager, native
+from fastpref.backends.tile import EXTRAS, Stats, Transform
+
+needs_native = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+@needs_native
+def test_it_is_the_build_that_was_asked_for():
+    """`make sanitize` would prove nothing with the ordinary module."""
+    module = Path(native._cpu.__file__)
+    assert module.parent == Path(fastpref.__file__).parent
+    if os.environ.get("FASTPREF_EXPECT_SANITIZED") == "1":
+        assert b"__asan_init" in module.read_bytes()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_is_read_exactly(dtype):
+    codes = torch.arange(-(2**15), 2**15, dtype=torch.int16)[:, None]
+    tile, labels = codes.view(dtype), torch.zeros(2**16, dtype=torch.int64)
+    stats = Stats.empty(2**16, tile.device, torch.float32)
+    native.fold(tile, labels, 0, stats, Transform())
+    assert torch.equal(stats.target.nan_to_num(12345), tile[:, 0].float().nan_to_num(12345))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_rounding_is_to_nearest_even(dtype):
+    """D of a label with log-prob -inf is 1, so grad writes the coefficients themselves."""
+    random = torch.randint(-(2**31), 2**31 - 1, (2**17,)).to(torch.int32).view(torch.float32)
+    exponent = torch.randint(-26, 18, (2**17,))
+    near = torch.randn(2**17) * 2.0**exponent  # where fp16 lives: subnormals to overflow
+    # Halfway between two neighbours, and next to it.
+    base = torch.arange(0, 2**15, dtype=torch.int16).view(dtype).float()
+    ties = (base[1:] + base[:-1]) / 2
+    up, down = torch.nextafter(ties, ties + 1), torch.nextafter(ties, ties - 1)
+    values = torch.cat([random, near, ties, -ties, up, down])
+    n = values.shape[0]
+    out = torch.empty(n, 2, dtype=dtype)
+    one, labels = torch.full((n,), -torch.inf), torch.zeros(n, dtype=torch.int64)
+    native.grad(torch.zeros(n, 2), labels, 0, -one, one, out, Transform(), values)
+    expected = values.to(dtype)
+    assert torch.equal(out[:, 0].isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert torch.equal(_bits(out[:, 0])[kept], _bits(expected)[kept])
+
+
+@needs_native
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_exponential_and_hyperbolic_tangent(softcap):
+    """Over their whole range, through the probabilities of a two-entry vocabulary."""
+    z = torch.linspace(-120, 120, 200_001)
+    tile = torch.stack([torch.zeros_like(z), z], 1)
+    n, labels = z.shape[0], torch.zeros(z.shape[0], dtype=torch.int64)
+    zero, out = torch.zeros(n), torch.empty(n, 2)
+    # lse 0 and coefficient -1: the second entry is exp(z) d z / d raw.
+    native.grad(tile, labels, 0, zero, zero, out, Transform(softcap=softcap), -torch.ones(n))
+    raw = z.double()
+    if softcap is None:
+        truth, sane = raw.exp(), (z < 88) & (z > -87)
+    else:
+        tanh = torch.tanh(raw / softcap)
+        truth, sane = (softcap * tanh).exp() * (1 - tanh**2), z.abs() < 60
+    relative = (out[:, 1].double() - truth)[sane] / truth[sane]
+    assert relative.abs().max() < (2e-7 if softcap is None else 2e-3)
+    assert (out[z < -88][:, 1] < 1e-30).all() or softcap
+    stats = Stats.empty(n, z.device, torch.float32)
+    native.fold(tile, labels + 1, 0, stats, Transform(softcap=softcap))
+    oracle.assert_within(stats.target, oracle.transform(raw, softcap=softcap), 1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_threads(threads, dtype):
+    """More threads than rows, fewer, none to spare: the same bits."""
+    n, vocab = 13, 3001
+    tile, labels = (torch.randn(n, vocab) * 5).to(dtype), torch.randint(vocab, (n,))
+    results = []
+    for count in (1, 2, 5, 32):
+        threads(count)
+        stats = Stats.empty(n, tile.device, torch.float32, EXTRAS)
+        native.fold(tile, labels, 0, stats, Transform(softcap=9.0))
+        out = torch.full_like(tile, torch.nan)
+        args = stats.lse(), stats.logps(), out, Transform(softcap=9.0), torch.ones(n)
+        native.grad(tile, labels, 0, *args, stats.entropy(), torch.ones(n))
+        results.append([getattr(stats, name) for name in Stats.FIELDS] + [out])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _has_product(dtype) -> bool:
+    return native.problem() is None and native._cpu.have_gemm(dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "m, n, k", [(1, 1, 1), (5, 63, 2), (7, 65, 513), (97, 130, 1031), (6, 64, 0)]
+)
+def test_gemm(threads, m, n, k, dtype):
+    """Every combination of strides, edges in every direction, nothing written outside, and each
+    result the same whatever the other rows, columns and threads are."""
+    if not _has_product(dtype):
+        pytest.skip("the processor lacks the instructions")
+
+    def operand(rows, transposed):
+        t = torch.randn(k, rows + 2) if transposed else torch.randn(rows, k + 3)
+        t = t.to(dtype)
+        return t[:, :rows].t() if transposed else t[:, :k]
+
+    def product(a, b, count=1):
+        out = torch.full((a.shape[0] + 1, b.shape[0] + 3), torch.nan)
+        strides = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()
+        sizes = out.data_ptr(), out.stride(0), a.shape[0], b.shape[0], k
+        native._cpu.gemm(*strides, *sizes, dtype == torch.bfloat16, count)
+        assert out[a.shape[0] :].isnan().all() and out[:, b.shape[0] :].isnan().all()
+        return out[:-1, :-3]
+
+    for transposed_a in (False, True):
+        for transposed_b in (False, True):
+            a, b = operand(m, transposed_a), operand(n, transposed_b)
+            out = product(a, b)
+            eps = torch.finfo(torch.float32).eps
+            size = a.double().abs() @ b.double().abs().t()
+            oracle.assert_within(out, a.double() @ b.double().t(), eps * (k + 4) ** 0.5 * size)
+            assert torch.equal(out, product(a, b, 3))
+            assert torch.equal(out[-1:], product(a[-1:], b))
+            assert torch.equal(out[:, n // 2 :], product(a, b[n // 2 :]))
+
+
+@needs_native
+def test_what_the_module_refuses():
+    """Codes that it does not know; everything else is checked in Python, where the tensors are."""
+    n = torch.zeros(4, dtype=torch.int64)
+    x, p = torch.zeros(4, 4), torch.zeros(4).data_ptr()
+    fold = [x.data_ptr(), 3, 4, 4, 4, 0, n.data_ptr(), 1.0, 0.0, 1.0, p, p, p, 0, 0, 0, 0, 1]
+    with pytest.raises(ValueError, match="dtype"):
+        native._cpu.fold(*fold)
+    with pytest.raises(ValueError, match="tile"):
+        native._cpu.fold(*[x.data_ptr(), 0, -1, *fold[3:]])
+    with pytest.raises(ValueError, match="loss"):
+        native._cpu.pair_loss(2, 0, 0, *[0] * 6, 0.1, 0.0, *[0] * 4)
+    with pytest.raises(TypeError):
+        native._cpu.fold(x)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "tile, labels",
+    [
+        (torch.zeros(4, 8).t(), torch.zeros(8).long()),  # columns that are not adjacent
+        (torch.zeros(4, 8), torch.zeros(3).long()),  # a label too few
+        (torch.zeros(4, 8), torch.zeros(4).int()),
+        (torch.zeros(4, 8), torch.zeros(8).long()[::2]),
+        (torch.zeros(4, 8, device="meta"), torch.zeros(4).long()),
+    ],
+)
+def test_what_the_boundary_refuses(tile, labels):
+    stats = Stats.empty(tile.shape[0], torch.device("cpu"), torch.float32)
+    with pytest.raises(AssertionError):
+        native.fold(tile, labels, 0, stats, Transform())
+    with pytest.raises(AssertionError):
+        out = torch.zeros_like(tile)
+        native.grad(tile, labels, 0, stats.max, stats.sum, out, Transform())
+
+
+def test_forcing_a_backend(monkeypatch):
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
+    seen = []
+
+    def spy(module):
+        real = module.fold
+
+        def fold(*args):
+            seen.append(module.NAME)
+            real(*args)
+
+        return fold
+
+    for module in (native, eager):
+        monkeypatch.setattr(module, "fold", spy(module))
+    available = ["eager"] if native.problem() else ["eager", "native"]
+    for name in available:
+        fastpref.linear_token_logps(hidden, weight, labels, backend=name)
+        monkeypatch.setenv("FASTPREF_BACKEND", name)
+        fastpref.linear_token_logps(hidden, weight, labels)
+        assert backends.active() == name
+        assert seen == [name, name]
+        seen.clear()
+    monkeypatch.setenv("FASTPREF_BACKEND", "eager")
+    fastpref.linear_token_logps(hidden, weight, labels, backend=available[-1])
+    assert seen == [available[-1]]  # the argument wins
+    monkeypatch.setenv("FASTPREF_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="^FASTPREF_BACKEND: got 'cuda', expected .*native"):
+        fastpref.linear_token_logps(hidden, weight, labels)
+    for value in ("auto", ""):
+        monkeypatch.setenv("FASTPREF_BACKEND", value)
+        assert backends.active() == available[-1]
+        assert backends.active(dtype=torch.float64) == "eager"
+
+
+def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
+    wide = torch.randn(3, 4, dtype=torch.float64)
+    labels = torch.zeros(3).long()
+    with pytest.raises(RuntimeError, match="backend='native' cannot run here: "):
+        fastpref.linear_token_logps(wide, wide, labels, backend="native")
+    monkeypatch.setenv("FASTPREF_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="FASTPREF_BACKEND='native' cannot run here: "):
+        fastpref.token_logps(wide, labels)
+    with pytest.raises(RuntimeError, match="meta"):
+        backends.choose(torch.device("meta"), torch.float32)
+
+
+def test_report():
+    statuses = {s.name: s for s in backends.report()}
+    assert list(statuses) == list(backends.NAMES)
+    assert statuses["eager"].works and statuses["native"].works == (native.problem() is None)
+    assert all(s.reason and s.devices for s in statuses.values())
+
+
+MISSING = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.modules["fastpref._cpu"] = None  # what an import finds where it was not built
+import torch, fastpref
+from fastpref import backends
+status = {s.name: s for s in backends.report()}["native"]
+assert not status.works and "_cpu is not built" in status.reason and "compiler" in status.reason
+assert backends.active() == "eager"
+x = torch.randn(4, 3, 8, requires_grad=True)
+loss = fastpref.linear_dpo_loss(x, torch.randn(9, 8), torch.ones(4, 3).long(), torch.zeros(4)).loss
+loss.backward()
+try:
+    backends.choose(torch.device("cpu"), torch.float32, "native")
+except RuntimeError as error:
+    assert "_cpu is not built" in str(error), error
+else:
+    raise AssertionError("native was forced and is missing")
+assert not {"transformers", "triton", "datasets", "accelerate", "peft"} & set(sys.modules)
+print("ok")
+"""
+
+
+def test_without_the_module_eager_works_and_says_so():
+    run = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True)
+    assert run.stdout.strip() == "ok", run.stderr
