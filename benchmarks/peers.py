@@ -150,9 +150,7 @@ def _cce() -> Callable[[HeadProblem], Output]:
     from cut_cross_entropy import linear_cross_entropy
 
     def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return -linear_cross_entropy(
-            hidden, weight, labels, reduction="none", impl="torch_compile"
-        )
+        return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="torch_compile")
 
     return _step(logps)
 
@@ -164,7 +162,9 @@ LIGER = "Liger DPO"
 
 PEERS = (
     Variant(EAGER, lambda: _step(_logits_logps), "softmax in float32"),
-    Variant("eager bf16", lambda: _step(_logits_logps_narrow), "softmax in bf16, as older trainers"),
+    Variant(
+        "eager bf16", lambda: _step(_logits_logps_narrow), "softmax in bf16, as in older trainers"
+    ),
     Variant(COMPILED, _compiled_eager, "the eager function, static shapes", compiled=True),
     Variant(TRL, _trl, "trl.kernels.ChunkedLogProbFunction, log-probs only, its own tile sizes"),
     Variant(
@@ -178,7 +178,7 @@ PEERS = (
     Variant(
         "torch LCE",
         lambda: _torch_lce(chunking_method=None, batch_chunk_size=256, acc_policy="accurate"),
-        "torch.nn.functional.linear_cross_entropy, reduction='none', in chunks of 256 tokens, which "
+        "torch.nn.functional.linear_cross_entropy, reduction='none', chunks of 256 tokens, which "
         "on CPUs is many times as fast as its default",
     ),
     Variant(
@@ -199,7 +199,7 @@ PEERS = (
 def variants(
     trainable: bool, dtype: torch.dtype, precisions: list[str], peers: list[str] | None = None
 ) -> list[Variant]:
-    """What is measured with a trainable, or a frozen, head. peers: names; None is the usual ones."""
+    """What is measured with a trainable, or a frozen, head. peers: names; None: the usual ones."""
     if dtype not in (torch.bfloat16, torch.float16):
         precisions = precisions[:1]  # the two differ for 16-bit inputs only
     ours = [

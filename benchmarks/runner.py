@@ -60,7 +60,9 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         ms = sorted(1e3 * s for s in self.seconds)
-        low, _, high = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
+        low, _, high = (
+            statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
+        )
         return {
             "median_ms": round(1e3 * self.median, 3),
             "quartiles_ms": [round(low, 3), round(high, 3)],
@@ -248,7 +250,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        first, *others = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("-" * w for w in widths))
     return "\n".join(lines)

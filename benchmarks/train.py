@@ -134,7 +134,10 @@ class Run:
                 raise RuntimeError(f"{self.name}: {message['failed']}")
             if "step" in message:
                 step, steps = message["step"], self.request["steps"]
-                print(f"  {self.name}: step {step}/{steps}, {message['seconds']:.2f} s", file=sys.stderr)
+                print(
+                    f"  {self.name}: step {step}/{steps}, {message['seconds']:.2f} s",
+                    file=sys.stderr,
+                )
             else:
                 print(f"  {self.name}: {message['stage']}", file=sys.stderr)
         self.errors.seek(0)
@@ -255,8 +258,8 @@ def report(results: dict[str, Any]) -> str:
         lines.append(
             f"{loss}: {len(r['step_s'])} steps, median {r['median_step_s']:.2f} s, peak "
             f"{r['peak_bytes'] / 2**30:.2f} GiB, reference {r['reference_s']:.0f} s; held out: "
-            f"accuracy {before['rewards/accuracies']:.3f} to {after['rewards/accuracies']:.3f}, margin "
-            f"{before['rewards/margins']:.4f} to {after['rewards/margins']:.4f}, loss "
+            f"accuracy {before['rewards/accuracies']:.3f} to {after['rewards/accuracies']:.3f}, "
+            f"margin {before['rewards/margins']:.4f} to {after['rewards/margins']:.4f}, loss "
             f"{before['loss']:.4f} to {after['loss']:.4f}"
         )
     peer = results["against_trl"]
@@ -316,7 +319,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     peer = results["against_trl"]
     if peer and "missing" not in peer:
         names = ["fastpref", "trl"]
-        bars = memory_axis.bar(names, [peer[n]["peak_bytes"] / 2**30 for n in names], color=["C0", "C7"])
+        bars = memory_axis.bar(
+            names, [peer[n]["peak_bytes"] / 2**30 for n in names], color=["C0", "C7"]
+        )
         memory_axis.bar_label(bars, fmt="%.2f")
         step = [peer[n]["median_step_s"] for n in names]
         ahead = [peer[n]["step_s_with_reference"] - s for n, s in zip(names, step, strict=True)]
@@ -349,8 +354,8 @@ def main(argv: list[str] | None = None) -> None:
         | {
             "held_out_before": "policy and reference are the same then: every margin is exactly 0 "
             "and counts as not ranked, so the accuracy is 0",
-            "step_s": "wall time of one optimiser step, without pauses; medians leave out the first "
-            "step against TRL; step_s_with_reference adds the precomputation's share of a step",
+            "step_s": "wall time of one optimiser step, without pauses; medians against TRL leave "
+            "out the first step; step_s_with_reference adds the precomputation's share of a step",
             "peak_bytes": "peak resident memory of the whole process, libraries included",
         },
         "wall_s": round(time.perf_counter() - begun, 1),

@@ -139,7 +139,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         answer["reference_s"] = round(reference, 2)
         answer["peak_bytes_after_setup"] = runner.peak_resident_bytes()
         if request["keep_data"]:
-            for name, dataset in (("train", trainer.train_dataset), ("held_out", trainer.eval_dataset)):
+            for name, dataset in (
+                ("train", trainer.train_dataset),
+                ("held_out", trainer.eval_dataset),
+            ):
                 dataset.save_to_disk(os.path.join(request["keep_data"], name))
         if request["held_out"]:
             say({"stage": "held-out pairs before training"})

@@ -50,8 +50,8 @@ def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) 
     return TokenStats(
         logps=stats.logps(),
         entropy=stats.entropy() if "entropy" in extras else None,
-        mean_logit=stats.total / vocab if "mean_logit" in extras else None,
-        is_top1=stats.argmax == labels if "is_top1" in extras else None,
+        mean_logit=stats.mean_logit(vocab) if "mean_logit" in extras else None,
+        is_top1=None if stats.argmax is None else stats.argmax.eq(labels),
         log_sum_sq_probs=stats.log_sum_sq_probs() if "log_sum_sq_probs" in extras else None,
     )
 

@@ -103,7 +103,14 @@ def _preference(
         value, sequences, rewards = _PairLoss.apply(
             logps.reshape(-1).contiguous(), ids.contiguous(), pairs, ref_logps, options, module
         )
-        return PreferenceOutput(value, *sequences.split(pairs), *rewards.split(pairs), stats)
+        return PreferenceOutput(
+            value,
+            sequences[:pairs],
+            sequences[pairs:],
+            rewards[:pairs],
+            rewards[pairs:],
+            stats,
+        )
     sums = sequence_logps(logps, labels, **segments)
     chosen, rejected = sums[:pairs], sums[pairs:]
     result = preference_loss(
@@ -120,8 +127,18 @@ def _preference(
         weight=pair_weight,
         margin=margin,
     )
-    rewards = result.chosen_rewards, result.rejected_rewards
-    return PreferenceOutput(result.loss, chosen.detach(), rejected.detach(), *rewards, stats)
+    return PreferenceOutput(
+        result.loss,
+        chosen.detach(),
+        rejected.detach(),
+        result.chosen_rewards,
+        result.rejected_rewards,
+        stats,
+    )
+
+
+def _logps(out: Tensor | TokenStats) -> Tensor:
+    return out.logps if isinstance(out, TokenStats) else out
 
 
 def _halves(t: Tensor | None, pairs: int) -> tuple[Tensor | None, Tensor | None]:
@@ -224,12 +241,14 @@ def linear_preference_loss(
         if ref_logps is not None:
             raise ValueError("ref_hidden: got it with ref_logps, expected one of the two")
         with torch.no_grad():
-            ref_tokens = linear_token_logps(
-                ref_hidden,
-                weight if ref_weight is None else ref_weight,
-                labels,
-                bias if ref_weight is None else ref_bias,
-                **options,
+            ref_tokens = _logps(
+                linear_token_logps(
+                    ref_hidden,
+                    weight if ref_weight is None else ref_weight,
+                    labels,
+                    bias if ref_weight is None else ref_bias,
+                    **options,
+                )
             )
         ref_logps = sequence_logps(
             ref_tokens,
@@ -241,16 +260,15 @@ def linear_preference_loss(
     elif ref_weight is not None or ref_bias is not None:
         raise ValueError("ref_hidden: got None with ref_weight or ref_bias, expected all of them")
     out = linear_token_logps(hidden, weight, labels, bias, extras=extras, **options)
-    stats = out if isinstance(out, TokenStats) else None
     return _preference(
-        out if stats is None else stats.logps,
+        _logps(out),
         labels,
         ref_logps,
         sequence_ids=sequence_ids,
         num_sequences=size,
         ignore_index=ignore_index,
         backend=backend,
-        stats=stats,
+        stats=out if isinstance(out, TokenStats) else None,
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,

@@ -106,9 +106,11 @@ def linear_token_logps(
         weight = weight.contiguous()
     with torch.autocast(hidden.device.type, enabled=False):
         out = LinearTokenLogps.apply(rows, weight, bias, y.contiguous(), index, head)
-    shaped = (None if t is None else _scatter(t, index, labels.shape) for t in out)
-    stats = TokenStats(*shaped)
-    return stats if extras else stats.logps
+    logps = _scatter(out[0], index, labels.shape)
+    if not extras:
+        return logps
+    others = (None if t is None else _scatter(t, index, labels.shape) for t in out[1:])
+    return TokenStats(logps, *others)
 
 
 def token_logps(
@@ -258,7 +260,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
     if bias is not None and bias.dtype != weight.dtype:
         raise ValueError(
-            f"bias: got {str(bias.dtype)[6:]}, expected {str(weight.dtype)[6:]}, the dtype of weight"
+            f"bias: got {str(bias.dtype)[6:]}, expected {str(weight.dtype)[6:]}, as weight"
         )
     if bias is not None and bias.device != hidden.device:
         raise ValueError(f"bias: got device {bias.device}, expected {hidden.device}")

@@ -6,18 +6,19 @@ checked here: device, dtype, unit inner stride. Tensors stay alive in the caller
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch  # before _cpu: both then share the OpenMP pool that torch loads
 from torch import Tensor
 
 from fastpref.backends import gemm
 from fastpref.backends.tile import Stats, Transform
 
+_cpu: Any = None
+_PROBLEM: str | None = None
 try:
-    from fastpref import _cpu
-
-    _PROBLEM = None
+    from fastpref import _cpu  # type: ignore[no-redef]
 except ImportError as error:
-    _cpu = None
     _PROBLEM = (
         f"fastpref._cpu is not built ({error}); install a C++ compiler and run "
         "pip install --force-reinstall --no-deps fastpref"

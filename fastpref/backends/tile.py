@@ -89,13 +89,22 @@ class Stats:
         With only the target exact, log-probabilities would come out above 0; with both, the error
         of a confident token falls to that of the other logits' tiny share.
         """
-        old, new = self.target - self.max, target - self.max
+        # Where the label is the maximum its exact logit becomes the base, so that a saturated row
+        # keeps the tiny share of the others: 1 + tiny, and not exp(rounding) + tiny.
+        base = torch.where(self.target == self.max, target, self.max)
+        shift = self.max - base
+        rescale = shift.exp()
+        old, new = self.target - self.max, target - base
         old_e, new_e = old.exp(), new.exp()
-        self.sum += new_e - old_e
+        others = (self.sum - old_e).clamp_min(0)
         if self.weighted is not None and self.squared is not None and self.total is not None:
-            self.weighted += new_e * new - old_e * old
-            self.squared += new_e * new_e - old_e * old_e
-            self.total += new - old
+            weighted = self.weighted - old_e * old
+            self.weighted.copy_(rescale * (weighted + shift * others) + new_e * new)
+            squared = (self.squared - old_e * old_e).clamp_min(0)
+            self.squared.copy_(rescale * rescale * squared + new_e * new_e)
+            self.total += target - self.target
+        self.sum.copy_(rescale * others + new_e)
+        self.max.copy_(base)
         self.target.copy_(target)
 
     def lse(self) -> Tensor:
@@ -109,7 +118,13 @@ class Stats:
         return logps.minimum(logps.new_zeros(()))
 
     def entropy(self) -> Tensor:
+        assert self.weighted is not None
         return self.sum.log() - self.weighted / self.sum
 
+    def mean_logit(self, vocab: int) -> Tensor:
+        assert self.total is not None
+        return self.total / vocab
+
     def log_sum_sq_probs(self) -> Tensor:
+        assert self.squared is not None
         return self.squared.log() - 2 * self.sum.log()
