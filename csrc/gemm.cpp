@@ -147,9 +147,12 @@ void pack_a(const View& a, int64_t row0, int64_t row1, int64_t p0, int64_t p1, u
         }
 }
 
+// A word where the caller's memory has it: rows of bf16 may start at any even address.
+typedef uint32_t Word __attribute__((aligned(2), may_alias));
+
 // Rows of a for one call of multiply: word p of row i is row[i][p * step].
 struct Rows {
-    const uint32_t* row[ROWS];
+    const Word* row[ROWS];
     int64_t step;
 };
 
@@ -159,7 +162,7 @@ FP_TARGET void multiply(const Rows& a, const uint32_t* b, int64_t words, float* 
     __m512 c[ROWS][VECS];
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < VECS; ++j) c[i][j] = _mm512_setzero_ps();
-    const uint32_t *a0 = a.row[0], *a1 = a.row[1], *a2 = a.row[2], *a3 = a.row[3], *a4 = a.row[4],
+    const Word *a0 = a.row[0], *a1 = a.row[1], *a2 = a.row[2], *a3 = a.row[3], *a4 = a.row[4],
                    *a5 = a.row[5];
     const int64_t step = a.step;
     for (int64_t p = 0, at = 0; p < words; ++p, at += step) {
@@ -199,7 +202,7 @@ void panel(const Gemm& g, const View& a, const uint32_t* packed_a, const uint32_
                     rows.row[r] = packed_a + ((i - row0) * (p1 - p0) + (p - p0) * ROWS) + r;
                 } else {  // rows beyond the last read the last and are not stored
                     int64_t row = i + r < g.m ? i + r : g.m - 1;
-                    rows.row[r] = reinterpret_cast<const uint32_t*>(a.at(row, 0)) + p;
+                    rows.row[r] = reinterpret_cast<const Word*>(a.at(row, 0)) + p;
                 }
             }
             rows.step = packed_a ? ROWS : 1;
