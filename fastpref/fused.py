@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fastpref import backends
 from fastpref.autograd import TokenStats
-from fastpref.logps import _check_ids, linear_token_logps, sequence_logps, token_logps
-from fastpref.losses import check_options, check_reference, preference_loss
+from fastpref.logps import check_head, check_ids, linear_token_logps, sequence_logps, token_logps
+from fastpref.losses import NEEDS_LENGTHS, check_options, check_reference, preference_loss
 
 
 class PreferenceOutput(NamedTuple):
@@ -49,16 +50,91 @@ class _PairLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * dloss, None, None, None, None, None
 
 
-def _preference(
-    logps: Tensor,
+@dataclass(frozen=True)
+class _PairProblem:
+    """What is left to do once the token log-probs are there; checked before any of them is."""
+
+    labels: Tensor
+    segments: dict[str, Any]  # sequence_ids, num_sequences, ignore_index of sequence_logps
+    options: dict[str, Any]  # loss_type, beta, label_smoothing, ipo_normalization, reference_free
+    ref_logps: Tensor | None
+    lengths: Tensor | None
+    pair_weight: Tensor | None
+    margin: Tensor | None
+    backend: str | None
+
+    def solve(self, logps: Tensor, stats: TokenStats | None = None) -> PreferenceOutput:
+        """From token log-probs [2P, T] or [N] to the output; by closed form if there is one."""
+        size = self.segments["num_sequences"]
+        counted = self.labels != self.segments["ignore_index"]
+        ref_logps, pair_weight, margin = (
+            None if t is None else t.to(device=logps.device, dtype=logps.dtype).contiguous()
+            for t in (self.ref_logps, self.pair_weight, self.margin)
+        )
+        lengths = None
+        if self.options["loss_type"] in NEEDS_LENGTHS:
+            lengths = self.lengths
+            if lengths is None:
+                lengths = sequence_logps(counted.to(logps.dtype), self.labels, **self.segments)
+            lengths = lengths.to(device=logps.device, dtype=logps.dtype).contiguous()
+        inputs = (ref_logps, lengths, pair_weight, margin)
+        module = backends.choose(logps.device, logps.dtype, self.backend)
+        learned = any(t is not None and t.requires_grad for t in inputs)
+        if self.options["loss_type"] in module.CLOSED_FORMS and not learned:
+            out = self._closed_form(logps, size // 2, module, *inputs)
+        else:
+            out = self._autograd(logps, size // 2, *inputs)
+        # Without a labelled token there is nothing to learn; the graph stays connected.
+        return out._replace(loss=out.loss * counted.any().to(out.loss.dtype), stats=stats)
+
+    def _closed_form(self, logps, pairs, module, ref_logps, lengths, pair_weight, margin):
+        ids = self.segments["sequence_ids"]
+        if ids is None:
+            ids = torch.arange(2 * pairs, device=logps.device)
+            ids = ids.repeat_interleave(self.labels.shape[1])
+        sums = self.options["ipo_normalization"] == "sum"
+        options = dict(
+            loss_type=self.options["loss_type"],
+            beta=self.options["beta"],
+            label_smoothing=self.options["label_smoothing"],
+            lengths=None if sums else lengths,
+            weight=pair_weight,
+            margin=margin,
+        )
+        loss, sequences, rewards = _PairLoss.apply(
+            logps.reshape(-1).contiguous(), ids.contiguous(), pairs, ref_logps, options, module
+        )
+        return PreferenceOutput(
+            loss, sequences[:pairs], sequences[pairs:], rewards[:pairs], rewards[pairs:]
+        )
+
+    def _autograd(self, logps, pairs, ref_logps, lengths, pair_weight, margin):
+        sums = sequence_logps(logps, self.labels, **self.segments)
+        chosen, rejected = sums[:pairs], sums[pairs:]
+        chosen_lengths, rejected_lengths = _halves(lengths, pairs)
+        result = preference_loss(
+            chosen,
+            rejected,
+            *_halves(ref_logps, pairs),
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            weight=pair_weight,
+            margin=margin,
+            **self.options,
+        )
+        rewards = result.chosen_rewards, result.rejected_rewards
+        return PreferenceOutput(result.loss, chosen.detach(), rejected.detach(), *rewards)
+
+
+def _pair_problem(
     labels: Tensor,
     ref_logps: Tensor | None,
     *,
-    sequence_ids: Tensor | None,
-    num_sequences: int,
-    ignore_index: int,
-    backend: str | None,
-    stats: TokenStats | None = None,
+    has_reference: bool,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    ignore_index: int = -100,
+    backend: str | None = None,
     loss_type: str = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
@@ -67,96 +143,53 @@ def _preference(
     reference_free: bool = False,
     pair_weight: Tensor | None = None,
     margin: Tensor | None = None,
-) -> PreferenceOutput:
-    """From token log-probs [2P, T] or [N] to the output; by closed form if the backend has it."""
-    loss = check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
-    check_reference(reference_free, ref_logps)
-    segments: dict[str, Any] = dict(
-        sequence_ids=sequence_ids, num_sequences=num_sequences, ignore_index=ignore_index
-    )
-    if not (loss.needs_lengths and ipo_normalization == "token_mean"):
-        lengths = None
-    elif lengths is None:
-        lengths = sequence_logps((labels != ignore_index).to(logps.dtype), labels, **segments)
-    pairs = num_sequences // 2
-    ref_logps = _vector("ref_logps", ref_logps, num_sequences, logps)
-    lengths = _vector("lengths", lengths, num_sequences, logps)
-    pair_weight = _vector("pair_weight", pair_weight, pairs, logps)
-    margin = _vector("margin", margin, pairs, logps)
-
-    module = backends.choose(logps.device, logps.dtype, backend)
-    inputs = (ref_logps, lengths, pair_weight, margin)
-    learned = any(t is not None and t.requires_grad for t in inputs)  # closed forms know only logps
-    if loss_type in module.CLOSED_FORMS and not learned:
-        ids = sequence_ids
-        if ids is None:
-            ids = torch.arange(num_sequences, device=logps.device)
-            ids = ids.repeat_interleave(labels.shape[1])
-        options = dict(
+) -> _PairProblem:
+    """Check everything that does not need a log-prob. Raises ValueError."""
+    size = _count_sequences(labels, sequence_ids, num_sequences, ref_logps, lengths)
+    check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
+    check_reference(reference_free, has_reference)
+    for name, t, expected in (
+        ("ref_logps", ref_logps, size),
+        ("lengths", lengths, size),
+        ("pair_weight", pair_weight, size // 2),
+        ("margin", margin, size // 2),
+    ):
+        if t is None:
+            continue
+        if not isinstance(t, Tensor) or t.shape != (expected,):
+            given = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name}: got {given}, expected a tensor [{expected}]")
+    return _PairProblem(
+        labels=labels,
+        segments=dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index),
+        options=dict(
             loss_type=loss_type,
             beta=beta,
             label_smoothing=label_smoothing,
-            lengths=lengths,
-            weight=pair_weight,
-            margin=margin,
-        )
-        value, sequences, rewards = _PairLoss.apply(
-            logps.reshape(-1).contiguous(), ids.contiguous(), pairs, ref_logps, options, module
-        )
-        return PreferenceOutput(
-            value,
-            sequences[:pairs],
-            sequences[pairs:],
-            rewards[:pairs],
-            rewards[pairs:],
-            stats,
-        )
-    sums = sequence_logps(logps, labels, **segments)
-    chosen, rejected = sums[:pairs], sums[pairs:]
-    result = preference_loss(
-        chosen,
-        rejected,
-        *(_halves(ref_logps, pairs)),
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        ipo_normalization=ipo_normalization,
-        chosen_lengths=_halves(lengths, pairs)[0],
-        rejected_lengths=_halves(lengths, pairs)[1],
-        reference_free=reference_free,
-        weight=pair_weight,
+            ipo_normalization=ipo_normalization,
+            reference_free=reference_free,
+        ),
+        ref_logps=ref_logps,
+        lengths=lengths,
+        pair_weight=pair_weight,
         margin=margin,
+        backend=backend,
     )
-    return PreferenceOutput(
-        result.loss,
-        chosen.detach(),
-        rejected.detach(),
-        result.chosen_rewards,
-        result.rejected_rewards,
-        stats,
-    )
-
-
-def _logps(out: Tensor | TokenStats) -> Tensor:
-    return out.logps if isinstance(out, TokenStats) else out
 
 
 def _halves(t: Tensor | None, pairs: int) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if t is None else (t[:pairs], t[pairs:])
 
 
-def _vector(name: str, t: Tensor | None, size: int, like: Tensor) -> Tensor | None:
-    if t is None:
-        return None
-    if t.shape != (size,):
-        raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected [{size}]")
-    return t.to(device=like.device, dtype=like.dtype).contiguous()
-
-
 def _count_sequences(
-    labels: Tensor, sequence_ids: Tensor | None, num_sequences: int | None, **vectors: Tensor | None
+    labels: Tensor,
+    sequence_ids: Tensor | None,
+    num_sequences: int | None,
+    *vectors: Tensor | None,
 ) -> int:
-    """2P: the rows of labels [2P, T]; in the flat form as told, or as long as ref_logps."""
+    """2P: the rows of labels [2P, T]; in the flat form as told, or the length of a vector [2P]."""
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
     if sequence_ids is None:
         if labels.dim() != 2:
             raise ValueError(
@@ -164,17 +197,21 @@ def _count_sequences(
                 "sequence_ids"
             )
         size = labels.shape[0]
+        if num_sequences not in (None, size):
+            raise ValueError(
+                f"num_sequences: got {num_sequences}, expected {size}, the rows of labels"
+            )
     else:
         if labels.dim() != 1 or sequence_ids.shape != labels.shape:
             raise ValueError(
                 f"sequence_ids: got shape {tuple(sequence_ids.shape)} for labels "
                 f"{tuple(labels.shape)}, expected [N] for both"
             )
-        known = [len(t) for t in vectors.values() if t is not None]
+        known = [len(t) for t in vectors if isinstance(t, Tensor)]
         if num_sequences is None and not known:
             raise ValueError("num_sequences: got None, expected 2P with sequence_ids")
         size = known[0] if num_sequences is None else num_sequences
-        _check_ids("sequence_ids", sequence_ids, size)
+        check_ids("sequence_ids", sequence_ids, size)
     if size % 2:
         raise ValueError(
             f"labels: got {size} sequences, expected an even number, [chosen; rejected]"
@@ -216,8 +253,9 @@ def linear_preference_loss(
         labels: [2P, T] or [N] int64, aligned with hidden; ignore_index where a token does not
             count.
         ref_logps: [2P] the reference's log-probabilities, summed per sequence. Or give ref_hidden
-            (shaped like hidden) with ref_weight and ref_bias (default: weight and bias), and they
-            are computed here without gradients. Or pass reference_free=True.
+            (shaped like hidden) and they are computed here without gradients, under ref_weight and
+            ref_bias, or under the policy's own head where neither is given. Or pass
+            reference_free=True.
         sequence_ids, num_sequences: the flat form: [N] int64 in [0, 2P), chosen ones in [0, P).
         loss_type, beta, label_smoothing, ipo_normalization, reference_free, margin: as in
             `preference_loss`; pair_weight is its weight.
@@ -233,42 +271,20 @@ def linear_preference_loss(
         ValueError: as the two functions named above, an odd number of sequences, and a reference
             that is missing or given twice.
     """
-    size = _count_sequences(
-        labels, sequence_ids, num_sequences, ref_logps=ref_logps, lengths=lengths
-    )
-    options = dict(head, ignore_index=ignore_index, backend=backend)
-    if ref_hidden is not None:
-        if ref_logps is not None:
-            raise ValueError("ref_hidden: got it with ref_logps, expected one of the two")
-        with torch.no_grad():
-            ref_tokens = _logps(
-                linear_token_logps(
-                    ref_hidden,
-                    weight if ref_weight is None else ref_weight,
-                    labels,
-                    bias if ref_weight is None else ref_bias,
-                    **options,
-                )
-            )
-        ref_logps = sequence_logps(
-            ref_tokens,
-            labels,
-            sequence_ids=sequence_ids,
-            num_sequences=size,
-            ignore_index=ignore_index,
-        )
-    elif ref_weight is not None or ref_bias is not None:
-        raise ValueError("ref_hidden: got None with ref_weight or ref_bias, expected all of them")
-    out = linear_token_logps(hidden, weight, labels, bias, extras=extras, **options)
-    return _preference(
-        _logps(out),
+    given = ref_hidden is not None
+    if given and ref_logps is not None:
+        raise ValueError("ref_hidden: got it with ref_logps, expected one of the two")
+    for name, t in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if t is not None and not given:
+            raise ValueError(f"ref_hidden: got None with {name}, expected the reference's states")
+    problem = _pair_problem(
         labels,
         ref_logps,
+        has_reference=given or ref_logps is not None,
         sequence_ids=sequence_ids,
-        num_sequences=size,
+        num_sequences=num_sequences,
         ignore_index=ignore_index,
         backend=backend,
-        stats=out if isinstance(out, TokenStats) else None,
         loss_type=loss_type,
         beta=beta,
         label_smoothing=label_smoothing,
@@ -278,6 +294,20 @@ def linear_preference_loss(
         pair_weight=pair_weight,
         margin=margin,
     )
+    options = dict(head, ignore_index=ignore_index, backend=backend)
+    if ref_hidden is not None:
+        if ref_bias is None and ref_weight is None:
+            ref_bias = bias
+        ref_weight = weight if ref_weight is None else ref_weight
+        check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+        with torch.no_grad():
+            ref_tokens = linear_token_logps(ref_hidden, ref_weight, labels, ref_bias, **options)
+        assert isinstance(ref_tokens, Tensor)
+        problem = replace(problem, ref_logps=sequence_logps(ref_tokens, labels, **problem.segments))
+    out = linear_token_logps(hidden, weight, labels, bias, extras=extras, **options)
+    if isinstance(out, TokenStats):
+        return problem.solve(out.logps, out)
+    return problem.solve(out)
 
 
 def linear_dpo_loss(
@@ -298,8 +328,6 @@ def _logits_loss(
     logits: Tensor,
     labels: Tensor,
     ref_logps: Tensor | None,
-    sequence_ids: Tensor | None = None,
-    num_sequences: int | None = None,
     ignore_index: int = -100,
     backend: str | None = None,
     scale: float = 1.0,
@@ -308,7 +336,14 @@ def _logits_loss(
     inplace_backward: bool = False,
     **options: Any,
 ) -> PreferenceOutput:
-    size = _count_sequences(labels, sequence_ids, num_sequences, ref_logps=ref_logps)
+    problem = _pair_problem(
+        labels,
+        ref_logps,
+        has_reference=ref_logps is not None,
+        ignore_index=ignore_index,
+        backend=backend,
+        **options,
+    )
     logps = token_logps(
         logits,
         labels,
@@ -319,16 +354,7 @@ def _logits_loss(
         inplace_backward=inplace_backward,
         backend=backend,
     )
-    return _preference(
-        logps,
-        labels,
-        ref_logps,
-        sequence_ids=sequence_ids,
-        num_sequences=size,
-        ignore_index=ignore_index,
-        backend=backend,
-        **options,
-    )
+    return problem.solve(logps)
 
 
 def dpo_loss(

@@ -67,7 +67,7 @@ def linear_token_logps(
     extras = _check_extras(extras)
     transform = Transform(float(scale), None if softcap is None else float(softcap), temperature)
     hidden = _autocast(hidden)
-    _check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
     _check_labels(labels, hidden.shape[:-1], "hidden without its last dimension", hidden.device)
     flat, index = labels.reshape(-1), token_indices
     if index is None:
@@ -78,7 +78,7 @@ def linear_token_logps(
             f"token_indices: got {_describe(index)}, expected a vector of int64 on {hidden.device}"
         )
     else:
-        _check_ids("token_indices", index, flat.shape[0])
+        _check_indices(index, flat, ignore_index)
     y = flat if index is None else flat.index_select(0, index)
     _check_range(y, weight.shape[0])
 
@@ -149,6 +149,11 @@ def token_logps(
     flat = labels.reshape(-1)
     ignored = flat == ignore_index
     _check_range(flat, logits.shape[-1], ignored)
+    if inplace_backward and 0 in logits.stride() and logits.numel() > 1:
+        raise ValueError(
+            "inplace_backward: got True with expanded logits, whose rows share memory; expected "
+            "logits of their own"
+        )
     rows = logits.reshape(-1, logits.shape[-1])
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
@@ -201,7 +206,7 @@ def sequence_logps(
         size = num_sequences
         if size is None:
             size = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
-        _check_ids("sequence_ids", sequence_ids, size)
+        check_ids("sequence_ids", sequence_ids, size)
         zeros = values.new_zeros(size)
         sums, counts = (zeros.index_add(0, sequence_ids, v) for v in (values, counted))
     return (sums / counts.clamp(min=1) if average else sums).to(token_logps.dtype)
@@ -225,6 +230,8 @@ def _describe(t: Tensor) -> str:
 
 
 def _check_float(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise ValueError(f"{name}: got {type(t).__name__}, expected a tensor")
     if t.dtype not in _FLOATS:
         raise ValueError(
             f"{name}: got {str(t.dtype)[6:]}, expected float64, float32, bfloat16 or float16"
@@ -239,34 +246,46 @@ def _check_extras(extras: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_float("hidden", hidden)
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """Raise ValueError unless the three fit together; prefix goes before their names."""
+    hidden_name, weight_name, bias_name = (prefix + n for n in ("hidden", "weight", "bias"))
+    _check_float(hidden_name, hidden)
+    _check_float(weight_name, weight)
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [V, H] with V > 0")
+        raise ValueError(
+            f"{weight_name}: got shape {tuple(weight.shape)}, expected [V, H] with V > 0"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden: got shape {tuple(hidden.shape)}, expected [..., {weight.shape[1]}] to go "
-            f"with weight {tuple(weight.shape)}"
+            f"{hidden_name}: got shape {tuple(hidden.shape)}, expected [..., {weight.shape[1]}] to "
+            f"go with {weight_name} {tuple(weight.shape)}"
         )
-    cast = torch.is_autocast_enabled(hidden.device.type) and weight.dtype in _FLOATS[1:]
+    cast = torch.is_autocast_enabled(hidden.device.type) and weight.dtype != torch.float64
     if weight.dtype != hidden.dtype and not cast:
         raise ValueError(
-            f"weight: got {str(weight.dtype)[6:]}, expected {str(hidden.dtype)[6:]}, the dtype of "
-            "hidden (they may differ under autocast)"
+            f"{weight_name}: got {str(weight.dtype)[6:]}, expected {str(hidden.dtype)[6:]}, the "
+            f"dtype of {hidden_name} (they may differ under autocast)"
         )
     if weight.device != hidden.device:
-        raise ValueError(f"weight: got device {weight.device}, expected {hidden.device}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
-    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"{weight_name}: got device {weight.device}, expected {hidden.device}")
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"bias: got {str(bias.dtype)[6:]}, expected {str(weight.dtype)[6:]}, as weight"
+            f"{bias_name}: got shape {tuple(bias.shape)}, expected [{weight.shape[0]}]"
         )
-    if bias is not None and bias.device != hidden.device:
-        raise ValueError(f"bias: got device {bias.device}, expected {hidden.device}")
+    if bias.dtype != weight.dtype:
+        raise ValueError(
+            f"{bias_name}: got {str(bias.dtype)[6:]}, expected {str(weight.dtype)[6:]}, as "
+            f"{weight_name}"
+        )
+    if bias.device != hidden.device:
+        raise ValueError(f"{bias_name}: got device {bias.device}, expected {hidden.device}")
 
 
 def _check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.device) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
     if labels.shape != shape:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(shape)}, the shape of {of}"
@@ -289,7 +308,20 @@ def _check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> N
         raise ValueError(f"labels: got {value}, expected ignore_index or a value in [0, {vocab})")
 
 
-def _check_ids(name: str, ids: Tensor, size: int) -> None:
+def _check_indices(index: Tensor, labels: Tensor, ignore_index: int) -> None:
+    """token_indices must be all labelled positions, in order; each counts once."""
+    check_ids("token_indices", index, labels.shape[0])
+    if not backends.may_synchronise(index.device):
+        return
+    expected = (labels != ignore_index).nonzero()[:, 0]
+    if not torch.equal(index, expected):
+        raise ValueError(
+            f"token_indices: got {index.shape[0]} positions that are not the {expected.shape[0]} "
+            "labelled ones in increasing order, expected those"
+        )
+
+
+def check_ids(name: str, ids: Tensor, size: int) -> None:
     if ids.dtype != torch.int64:
         raise ValueError(f"{name}: got {str(ids.dtype)[6:]}, expected int64")
     if ids.numel() and backends.may_synchronise(ids.device):

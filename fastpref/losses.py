@@ -82,6 +82,7 @@ _LOSSES = {
     "ipo": Loss(ipo, frozenset({"ipo_normalization"}), needs_lengths=True),
 }
 LOSS_TYPES = tuple(_LOSSES)
+NEEDS_LENGTHS = frozenset(name for name, loss in _LOSSES.items() if loss.needs_lengths)
 
 
 def check_options(
@@ -177,7 +178,7 @@ def preference_loss(
         weight=weight,
         margin=margin,
     )
-    check_reference(reference_free, ref_chosen_logps, ref_rejected_logps)
+    check_reference(reference_free, ref_chosen_logps is not None, ref_rejected_logps is not None)
     if loss.needs_lengths and ipo_normalization == "token_mean":
         for side, lengths in (("chosen", chosen_lengths), ("rejected", rejected_lengths)):
             if lengths is None:
@@ -211,14 +212,13 @@ def preference_loss(
     )
 
 
-def check_reference(reference_free: bool, *references: Tensor | None) -> None:
+def check_reference(reference_free: bool, *given: bool) -> None:
     """Raise ValueError unless the reference is given, or reference_free says that there is none."""
-    missing = [t is None for t in references]
-    if reference_free and not all(missing):
+    if reference_free and any(given):
         raise ValueError(
             "reference_free: got True with reference log-probs, expected one of the two"
         )
-    if not reference_free and any(missing):
+    if not reference_free and not all(given):
         raise ValueError(
             "ref_logps: got None, expected the reference's log-probs; without a reference model "
             "pass reference_free=True"

@@ -148,6 +148,7 @@ def draw_training(axes: Sequence[Any], history: Sequence[Mapping[str, Any]]) -> 
             axis.set_ylim(*bounds)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("optimiser step", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         tidy(axis)
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(frameon=False, fontsize=9)

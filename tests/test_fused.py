@@ -176,6 +176,16 @@ def test_reference_head(backend, dtype, name, precision):
     assert all(g.any() for g in torch.autograd.grad(out.loss, [hidden, weight]))
 
 
+def test_a_reference_bias_needs_no_reference_weight(backend):
+    """ref_weight and ref_bias have their defaults each by itself."""
+    hidden, weight, labels, _ = _batch()
+    options = dict(bias=torch.randn(V), ref_hidden=hidden, backend=backend)
+    other = torch.randn(V)
+    short = linear_dpo_loss(hidden, weight, labels, ref_bias=other, **options)
+    full = linear_dpo_loss(hidden, weight, labels, ref_weight=weight, ref_bias=other, **options)
+    assert torch.equal(short.loss, full.loss) and short.chosen_rewards.any()
+
+
 def test_a_learned_reference_gets_its_gradient(backend):
     """And so does any other input: the closed forms know only the policy."""
     hidden, weight, labels, reference = _batch()

@@ -261,6 +261,8 @@ trained = torch.randn(V, H, requires_grad=True)
         ("token_indices", {"token_indices": torch.tensor([[0]])}),
         ("token_indices", {"token_indices": torch.tensor([B * T])}),
         ("token_indices", {"token_indices": torch.tensor([-1])}),
+        ("token_indices", {"token_indices": torch.tensor([0] * B * T)}),
+        ("token_indices", {"token_indices": torch.tensor([0])}),  # the others are labelled, too
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

@@ -68,13 +68,14 @@ def compare_heads(trainer: Any, batches: int, repeats: int) -> dict[str, Any]:
 
     extra: dict[str, int | None] = {}
     for side in sides:  # ours first: it must not live on memory that the other has left behind
-        measured = []
+        measured: list[int | None] = []
         for case in cases:
             release_memory()
             with report.PeakMemory() as memory:
                 step(side, case)
             measured.append(memory.extra)
-        extra[side] = None if None in measured else max(measured)
+        known = [peak for peak in measured if peak is not None]
+        extra[side] = max(known) if len(known) == len(measured) else None
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):
         for case in cases:

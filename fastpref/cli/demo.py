@@ -35,14 +35,31 @@ def command(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of training and of sampled answers.")] = 42,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="CPU threads. On a busy machine several of them wait for each other.",
+        ),
+    ] = 1,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Train a tiny model with DPO and with IPO here and now, and show what changed."""
     from rich.console import Console
 
-    began = time.perf_counter()
     console = Console(highlight=False)
     quiet()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        run(console, output, quick, seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(console: Any, output: Path, quick: bool, seed: int) -> None:
+    """The whole demo, with the threads that torch is set to."""
+    began = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     from transformers import AutoTokenizer
 
@@ -57,7 +74,7 @@ def command(
     console.print(
         f"[bold]fastpref demo[/bold]: a Llama of {model.num_parameters() / 1e6:.2f} M parameters "
         f"and {model.config.vocab_size:,} token types, {len(train)} preference pairs to train on, "
-        f"{len(heldout)} held out, {torch.get_num_threads()} threads\n"
+        f"{len(heldout)} held out, {torch.get_num_threads()} thread(s)\n"
     )
     answers = {"before": generate(model, tokenizer, heldout, seed)}
     runs, trainer = {}, None
@@ -81,6 +98,7 @@ def command(
         output / "demo.json",
         {
             "seconds": seconds,
+            "threads": torch.get_num_threads(),
             "runs": runs,
             "helpful_answers": helpful,
             "head": head,
@@ -293,7 +311,8 @@ def show_head(console: Any, head: dict[str, Any]) -> None:
     )
     console.print(table)
     console.print(
-        f"  [dim]The two losses differ by {head['loss_difference']:.1e}, the gradients by "
+        "  [dim]Eager makes logits at every position, fastpref only where there is a label.\n"
+        f"  The two losses differ by {head['loss_difference']:.1e}, the gradients by "
         f"at most {head['largest_gradient_difference']:.1e}.[/dim]\n"
     )
 
@@ -308,7 +327,7 @@ def plot(runs: dict[str, dict], helpful: dict[str, float], head: dict, path: Pat
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9), layout="constrained")
-    parts = figure.subfigures(len(runs) + 1, 1)
+    parts: Any = figure.subfigures(len(runs) + 1, 1)
     for part, (loss, run) in zip(parts, runs.items(), strict=False):
         report.draw_training(part.subplots(1, 3), run["history"])
         part.suptitle(

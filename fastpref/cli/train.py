@@ -50,7 +50,7 @@ def command(
     ] = Path("fastpref-output"),
     lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter only.")] = False,
     lora_r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="Scale of the adapter.")] = 32,
+    lora_alpha: Annotated[int, typer.Option(help="Scale of the adapter.")] = 32,
     lora_targets: Annotated[
         str, typer.Option(help="Comma-separated modules, or all-linear.")
     ] = "all-linear",
@@ -295,7 +295,7 @@ def bf16_is_fast() -> bool:
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def lora_config(rank: int, alpha: float, targets: str) -> Any:
+def lora_config(rank: int, alpha: int, targets: str) -> Any:
     from peft import LoraConfig
 
     modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
