@@ -182,7 +182,7 @@ PEERS = (
         "on CPUs is many times as fast as its default",
     ),
     Variant(
-        "torch LCE, default",
+        "torch LCE default",
         _torch_lce,
         "the same with LinearCrossEntropyOptions(): chunks of a few tokens; runs only if named",
         by_default=False,

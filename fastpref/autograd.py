@@ -89,8 +89,9 @@ class LinearTokenLogps(torch.autograd.Function):
         stats = Stats.empty(n, x.device, stats_type, extras)
         u = torch.empty_like(x) if head.hidden_grad else None
         stash = x.new_empty((plan.stash_tokens, vocab))
-        in_stash = plan.stash_tokens == n and tile_type == x.dtype
-        buffer = x.new_empty((0 if in_stash else min(plan.block_tokens, n), vocab), dtype=tile_type)
+        all_kept = plan.stash_tokens == n
+        rows_of_buffer = 0 if all_kept and tile_type == x.dtype else min(plan.block_tokens, n)
+        buffer = x.new_empty((rows_of_buffer, vocab), dtype=tile_type)
         for start in range(0, n, plan.block_tokens):
             stop = min(start + plan.block_tokens, n)
             rows, y = stats.rows(start, stop), labels[start:stop]
@@ -106,11 +107,13 @@ class LinearTokenLogps(torch.autograd.Function):
                 continue
             d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
             backend.grad(tile, y, 0, rows.lse(), rows.logps(), d, head.transform)
-            if u is not None:
+            if u is not None and not all_kept:
                 backend.project(d, w, u[start:stop])
             if kept.shape[0] < stop - start:
                 kept.copy_(d[: kept.shape[0]])
         del buffer
+        if u is not None and all_kept:
+            backend.project(stash, w, u)  # one tall product is faster than many flat ones
         out = _outputs(stats, labels, vocab, extras)
 
         ctx.head, ctx.rows, ctx.weight_dtype = head, hidden.shape[0], weight.dtype
