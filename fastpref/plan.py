@@ -18,7 +18,7 @@ import torch
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
 PRECISIONS = ("exact", "fast")
 
-# Bytes of the logits tile per vocabulary entry, the same for every strategy, so that a policy and its
+# Bytes of the logits tile per vocabulary entry, the same for every strategy, so that policy and
 # reference see the same tiles. 480 is 120 fp32 rows or 240 bf16 rows: on two Zen 5 cores the bf16
 # GEMM then runs at 95 % of its rate for tall matrices.
 _TILE_BYTES_PER_COLUMN = 480

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -142,6 +143,10 @@ class PreferenceTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
+        if args.gradient_checkpointing:
+            # Every block casts its weights anew in backward; a cache would keep 16-bit copies of
+            # all of them through the forward pass and save nothing.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
