@@ -43,6 +43,9 @@ bench: install
 
 # The native tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer in fastpref._cpu.
 SANITIZED := build/sanitize
+SANITIZED_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+  PYTHONPATH=$(abspath $(SANITIZED))
 sanitize: install
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
@@ -51,10 +54,11 @@ sanitize: install
 	rm -f $(SANITIZED)/package/_cpu*.so
 	cp $(SANITIZED)/fastpref/_cpu*.so $(SANITIZED)/package/
 	rm -rf $(SANITIZED)/fastpref && mv $(SANITIZED)/package $(SANITIZED)/fastpref
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZED) FASTPREF_EXPECT_SANITIZED=1 \
-	  $(BIN)/pytest -p no:cacheprovider -m 'not slow' tests/test_tile.py tests/test_native.py tests/test_logps.py tests/test_losses.py
+	cd $(SANITIZED) && $(SANITIZED_ENV) $(abspath $(BIN))/python -c \
+	  "import fastpref._cpu as m; assert 'sanitize' in m.__file__, m.__file__"
+	cd $(SANITIZED) && $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
+	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' \
+	  $(addprefix $(CURDIR)/tests/,test_tile.py test_native.py test_logps.py test_losses.py)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so

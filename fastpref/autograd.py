@@ -35,7 +35,7 @@ class TokenStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearCall:
     """What one call of the linear function needs besides its tensors."""
 
     plan: HeadPlan
@@ -56,12 +56,14 @@ def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) 
     )
 
 
-def _target_logits(head: Head, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor):
+def _target_logits(
+    call: LinearCall, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+):
     """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
     raw = (x.float() * weight.index_select(0, labels).float()).sum(1)
     if bias is not None:
         raw += bias.index_select(0, labels).float()
-    return head.transform(raw)[0]
+    return call.transform(raw)[0]
 
 
 def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,8 +80,8 @@ class LinearTokenLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, index, head: Head):
-        plan, extras, backend = head.plan, head.extras, head.backend
+    def forward(ctx, hidden, weight, bias, labels, index, call: LinearCall):
+        plan, extras, backend = call.plan, call.extras, call.backend
         x = hidden if index is None else hidden.index_select(0, index)
         w = weight.to(x.dtype)  # a copy only under autocast, whose own cast this is
         b = None if bias is None else bias.detach()
@@ -87,7 +89,7 @@ class LinearTokenLogps(torch.autograd.Function):
         tile_type = tile_dtype(x.dtype, plan.precision)
         stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
         stats = Stats.empty(n, x.device, stats_type, extras)
-        u = torch.empty_like(x) if head.hidden_grad else None
+        u = torch.empty_like(x) if call.hidden_grad else None
         stash = x.new_empty((plan.stash_tokens, vocab))
         all_kept = plan.stash_tokens == n
         rows_of_buffer = 0 if all_kept and tile_type == x.dtype else min(plan.block_tokens, n)
@@ -100,13 +102,13 @@ class LinearTokenLogps(torch.autograd.Function):
             whole = kept.shape[0] == stop - start and tile_type == x.dtype
             tile = kept if whole else buffer[: stop - start]
             backend.linear(x[start:stop], w, tile, b)
-            backend.fold(tile, y, 0, rows, head.transform)
+            backend.fold(tile, y, 0, rows, call.transform)
             if tile_type != stats_type:
-                rows.replace_target(_target_logits(head, x[start:stop], w, b, y))
+                rows.replace_target(_target_logits(call, x[start:stop], w, b, y))
             if u is None and kept.shape[0] == 0:
                 continue
             d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
-            backend.grad(tile, y, 0, rows.lse(), rows.logps(), d, head.transform)
+            backend.grad(tile, y, 0, rows.lse(), rows.logps(), d, call.transform)
             if u is not None and not all_kept:
                 backend.project(d, w, u[start:stop])
             if kept.shape[0] < stop - start:
@@ -116,14 +118,14 @@ class LinearTokenLogps(torch.autograd.Function):
             backend.project(stash, w, u)  # one tall product is faster than many flat ones
         out = _outputs(stats, labels, vocab, extras)
 
-        ctx.head, ctx.rows, ctx.weight_dtype = head, hidden.shape[0], weight.dtype
+        ctx.call, ctx.rows, ctx.weight_dtype = call, hidden.shape[0], weight.dtype
         ctx.device_type = hidden.device.type
         ctx.bias_dtype = None if bias is None else bias.dtype
-        again = head.weight_grad and plan.stash_tokens < n  # logits once more, in backward
-        if head.hidden_grad or head.weight_grad:
+        again = call.weight_grad and plan.stash_tokens < n  # logits once more, in backward
+        if call.hidden_grad or call.weight_grad:
             again = again or out.entropy is not None
             ctx.save_for_backward(
-                x if head.weight_grad or again else None,
+                x if call.weight_grad or again else None,
                 weight if again else None,
                 bias if again else None,
                 labels,
@@ -150,17 +152,17 @@ class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx, coef, entropy_coef):
         x, weight, bias, labels, index, u, stash, lse, logps, entropy = ctx.saved_tensors
-        head: Head = ctx.head
+        call: LinearCall = ctx.call
         coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
         dx = dw = db = None
         if entropy_coef is not None:
             dx, dw, db = _recompute_both(
-                head, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef.contiguous()
+                call, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef.contiguous()
             )
         else:
-            if head.hidden_grad:
+            if call.hidden_grad:
                 dx = _scaled(u, coef)
-            if head.weight_grad:
+            if call.weight_grad:
                 dw, db = _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef)
         if dx is not None and index is not None:
             dx = dx.new_zeros((ctx.rows, dx.shape[1])).index_copy_(0, index, dx)
@@ -184,14 +186,14 @@ def _scaled(x: Tensor, coef: Tensor) -> Tensor:
 
 def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
     """dW [V, H] and db [V] from the stashed D, and from D computed again where it was not kept."""
-    head, plan = ctx.head, ctx.head.plan
+    call, plan = ctx.call, ctx.call.plan
     n, kept, vocab = x.shape[0], stash.shape[0], plan.vocab_size
     cx = _scaled(x, coef)  # c goes on X: D stays free of the loss
     dw = x.new_empty((vocab, x.shape[1]), dtype=ctx.weight_dtype)
     has_bias = ctx.bias_dtype is not None
     db = coef.new_empty(vocab) if has_bias else None
     if kept == n:
-        head.backend.outer(stash, cx, dw)
+        call.backend.outer(stash, cx, dw)
         if db is not None:
             for a in range(0, vocab, plan.block_vocab):
                 db[a : a + plan.block_vocab] = _bias_grad(stash[:, a : a + plan.block_vocab], coef)
@@ -202,12 +204,12 @@ def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
         tile = buffer[: n * (b - a)].view(n, b - a)
         w, bias_slice = weight[a:b].to(x.dtype), None if bias is None else bias[a:b]
         again = tile[kept:]
-        head.backend.linear(x[kept:], w, again, bias_slice)
+        call.backend.linear(x[kept:], w, again, bias_slice)
         d = _in_place(tile, x.dtype)
         rows = labels[kept:], a, lse[kept:], logps[kept:]
-        head.backend.grad(again, *rows, d[kept:], head.transform)
+        call.backend.grad(again, *rows, d[kept:], call.transform)
         d[:kept].copy_(stash[:, a:b])
-        head.backend.outer(d, cx, dw[a:b])
+        call.backend.outer(d, cx, dw[a:b])
         if db is not None:
             db[a:b] = _bias_grad(d, coef)
     return dw, db
@@ -217,29 +219,29 @@ def _bias_grad(d: Tensor, coef: Tensor) -> Tensor:
     return torch.mv(d.t().to(coef.dtype), coef)
 
 
-def _recompute_both(head, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef):
+def _recompute_both(call, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef):
     """All gradients when the entropy has one too: it is not a multiple of u, so D is made again."""
-    plan, n = head.plan, x.shape[0]
+    plan, n = call.plan, x.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
-    dx = torch.zeros(x.shape, dtype=wide, device=x.device) if head.hidden_grad else None
-    dw = torch.empty_like(weight) if head.weight_grad else None
-    db = coef.new_empty(plan.vocab_size) if head.weight_grad and bias is not None else None
+    dx = torch.zeros(x.shape, dtype=wide, device=x.device) if call.hidden_grad else None
+    dw = torch.empty_like(weight) if call.weight_grad else None
+    db = coef.new_empty(plan.vocab_size) if call.weight_grad and bias is not None else None
     buffer = x.new_empty(n * plan.block_vocab, dtype=tile_dtype(x.dtype, plan.precision))
     part = torch.empty_like(x)
     for a in range(0, plan.vocab_size, plan.block_vocab):
         b = min(a + plan.block_vocab, plan.vocab_size)
         tile = buffer[: n * (b - a)].view(n, b - a)
         w = weight[a:b].to(x.dtype)
-        head.backend.linear(x, w, tile, None if bias is None else bias[a:b])
+        call.backend.linear(x, w, tile, None if bias is None else bias[a:b])
         d = _in_place(tile, x.dtype)
-        head.backend.grad(
-            tile, labels, a, lse, logps, d, head.transform, coef, entropy, entropy_coef
+        call.backend.grad(
+            tile, labels, a, lse, logps, d, call.transform, coef, entropy, entropy_coef
         )
         if dx is not None:
-            head.backend.project(d, w, part)
+            call.backend.project(d, w, part)
             dx += part
         if dw is not None:
-            head.backend.outer(d, x, dw[a:b])
+            call.backend.outer(d, x, dw[a:b])
         if db is not None:
             db[a:b] = d.to(coef.dtype).sum(0)
     return None if dx is None else dx.to(x.dtype), dw, db

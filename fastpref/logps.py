@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
-from fastpref.autograd import Head, LinearTokenLogps, TokenLogps, TokenStats
+from fastpref.autograd import LinearCall, LinearTokenLogps, TokenLogps, TokenStats
 from fastpref.backends.tile import EXTRAS, Transform
 from fastpref.plan import plan_head
 
@@ -98,14 +98,14 @@ def linear_token_logps(
         precision=precision,
     )
     module = backends.choose(hidden.device, hidden.dtype, backend)
-    head = Head(plan, transform, extras, module, hidden_grad, weight_grad)
+    call = LinearCall(plan, transform, extras, module, hidden_grad, weight_grad)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if rows.shape[1] and rows.stride(1) != 1:
         rows = rows.contiguous()
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         weight = weight.contiguous()
     with torch.autocast(hidden.device.type, enabled=False):
-        out = LinearTokenLogps.apply(rows, weight, bias, y.contiguous(), index, head)
+        out = LinearTokenLogps.apply(rows, weight, bias, y.contiguous(), index, call)
     logps = _scatter(out[0], index, labels.shape)
     if not extras:
         return logps
