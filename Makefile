@@ -26,7 +26,11 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip install --quiet -e '.[dev]'
 	@touch $@
 
-demo: install
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/pip install --quiet -e '.[train]'
+	@touch $@
+
+demo: $(VENV)/.demo
 	$(BIN)/fastpref demo
 
 test: install
@@ -62,3 +66,4 @@ sanitize: install
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so
+	rm -f $(VENV)/.installed $(VENV)/.demo

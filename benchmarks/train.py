@@ -352,8 +352,9 @@ def main(argv: list[str] | None = None) -> None:
         "model": {"name": Path(args.model).name, **{k: config.get(k) for k in keys}},
         "settings": {k: v for k, v in vars(args).items() if k not in skipped}
         | {
-            "held_out_before": "policy and reference are the same then: every margin is exactly 0 "
-            "and counts as not ranked, so the accuracy is 0",
+            "held_out_before": "policy and reference are the same then: margins are 0 up to the "
+            "backbone's rounding, as its batches are not those of the precomputation, so the "
+            "accuracy before training means nothing",
             "step_s": "wall time of one optimiser step, without pauses; medians against TRL leave "
             "out the first step; step_s_with_reference adds the precomputation's share of a step",
             "peak_bytes": "peak resident memory of the whole process, libraries included",

@@ -122,8 +122,9 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
         auto entry = [&](float raw, bool label) FP_INLINE_LAMBDA {
             float th = CAP ? tanh_(raw * a.scale * a.inv_cap) : 0.f;
             float z = CAP ? a.cap * th * a.inv_t : raw * a.scale;
-            float logp = z - lse, p = exp_(logp);
-            float d = coef * (label ? -std::expm1(g.logps[r]) : -p);
+            // The label's own log-prob: its logit in the tile may be the rounded one.
+            float logp = label ? g.logps[r] : z - lse, p = exp_(logp);
+            float d = coef * (label ? -std::expm1(logp) : -p);
             if (ENTROPY) d -= ec * p * ((logp < -200.f ? -200.f : logp) + entropy);
             return CAP ? d * (1.f - th * th) : d;
         };

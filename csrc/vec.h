@@ -11,8 +11,8 @@
 #define FP_INLINE_LAMBDA
 #endif
 
-// One function body, compiled for each instruction set and chosen by the loader. Clang before 14
-// and ThreadSanitizer cannot do it; they get the body for the compiler's default target.
+// One function body, compiled for each instruction set and chosen by the loader. It crashes under
+// ThreadSanitizer and is untried with clang; they get the body for the compiler's default target.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
     !defined(__SANITIZE_THREAD__) && !defined(FASTPREF_NO_CLONES)
 #define FP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

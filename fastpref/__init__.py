@@ -53,5 +53,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        except ImportError as error:
+            raise ImportError(f"{name}: {error}; run: pip install 'fastpref[train]'") from error
     raise AttributeError(f"module 'fastpref' has no attribute {name!r}")

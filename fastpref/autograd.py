@@ -60,10 +60,11 @@ def _target_logits(
     call: LinearCall, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 ):
     """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
-    raw = (x.float() * weight.index_select(0, labels).float()).sum(1)
+    inside = labels.clamp(0, weight.shape[0] - 1)
+    raw = (x.float() * weight.index_select(0, inside).float()).sum(1)
     if bias is not None:
-        raw += bias.index_select(0, labels).float()
-    return call.transform(raw)[0]
+        raw += bias.index_select(0, inside).float()
+    return call.transform(raw.masked_fill(inside != labels, torch.nan))[0]
 
 
 def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,11 +190,14 @@ def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
     call, plan = ctx.call, ctx.call.plan
     n, kept, vocab = x.shape[0], stash.shape[0], plan.vocab_size
     cx = _scaled(x, coef)  # c goes on X: D stays free of the loss
-    dw = x.new_empty((vocab, x.shape[1]), dtype=ctx.weight_dtype)
+    dw = None  # stays so where only the bias trains
+    if ctx.needs_input_grad[1]:
+        dw = x.new_empty((vocab, x.shape[1]), dtype=ctx.weight_dtype)
     has_bias = ctx.bias_dtype is not None
     db = coef.new_empty(vocab) if has_bias else None
     if kept == n:
-        call.backend.outer(stash, cx, dw)
+        if dw is not None:
+            call.backend.outer(stash, cx, dw)
         if db is not None:
             for a in range(0, vocab, plan.block_vocab):
                 db[a : a + plan.block_vocab] = _bias_grad(stash[:, a : a + plan.block_vocab], coef)
@@ -209,7 +213,8 @@ def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
         rows = labels[kept:], a, lse[kept:], logps[kept:]
         call.backend.grad(again, *rows, d[kept:], call.transform)
         d[:kept].copy_(stash[:, a:b])
-        call.backend.outer(d, cx, dw[a:b])
+        if dw is not None:
+            call.backend.outer(d, cx, dw[a:b])
         if db is not None:
             db[a:b] = _bias_grad(d, coef)
     return dw, db
@@ -227,7 +232,7 @@ def _recompute_both(call, x, weight, bias, labels, lse, logps, coef, entropy, en
     dw = torch.empty_like(weight) if call.weight_grad else None
     db = coef.new_empty(plan.vocab_size) if call.weight_grad and bias is not None else None
     buffer = x.new_empty(n * plan.block_vocab, dtype=tile_dtype(x.dtype, plan.precision))
-    part = torch.empty_like(x)
+    part = torch.empty(x.shape, dtype=wide, device=x.device)
     for a in range(0, plan.vocab_size, plan.block_vocab):
         b = min(a + plan.block_vocab, plan.vocab_size)
         tile = buffer[: n * (b - a)].view(n, b - a)
@@ -247,6 +252,12 @@ def _recompute_both(call, x, weight, bias, labels, lse, logps, coef, entropy, en
     return None if dx is None else dx.to(x.dtype), dw, db
 
 
+def _row_blocks(logits: Tensor):
+    """Ranges of rows of 2^24 logits: a backend's temporaries stay small beside them."""
+    size = max(16, 2**24 // logits.shape[1])
+    return ((a, min(a + size, logits.shape[0])) for a in range(0, logits.shape[0], size))
+
+
 class TokenLogps(torch.autograd.Function):
     """logits [N, V], labels [N] (negative: ignored) -> log-probabilities [N], 0 where ignored."""
 
@@ -254,7 +265,8 @@ class TokenLogps(torch.autograd.Function):
     def forward(ctx, logits, labels, transform: Transform, backend, inplace: bool):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         stats = Stats.empty(logits.shape[0], logits.device, dtype)
-        backend.fold(logits, labels, 0, stats, transform)
+        for a, b in _row_blocks(logits):
+            backend.fold(logits[a:b], labels[a:b], 0, stats.rows(a, b), transform)
         ignored = labels < 0
         logps = stats.logps().masked_fill(ignored, 0.0)
         ctx.save_for_backward(logits, labels, stats.lse().masked_fill(ignored, 0.0), logps)
@@ -273,5 +285,8 @@ class TokenLogps(torch.autograd.Function):
         ctx.used = ctx.inplace
         # Through .data: autograd's version counter guards others against this write, not ourselves.
         out = logits.data if ctx.inplace else torch.empty_like(logits)
-        ctx.backend.grad(logits.data, labels, 0, lse, logps, out, ctx.transform, coef.contiguous())
+        coef = coef.contiguous()
+        for a, b in _row_blocks(logits):
+            rows = labels[a:b], 0, lse[a:b], logps[a:b]
+            ctx.backend.grad(logits.data[a:b], *rows, out[a:b], ctx.transform, coef[a:b])
         return out, None, None, None, None

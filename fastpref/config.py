@@ -121,6 +121,20 @@ class PreferenceConfig(TrainingArguments):
             setattr(self, new if renamed else old, given[0] if given else default)
         super().__post_init__()
 
+    @classmethod
+    def of(cls, args: Any) -> PreferenceConfig:
+        """The trainer's `args`, checked: the defaults for None, and no other kind of arguments."""
+        if args is None:
+            return cls(output_dir="fastpref-output")
+        if not isinstance(args, cls):
+            raise ValueError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
+                "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        return args
+
     def loss_options(self) -> dict[str, Any]:
         """The loss and its options, as arguments of `linear_preference_loss`."""
         names = ("loss_type", "beta", "label_smoothing", "ipo_normalization")

@@ -9,7 +9,6 @@ follow TRL 1.16. Rows are numbered from 0 everywhere, lines of a file from 1.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data_files import IDS, NUMBERS, REFERENCE, TEXT, is_messages, load_preference_data
+from .data_files import (
+    IDS,
+    NUMBERS,
+    TEXT,
+    check_columns,
+    check_number,
+    check_token_ids,
+    describe,
+    is_messages,
+    load_preference_data,
+)
 
 __all__ = [
     "DataReport",
@@ -27,15 +36,12 @@ __all__ = [
     "prepare_dataset",
 ]
 
-EXPECTED = (
-    "expected prompt, chosen and rejected (strings or message lists), chosen and rejected with the "
-    "prompt inside, or prompt_ids, chosen_ids and rejected_ids"
-)
-IDENTICAL, TOO_LONG, NOT_PREFIX, TRUNCATED = 1, 2, 4, 8  # bits of the flags column
-DROPPED = IDENTICAL | TOO_LONG
+IDENTICAL, TOO_LONG, NOT_PREFIX, TRUNCATED, UNLABELLED = 1, 2, 4, 8, 16  # bits of flags
+DROPPED = IDENTICAL | TOO_LONG | UNLABELLED
 FLAG_NAMES = {
     "identical": IDENTICAL,
     "too_long": TOO_LONG,
+    "unlabelled": UNLABELLED,
     "not_prefix": NOT_PREFIX,
     "truncated": TRUNCATED,
 }
@@ -51,8 +57,9 @@ class DataReport:
     name: str
     rows: int | None = None
     kept: int | None = None
-    identical: int = 0  # dropped: chosen and rejected are the same
+    identical: int = 0  # dropped: chosen and rejected are the same tokens within max_length
     too_long: int = 0  # dropped: the prompt alone fills max_length
+    unlabelled: int = 0  # dropped: no answer has a token that another one precedes
     not_prefix: int = 0  # kept: the prompt's tokens are not a prefix of prompt + answer
     truncated: int = 0  # kept: at least one answer is cut by max_length
     max_length: int | None = None
@@ -61,9 +68,11 @@ class DataReport:
     def warnings(self) -> list[str]:
         """One sentence for each kind of problem that was found."""
         limit = f"max_length={self.max_length} tokens"
+        cut = "" if self.max_length is None else f" once cut at {limit}"
         texts = {
-            "identical": "were dropped because chosen and rejected are identical",
+            "identical": f"were dropped because chosen and rejected are identical{cut}",
             "too_long": f"were dropped because the prompt alone reaches {limit}",
+            "unlabelled": "were dropped because no answer token follows another token",
             "not_prefix": "have a prompt whose tokens are not a prefix of prompt + answer: the "
             "answer starts where they diverge and the end of the prompt is left out",
             "truncated": f"have an answer that is cut at {limit}",
@@ -85,6 +94,7 @@ def prepare_dataset(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
+    vocab_size: int | None = None,
 ) -> tuple[Any, DataReport]:
     """Tokenise preference data and drop the rows that cannot be trained on.
 
@@ -101,6 +111,7 @@ def prepare_dataset(
         max_length: tokens kept of prompt + answer. With `keep_start`, rows whose prompt alone
             reaches it are dropped; None keeps everything.
         truncation_mode: "keep_start" or "keep_end".
+        vocab_size: the model's; token ids that it does not have are an error.
 
     Returns:
         The data set with prompt_ids, chosen_ids, rejected_ids, row (its number in the input) and
@@ -126,7 +137,7 @@ def prepare_dataset(
             raise ValueError(f"{name} data has no rows")
     if "row" in columns and set(IDS) <= set(columns) <= {*IDS, *NUMBERS, "row"}:
         return dataset, report  # already prepared
-    _check_columns(columns, name)
+    check_columns(columns, name)
     if not set(IDS) <= set(columns) and tokenizer is None:
         raise ValueError(f"{name} data is text; a tokenizer is needed")
     ids = datasets.Sequence(datasets.Value("int32"))
@@ -144,6 +155,7 @@ def prepare_dataset(
             "max_length": max_length,
             "keep_start": truncation_mode == "keep_start",
             "name": name,
+            "vocab_size": vocab_size,
         },
     }
     if streaming:
@@ -162,7 +174,8 @@ def prepare_dataset(
         raise ValueError(
             f"{name} data: none of {report.rows} rows can be used: in {report.identical} chosen "
             f"and rejected are identical, in {report.too_long} the prompt alone reaches "
-            f"max_length={max_length} tokens"
+            f"max_length={max_length} tokens, in {report.unlabelled} no answer token follows "
+            "another token"
         )
     if dropped.any():
         encoded = encoded.select(np.flatnonzero(~dropped))
@@ -180,19 +193,6 @@ def _check_truncation(max_length: int | None, mode: str) -> None:
         raise ValueError(f"max_length is {max_length}; expected at least 2 or None")
 
 
-def _check_columns(columns: list[str], name: str) -> None:
-    found = f"found columns {sorted(columns)}; {EXPECTED}"
-    if {"image", "images"} & set(columns):
-        raise ValueError(f"{name} data has images, which are not supported; {found}")
-    wanted = IDS if set(IDS) & set(columns) else ("chosen", "rejected")
-    for column in wanted:
-        if column not in columns:
-            raise ValueError(f"{name} data: column {column!r} is missing; {found}")
-    given = [column for column in REFERENCE if column in columns]
-    if len(given) == 1:
-        raise ValueError(f"{name} data has {given[0]} but not the other of {REFERENCE}")
-
-
 def _encode_batch(
     batch: dict,
     rows: list[int],
@@ -200,6 +200,7 @@ def _encode_batch(
     max_length: int | None,
     keep_start: bool,
     name: str,
+    vocab_size: int | None,
 ) -> dict[str, list]:
     out: dict[str, list] = {key: [] for key in (*IDS, "row", "flags")}
     out.update({key: [] for key in NUMBERS if key in batch})
@@ -207,15 +208,15 @@ def _encode_batch(
         row = {key: values[i] for key, values in batch.items()}
         where = f"{name} data: row {index}"
         ids, flags = _encode_row(row, tokenizer, where)
-        lengths = [len(ids[0]) + len(answer) for answer in ids[1:]]
-        if max_length is not None:
-            flags |= TOO_LONG if keep_start and len(ids[0]) >= max_length else 0
-            flags |= TRUNCATED if max(lengths) > max_length else 0
+        for key, value in zip(IDS, ids, strict=True):
+            check_token_ids(value, key, where, vocab_size)
+        if not flags & IDENTICAL:
+            flags |= _length_flags(ids, max_length, keep_start)
         for key, value in zip(IDS, ids, strict=True):
             out[key].append(value)
         for key in NUMBERS:
             if key in row:
-                out[key].append(_number(row[key], key, where))
+                out[key].append(check_number(row[key], key, where))
         out["row"].append(index)
         out["flags"].append(flags)
     return out
@@ -223,8 +224,7 @@ def _encode_batch(
 
 def _encode_row(row: dict, tokenizer: Any, where: str) -> tuple[tuple[list, list, list], int]:
     if "chosen_ids" in row:
-        prompt, chosen, rejected = (_token_ids(row[key], key, where) for key in IDS)
-        return (prompt, chosen, rejected), IDENTICAL if chosen == rejected else 0
+        return (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]), 0
     if row["chosen"] is not None and row["chosen"] == row["rejected"]:
         return ([], [], []), IDENTICAL
     if "prompt" not in row:
@@ -233,6 +233,35 @@ def _encode_row(row: dict, tokenizer: Any, where: str) -> tuple[tuple[list, list
     split = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
     flags = NOT_PREFIX if split < len(prompt) else 0
     return (prompt[:split], chosen[split:], rejected[split:]), flags
+
+
+def _length_flags(ids: tuple[list, list, list], max_length: int | None, keep_start: bool) -> int:
+    """What is wrong with a row as the collator will cut it."""
+    prompt, *answers = ids
+    flags = 0
+    if max_length is not None:
+        if keep_start and len(prompt) >= max_length:
+            return TOO_LONG
+        longest = max(len(prompt) + len(answer) for answer in answers)
+        flags = TRUNCATED if longest > max_length else 0
+    chosen, rejected = (
+        _truncate(prompt + answer, len(prompt), max_length, keep_start) for answer in answers
+    )
+    if chosen == rejected:
+        return flags | IDENTICAL
+    labelled = any(len(kept) > max(start, 1) for kept, start in (chosen, rejected))
+    return flags if labelled else flags | UNLABELLED
+
+
+def _truncate(
+    ids: list[int], start: int, max_length: int | None, keep_start: bool
+) -> tuple[list[int], int]:
+    """What is kept of a sequence, and where its answer starts in that."""
+    if max_length is None or len(ids) <= max_length:
+        return ids, start
+    if keep_start:
+        return ids[:max_length], min(start, max_length)
+    return ids[-max_length:], max(0, start - (len(ids) - max_length))
 
 
 def _tokenize_pair(row: dict, tokenizer: Any, where: str) -> list[list[int]]:
@@ -249,7 +278,7 @@ def _tokenize_pair(row: dict, tokenizer: Any, where: str) -> list[list[int]]:
     for key in TEXT:
         if not is_messages(row[key]):
             raise ValueError(
-                f"{where}: {key} is {_describe(row[key])}; expected prompt, chosen and rejected to "
+                f"{where}: {key} is {describe(row[key])}; expected prompt, chosen and rejected to "
                 "be all strings or all lists of messages with role and content"
             )
     if not getattr(tokenizer, "chat_template", None):
@@ -276,7 +305,7 @@ def extract_prompt(row: Mapping, where: str = "data") -> dict[str, Any]:
     chosen, rejected = row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise ValueError(
-            f"{where}: chosen is {_describe(chosen)} and rejected is {_describe(rejected)}; "
+            f"{where}: chosen is {describe(chosen)} and rejected is {describe(rejected)}; "
             "expected two strings or two message lists"
         )
     shorter = min(len(chosen), len(rejected))
@@ -293,12 +322,6 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def _describe(value: Any) -> str:
-    if value is None:
-        return "missing"
-    return "a message list" if value and is_messages(value) else f"a {type(value).__name__}"
-
-
 def _decoded(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
@@ -306,18 +329,6 @@ def _decoded(value: Any) -> Any:
 def _template_options(row: dict) -> dict[str, Any]:
     options = _decoded(row.get("chat_template_kwargs")) or {}
     return {key: value for key, value in options.items() if value is not None}
-
-
-def _token_ids(value: Any, key: str, where: str) -> list[int]:
-    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
-        raise ValueError(f"{where}: {key} is {_describe(value)}; expected a list of token ids")
-    return value
-
-
-def _number(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{where}: {key} is {value!r}; expected a finite number")
-    return float(value)
 
 
 # ---- batching ----------------------------------------------------------------------------------
@@ -348,7 +359,9 @@ class PreferenceCollator:
         for key in ("chosen_ids", "rejected_ids"):
             for example in examples:
                 prompt = list(example["prompt_ids"])
-                sequences.append(self._truncate(prompt + list(example[key]), len(prompt)))
+                whole = prompt + list(example[key])
+                keep_start = self.truncation_mode == "keep_start"
+                sequences.append(_truncate(whole, len(prompt), self.max_length, keep_start))
         width = max(1, *(len(ids) for ids, _ in sequences))
         if self.pad_to_multiple_of:
             width += -width % self.pad_to_multiple_of
@@ -377,10 +390,3 @@ class PreferenceCollator:
         if "row" in examples[0]:
             batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
         return batch
-
-    def _truncate(self, ids: list[int], start: int) -> tuple[list[int], int]:
-        if self.max_length is None or len(ids) <= self.max_length:
-            return ids, start
-        if self.truncation_mode == "keep_start":
-            return ids[: self.max_length], min(start, self.max_length)
-        return ids[-self.max_length :], max(0, start - (len(ids) - self.max_length))

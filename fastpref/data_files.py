@@ -1,4 +1,6 @@
-"""Reading preference data from files, the hub and rows; used through `fastpref.data`.
+"""Reading preference data from files, the hub and rows, and checking columns and values.
+
+Used through `fastpref.data`.
 
 Lines of a file are numbered from 1, rows from 0.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +21,10 @@ IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TEXT = ("prompt", "chosen", "rejected")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 NUMBERS = (*REFERENCE, "weight", "margin")
+EXPECTED = (
+    "expected prompt, chosen and rejected (strings or message lists), chosen and rejected with the "
+    "prompt inside, or prompt_ids, chosen_ids and rejected_ids"
+)
 
 
 def is_messages(value: Any) -> bool:
@@ -206,3 +213,49 @@ def _from_rows(rows: list, name: str) -> Any:
         return Dataset.from_dict(columns)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise ValueError(f"{name}: a column holds values of different types: {error}") from None
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def check_columns(columns: list[str], name: str) -> None:
+    """Raise a ValueError unless a data set has the columns of one of the forms that are read."""
+    found = f"found columns {sorted(columns)}; {EXPECTED}"
+    if {"image", "images"} & set(columns):
+        raise ValueError(f"{name} data has images, which are not supported; {found}")
+    wanted = IDS if set(IDS) & set(columns) else ("chosen", "rejected")
+    for column in wanted:
+        if column not in columns:
+            raise ValueError(f"{name} data: column {column!r} is missing; {found}")
+    given = [column for column in REFERENCE if column in columns]
+    if len(given) == 1:
+        raise ValueError(f"{name} data has {given[0]} but not the other of {REFERENCE}")
+
+
+def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) -> None:
+    """Raise a ValueError unless value is a list of token ids that the vocabulary has."""
+    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
+        raise ValueError(f"{where}: {key} is {describe(value)}; expected a list of token ids")
+    if not value:
+        return
+    low, high = min(value), max(value)
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        expected = "from 0 on" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+        raise ValueError(
+            f"{where}: {key} has the token id {low if low < 0 else high}; expected ids {expected}"
+            + (", which the model has" if vocab_size is not None else "")
+        )
+
+
+def check_number(value: Any, key: str, where: str) -> float:
+    """The value as a float; a ValueError unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{where}: {key} is {value!r}; expected a finite number")
+    return float(value)
+
+
+def describe(value: Any) -> str:
+    """The kind of a value, for an error message."""
+    if value is None:
+        return "missing"
+    return "a message list" if value and is_messages(value) else f"a {type(value).__name__}"

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fastpref import backends
 from fastpref.autograd import TokenStats
-from fastpref.logps import check_head, check_ids, linear_token_logps, sequence_logps, token_logps
+from fastpref.checks import check_ids
+from fastpref.logps import prepare, sequence_logps, token_logps
 from fastpref.losses import NEEDS_LENGTHS, check_options, check_reference, preference_loss
 
 
@@ -202,6 +203,8 @@ def _count_sequences(
                 f"num_sequences: got {num_sequences}, expected {size}, the rows of labels"
             )
     else:
+        if not isinstance(sequence_ids, Tensor):
+            raise ValueError(f"sequence_ids: got {type(sequence_ids).__name__}, expected a tensor")
         if labels.dim() != 1 or sequence_ids.shape != labels.shape:
             raise ValueError(
                 f"sequence_ids: got shape {tuple(sequence_ids.shape)} for labels "
@@ -295,16 +298,22 @@ def linear_preference_loss(
         margin=margin,
     )
     options = dict(head, ignore_index=ignore_index, backend=backend)
+    policy = prepare(hidden, weight, labels, bias, extras=extras, **options)
     if ref_hidden is not None:
+        if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"ref_hidden: got shape {tuple(ref_hidden.shape)}, expected that of hidden, "
+                f"{tuple(hidden.shape)}, but for the last dimension"
+            )
         if ref_bias is None and ref_weight is None:
             ref_bias = bias
         ref_weight = weight if ref_weight is None else ref_weight
-        check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
         with torch.no_grad():
-            ref_tokens = linear_token_logps(ref_hidden, ref_weight, labels, ref_bias, **options)
+            reference = prepare(ref_hidden, ref_weight, labels, ref_bias, prefix="ref_", **options)
+            ref_tokens = reference.run()
         assert isinstance(ref_tokens, Tensor)
         problem = replace(problem, ref_logps=sequence_logps(ref_tokens, labels, **problem.segments))
-    out = linear_token_logps(hidden, weight, labels, bias, extras=extras, **options)
+    out = policy.run()
     if isinstance(out, TokenStats):
         return problem.solve(out.logps, out)
     return problem.solve(out)
@@ -360,10 +369,13 @@ def _logits_loss(
 def dpo_loss(
     logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
 ) -> PreferenceOutput:
-    """The DPO loss from ready logits [2P, T, V] = [chosen; rejected] and aligned labels [2P, T].
+    """The DPO loss (Rafailov et al. 2023, arXiv:2305.18290) from ready logits.
+
+    logits [2P, T, V] = [chosen; rejected], labels [2P, T] aligned with them, ref_logps [2P].
 
     Forward reads the logits once; backward writes their gradient once, over the logits themselves
-    with inplace_backward=True. Options: those of `token_logps` and of `linear_preference_loss`.
+    with inplace_backward=True. Options, returns and errors: those of `token_logps` and of
+    `linear_preference_loss`.
     """
     return _logits_loss(logits, labels, ref_logps, loss_type="sigmoid", **options)
 
@@ -371,5 +383,5 @@ def dpo_loss(
 def ipo_loss(
     logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
 ) -> PreferenceOutput:
-    """The IPO loss from ready logits; as `dpo_loss` otherwise."""
+    """The IPO loss (Azar et al. 2023, arXiv:2310.12036) from ready logits; else as `dpo_loss`."""
     return _logits_loss(logits, labels, ref_logps, loss_type="ipo", **options)

@@ -61,8 +61,9 @@ def read_head(model: Any) -> Head:
     """Read a causal language model's output head and the transform of its logits.
 
     The scale comes from the first config key present of `logit_scale`, `output_multiplier`,
-    `lm_head_multiplier`, `logits_scaling` (which divides, except in HyperCLOVA X), the softcap from
-    `final_logit_softcapping`; the keys and order are TRL 1.16's.
+    `lm_head_multiplier`, `logits_scaling` (which divides, except in HyperCLOVA X), keys and order
+    being TRL 1.16's; the softcap from the first of `final_logit_softcapping`, `logits_soft_cap`
+    (RecurrentGemma) and `output_logit_soft_cap` (xLSTM).
 
     Raises:
         ValueError: the model has no output head, its head carries a PEFT adapter, or the head's
@@ -82,6 +83,12 @@ def read_head(model: Any) -> Head:
             "the head's weight is used directly; leave 'lm_head' out of target_modules"
         )
     weight, bias = module.weight, getattr(module, "bias", None)
+    if _is_sharded(weight):
+        raise ValueError(
+            f"the output head's weight of shape {tuple(weight.shape)} is sharded among processes "
+            "(a DTensor); expected a whole tensor: leave the head out of what is sharded, or "
+            "gather it first"
+        )
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
             f"the output head's weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
@@ -89,8 +96,11 @@ def read_head(model: Any) -> Head:
             "quantised heads are not supported)"
         )
     config = model.config.get_text_config() if hasattr(model, "config") else None
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, bias, scale=_logit_scale(config), softcap=softcap)
+    return Head(weight, bias, scale=_logit_scale(config), softcap=_softcap(config))
+
+
+def _is_sharded(weight: Any) -> bool:
+    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")  # a DTensor
 
 
 def _has_adapter(module: nn.Module) -> bool:
@@ -108,6 +118,13 @@ def _logit_scale(config: Any) -> float:
     if (value := getattr(config, "logits_scaling", None)) is not None:
         return float(value) if config.model_type == "hyperclovax" else 1.0 / float(value)
     return 1.0
+
+
+def _softcap(config: Any) -> float | None:
+    for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if (value := getattr(config, key, None)) is not None:
+            return float(value)
+    return None
 
 
 HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
@@ -145,6 +162,56 @@ def install_head_forward(model: Any) -> None:
 
     model._forward_without_head_fn = model.forward
     model.forward = MethodType(forward, model)
+
+
+# Largest difference of two log-probs, as a part of the largest logit, that is still rounding.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Compare the model's own log-probs of three tokens with those that `read_head` leads to.
+
+    A head that does more than scale and cap a linear layer, such as BERT's with its dense layer
+    and norm, is found here. Costs two forward passes of three tokens; does nothing where weights
+    are not whole on this process.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    model = unwrap(model)
+    if any(p.is_meta or p.numel() == 0 or _is_sharded(p) for p in model.parameters()):
+        return
+    vocabulary = read_head(model).weight.shape[0]
+    ids = torch.tensor([[token % vocabulary for token in (5, 6, 7)]])
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        expected = model(**inputs).logits
+        hidden = hidden_states(model, **inputs)
+    finally:
+        for module in training:
+            module.training = True
+    head = read_head(model)
+    logits = nn.functional.linear(hidden.to(head.weight), head.weight, head.bias)
+    logits = logits.float() * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits, expected = logits.cpu(), expected.float().cpu()
+    same_shape = logits.shape == expected.shape
+    gap = torch.tensor(0.0)
+    if same_shape:
+        gap = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+    limit = 1e-5 + _ROUNDING.get(hidden.dtype, 1e-4) * expected.abs().max()
+    if not same_shape or gap > limit:  # not so if there are NaNs, which training will report
+        found = f"by up to {gap:.2g}" if same_shape else f"in shape, {tuple(expected.shape)}"
+        raise ValueError(
+            f"the log-probs of {type(model).__name__} differ {found} from those of a linear output "
+            f"head with scale {head.scale:g} and softcap {head.softcap}, which is all that its "
+            "config and get_output_embeddings() tell; expected a head without further layers"
+        )
 
 
 def _load_balancing_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from .config import PreferenceConfig
 from .heads import unwrap
 from .reference import add_reference_adapter, is_peft
+
+logger = logging.getLogger("fastpref")
 
 
 def load_model(model: Any, args: PreferenceConfig) -> Any:
@@ -16,11 +21,41 @@ def load_model(model: Any, args: PreferenceConfig) -> Any:
     if not isinstance(model, str):
         return model
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-    options.update(_init_kwargs(args))
+    options.update(_init_kwargs(args), output_loading_info=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, **options)
-    except OSError as error:
+        pair: Any = AutoModelForCausalLM.from_pretrained(model, **options)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"model {model!r} could not be loaded: {error}") from error
+    loaded, info = pair
+    check_loaded(loaded, info, f"model {model!r}")
+    return loaded
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
+    """Refuse a model whose output head was not in its files and has random weights now.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` returns next to the model.
+        what: names the model in the error.
+    """
+    missing = set(info.get("missing_keys") or ())
+    base = getattr(model, "base_model", model)
+    backbone = set() if base is model else {id(p) for p in base.parameters()}
+    names: dict[int, list[str]] = {}  # tied weights have several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    module = model.get_output_embeddings()
+    head = {id(p) for p in module.parameters()} if module is not None else set()
+    invented = [
+        aliases[0]
+        for key, aliases in names.items()
+        if missing.issuperset(aliases) and (key in head or key not in backbone)
+    ]
+    if invented:
+        raise ValueError(
+            f"{what} has no trained output head: its files lack {', '.join(sorted(invented))}; "
+            f"expected the weights of a whole causal language model ({type(model).__name__})"
+        )
 
 
 def load_tokenizer(model: Any, tokenizer: Any, args: PreferenceConfig) -> tuple[Any, int]:
@@ -40,6 +75,10 @@ def load_tokenizer(model: Any, tokenizer: Any, args: PreferenceConfig) -> tuple[
             raise ValueError(
                 "the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token"
             )
+        logger.warning(
+            f"the tokenizer has no pad token; batches are padded with EOS {tokenizer.eos_token!r}, "
+            "without a label"
+        )
         tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
     if getattr(unwrap(model), "generation_config", None) is not None:
@@ -74,6 +113,13 @@ def router_coefficient(model: Any, given: float | None) -> float:
         )
     default = getattr(config, "router_aux_loss_coef", 0.0)
     return (default if given is None else given) if routed else 0.0
+
+
+def each(datasets: Any) -> list[Any]:
+    """The data sets of a dict of them, of one or of None."""
+    if isinstance(datasets, Mapping):
+        return list(datasets.values())
+    return [] if datasets is None else [datasets]
 
 
 def _init_kwargs(args: PreferenceConfig) -> dict[str, Any]:

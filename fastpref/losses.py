@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref.backends.tile import check_number
+
 IPO_NORMALIZATIONS = ("token_mean", "sum")
 
 
@@ -96,6 +98,8 @@ def check_options(
     if loss_type not in _LOSSES:
         raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
     loss = _LOSSES[loss_type]
+    check_number("beta", beta)
+    check_number("label_smoothing", label_smoothing)
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta: got {beta}, expected a positive number")
     if not 0 <= label_smoothing < 0.5:
@@ -122,6 +126,8 @@ def check_options(
 
 def _check_pairs(shape: torch.Size, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise ValueError(f"{name}: got {type(t).__name__}, expected a tensor {tuple(shape)}")
         if t is not None and t.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {tuple(shape)}")
 
@@ -166,6 +172,8 @@ def preference_loss(
             missing reference, or one given with reference_free.
     """
     loss = check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
+    if not isinstance(chosen_logps, Tensor):
+        raise ValueError(f"chosen_logps: got {type(chosen_logps).__name__}, expected a tensor [P]")
     if chosen_logps.dim() != 1:
         raise ValueError(f"chosen_logps: got shape {tuple(chosen_logps.shape)}, expected [P]")
     _check_pairs(

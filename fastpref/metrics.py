@@ -90,6 +90,19 @@ def micro_step_metrics(sums: dict[str, float], has_aux_loss: bool) -> dict[str, 
     return metrics
 
 
+def check_grad_norm(norm: float | None, step: int) -> None:
+    """Raise a NonFiniteLossError if the gradient's norm is not finite."""
+    if norm is not None and not torch.tensor(norm).isfinite():
+        raise NonFiniteLossError(f"the gradient's norm is {norm} at step {step}")
+
+
+def check_weights(model: Any, step: int) -> None:
+    """Raise a NonFiniteLossError if a trainable weight is not finite; before anything is saved."""
+    weights = [p.detach() for p in model.parameters() if p.requires_grad]
+    if weights and not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
+        raise NonFiniteLossError(f"a weight is not finite after step {step}")
+
+
 @dataclass
 class _Step:
     """A micro-step whose sums are still on the device."""

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fastpref.backends.tile import Transform
 from fastpref.fused import PreferenceOutput, linear_preference_loss
 from fastpref.losses import check_options
+from fastpref.plan import plan_head
+
+_TRANSFORM = ("scale", "softcap", "temperature")
+_PLAN = ("strategy", "memory_budget", "precision")
+_OPTIONS = (*_TRANSFORM, *_PLAN, "extras", "ignore_index", "backend")
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -30,6 +37,12 @@ class FusedLinearPreferenceLoss(nn.Module):
     ):
         super().__init__()
         check_options(loss_type, beta, label_smoothing, ipo_normalization, None)
+        for name in options:
+            if name not in _OPTIONS:
+                raise ValueError(f"{name}: not an option; expected some of {', '.join(_OPTIONS)}")
+        Transform(**{name: options[name] for name in _TRANSFORM if name in options})
+        chosen = {name: options[name] for name in _PLAN if name in options}
+        plan_head(1, 1, 1, torch.float32, weight_grad=False, **chosen)
         self.options = dict(
             options,
             loss_type=loss_type,

@@ -3,7 +3,7 @@
 | strategy     | when                                   | FLOPs      | extra memory               |
 | forward-only | nothing needs a gradient               | 2NHV       | one tile                   |
 | frozen       | only the hidden states need a gradient | 4NHV       | one tile and u [N, H]      |
-| stash        | the head trains and D fits the budget  | 6NHV       | D [N, V], 16 bits an entry |
+| stash        | the head trains and D fits the budget  | 6NHV       | D [N, V], in hidden's dtype |
 | recompute    | the head trains and D does not fit     | 8NHV       | one tile                   |
 | mixed        | a fraction f of D fits                 | (8-2f)NHV  | that fraction              |
 """
@@ -96,8 +96,17 @@ def plan_head(
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget: got {memory_budget}, expected a positive number of bytes")
+    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+        raise ValueError(
+            f"memory_budget: got {memory_budget!r}, expected a number of bytes above 0"
+        )
+    for name, size in (
+        ("tokens", tokens),
+        ("hidden_size", hidden_size),
+        ("vocab_size", vocab_size),
+    ):
+        if size < 0:
+            raise ValueError(f"{name}: got {size}, expected a size of at least 0")
     if weight_grad and strategy in ("forward-only", "frozen"):
         raise ValueError(
             f"strategy: {strategy!r} gives no gradient for the head, whose weight or bias requires "

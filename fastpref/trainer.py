@@ -26,14 +26,23 @@ from .heads import (
     Head,
     align_to_tokens,
     batch_labels,
+    check_head,
     disable_dropout,
     install_head_forward,
     model_inputs,
     read_head,
+    unwrap,
 )
-from .loading import add_adapter, load_model, load_tokenizer, router_coefficient
+from .loading import add_adapter, each, load_model, load_tokenizer, router_coefficient
 from .losses import check_options
-from .metrics import EXTRAS, MetricWindow, NonFiniteLossError, TokenCount, micro_step_sums
+from .metrics import (
+    EXTRAS,
+    MetricWindow,
+    TokenCount,
+    check_grad_norm,
+    check_weights,
+    micro_step_sums,
+)
 
 logger = logging.getLogger("fastpref")
 
@@ -87,8 +96,7 @@ class PreferenceTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
-        if args is None:
-            args = PreferenceConfig(output_dir="fastpref-output")
+        args = PreferenceConfig.of(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; expected preference data")
         self._head_options, self._loss_options = args.head_options(), args.loss_options()
@@ -102,7 +110,7 @@ class PreferenceTrainer(Trainer):
         ref_model = None if ref_model is None else load_model(ref_model, args)
         tokenizer, pad_id = load_tokenizer(model, processing_class, args)
         model = add_adapter(model, peft_config, ref_model is not None)
-        read_head(model)
+        self._vocab_size = read_head(model).weight.shape[0]
         self.reports: dict[str, DataReport] = {}
         self._tokenizer = tokenizer
         self.args = args
@@ -117,7 +125,7 @@ class PreferenceTrainer(Trainer):
             )
         if args.disable_dropout:
             disable_dropout(model)
-        datasets = [train_dataset, *_each(eval_dataset)]
+        datasets = [train_dataset, *each(eval_dataset)]
         if any("margin" in (dataset.column_names or ()) for dataset in datasets):
             check_options(**self._loss_options, margin=torch.zeros(1))
         given = [refs.has_reference(dataset) for dataset in datasets]
@@ -147,11 +155,7 @@ class PreferenceTrainer(Trainer):
             # Every block casts its weights anew in backward; a cache would keep 16-bit copies of
             # all of them through the forward pass and save nothing.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
-                "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
+        check_head(self.model)  # here, as the model is on its device by now
         self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
         self._windows = {mode: self._new_window() for mode in ("train", "eval")}
         self.add_callback(TokenCount(self._windows["train"]))
@@ -186,6 +190,7 @@ class PreferenceTrainer(Trainer):
                 truncation_mode=args.truncation_mode,
                 num_proc=args.dataset_num_proc,
                 name=name,
+                vocab_size=self._vocab_size,
             )
         if args.process_index == 0 and report.rows is not None:
             for sentence in report.warnings():
@@ -230,6 +235,8 @@ class PreferenceTrainer(Trainer):
 
     def _prepare_reference_model(self, model: Any) -> Any:
         install_head_forward(model)
+        if type(unwrap(model)) is not type(unwrap(self.model)):  # that one has been checked
+            check_head(model)
         if self.args.disable_dropout:
             disable_dropout(model)
         model = model.eval().requires_grad_(False)
@@ -365,23 +372,23 @@ class PreferenceTrainer(Trainer):
         if metrics:
             metrics["num_tokens"] = self._windows["train"].total_tokens
         logs.update({prefix + key: value for key, value in metrics.items()})
-        grad_norm = logs.get("grad_norm")
-        if grad_norm is not None and not self.args.fp16:  # with fp16 the scaler skips such steps
-            if not torch.tensor(grad_norm).isfinite():
-                raise NonFiniteLossError(
-                    f"the gradient's norm is {grad_norm} at step {self.state.global_step}"
-                )
+        if not self.args.fp16:  # there the scaler skips steps without a finite gradient
+            check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Nothing is written over or next to the last good checkpoint unless all is finite.
         self._windows["train"].sync()
-        weights = [p.detach() for p in model.parameters() if p.requires_grad]
-        if not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
-            raise NonFiniteLossError(f"a weight is not finite after step {self.state.global_step}")
+        check_weights(model, self.state.global_step)
         saved: Any = self.state.stateful_callbacks
         saved[TokenCount.KEY] = {"num_tokens": self._windows["train"].total_tokens}
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless a trained weight is not finite (`NonFiniteLossError`)."""
+        if not _internal_call:  # a checkpoint has been checked already
+            check_weights(self.model, self.state.global_step)
+        super().save_model(output_dir, _internal_call)
 
     def _new_window(self) -> MetricWindow:
         return MetricWindow(
@@ -390,9 +397,3 @@ class PreferenceTrainer(Trainer):
             self.accelerator.process_index,
             has_aux_loss=self._router_coef != 0,
         )
-
-
-def _each(datasets: Any) -> list[Any]:
-    if isinstance(datasets, Mapping):
-        return list(datasets.values())
-    return [] if datasets is None else [datasets]

@@ -130,6 +130,9 @@ def test_train_with_reference_columns(tmp_path, pairs):
     rows = [{**row, "ref_chosen_logps": -30.0, "ref_rejected_logps": -30.0} for row in pairs]
     data = write(tmp_path / "pairs.jsonl", rows)
     assert "reference: columns" in train(tmp_path / "a", "--max-steps", 1, data=data).stdout
+    mixed = train(tmp_path / "m", "--max-steps", 1, "--eval-data", write(
+        tmp_path / "eval.jsonl", pairs), data=data)  # fmt: skip
+    assert "columns (training), precompute (held out)" in " ".join(mixed.stdout.split())
     result = train(tmp_path / "b", "--reference", "precompute", data=data, code=2)
     assert "--reference columns" in complaint(result)
     result = train(tmp_path / "c", "--reference", "columns", code=2)
@@ -177,6 +180,12 @@ def test_bad_model(tmp_path):
     (tmp_path / "empty").mkdir()
     empty = train(tmp_path / "out", model=tmp_path / "empty", code=2)
     assert "without config.json" in complaint(empty)
+    for file in ASSETS.iterdir():
+        if file.suffix == ".json":
+            (tmp_path / "empty" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "empty" / "model.safetensors").write_bytes(b"oops" * 9)
+    corrupt = train(tmp_path / "out", model=tmp_path / "empty", code=2)
+    assert "no model could be loaded" in complaint(corrupt)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +194,51 @@ def test_bad_model(tmp_path):
         (("--reference", "adapter"), "add --lora"),
         (("--precision", "fast"), "add --bf16"),
         (("--eval-split", 0.1, "--eval-data", "x.jsonl"), "exclude each other"),
-        (("--resume", "latest"), "there is no checkpoint"),
+        (("--resume", "latest"), "there is no complete checkpoint"),
         (("--max-length", 4), "the prompt alone reaches max_length=4"),
         (("--beta", -1), "beta"),
+        (("--max-steps", 0), "--max-steps is 0; expected at least 1, or -1"),
+        (("--epochs", 0), "--epochs is 0; expected more than 0"),
+        (("--lora-r", 4, "--lora-targets", "q_proj"), "--lora-r and --lora-targets would do"),
+        (("--eval-steps", 3), "--eval-steps needs held-out pairs"),
     ],
 )
 def test_bad_options(tmp_path, options, expected):
     assert expected in complaint(train(tmp_path / "out", *options, code=2))
+
+
+def test_a_backend_that_cannot_run_is_found_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTPREF_BACKEND", "abacus")
+    result = train(tmp_path / "out", model=tmp_path / "nothing", code=2)
+    assert "FASTPREF_BACKEND: got 'abacus'" in complaint(result)
+
+
+def test_unexpected_errors_are_one_sentence(monkeypatch):
+    @cli.guarded
+    def command(**options):
+        raise KeyError("what")
+
+    result = CliRunner().invoke(_app(command), [])
+    assert result.exit_code == 2
+    assert complaint(result) == "fastpref: KeyError: 'what' (--debug shows the traceback)\n"
+
+
+def _app(command):
+    import typer
+
+    app = typer.Typer()
+    app.command()(lambda: command(debug=False))
+    return app
+
+
+def test_latest_checkpoint_is_a_complete_one(tmp_path):
+    from fastpref.cli.models import latest_checkpoint
+
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 12:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_debug_shows_the_error(tmp_path):
@@ -223,7 +270,8 @@ def test_doctor():
 
 def test_doctor_reports_a_forced_backend_that_cannot_run(monkeypatch):
     monkeypatch.setenv("FASTPREF_BACKEND", "abacus")
-    facts = json.loads(invoke("doctor", "--json").stdout)
+    facts = json.loads(invoke("doctor", "--json", code=1).stdout)
+    assert "none: FASTPREF_BACKEND" in invoke("doctor", code=1).stdout
     assert facts["active"]["cpu"].startswith("none: FASTPREF_BACKEND")
     assert facts["environment"]["FASTPREF_BACKEND"] == "abacus"
 

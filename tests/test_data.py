@@ -213,7 +213,7 @@ def test_identical_and_long_rows_are_dropped_and_counted():
     assert (report.rows, report.kept) == (5, 2)
     assert (report.identical, report.too_long, report.truncated) == (2, 1, 1)
     first, second, third = report.warnings()
-    assert "2 of 5 rows were dropped" in first and "identical (rows 0, 4)" in first
+    assert "2 of 5 rows were dropped" in first and "(rows 0, 4)" in first
     assert "1 of 5 rows were dropped" in second and "max_length=10" in second
     assert "(rows 3)" in third
     kept, report = prepared([long], max_length=10, truncation_mode="keep_end")
@@ -222,6 +222,42 @@ def test_identical_and_long_rows_are_dropped_and_counted():
         prepared([same, long], max_length=10)
     with pytest.raises(ValueError, match="none of 1 rows"):
         prepared([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}])
+
+
+def test_pairs_are_compared_as_they_are_trained_on():
+    eos = {"prompt": "w1 ", "chosen": "w2", "rejected": "w2 </s>"}
+    end = {"prompt": "w1 ", "chosen": "w2 " * 9 + "w3", "rejected": "w2 " * 9 + "w4"}
+    data, report = prepared([eos, ROWS[0], end], max_length=8)
+    assert data["row"][:] == [1] and report.identical == 2 and report.truncated == 0
+    assert "identical once cut at max_length=8 tokens (rows 0, 2)" in report.warnings()[0]
+    data, report = prepared([eos, end], max_length=None)
+    assert data["row"][:] == [1] and "are identical (rows 0)" in report.warnings()[0]
+    start = {"prompt": "w1 ", "chosen": "w3" + " w2" * 9, "rejected": "w4" + " w2" * 9}
+    _, report = prepared([start, ROWS[0]], max_length=8, truncation_mode="keep_end")
+    assert report.identical == 1
+
+
+def test_rows_without_a_label_are_dropped_and_counted():
+    rows = [
+        {"prompt_ids": [], "chosen_ids": [5], "rejected_ids": [6]},
+        {"prompt_ids": [4], "chosen_ids": [5], "rejected_ids": []},
+    ]
+    data, report = prepared(rows)
+    assert data["row"][:] == [1] and report.unlabelled == 1
+    assert "1 of 2 rows were dropped because no answer token" in report.warnings()[0]
+    with pytest.raises(ValueError, match="in 1 no answer token follows another token"):
+        prepared(rows[:1])
+
+
+def test_token_ids_that_the_model_does_not_have():
+    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [199]}]
+    prepared(rows, vocab_size=200)
+    with pytest.raises(ValueError, match="row 0: rejected_ids has the token id 199; .* 0 to 198"):
+        prepared(rows, vocab_size=199)
+    with pytest.raises(ValueError, match="row 0: prompt_ids has the token id -1; expected"):
+        prepared([{**rows[0], "prompt_ids": [-1]}])
+    with pytest.raises(ValueError, match="row 0: chosen_ids has the token id"):
+        prepared(ROWS, vocab_size=9)
 
 
 def test_streams_are_prepared_lazily_with_the_same_result():

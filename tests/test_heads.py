@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
+    BertConfig,
     Cohere2Config,
     FalconH1Config,
     Gemma2Config,
@@ -24,6 +25,7 @@ from transformers import (  # noqa: E402
 from fastpref.heads import (  # noqa: E402
     Head,
     batch_labels,
+    check_head,
     disable_dropout,
     hidden_states,
     install_head_forward,
@@ -82,6 +84,9 @@ def test_head_and_hidden_states_give_the_models_own_log_probs(name):
         again = model(**inputs).logits  # without head_fn it is the model that it was
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(again.float(), logits)
+    check_head(model.train())
+    assert all(module.training for module in model.modules())
+    check_head(model.bfloat16())
 
 
 def test_scale_and_softcap_come_from_the_config():
@@ -94,6 +99,41 @@ def test_scale_and_softcap_come_from_the_config():
     model = tiny.model()
     model.config.model_type, model.config.logits_scaling = "hyperclovax", 4.0
     assert read_head(model).scale == 4.0
+    for key in ("logits_soft_cap", "output_logit_soft_cap"):  # RecurrentGemma, xLSTM
+        model = tiny.model()
+        setattr(model.config, key, 30)
+        assert read_head(model).softcap == 30.0
+
+
+def test_a_head_that_is_not_linear_is_found():
+    config = BertConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="log-probs of BertLMHeadModel differ by up to"):
+        check_head(build(config))
+    model = tiny.model()
+    model.config.logit_scale = 0.5  # which its forward knows nothing about
+    with pytest.raises(ValueError, match="scale 0.5 and softcap None"):
+        check_head(model)
+    check_head(model.to("meta"))  # nothing to compare
+
+
+def test_a_sharded_head_is_refused():
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny.model()
+        mesh = init_device_mesh("cpu", (1,))
+        whole = model.lm_head.weight.detach()
+        model.lm_head.weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match="sharded among processes"):
+            read_head(model)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_the_loss_runs_inside_the_forward_and_gradients_reach_the_backbone():

@@ -32,6 +32,8 @@ assert Path(fastpref.__file__).is_relative_to(sys.argv[1]), fastpref.__file__
 loaded = {"transformers", "triton", "datasets", "accelerate", "peft", "trl", "matplotlib", "typer"}
 assert not loaded & set(sys.modules), loaded & set(sys.modules)
 from fastpref import backends
+if sys.argv[2] == "eager":  # it says that it fell back, once
+    warnings.filterwarnings("ignore", "fastpref runs on plain torch", RuntimeWarning)
 assert backends.active() == sys.argv[2], backends.report()
 hidden = torch.randn(4, 6, 16, dtype=torch.bfloat16, requires_grad=True)
 weight = torch.randn(50, 16, dtype=torch.bfloat16, requires_grad=True)

@@ -319,6 +319,26 @@ def test_confident_tokens_in_fast_mode(backend, dtype, level):
     oracle.assert_no_worse(stats.log_sum_sq_probs, squared, truth.log_sum_sq_probs, torch.float32)
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("level", [8.0, 14.0, 40.0])
+def test_the_entropy_gradient_of_confident_tokens(backend, precision, level):
+    """The label's entry goes with the normaliser, also where its logit in the tile is rounded."""
+    hidden, weight = torch.randn(40, 256).bfloat16(), torch.randn(500, 256).bfloat16() / 64
+    labels = torch.arange(40) * 12
+    weight[labels] = (hidden.float() * level / 256).bfloat16()
+    h = hidden.double().requires_grad_()
+    logp = torch.log_softmax(h @ weight.double().t(), -1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    (truth,) = torch.autograd.grad(entropy.sum(), h)
+    hidden.requires_grad_()
+    stats = linear_token_logps(
+        hidden, weight, labels, precision=precision, backend=backend, extras=["entropy"]
+    )
+    (grad,) = torch.autograd.grad(stats.entropy.sum(), hidden)
+    scale = truth.norm() + 1e-4 * weight.double().norm()
+    assert (grad.double() - truth).norm() <= 0.03 * scale
+
+
 @pytest.mark.parametrize(
     "same", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one row", "rows"]
 )

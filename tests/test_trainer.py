@@ -80,8 +80,55 @@ def test_bad_arguments(tmp_path):
             train_dataset=tiny.rows(),
             processing_class=tiny.tokenizer(pad_token=None, eos_token=None),
         )
+    from transformers import TrainingArguments
+
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="args is a TrainingArguments; expected a Preference"):
+        PreferenceTrainer(tiny.model(), args=plain, train_dataset=tiny.rows())
+    rows = [{"prompt_ids": [5], "chosen_ids": [200], "rejected_ids": [6]}]
+    with pytest.raises(ValueError, match="row 0: chosen_ids has the token id 200"):
+        trainer(tmp_path, train=rows)
+    odd = tiny.model()
+    odd.config.logit_scale = 2.0
+    with pytest.raises(ValueError, match="differ by up to .* scale 2"):
+        trainer(tmp_path, odd)
     with pytest.raises(ValueError, match="return_outputs"):
         trainer(tmp_path).compute_loss(model, {}, return_outputs=True)
+
+
+def test_a_model_without_its_trained_head(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig, BertModel
+
+    path = tmp_path / "m"
+    tiny.model().save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="has no trained output head: its files lack lm_head.w"):
+        trainer(tmp_path, str(path))
+    tiny.model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    trainer(tmp_path, str(tmp_path / "tied"))
+    (path / "model.safetensors").write_bytes(b"oops" * 9)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        trainer(tmp_path, str(path))
+    config = BertConfig(
+        vocab_size=200, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, is_decoder=True,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="has no trained output head: its files lack cls.pred"):
+        trainer(tmp_path, str(tmp_path / "bert"))
+
+
+def test_eos_as_pad_token_is_said(tmp_path, caplog):
+    PreferenceTrainer(
+        tiny.model(),
+        args=config(tmp_path),
+        train_dataset=tiny.rows(),
+        processing_class=tiny.tokenizer(pad_token=None),
+    )
+    assert "has no pad token; batches are padded with EOS '</s>'" in caplog.text
 
 
 # ---- training ----
@@ -154,7 +201,7 @@ def test_a_batch_whose_answers_are_all_cut_away(tmp_path):
         data_collator=Cut(),
     )
     t.train()
-    assert history(t)[0]["loss"] == pytest.approx(math.log(2))
+    assert history(t)[0]["loss"] == 0
     assert history(t)[0]["grad_norm"] == 0 and history(t)[0]["entropy"] == 0
 
 
@@ -311,3 +358,13 @@ def test_weights_that_overflow_are_not_saved(tmp_path):
     with pytest.raises(NonFiniteLossError, match="a weight is not finite after step 1"):
         t.train()
     assert not (tmp_path / "out" / "checkpoint-1").exists()
+
+
+def test_a_model_that_overflowed_in_the_end_is_not_saved(tmp_path):
+    t = trainer(tmp_path, max_steps=1)
+    t.train()
+    with torch.no_grad():
+        t.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(NonFiniteLossError, match="a weight is not finite after step 1"):
+        t.save_model(str(tmp_path / "end"))
+    assert not (tmp_path / "end").exists()

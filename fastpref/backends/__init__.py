@@ -7,7 +7,9 @@ its CLOSED_FORMS. `choose` picks the fastest one that works for a tensor; FASTPR
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -53,13 +55,22 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None)
     if backend in (None, "auto"):
         source, backend = "FASTPREF_BACKEND", os.environ.get("FASTPREF_BACKEND") or None
     if backend in (None, "auto"):
-        return native if native.why_not(device, dtype) is None else eager
+        if native.why_not(device, dtype) is None:
+            return native
+        if device.type == "cpu" and native.problem() is not None:
+            _say_once(f"fastpref runs on plain torch, slower and larger: {native.problem()}")
+        return eager
     if backend not in _MODULES:
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(NAMES)} or auto")
     reason = native.why_not(device, dtype) if backend == "native" else None
     if reason is not None:
         raise RuntimeError(f"{source}={backend!r} cannot run here: {reason}")
     return _MODULES[backend]
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def may_synchronise(device: torch.device) -> bool:

@@ -77,11 +77,13 @@ def grad(
     """
     z, tanh = transform(tile.to(lse.dtype))
     logp = z - lse[:, None]
+    hit, column = _hits(labels, col0, tile.shape[1])
+    at = column[:, None]
+    if tile.shape[1]:  # the label's own log-prob: its logit in the tile may be the rounded one
+        logp.scatter_(1, at, torch.where(hit[:, None], logps[:, None], logp.gather(1, at)))
     p = logp.exp()
     d = -p
-    hit, column = _hits(labels, col0, tile.shape[1])
     if tile.shape[1]:
-        at = column[:, None]
         entry = torch.where(hit, -torch.expm1(logps), d.gather(1, at)[:, 0])
         d.scatter_(1, at, entry[:, None])
     if coef is not None:

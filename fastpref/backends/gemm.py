@@ -17,6 +17,11 @@ def _gemm_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
+def _has_wide_gemm(x: Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices into fp32 here: on NVIDIA GPUs, not on AMD's."""
+    return x.is_cuda and torch.version.hip is None
+
+
 def _slices(size: int):
     return ((i, min(i + _SLICE, size)) for i in range(0, size, _SLICE))
 
@@ -30,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
         else:
             torch.addmm(bias.to(dtype), x, weight.t(), out=out)
         return
-    if x.is_cuda and out.dtype == torch.float32:
+    if _has_wide_gemm(x) and out.dtype == torch.float32:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
         if bias is not None:
             out += bias
@@ -62,7 +67,7 @@ def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
     dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
         torch.mm(d.t(), x, out=out)
-    elif d.is_cuda and out.dtype == torch.float32:
+    elif _has_wide_gemm(d) and out.dtype == torch.float32:
         torch.mm(d.t(), x, out_dtype=torch.float32, out=out)
     else:
         x = x.to(dtype)

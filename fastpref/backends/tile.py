@@ -11,6 +11,12 @@ from torch import Tensor
 EXTRAS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError unless value is a plain number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: got {value!r}, expected a number")
+
+
 @dataclass(frozen=True)
 class Transform:
     """z = softcap * tanh(scale * raw / softcap) / temperature; softcap None leaves tanh out."""
@@ -20,6 +26,10 @@ class Transform:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("scale", self.scale)
+        check_number("temperature", self.temperature)
+        if self.softcap is not None:
+            check_number("softcap", self.softcap)
         if not math.isfinite(self.scale):
             raise ValueError(f"scale: got {self.scale}, expected a finite number")
         if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):

@@ -16,9 +16,13 @@ try:
 except ImportError:
     typer = None  # type: ignore[assignment]
 
+import torch
+
+from fastpref import backends
 from fastpref.cli import doctor
 
 NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
+EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)  # from bad input, and explained
 app: Any = None  # the typer application; None where typer is not installed
 
 
@@ -46,8 +50,14 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def check_backend() -> None:
+    """Raise if FASTPREF_BACKEND names a backend that cannot run where this process will train."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backends.choose(device, torch.float32)
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what bad input raises into a sentence and exit code 2."""
+    """Turn whatever a command raises into a sentence and exit code 2."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
@@ -55,12 +65,17 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(missing, err=True)
             raise typer.Exit(2)
         try:
+            check_backend()  # before anything is loaded
             command(**options)
-        except (ValueError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        except Exception as error:
             if options["debug"]:
                 raise
-            hint = " (--debug shows the traceback)" if isinstance(error, RuntimeError) else ""
-            typer.echo(f"fastpref: {sentence(error)}{hint}", err=True)
+            text = sentence(error)
+            if not isinstance(error, EXPECTED):
+                if not isinstance(error, RuntimeError):
+                    text = f"{type(error).__name__}: {text}"  # a KeyError is nothing but its key
+                text += " (--debug shows the traceback)"
+            typer.echo(f"fastpref: {text}", err=True)
             raise typer.Exit(2) from None
 
     return run

@@ -64,7 +64,7 @@ def run(console: Any, output: Path, quick: bool, seed: int) -> None:
     from transformers import AutoTokenizer
 
     from fastpref.cli.compare import compare_heads
-    from fastpref.cli.train import from_pretrained, load_model
+    from fastpref.cli.models import from_pretrained, load_model
 
     tokenizer = from_pretrained(AutoTokenizer, str(ASSETS))
     train, heldout = read_pairs("train.jsonl"), read_pairs("heldout.jsonl")
@@ -160,8 +160,9 @@ def generate(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int) 
 
 def train_one(loss, tokenizer, train, heldout, output, seed, quick, console) -> tuple[Any, dict]:
     """Train a fresh copy of the model with one loss. Returns the trainer and what it measured."""
+    from fastpref.cli.models import load_model
     from fastpref.cli.progress import ProgressBar
-    from fastpref.cli.train import load_model, make_trainer
+    from fastpref.cli.train import make_trainer
     from fastpref.config import PreferenceConfig
 
     batch = 12 if quick else 32

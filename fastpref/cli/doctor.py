@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -200,11 +201,17 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def run(as_json: bool = False) -> None:
+    """Print the report; exit with code 1 where a forced backend cannot run on a device."""
     facts = collect()
     if as_json:
         print(json.dumps(facts, indent=2))
-        return
-    sections = lines(facts)
+    else:
+        show(lines(facts))
+    if any(name.startswith("none:") for name in facts["active"].values()):
+        sys.exit(1)
+
+
+def show(sections: list[tuple[str, list[tuple[str, str]]]]) -> None:
     try:
         from rich.console import Console
         from rich.text import Text

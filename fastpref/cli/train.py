@@ -15,6 +15,7 @@ import torch
 import typer
 
 from fastpref import report
+from fastpref.cli.models import from_pretrained, latest_checkpoint, load_model, lora_config
 
 
 class Loss(str, Enum):
@@ -49,11 +50,15 @@ def command(
         Path, typer.Option(help="Where the model, checkpoints, log and plot go.")
     ] = Path("fastpref-output"),
     lora: Annotated[bool, typer.Option("--lora", help="Train a LoRA adapter only.")] = False,
-    lora_r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
-    lora_alpha: Annotated[int, typer.Option(help="Scale of the adapter.")] = 32,
+    lora_r: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the adapter; by default 16.")
+    ] = None,
+    lora_alpha: Annotated[
+        int | None, typer.Option(min=1, help="Scale of the adapter; by default 32.")
+    ] = None,
     lora_targets: Annotated[
-        str, typer.Option(help="Comma-separated modules, or all-linear.")
-    ] = "all-linear",
+        str | None, typer.Option(help="Comma-separated modules; by default all-linear.")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out pairs.")] = None,
     eval_split: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Hold out this fraction of the data instead.")
@@ -115,12 +120,17 @@ def command(
     console = Console(highlight=False)
     if not console.is_terminal:  # bars are for people
         hide_library_bars()
+    adapter = {"--lora-r": lora_r, "--lora-alpha": lora_alpha, "--lora-targets": lora_targets}
+    check_options(epochs, max_steps, [] if lora else [k for k, v in adapter.items() if v])
+    if eval_steps and eval_data is None and not eval_split:
+        raise ValueError("--eval-steps needs held-out pairs; add --eval-data or --eval-split")
     if resume == "latest":
         resume = latest_checkpoint(output)
     elif resume is not None and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume} is not a checkpoint directory")
     tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
-    mode = reference_mode(reference, lora, train_set.column_names, eval_set)
+    mode = reference_mode(reference, lora, train_set, eval_set)
+    source = reference_text(mode, train_set, eval_set)
     use_bf16 = bf16_is_fast() if bf16 is None else bf16
     if not use_bf16 and precision is Precision.fast:
         raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
@@ -131,7 +141,7 @@ def command(
         f"{loss.value.upper()} on [bold]{escape(model)}[/bold]: {len(train_set)} pairs"
         + (f", {len(eval_set)} held out" if eval_set is not None else "")
         + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
-        f"learning rate {rate:g}, beta {beta:g}, reference: {mode.value}"
+        f"learning rate {rate:g}, beta {beta:g}, reference: {source}"
     )
 
     from fastpref.cli.progress import ProgressBar
@@ -172,7 +182,7 @@ def command(
             tokenizer,
             train_set,
             eval_set,
-            peft_config=lora_config(lora_r, lora_alpha, lora_targets) if lora else None,
+            peft_config=lora_config(*adapter.values()) if lora else None,
             bar=bar,
         )
         try:
@@ -239,32 +249,19 @@ def load(model: str, data: str, eval_data: str | None, fraction: float, seed: in
     return from_pretrained(AutoTokenizer, model), train_set, eval_set
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
-
-
-def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"--model {name} is a directory without config.json, so no model")
-        name = str(path)
-    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"--model {name} is not a directory")
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(" .:")
-        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
-        raise ValueError(f"--model {name}: no {what} could be loaded ({first})") from error
+def check_options(epochs: float, max_steps: int, adapter_options: list[str]) -> None:
+    """Refuse options that would do nothing. adapter_options: those given without --lora."""
+    if max_steps < 1 and max_steps != -1:
+        raise ValueError(f"--max-steps is {max_steps}; expected at least 1, or -1 for all epochs")
+    if not epochs > 0:
+        raise ValueError(f"--epochs is {epochs:g}; expected more than 0")
+    if adapter_options:
+        raise ValueError(f"{' and '.join(adapter_options)} would do nothing; add --lora")
 
 
-def reference_mode(wanted: Reference, lora: bool, columns: list[str], eval_set: Any) -> Reference:
+def reference_mode(wanted: Reference, lora: bool, train_set: Any, eval_set: Any) -> Reference:
     """Resolve `auto` and refuse what cannot work."""
-    missing = REFERENCE_COLUMNS - set(columns)
+    missing = REFERENCE_COLUMNS - set(train_set.column_names)
     if eval_set is not None:
         missing |= REFERENCE_COLUMNS - set(eval_set.column_names)
     if wanted is Reference.auto:
@@ -285,6 +282,19 @@ def reference_mode(wanted: Reference, lora: bool, columns: list[str], eval_set: 
     return wanted
 
 
+def reference_text(mode: Reference, train_set: Any, eval_set: Any) -> str:
+    """Where the reference log-probs of each data set come from: its columns win over the mode."""
+    sets = {"training": train_set, "held out": eval_set}
+    used = {
+        name: "columns" if set(data.column_names) >= REFERENCE_COLUMNS else mode.value
+        for name, data in sets.items()
+        if data is not None
+    }
+    if len(set(used.values())) == 1:
+        return used["training"]
+    return ", ".join(f"{source} ({name})" for name, source in used.items())
+
+
 def bf16_is_fast() -> bool:
     """Whether this machine multiplies bf16 matrices in hardware."""
     if torch.cuda.is_available():
@@ -293,13 +303,6 @@ def bf16_is_fast() -> bool:
 
     features = cpu()["features"] or {}
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def lora_config(rank: int, alpha: int, targets: str) -> Any:
-    from peft import LoraConfig
-
-    modules = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
-    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, target_modules=modules)
 
 
 def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=None, bar) -> Any:
@@ -324,15 +327,6 @@ def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=N
     trainer.add_callback(bar)
     trainer.data_collator = CountingCollator(trainer.data_collator)
     return trainer
-
-
-def latest_checkpoint(output: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if found is None:
-        raise ValueError(f"--resume latest: there is no checkpoint in {output}")
-    return found
 
 
 def summarise(trainer: Any, memory: report.PeakMemory, bar: Any) -> dict[str, Any]:
