@@ -73,7 +73,8 @@ class _PairProblem:
             for t in (self.ref_logps, self.pair_weight, self.margin)
         )
         lengths = None
-        if self.options["loss_type"] in NEEDS_LENGTHS:
+        by_token = self.options["ipo_normalization"] == "token_mean"
+        if self.options["loss_type"] in NEEDS_LENGTHS and by_token:
             lengths = self.lengths
             if lengths is None:
                 lengths = sequence_logps(counted.to(logps.dtype), self.labels, **self.segments)
@@ -93,12 +94,11 @@ class _PairProblem:
         if ids is None:
             ids = torch.arange(2 * pairs, device=logps.device)
             ids = ids.repeat_interleave(self.labels.shape[1])
-        sums = self.options["ipo_normalization"] == "sum"
         options = dict(
             loss_type=self.options["loss_type"],
             beta=self.options["beta"],
             label_smoothing=self.options["label_smoothing"],
-            lengths=None if sums else lengths,
+            lengths=lengths,
             weight=pair_weight,
             margin=margin,
         )

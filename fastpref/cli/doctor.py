@@ -96,7 +96,7 @@ def native_isa() -> str | None:
         from fastpref import _cpu
     except ImportError:
         return None
-    return _cpu.isa() if hasattr(_cpu, "isa") else None
+    return _cpu.isa()
 
 
 def devices() -> list[dict[str, Any]]:
