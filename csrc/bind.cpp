@@ -29,11 +29,12 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("gemm_beats_library", &gemm_beats_library);
     m.def("fold", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
                      Address labels, float scale, float softcap, float inv_temperature, Address max,
-                     Address sum, Address target, Address weighted, Address total, Address squared,
-                     Address argmax, int threads) {
+                     Address sum, Address target, Address lse, Address logps, Address weighted,
+                     Address total, Address squared, Address argmax, int threads) {
         Tile tile = tile_of(data, dtype, rows, cols, stride, col0, labels);
-        Stats stats{at<float>(max),   at<float>(sum),     at<float>(target),  at<float>(weighted),
-                    at<float>(total), at<float>(squared), at<int64_t>(argmax)};
+        Stats stats{at<float>(max),      at<float>(sum),   at<float>(target),
+                    at<float>(lse),      at<float>(logps), at<float>(weighted),
+                    at<float>(total),    at<float>(squared), at<int64_t>(argmax)};
         py::gil_scoped_release release;
         fold(tile, {scale, softcap, inv_temperature}, stats, threads);
     });

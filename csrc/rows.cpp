@@ -80,8 +80,10 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
     for (int64_t r = r0; r < r1; ++r) {
         if (t.labels[r] < 0) continue;
         const T* x = static_cast<const T*>(t.data) + r * t.stride;
-        float tile_max = row_max<T, CAP>(a, x, t.cols), old = st.max[r];
-        if (st.argmax && tile_max > old) {
+        const bool first = t.col0 == 0;
+        float tile_max = row_max<T, CAP>(a, x, t.cols);
+        float old = first ? -std::numeric_limits<float>::infinity() : st.max[r];
+        if (st.argmax && (first || tile_max > old)) {
             int64_t j = 0;  // the first of equal maxima, as torch.argmax
             while (j < t.cols && !(logit<CAP>(a, load(x + j)) >= tile_max)) ++j;
             st.argmax[r] = t.col0 + (j < t.cols ? j : 0);
@@ -90,17 +92,30 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
         // A tile of nothing but -inf adds nothing; it must not become -inf - -inf.
         bool nothing = m == -std::numeric_limits<float>::infinity();
         Sums s = row_sums<T, CAP, EXTRAS>(a, x, t.cols, nothing ? 0.f : m);
-        double shift = double(old) - m, moved = st.sum[r] > 0 ? std::exp(shift) : 0.0;
-        if (EXTRAS) {
-            double w = st.sum[r] > 0 ? moved * (st.weighted[r] + st.sum[r] * shift) : 0.0;
-            st.weighted[r] = float(w + s.weighted);
-            st.squared[r] = float(st.squared[r] * moved * moved + s.squared);
-            st.total[r] = float(st.total[r] + s.total);
+        if (!first && st.sum[r] != 0) {  // also where it is NaN
+            double shift = double(old) - m, moved = std::exp(shift);
+            if (EXTRAS) {
+                s.weighted += moved * (st.weighted[r] + st.sum[r] * shift);
+                s.squared += st.squared[r] * moved * moved;
+            }
+            s.e += st.sum[r] * moved;
         }
-        st.sum[r] = float(st.sum[r] * moved + s.e);
+        if (EXTRAS) {
+            st.weighted[r] = float(s.weighted);
+            st.squared[r] = float(s.squared);
+            st.total[r] = float(first ? s.total : st.total[r] + s.total);
+        }
+        st.sum[r] = float(s.e);
         st.max[r] = m;
         int64_t y = t.labels[r] - t.col0;
         if (0 <= y && y < t.cols) st.target[r] = logit<CAP>(a, load(x + y));
+        else if (first) st.target[r] = std::numeric_limits<float>::quiet_NaN();
+        double log_sum = std::log(s.e);
+        // target - max is exact where it matters, at saturated rows; target - lse is not. A positive
+        // value can only be the rounding of a zero. NaN stays NaN.
+        float logp = float((double(st.target[r]) - m) - log_sum);
+        st.lse[r] = float(m + log_sum);
+        st.logps[r] = logp > 0 ? 0.f : logp;
     }
 }
 

@@ -21,9 +21,10 @@ struct Transform {
     float scale, softcap, inv_temperature;
 };
 
-// Running statistics of each row; see fastpref/backends/tile.py. Null where not asked for.
+// Running statistics of each row; see fastpref/backends/tile.py. The last four are null where not
+// asked for. A tile with col0 = 0 starts them, whatever they held; the next ones go on from there.
 struct Stats {
-    float *max, *sum, *target, *weighted, *total, *squared;
+    float *max, *sum, *target, *lse, *logps, *weighted, *total, *squared;
     int64_t* argmax;
 };
 

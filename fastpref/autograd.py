@@ -46,9 +46,20 @@ class LinearCall:
     weight_grad: bool
 
 
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass.
+
+    u [N, H] = d logp / d hidden, or None. stash [S, V]: D of the first S tokens. lse [N].
+    """
+
+    u: Tensor | None
+    stash: Tensor
+    lse: Tensor
+
+
 def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) -> TokenStats:
     return TokenStats(
-        logps=stats.logps(),
+        logps=stats.logps,
         entropy=stats.entropy() if "entropy" in extras else None,
         mean_logit=stats.mean_logit(vocab) if "mean_logit" in extras else None,
         is_top1=None if stats.argmax is None else stats.argmax.eq(labels),
@@ -67,11 +78,162 @@ def _target_logits(
     return call.transform(raw.masked_fill(inside != labels, torch.nan))[0]
 
 
+def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[n, columns] uninitialised, each row starting at a multiple of 16 bytes, as GEMMs like it."""
+    step = 16 // dtype.itemsize
+    return x.new_empty((n, -(-columns // step) * step), dtype=dtype)[:, :columns]
+
+
 def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
     """The memory of a tile's rows, seen as rows of a narrower dtype that start where they start."""
     if tile.dtype == dtype:
         return tile
     return tile.view(dtype)[:, : tile.shape[1]]
+
+
+def forward_pass(
+    call: LinearCall, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> tuple[TokenStats, Saved]:
+    """x [N, H], weight [V, H], bias [V] or None, labels [N]: the outputs [N] and what is kept."""
+    plan, extras, backend = call.plan, call.extras, call.backend
+    w = weight.to(x.dtype)  # a copy only under autocast, whose own cast this is
+    n, vocab = x.shape[0], w.shape[0]
+    tile_type = tile_dtype(x.dtype, plan.precision)
+    stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = Stats.empty(n, x.device, stats_type, extras)
+    u = torch.empty_like(x) if call.hidden_grad else None
+    stash = _rows(x, plan.stash_tokens, vocab, x.dtype)
+    if plan.fused:
+        backend.linear_logps(x, w, labels, bias, stats, call.transform)
+        return _outputs(stats, labels, vocab, extras), Saved(u, stash, stats.lse)
+    all_kept = plan.stash_tokens == n
+    rows_of_buffer = 0 if all_kept and tile_type == x.dtype else min(plan.block_tokens, n)
+    buffer = _rows(x, rows_of_buffer, vocab, tile_type)
+    for start in range(0, n, plan.block_tokens):
+        stop = min(start + plan.block_tokens, n)
+        rows, y = stats.rows(start, stop), labels[start:stop]
+        kept = stash[start : min(stop, plan.stash_tokens)]
+        # D overwrites the logits, in the stash itself where the two have the same width.
+        whole = kept.shape[0] == stop - start and tile_type == x.dtype
+        tile = kept if whole else buffer[: stop - start]
+        backend.linear(x[start:stop], w, tile, bias)
+        backend.fold(tile, y, 0, rows, call.transform)
+        if tile_type != stats_type:
+            rows.replace_target(_target_logits(call, x[start:stop], w, bias, y))
+        if u is None and kept.shape[0] == 0:
+            continue
+        d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
+        backend.grad(tile, y, 0, rows.lse, rows.logps, d, call.transform)
+        if u is not None and not all_kept:
+            backend.project(d, w, u[start:stop])
+        if kept.shape[0] < stop - start:
+            kept.copy_(d[: kept.shape[0]])
+    del buffer
+    if u is not None and all_kept:
+        backend.project(stash, w, u)  # one tall product is faster than many flat ones
+    return _outputs(stats, labels, vocab, extras), Saved(u, stash, stats.lse)
+
+
+def needs_logits_again(call: LinearCall, tokens: int) -> bool:
+    """Whether the backward pass multiplies by the weight, and so has to keep it."""
+    entropy = "entropy" in call.extras and (call.hidden_grad or call.weight_grad)
+    return entropy or (call.weight_grad and call.plan.stash_tokens < tokens)
+
+
+def _scaled(call: LinearCall, x: Tensor, coef: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    call.backend.scale_rows(x, coef, out)
+    return out
+
+
+def _logits_again(call: LinearCall, x: Tensor, weight: Tensor, bias: Tensor | None, kept: int):
+    """Slices [a, b) of the vocabulary, whole in N: the logits of the tokens from `kept` on, in a
+    tile with room for all N, and the slice of the weight in the compute dtype."""
+    n, step = x.shape[0], call.plan.block_vocab
+    buffer = x.new_empty(n * step, dtype=tile_dtype(x.dtype, call.plan.precision))
+    for a in range(0, weight.shape[0], step):
+        b = min(a + step, weight.shape[0])
+        tile = buffer[: n * (b - a)].view(n, b - a)
+        w = weight[a:b].to(x.dtype)
+        call.backend.linear(x[kept:], w, tile[kept:], None if bias is None else bias[a:b])
+        yield a, b, tile, w
+
+
+def weight_grads(
+    call: LinearCall,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    labels: Tensor,
+    saved: Saved,
+    logps: Tensor,
+    coef: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """Write dW [V, H] and db [V] (None: not wanted) from the stashed D, and from D computed again
+    where it was not kept; weight and bias are read only then."""
+    stash = saved.stash
+    n, kept, vocab = x.shape[0], stash.shape[0], stash.shape[1]
+    cx = _scaled(call, x, coef)  # c goes on X: D stays free of the loss
+
+    if kept == n:
+        if dw is not None:
+            call.backend.outer(stash, cx, dw)
+        if db is not None:
+            for a in range(0, vocab, call.plan.block_vocab):  # in slices, for the sum widens D
+                b = min(a + call.plan.block_vocab, vocab)
+                _column_sums(stash[:, a:b], coef, db[a:b])
+        return
+    assert weight is not None
+    for a, b, tile, _ in _logits_again(call, x, weight, bias, kept):
+        d = _in_place(tile, x.dtype)
+        rows = labels[kept:], a, saved.lse[kept:], logps[kept:]
+        call.backend.grad(tile[kept:], *rows, d[kept:], call.transform)
+        d[:kept].copy_(stash[:, a:b])
+        if dw is not None:
+            call.backend.outer(d, cx, dw[a:b])
+        if db is not None:
+            _column_sums(d, coef, db[a:b])
+
+
+def _column_sums(d: Tensor, coef: Tensor, out: Tensor) -> None:
+    torch.mv(d.t().to(coef.dtype), coef, out=out)
+
+
+def both_grads(
+    call: LinearCall,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    saved: Saved,
+    logps: Tensor,
+    coef: Tensor,
+    entropy: Tensor,
+    entropy_coef: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> Tensor | None:
+    """All gradients when the entropy has one too: it is not a multiple of u, so D is made again.
+
+    Writes dw and db where wanted and returns dx [N, H], or None where hidden needs no gradient.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.zeros(x.shape, dtype=wide, device=x.device) if call.hidden_grad else None
+    part = torch.empty(x.shape, dtype=wide, device=x.device)
+    for a, b, tile, w in _logits_again(call, x, weight, bias, 0):
+        d = _in_place(tile, x.dtype)
+        rows = labels, a, saved.lse, logps
+        call.backend.grad(tile, *rows, d, call.transform, coef, entropy, entropy_coef)
+        if dx is not None:
+            call.backend.project(d, w, part)
+            dx += part
+        if dw is not None:
+            call.backend.outer(d, x, dw[a:b])
+        if db is not None:
+            torch.sum(d, 0, dtype=coef.dtype, out=db[a:b])
+    return None if dx is None else dx.to(x.dtype)
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -82,58 +244,21 @@ class LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, index, call: LinearCall):
-        plan, extras, backend = call.plan, call.extras, call.backend
         x = hidden if index is None else hidden.index_select(0, index)
-        w = weight.to(x.dtype)  # a copy only under autocast, whose own cast this is
         b = None if bias is None else bias.detach()
-        n, vocab = x.shape[0], w.shape[0]
-        tile_type = tile_dtype(x.dtype, plan.precision)
-        stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
-        stats = Stats.empty(n, x.device, stats_type, extras)
-        u = torch.empty_like(x) if call.hidden_grad else None
-        stash = x.new_empty((plan.stash_tokens, vocab))
-        all_kept = plan.stash_tokens == n
-        rows_of_buffer = 0 if all_kept and tile_type == x.dtype else min(plan.block_tokens, n)
-        buffer = x.new_empty((rows_of_buffer, vocab), dtype=tile_type)
-        for start in range(0, n, plan.block_tokens):
-            stop = min(start + plan.block_tokens, n)
-            rows, y = stats.rows(start, stop), labels[start:stop]
-            kept = stash[start : min(stop, plan.stash_tokens)]
-            # D overwrites the logits, in the stash itself where the two have the same width.
-            whole = kept.shape[0] == stop - start and tile_type == x.dtype
-            tile = kept if whole else buffer[: stop - start]
-            backend.linear(x[start:stop], w, tile, b)
-            backend.fold(tile, y, 0, rows, call.transform)
-            if tile_type != stats_type:
-                rows.replace_target(_target_logits(call, x[start:stop], w, b, y))
-            if u is None and kept.shape[0] == 0:
-                continue
-            d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
-            backend.grad(tile, y, 0, rows.lse(), rows.logps(), d, call.transform)
-            if u is not None and not all_kept:
-                backend.project(d, w, u[start:stop])
-            if kept.shape[0] < stop - start:
-                kept.copy_(d[: kept.shape[0]])
-        del buffer
-        if u is not None and all_kept:
-            backend.project(stash, w, u)  # one tall product is faster than many flat ones
-        out = _outputs(stats, labels, vocab, extras)
-
-        ctx.call, ctx.rows, ctx.weight_dtype = call, hidden.shape[0], weight.dtype
-        ctx.device_type = hidden.device.type
+        out, saved = forward_pass(call, x, weight, b, labels)
+        again = needs_logits_again(call, x.shape[0])
+        ctx.call, ctx.rows, ctx.device_type = call, hidden.shape[0], hidden.device.type
+        ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        again = call.weight_grad and plan.stash_tokens < n  # logits once more, in backward
         if call.hidden_grad or call.weight_grad:
-            again = again or out.entropy is not None
             ctx.save_for_backward(
                 x if call.weight_grad or again else None,
                 weight if again else None,
                 bias if again else None,
                 labels,
                 index,
-                u,
-                stash,
-                stats.lse(),
+                *saved,
                 out.logps,
                 out.entropy,
             )
@@ -146,110 +271,28 @@ class LinearTokenLogps(torch.autograd.Function):
     def backward(ctx, coef, entropy_coef, *_):
         if coef is None and entropy_coef is None:
             return None, None, None, None, None, None
-        # A backward pass inside the caller's autocast must not round dW to 16 bits.
-        with torch.autocast(ctx.device_type, enabled=False):
-            return LinearTokenLogps._gradients(ctx, coef, entropy_coef)
-
-    @staticmethod
-    def _gradients(ctx, coef, entropy_coef):
-        x, weight, bias, labels, index, u, stash, lse, logps, entropy = ctx.saved_tensors
         call: LinearCall = ctx.call
+        x, weight, bias, labels, index, u, stash, lse, logps, entropy = ctx.saved_tensors
+        saved = Saved(u, stash, lse)
         coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
         dx = dw = db = None
-        if entropy_coef is not None:
-            dx, dw, db = _recompute_both(
-                call, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef.contiguous()
-            )
-        else:
-            if call.hidden_grad:
-                dx = _scaled(u, coef)
-            if call.weight_grad:
-                dw, db = _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef)
+        # A backward pass inside the caller's autocast must not round dW to 16 bits.
+        with torch.autocast(ctx.device_type, enabled=False):
+            if ctx.needs_input_grad[1]:
+                dw = x.new_empty((stash.shape[1], x.shape[1]), dtype=ctx.weight_dtype)
+            if ctx.needs_input_grad[2]:
+                db = coef.new_empty(stash.shape[1])
+            if entropy_coef is not None:
+                head = weight, bias, labels, saved, logps
+                dx = both_grads(call, x, *head, coef, entropy, entropy_coef.contiguous(), dw, db)
+            else:
+                if u is not None:
+                    dx = _scaled(call, u, coef)
+                if dw is not None or db is not None:
+                    weight_grads(call, x, weight, bias, labels, saved, logps, coef, dw, db)
         if dx is not None and index is not None:
             dx = dx.new_zeros((ctx.rows, dx.shape[1])).index_copy_(0, index, dx)
-        return (
-            dx,
-            dw if ctx.needs_input_grad[1] else None,
-            db.to(ctx.bias_dtype) if db is not None and ctx.needs_input_grad[2] else None,
-            None,
-            None,
-            None,
-        )
-
-
-def _scaled(x: Tensor, coef: Tensor) -> Tensor:
-    """x [N, H] times coef [N], rounded once; in blocks, for the product is wider than x."""
-    out = torch.empty_like(x)
-    for a in range(0, x.shape[0], 256):
-        out[a : a + 256] = x[a : a + 256] * coef[a : a + 256, None]
-    return out
-
-
-def _weight_grads(ctx, x, weight, bias, labels, stash, lse, logps, coef):
-    """dW [V, H] and db [V] from the stashed D, and from D computed again where it was not kept."""
-    call, plan = ctx.call, ctx.call.plan
-    n, kept, vocab = x.shape[0], stash.shape[0], plan.vocab_size
-    cx = _scaled(x, coef)  # c goes on X: D stays free of the loss
-    dw = None  # stays so where only the bias trains
-    if ctx.needs_input_grad[1]:
-        dw = x.new_empty((vocab, x.shape[1]), dtype=ctx.weight_dtype)
-    has_bias = ctx.bias_dtype is not None
-    db = coef.new_empty(vocab) if has_bias else None
-    if kept == n:
-        if dw is not None:
-            call.backend.outer(stash, cx, dw)
-        if db is not None:
-            for a in range(0, vocab, plan.block_vocab):
-                db[a : a + plan.block_vocab] = _bias_grad(stash[:, a : a + plan.block_vocab], coef)
-        return dw, db
-    buffer = x.new_empty(n * plan.block_vocab, dtype=tile_dtype(x.dtype, plan.precision))
-    for a in range(0, vocab, plan.block_vocab):
-        b = min(a + plan.block_vocab, vocab)
-        tile = buffer[: n * (b - a)].view(n, b - a)
-        w, bias_slice = weight[a:b].to(x.dtype), None if bias is None else bias[a:b]
-        again = tile[kept:]
-        call.backend.linear(x[kept:], w, again, bias_slice)
-        d = _in_place(tile, x.dtype)
-        rows = labels[kept:], a, lse[kept:], logps[kept:]
-        call.backend.grad(again, *rows, d[kept:], call.transform)
-        d[:kept].copy_(stash[:, a:b])
-        if dw is not None:
-            call.backend.outer(d, cx, dw[a:b])
-        if db is not None:
-            db[a:b] = _bias_grad(d, coef)
-    return dw, db
-
-
-def _bias_grad(d: Tensor, coef: Tensor) -> Tensor:
-    return torch.mv(d.t().to(coef.dtype), coef)
-
-
-def _recompute_both(call, x, weight, bias, labels, lse, logps, coef, entropy, entropy_coef):
-    """All gradients when the entropy has one too: it is not a multiple of u, so D is made again."""
-    plan, n = call.plan, x.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dx = torch.zeros(x.shape, dtype=wide, device=x.device) if call.hidden_grad else None
-    dw = torch.empty_like(weight) if call.weight_grad else None
-    db = coef.new_empty(plan.vocab_size) if call.weight_grad and bias is not None else None
-    buffer = x.new_empty(n * plan.block_vocab, dtype=tile_dtype(x.dtype, plan.precision))
-    part = torch.empty(x.shape, dtype=wide, device=x.device)
-    for a in range(0, plan.vocab_size, plan.block_vocab):
-        b = min(a + plan.block_vocab, plan.vocab_size)
-        tile = buffer[: n * (b - a)].view(n, b - a)
-        w = weight[a:b].to(x.dtype)
-        call.backend.linear(x, w, tile, None if bias is None else bias[a:b])
-        d = _in_place(tile, x.dtype)
-        call.backend.grad(
-            tile, labels, a, lse, logps, d, call.transform, coef, entropy, entropy_coef
-        )
-        if dx is not None:
-            call.backend.project(d, w, part)
-            dx += part
-        if dw is not None:
-            call.backend.outer(d, x, dw[a:b])
-        if db is not None:
-            db[a:b] = d.to(coef.dtype).sum(0)
-    return None if dx is None else dx.to(x.dtype), dw, db
+        return dx, dw, None if db is None else db.to(ctx.bias_dtype), None, None, None
 
 
 def _row_blocks(logits: Tensor):
@@ -268,8 +311,8 @@ class TokenLogps(torch.autograd.Function):
         for a, b in _row_blocks(logits):
             backend.fold(logits[a:b], labels[a:b], 0, stats.rows(a, b), transform)
         ignored = labels < 0
-        logps = stats.logps().masked_fill(ignored, 0.0)
-        ctx.save_for_backward(logits, labels, stats.lse().masked_fill(ignored, 0.0), logps)
+        logps = stats.logps.masked_fill(ignored, 0.0)
+        ctx.save_for_backward(logits, labels, stats.lse.masked_fill(ignored, 0.0), logps)
         ctx.transform, ctx.backend, ctx.inplace, ctx.used = transform, backend, inplace, False
         return logps
 

@@ -15,6 +15,7 @@ from fastpref.autograd import TokenStats
 from fastpref.checks import check_ids
 from fastpref.logps import prepare, sequence_logps, token_logps
 from fastpref.losses import NEEDS_LENGTHS, check_options, check_reference, preference_loss
+from fastpref.options import HeadOptions
 
 
 class PreferenceOutput(NamedTuple):
@@ -245,6 +246,7 @@ def linear_preference_loss(
     extras: Sequence[str] = (),
     ignore_index: int = -100,
     backend: str | None = None,
+    token_indices: Tensor | None = None,
     **head: Any,
 ) -> PreferenceOutput:
     """A preference loss from hidden states and the head, without the logits.
@@ -264,7 +266,8 @@ def linear_preference_loss(
             `preference_loss`; pair_weight is its weight.
         lengths: [2P] IPO's denominators; default: the labelled tokens of each sequence.
         extras: per-token outputs to return in stats, as in `linear_token_logps`.
-        head: scale, softcap, temperature, strategy, memory_budget, precision, token_indices of
+        token_indices: as in `linear_token_logps`.
+        head: scale, softcap, temperature, strategy, memory_budget, precision, fused of
             `linear_token_logps`.
 
     Returns:
@@ -297,8 +300,8 @@ def linear_preference_loss(
         pair_weight=pair_weight,
         margin=margin,
     )
-    options = dict(head, ignore_index=ignore_index, backend=backend)
-    policy = prepare(hidden, weight, labels, bias, extras=extras, **options)
+    options = HeadOptions(ignore_index=ignore_index, backend=backend, **head)
+    policy = prepare(hidden, weight, labels, bias, options, extras, token_indices)
     if ref_hidden is not None:
         if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
@@ -309,8 +312,11 @@ def linear_preference_loss(
             ref_bias = bias
         ref_weight = weight if ref_weight is None else ref_weight
         with torch.no_grad():
-            reference = prepare(ref_hidden, ref_weight, labels, ref_bias, prefix="ref_", **options)
-            ref_tokens = reference.run()
+            # The same kernels on both sides: where the two models agree, so do all bits.
+            if policy.call.plan.strategy != "forward-only":
+                options = replace(options, fused=False)
+            head_ref = ref_hidden, ref_weight, labels, ref_bias, options
+            ref_tokens = prepare(*head_ref, (), token_indices, "ref_").run()
         assert isinstance(ref_tokens, Tensor)
         problem = replace(problem, ref_logps=sequence_logps(ref_tokens, labels, **problem.segments))
     out = policy.run()

@@ -20,6 +20,7 @@ from fastpref.checks import (
     check_labels,
     check_range,
 )
+from fastpref.options import HeadOptions
 from fastpref.plan import plan_head
 
 
@@ -37,6 +38,7 @@ def linear_token_logps(
     strategy: str = "auto",
     memory_budget: int | None = None,
     precision: str = "exact",
+    fused: bool | None = None,
     backend: str | None = None,
     token_indices: Tensor | None = None,
 ) -> Tensor | TokenStats:
@@ -60,7 +62,10 @@ def linear_token_logps(
         strategy, memory_budget (bytes): see `fastpref.plan.plan_head`, which chooses.
         precision: "exact" keeps the logits of 16-bit inputs in fp32; "fast" rounds them to the
             inputs' dtype, all but the label's, which is exact there and in the normaliser.
-        backend: "native", "eager" or None for the fastest that works.
+        fused: whether a pass without gradients may run in one kernel that holds no logits at all,
+            where the backend has one; None lets `plan_head` decide. False keeps the tiles, and with
+            them every bit of the log-probs of a pass that has gradients.
+        backend: "native", "triton", "eager" or None for the fastest that works.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the
             caller knows them; saves a synchronisation on a GPU.
 
@@ -72,22 +77,18 @@ def linear_token_logps(
         ValueError: shapes, dtypes or devices that do not fit together, a label outside [0, V), an
             unknown option. RuntimeError: a forced backend that cannot run here.
     """
-    return prepare(
-        hidden,
-        weight,
-        labels,
-        bias,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        extras=extras,
-        strategy=strategy,
-        memory_budget=memory_budget,
-        precision=precision,
-        backend=backend,
-        token_indices=token_indices,
-    ).run()
+    options = HeadOptions(
+        scale,
+        softcap,
+        temperature,
+        ignore_index,
+        strategy,
+        memory_budget,
+        precision,
+        fused,
+        backend,
+    )
+    return prepare(hidden, weight, labels, bias, options, extras, token_indices).run()
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,9 @@ def prepare(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
+    bias: Tensor | None,
+    options: HeadOptions,
     extras: Sequence[str] = (),
-    strategy: str = "auto",
-    memory_budget: int | None = None,
-    precision: str = "exact",
-    backend: str | None = None,
     token_indices: Tensor | None = None,
     prefix: str = "",
 ) -> PreparedLogps:
@@ -137,23 +130,23 @@ def prepare(
     prefix goes before the names hidden, weight and bias in the messages of errors.
     """
     extras = check_extras(extras)
-    transform = Transform(scale, softcap, temperature)
     check_head(hidden, weight, bias, prefix)
     hidden = _autocast(hidden)
     where = f"{prefix}hidden without its last dimension"
     check_labels(labels, hidden.shape[:-1], where, hidden.device)
     flat, index = labels.reshape(-1), token_indices
     if index is None:
-        kept = flat != ignore_index
+        kept = flat != options.ignore_index
         index = None if hidden.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
     else:
-        check_indices(index, flat, ignore_index)
+        check_indices(index, flat, options.ignore_index)
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, weight.shape[0])
 
     grads = torch.is_grad_enabled()
     hidden_grad = grads and hidden.requires_grad
     weight_grad = grads and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    module = backends.choose(hidden.device, hidden.dtype, options.backend)
     plan = plan_head(
         y.shape[0],
         weight.shape[1],
@@ -162,17 +155,17 @@ def prepare(
         device=hidden.device,
         hidden_grad=hidden_grad,
         weight_grad=weight_grad,
-        memory_budget=memory_budget,
-        strategy=strategy,
-        precision=precision,
+        memory_budget=options.memory_budget,
+        strategy=options.strategy,
+        precision=options.precision,
+        fused=options.fused if hasattr(module, "linear_logps") and not extras else False,
     )
-    module = backends.choose(hidden.device, hidden.dtype, backend)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if rows.shape[1] and rows.stride(1) != 1:
         rows = rows.contiguous()
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         weight = weight.contiguous()
-    call = LinearCall(plan, transform, extras, module, hidden_grad, weight_grad)
+    call = LinearCall(plan, options.transform, extras, module, hidden_grad, weight_grad)
     return PreparedLogps(rows, weight, bias, y.contiguous(), index, labels.shape, call)
 
 
@@ -196,7 +189,7 @@ def token_logps(
         ignore_index: the label of positions that do not count.
         inplace_backward: write the gradient over the logits, which halves the memory of the
             backward pass. Nobody may read the logits afterwards, and a second backward pass raises.
-        backend: "native", "eager" or None for the fastest that works.
+        backend: "native", "triton", "eager" or None for the fastest that works.
 
     Returns:
         [...] float32 (float64 for float64 logits), 0 where ignored and never above 0.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastpref.backends.tile import Transform
 from fastpref.fused import PreferenceOutput, linear_preference_loss
 from fastpref.losses import check_options
-from fastpref.plan import plan_head
+from fastpref.options import HeadOptions
 
-_TRANSFORM = ("scale", "softcap", "temperature")
-_PLAN = ("strategy", "memory_budget", "precision")
-_OPTIONS = (*_TRANSFORM, *_PLAN, "extras", "ignore_index", "backend")
+_OPTIONS = (*(f.name for f in fields(HeadOptions)), "extras")
 
 
 class FusedLinearPreferenceLoss(nn.Module):
@@ -40,9 +37,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         for name in options:
             if name not in _OPTIONS:
                 raise ValueError(f"{name}: not an option; expected some of {', '.join(_OPTIONS)}")
-        Transform(**{name: options[name] for name in _TRANSFORM if name in options})
-        chosen = {name: options[name] for name in _PLAN if name in options}
-        plan_head(1, 1, 1, torch.float32, weight_grad=False, **chosen)
+        HeadOptions(**{name: value for name, value in options.items() if name != "extras"})
         self.options = dict(
             options,
             loss_type=loss_type,

@@ -100,7 +100,7 @@ def test_threads(threads, dtype):
         stats = Stats.empty(n, tile.device, torch.float32, EXTRAS)
         native.fold(tile, labels, 0, stats, Transform(softcap=9.0))
         out = torch.full_like(tile, torch.nan)
-        args = stats.lse(), stats.logps(), out, Transform(softcap=9.0), torch.ones(n)
+        args = stats.lse, stats.logps, out, Transform(softcap=9.0), torch.ones(n)
         native.grad(tile, labels, 0, *args, stats.entropy(), torch.ones(n))
         results.append([getattr(stats, name) for name in Stats.FIELDS] + [out])
     for other in results[1:]:
@@ -151,7 +151,7 @@ def test_what_the_module_refuses():
     """Codes that it does not know; everything else is checked in Python, where the tensors are."""
     n = torch.zeros(4, dtype=torch.int64)
     x, p = torch.zeros(4, 4), torch.zeros(4).data_ptr()
-    fold = [x.data_ptr(), 3, 4, 4, 4, 0, n.data_ptr(), 1.0, 0.0, 1.0, p, p, p, 0, 0, 0, 0, 1]
+    fold = [x.data_ptr(), 3, 4, 4, 4, 0, n.data_ptr(), 1.0, 0.0, 1.0, *[p] * 5, 0, 0, 0, 0, 1]
     with pytest.raises(ValueError, match="dtype"):
         native._cpu.fold(*fold)
     with pytest.raises(ValueError, match="tile"):

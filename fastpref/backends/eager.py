@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from fastpref.backends.gemm import linear, outer, project
+from fastpref.backends.gemm import linear, outer, project, scale_rows
 from fastpref.backends.tile import Stats, Transform
 
 NAME = "eager"
 CLOSED_FORMS: frozenset[str] = frozenset()  # every loss runs through autograd
 
-__all__ = ["NAME", "fold", "grad", "linear", "outer", "project"]
+__all__ = ["NAME", "fold", "grad", "linear", "outer", "project", "scale_rows"]
 
 
 def _hits(labels: Tensor, col0: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -26,10 +26,17 @@ def _hits(labels: Tensor, col0: int, columns: int) -> tuple[Tensor, Tensor]:
 def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Transform) -> None:
     """Fold raw logits [n, v], the vocabulary entries [col0, col0 + v), into the rows' statistics.
 
-    labels [n] int64; a negative label is an ignored row, whose statistics mean nothing.
+    labels [n] int64; a negative label is an ignored row, whose statistics mean nothing. The tile
+    with col0 = 0 starts the statistics, whatever they held; the next ones go on from there.
     """
     if tile.shape[1] == 0:
         return
+    if col0 == 0:
+        stats.max.fill_(-math.inf)
+        stats.target.fill_(math.nan)
+        for t in (stats.sum, stats.weighted, stats.total, stats.squared, stats.argmax):
+            if t is not None:
+                t.zero_()
     z, _ = transform(tile.to(stats.max.dtype))
     tile_max, where = z.max(1)
     if stats.argmax is not None:
@@ -54,6 +61,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
     hit, column = _hits(labels, col0, tile.shape[1])
     raw = tile.gather(1, column[:, None])[:, 0].to(stats.max.dtype)
     stats.target.copy_(torch.where(hit, transform(raw)[0], stats.target))
+    stats.finish()
 
 
 def grad(

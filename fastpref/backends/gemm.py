@@ -1,4 +1,4 @@
-"""The three products of the head with torch's GEMMs, on any device.
+"""The three products of the head with torch's GEMMs, and the scaling of rows, on any device.
 
 Each writes its output once. Where the output is wider than the inputs, or the device has no fast
 GEMM for the inputs' dtype, slices of the operands are widened one at a time: never a whole weight.
@@ -73,3 +73,12 @@ def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
         x = x.to(dtype)
         for a, b in _slices(out.shape[0]):
             out[a:b] = torch.mm(d[:, a:b].to(dtype).t(), x)
+
+
+def scale_rows(x: Tensor, coef: Tensor, out: Tensor) -> None:
+    """out [N, H] = x [N, H] * coef [N], rounded once from coef's dtype; out may be x."""
+    if x.device.type != "cpu":
+        torch.mul(x, coef[:, None], out=out)  # one launch, no temporary
+        return
+    for a in range(0, x.shape[0], 256):  # the product is wider than x: in blocks
+        out[a : a + 256] = x[a : a + 256] * coef[a : a + 256, None]

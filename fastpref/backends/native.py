@@ -12,6 +12,7 @@ import torch  # before _cpu: both then share the OpenMP pool that torch loads
 from torch import Tensor
 
 from fastpref.backends import gemm
+from fastpref.backends.gemm import scale_rows
 from fastpref.backends.tile import Stats, Transform
 
 _cpu: Any = None
@@ -25,7 +26,7 @@ except ImportError as error:
     )
 
 NAME = "native"
-__all__ = ["NAME", "fold", "grad", "linear", "outer", "pair_loss", "project"]
+__all__ = ["NAME", "fold", "grad", "linear", "outer", "pair_loss", "project", "scale_rows"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOSSES = {"sigmoid": 0, "ipo": 1}

@@ -52,17 +52,21 @@ class Stats:
 
     max, sum: the running maximum m and the sum of exp(z - m).
     target: the label's logit; NaN until the tile that holds it has been folded.
+    lse, logps: the normaliser and the label's log-probability, never above 0.
     weighted: the sum of exp(z - m) (z - m); total: the sum of z; squared: the sum of exp(2(z - m)).
     argmax: the first index of the maximum.
     The last four are None unless an extra output needs them. float32, or float64 for float64 tiles.
+    The memory is not initialised: the tile that starts at column 0 does that.
     """
 
-    FIELDS = ("max", "sum", "target", "weighted", "total", "squared", "argmax")
+    FIELDS = ("max", "sum", "target", "lse", "logps", "weighted", "total", "squared", "argmax")
 
     def __init__(self, **fields: Tensor | None):
         self.max: Tensor
         self.sum: Tensor
         self.target: Tensor
+        self.lse: Tensor
+        self.logps: Tensor
         self.weighted: Tensor | None
         self.total: Tensor | None
         self.squared: Tensor | None
@@ -72,26 +76,33 @@ class Stats:
 
     @classmethod
     def empty(cls, n: int, device: torch.device, dtype: torch.dtype, extras=()) -> Stats:
-        def new(value: float) -> Tensor:
-            return torch.full((n,), value, device=device, dtype=dtype)
-
         sums = any(name in extras for name in ("entropy", "mean_logit", "log_sum_sq_probs"))
-        return cls(
-            max=new(-math.inf),
-            sum=new(0.0),
-            target=new(math.nan),
-            weighted=new(0.0) if sums else None,
-            total=new(0.0) if sums else None,
-            squared=new(0.0) if sums else None,
-            argmax=(
-                torch.zeros((n,), device=device, dtype=torch.int64) if "is_top1" in extras else None
-            ),
-        )
+        fields: dict[str, Tensor | None] = dict.fromkeys(cls.FIELDS)
+        names = [name for name in cls.FIELDS[:8] if sums or name not in cls.FIELDS[5:]]
+        # Few allocations: on a GPU each takes longer than what it is for. logps is returned to
+        # callers, who may write into it, so it is no view.
+        names.remove("logps")
+        fields["logps"] = torch.empty((n,), device=device, dtype=dtype)
+        vectors = torch.empty((len(names), n), device=device, dtype=dtype)
+        fields.update(zip(names, vectors, strict=True))
+        if "is_top1" in extras:
+            fields["argmax"] = torch.empty((n,), device=device, dtype=torch.int64)
+        return cls(**fields)
 
     def rows(self, start: int, stop: int) -> Stats:
         """A view of the rows [start, stop)."""
+        if start == 0 and stop == self.max.shape[0]:
+            return self
         fields = {name: getattr(self, name) for name in self.FIELDS}
         return Stats(**{k: None if v is None else v[start:stop] for k, v in fields.items()})
+
+    def finish(self) -> None:
+        """Write lse and logps from max, sum and target."""
+        log_sum = self.sum.log()
+        torch.add(self.max, log_sum, out=self.lse)
+        # (target - max) is exact where it matters, at saturated rows; target - lse is not. A
+        # positive value can only be the rounding of a zero. `clamp` keeps NaN.
+        torch.sub(self.target - self.max, log_sum, out=self.logps).clamp_(max=0.0)
 
     def replace_target(self, target: Tensor) -> None:
         """Put the exact logit of the label where a rounded one was, in the normaliser as well.
@@ -116,16 +127,7 @@ class Stats:
         self.sum.copy_(rescale * others + new_e)
         self.max.copy_(base)
         self.target.copy_(target)
-
-    def lse(self) -> Tensor:
-        return self.max + self.sum.log()
-
-    def logps(self) -> Tensor:
-        """Log-probabilities of the labels; never above 0."""
-        # (target - max) is exact where it matters, at saturated rows; target - lse is not. A
-        # positive value can only be the rounding of a zero. `minimum` keeps NaN.
-        logps = (self.target - self.max) - self.sum.log()
-        return logps.minimum(logps.new_zeros(()))
+        self.finish()
 
     def entropy(self) -> Tensor:
         assert self.weighted is not None
