@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  first: the native module shares the OpenMP pool that torch loads
 
+from fastpref import ops as _ops  # noqa: F401  registers the operators
 from fastpref.autograd import TokenStats
 from fastpref.fused import (
     PreferenceOutput,

@@ -78,10 +78,14 @@ def _target_logits(
     return call.transform(raw.masked_fill(inside != labels, torch.nan))[0]
 
 
-def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """[n, columns] uninitialised, each row starting at a multiple of 16 bytes, as GEMMs like it."""
+def padded_rows(n: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The shape of n rows that each start at a multiple of 16 bytes, as GEMMs like it."""
     step = 16 // dtype.itemsize
-    return x.new_empty((n, -(-columns // step) * step), dtype=dtype)[:, :columns]
+    return n, -(-columns // step) * step
+
+
+def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(padded_rows(n, columns, dtype), dtype=dtype)[:, :columns]
 
 
 def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,9 +96,17 @@ def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward_pass(
-    call: LinearCall, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    call: LinearCall,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    stash: Tensor | None = None,
 ) -> tuple[TokenStats, Saved]:
-    """x [N, H], weight [V, H], bias [V] or None, labels [N]: the outputs [N] and what is kept."""
+    """x [N, H], weight [V, H], bias [V] or None, labels [N]: the outputs [N] and what is kept.
+
+    stash: memory for D of the first plan.stash_tokens tokens, if the caller has it already.
+    """
     plan, extras, backend = call.plan, call.extras, call.backend
     w = weight.to(x.dtype)  # a copy only under autocast, whose own cast this is
     n, vocab = x.shape[0], w.shape[0]
@@ -102,7 +114,8 @@ def forward_pass(
     stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = Stats.empty(n, x.device, stats_type, extras)
     u = torch.empty_like(x) if call.hidden_grad else None
-    stash = _rows(x, plan.stash_tokens, vocab, x.dtype)
+    if stash is None:
+        stash = _rows(x, plan.stash_tokens, vocab, x.dtype)
     if plan.fused:
         backend.linear_logps(x, w, labels, bias, stats, call.transform)
         return _outputs(stats, labels, vocab, extras), Saved(u, stash, stats.lse)
@@ -140,7 +153,7 @@ def needs_logits_again(call: LinearCall, tokens: int) -> bool:
     return entropy or (call.weight_grad and call.plan.stash_tokens < tokens)
 
 
-def _scaled(call: LinearCall, x: Tensor, coef: Tensor) -> Tensor:
+def scaled(call: LinearCall, x: Tensor, coef: Tensor) -> Tensor:
     out = torch.empty_like(x)
     call.backend.scale_rows(x, coef, out)
     return out
@@ -175,7 +188,7 @@ def weight_grads(
     where it was not kept; weight and bias are read only then."""
     stash = saved.stash
     n, kept, vocab = x.shape[0], stash.shape[0], stash.shape[1]
-    cx = _scaled(call, x, coef)  # c goes on X: D stays free of the loss
+    cx = scaled(call, x, coef)  # c goes on X: D stays free of the loss
 
     if kept == n:
         if dw is not None:
@@ -287,7 +300,7 @@ class LinearTokenLogps(torch.autograd.Function):
                 dx = both_grads(call, x, *head, coef, entropy, entropy_coef.contiguous(), dw, db)
             else:
                 if u is not None:
-                    dx = _scaled(call, u, coef)
+                    dx = scaled(call, u, coef)
                 if dw is not None or db is not None:
                     weight_grads(call, x, weight, bias, labels, saved, logps, coef, dw, db)
         if dx is not None and index is not None:
@@ -301,18 +314,41 @@ def _row_blocks(logits: Tensor):
     return ((a, min(a + size, logits.shape[0])) for a in range(0, logits.shape[0], size))
 
 
+def logits_forward(
+    logits: Tensor, labels: Tensor, transform: Transform, backend: ModuleType
+) -> tuple[Tensor, Tensor]:
+    """Ready logits [N, V], labels [N] (negative: ignored): log-probs and lse [N], 0 if ignored."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = Stats.empty(logits.shape[0], logits.device, dtype)
+    for a, b in _row_blocks(logits):
+        backend.fold(logits[a:b], labels[a:b], 0, stats.rows(a, b), transform)
+    ignored = labels < 0
+    return stats.logps.masked_fill(ignored, 0.0), stats.lse.masked_fill(ignored, 0.0)
+
+
+def logits_backward(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    logps: Tensor,
+    coef: Tensor,
+    out: Tensor,
+    transform: Transform,
+    backend: ModuleType,
+) -> None:
+    """Write d loss / d logits [N, V], coef [N] being d loss / d logps; out may be the logits."""
+    for a, b in _row_blocks(logits):
+        rows = labels[a:b], 0, lse[a:b], logps[a:b]
+        backend.grad(logits[a:b], *rows, out[a:b], transform, coef[a:b])
+
+
 class TokenLogps(torch.autograd.Function):
     """logits [N, V], labels [N] (negative: ignored) -> log-probabilities [N], 0 where ignored."""
 
     @staticmethod
     def forward(ctx, logits, labels, transform: Transform, backend, inplace: bool):
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        stats = Stats.empty(logits.shape[0], logits.device, dtype)
-        for a, b in _row_blocks(logits):
-            backend.fold(logits[a:b], labels[a:b], 0, stats.rows(a, b), transform)
-        ignored = labels < 0
-        logps = stats.logps.masked_fill(ignored, 0.0)
-        ctx.save_for_backward(logits, labels, stats.lse.masked_fill(ignored, 0.0), logps)
+        logps, lse = logits_forward(logits, labels, transform, backend)
+        ctx.save_for_backward(logits, labels, lse, logps)
         ctx.transform, ctx.backend, ctx.inplace, ctx.used = transform, backend, inplace, False
         return logps
 
@@ -328,8 +364,6 @@ class TokenLogps(torch.autograd.Function):
         ctx.used = ctx.inplace
         # Through .data: autograd's version counter guards others against this write, not ourselves.
         out = logits.data if ctx.inplace else torch.empty_like(logits)
-        coef = coef.contiguous()
-        for a, b in _row_blocks(logits):
-            rows = labels[a:b], 0, lse[a:b], logps[a:b]
-            ctx.backend.grad(logits.data[a:b], *rows, out[a:b], ctx.transform, coef[a:b])
+        rows = labels, lse, logps, coef.contiguous()
+        logits_backward(logits.data, *rows, out, ctx.transform, ctx.backend)
         return out, None, None, None, None

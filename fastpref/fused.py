@@ -81,14 +81,21 @@ class _PairProblem:
                 lengths = sequence_logps(counted.to(logps.dtype), self.labels, **self.segments)
             lengths = lengths.to(device=logps.device, dtype=logps.dtype).contiguous()
         inputs = (ref_logps, lengths, pair_weight, margin)
-        module = backends.choose(logps.device, logps.dtype, self.backend)
-        learned = any(t is not None and t.requires_grad for t in inputs)
-        if self.options["loss_type"] in module.CLOSED_FORMS and not learned:
+        module = self._closed_form_backend(logps, inputs)
+        if module is not None:
             out = self._closed_form(logps, size // 2, module, *inputs)
         else:
             out = self._autograd(logps, size // 2, *inputs)
         # Without a labelled token there is nothing to learn; the graph stays connected.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype), stats=stats)
+
+    def _closed_form_backend(self, logps, inputs):
+        """The backend whose `pair_loss` has this loss in closed form, or None."""
+        if torch.compiler.is_compiling():  # which fuses the few operations on [2P] itself
+            return None
+        module = backends.choose(logps.device, logps.dtype, self.backend)
+        learned = any(t is not None and t.requires_grad for t in inputs)
+        return None if learned or self.options["loss_type"] not in module.CLOSED_FORMS else module
 
     def _closed_form(self, logps, pairs, module, ref_logps, lengths, pair_weight, margin):
         ids = self.segments["sequence_ids"]
@@ -313,7 +320,7 @@ def linear_preference_loss(
         ref_weight = weight if ref_weight is None else ref_weight
         with torch.no_grad():
             # The same kernels on both sides: where the two models agree, so do all bits.
-            if policy.call.plan.strategy != "forward-only":
+            if policy.has_grads:
                 options = replace(options, fused=False)
             head_ref = ref_hidden, ref_weight, labels, ref_bias, options
             ref_tokens = prepare(*head_ref, (), token_indices, "ref_").run()

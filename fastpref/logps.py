@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 from fastpref import backends
 from fastpref.autograd import LinearCall, LinearTokenLogps, TokenLogps, TokenStats
-from fastpref.backends.tile import Transform
+from fastpref.backends.tile import EXTRAS, Transform
 from fastpref.checks import (
     check_extras,
     check_float,
@@ -103,16 +103,84 @@ class PreparedLogps:
     shape: torch.Size
     call: LinearCall
 
+    @property
+    def has_grads(self) -> bool:
+        return self.call.hidden_grad or self.call.weight_grad
+
     def run(self) -> Tensor | TokenStats:
         with torch.autocast(self.rows.device.type, enabled=False):
             out = LinearTokenLogps.apply(
                 self.rows, self.weight, self.bias, self.labels, self.index, self.call
             )
-        logps = _scatter(out[0], self.index, self.shape)
+        logps = scatter(out[0], self.index, self.shape)
         if not self.call.extras:
             return logps
-        others = (None if t is None else _scatter(t, self.index, self.shape) for t in out[1:])
+        others = (None if t is None else scatter(t, self.index, self.shape) for t in out[1:])
         return TokenStats(logps, *others)
+
+
+@dataclass(frozen=True)
+class CompiledLogps:
+    """The same under torch.compile: one operator, whose shapes do not depend on values."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    options: HeadOptions
+    extras: tuple[str, ...]
+    token_indices: Tensor | None
+    grads: tuple[bool, bool]
+
+    @property
+    def has_grads(self) -> bool:
+        return any(self.grads)
+
+    def run(self) -> Tensor | TokenStats:
+        out = torch.ops.fastpref.linear_token_logps(
+            self.hidden.reshape(-1, self.hidden.shape[-1]),
+            self.weight,
+            self.labels.reshape(-1),
+            self.bias,
+            self.token_indices,
+            *astuple(self.options),
+            ",".join(self.extras),
+            *self.grads,
+        )
+        shape = self.labels.shape
+        if not self.extras:
+            return out[0].view(shape)
+        given = (
+            t.view(shape) if name in self.extras else None
+            for name, t in zip(EXTRAS, out[1:5], strict=True)
+        )
+        return TokenStats(out[0].view(shape), *given)
+
+
+def plan_call(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: int,
+    options: HeadOptions,
+    extras: tuple[str, ...],
+    grads: tuple[bool, bool],
+) -> LinearCall:
+    """The backend and the plan for so many labelled tokens."""
+    module = backends.choose(hidden.device, hidden.dtype, options.backend)
+    plan = plan_head(
+        tokens,
+        weight.shape[1],
+        weight.shape[0],
+        hidden.dtype,
+        device=hidden.device,
+        hidden_grad=grads[0],
+        weight_grad=grads[1],
+        memory_budget=options.memory_budget,
+        strategy=options.strategy,
+        precision=options.precision,
+        fused=options.fused if hasattr(module, "linear_logps") and not extras else False,
+    )
+    return LinearCall(plan, options.transform, extras, module, *grads)
 
 
 def prepare(
@@ -124,7 +192,7 @@ def prepare(
     extras: Sequence[str] = (),
     token_indices: Tensor | None = None,
     prefix: str = "",
-) -> PreparedLogps:
+) -> PreparedLogps | CompiledLogps:
     """Everything of `linear_token_logps` that comes before the first product.
 
     prefix goes before the names hidden, weight and bias in the messages of errors.
@@ -134,6 +202,24 @@ def prepare(
     hidden = _autocast(hidden)
     where = f"{prefix}hidden without its last dimension"
     check_labels(labels, hidden.shape[:-1], where, hidden.device)
+    on = torch.is_grad_enabled()
+    head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    grads = on and hidden.requires_grad, on and head_grad
+    call = CompiledLogps if torch.compiler.is_compiling() else compact
+    return call(hidden, weight, labels, bias, options, extras, token_indices, grads)
+
+
+def compact(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: HeadOptions,
+    extras: tuple[str, ...],
+    token_indices: Tensor | None,
+    grads: tuple[bool, bool],
+) -> PreparedLogps:
+    """Drop the ignored tokens and plan the rest. grads: whether hidden and the head need them."""
     flat, index = labels.reshape(-1), token_indices
     if index is None:
         kept = flat != options.ignore_index
@@ -143,29 +229,8 @@ def prepare(
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, weight.shape[0])
 
-    grads = torch.is_grad_enabled()
-    hidden_grad = grads and hidden.requires_grad
-    weight_grad = grads and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    module = backends.choose(hidden.device, hidden.dtype, options.backend)
-    plan = plan_head(
-        y.shape[0],
-        weight.shape[1],
-        weight.shape[0],
-        hidden.dtype,
-        device=hidden.device,
-        hidden_grad=hidden_grad,
-        weight_grad=weight_grad,
-        memory_budget=options.memory_budget,
-        strategy=options.strategy,
-        precision=options.precision,
-        fused=options.fused if hasattr(module, "linear_logps") and not extras else False,
-    )
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if rows.shape[1] and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    if weight.stride(1) != 1 and weight.shape[1] > 1:
-        weight = weight.contiguous()
-    call = LinearCall(plan, options.transform, extras, module, hidden_grad, weight_grad)
+    call = plan_call(hidden, weight, y.shape[0], options, extras, grads)
+    rows, weight = adjacent(hidden.reshape(-1, hidden.shape[-1])), adjacent(weight)
     return PreparedLogps(rows, weight, bias, y.contiguous(), index, labels.shape, call)
 
 
@@ -189,6 +254,7 @@ def token_logps(
         ignore_index: the label of positions that do not count.
         inplace_backward: write the gradient over the logits, which halves the memory of the
             backward pass. Nobody may read the logits afterwards, and a second backward pass raises.
+            Under torch.compile, which plans memory itself, it makes no difference.
         backend: "native", "triton", "eager" or None for the fastest that works.
 
     Returns:
@@ -210,12 +276,13 @@ def token_logps(
             "inplace_backward: got True with expanded logits, whose rows share memory; expected "
             "logits of their own"
         )
-    rows = logits.reshape(-1, logits.shape[-1])
-    if rows.stride(1) != 1 and rows.shape[1] > 1:
-        rows = rows.contiguous()
-    module = backends.choose(logits.device, logits.dtype, backend)
+    rows = adjacent(logits.reshape(-1, logits.shape[-1]))
     # Any other negative label must not pass for an ignored one: out of range, it gives NaN.
     y = flat.masked_fill(flat < 0, logits.shape[-1]).masked_fill(ignored, -1)
+    if torch.compiler.is_compiling():  # which plans the memory of the backward pass itself
+        op = torch.ops.fastpref.token_logps
+        return op(rows, y, scale, softcap, temperature, backend)[0].view(labels.shape)
+    module = backends.choose(logits.device, logits.dtype, backend)
     return TokenLogps.apply(rows, y, transform, module, inplace_backward).view(labels.shape)
 
 
@@ -272,7 +339,12 @@ def sequence_logps(
     return (sums / counts.clamp(min=1) if average else sums).to(token_logps.dtype)
 
 
-def _scatter(values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
+def adjacent(rows: Tensor) -> Tensor:
+    """A matrix whose columns lie next to each other, as every kernel expects: a copy if need be."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def scatter(values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
     if index is None:
         return values.view(shape)
     return values.new_zeros(shape.numel()).index_copy(0, index, values).view(shape)

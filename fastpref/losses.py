@@ -100,7 +100,7 @@ def check_options(
     loss = _LOSSES[loss_type]
     check_number("beta", beta)
     check_number("label_smoothing", label_smoothing)
-    if not (math.isfinite(beta) and beta > 0):
+    if not 0 < beta < math.inf:
         raise ValueError(f"beta: got {beta}, expected a positive number")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a value in [0, 0.5)")

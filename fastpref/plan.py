@@ -91,6 +91,25 @@ def check_plan_options(
         raise ValueError(f"fused: got {fused!r}, expected None, True or False")
 
 
+def _tile_budget(vocab_size: int, kind: str, budget: int) -> int:
+    return min(_TILE_BYTES_PER_COLUMN.get(kind, 480) * vocab_size, budget)
+
+
+def stash_room(
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    strategy: str = "auto",
+    memory_budget: int | None = None,
+) -> int:
+    """Of how many tokens D fits the budget beside the tile; "stash" ignores the budget."""
+    if strategy in ("stash", "recompute"):
+        return 2**62 if strategy == "stash" else 0
+    budget = default_memory_budget(device) if memory_budget is None else memory_budget
+    tile = _tile_budget(vocab_size, torch.device(device).type, budget)
+    return max(budget - tile, 0) // max(vocab_size * dtype.itemsize, 1)
+
+
 def plan_head(
     tokens: int,
     hidden_size: int,
@@ -137,15 +156,15 @@ def plan_head(
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     tile_size, item = tile_dtype(dtype, precision).itemsize, dtype.itemsize
 
-    tile_budget = min(_TILE_BYTES_PER_COLUMN.get(kind, 480) * v, budget)
+    tile_budget = _tile_budget(v, kind, budget)
     chosen, stash = ("frozen" if hidden_grad else "forward-only"), 0
     if weight_grad:
-        fits = max(budget - tile_budget, 0) // max(v * item, 1)
+        fits = stash_room(v, dtype, device, strategy, budget)
         chosen = strategy
         if strategy == "auto":
             # Below an eighth the saved GEMM does not pay for the memory it holds until backward.
             chosen = "stash" if fits >= n else "mixed" if fits * 8 >= n else "recompute"
-        stash = {"stash": n, "recompute": 0}.get(chosen, min(int(fits), n))
+        stash = 0 if chosen == "recompute" else min(fits, n)
         if chosen == "mixed" and stash == n and strategy == "mixed":
             stash = n // 2  # asked for by name although all of D would fit
 

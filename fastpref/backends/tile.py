@@ -30,11 +30,11 @@ class Transform:
         check_number("temperature", self.temperature)
         if self.softcap is not None:
             check_number("softcap", self.softcap)
-        if not math.isfinite(self.scale):
+        if not -math.inf < self.scale < math.inf:
             raise ValueError(f"scale: got {self.scale}, expected a finite number")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap: got {self.softcap}, expected a positive number or None")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: got {self.temperature}, expected a positive number")
 
     def __call__(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,10 +79,11 @@ class Stats:
         sums = any(name in extras for name in ("entropy", "mean_logit", "log_sum_sq_probs"))
         fields: dict[str, Tensor | None] = dict.fromkeys(cls.FIELDS)
         names = [name for name in cls.FIELDS[:8] if sums or name not in cls.FIELDS[5:]]
-        # Few allocations: on a GPU each takes longer than what it is for. logps is returned to
-        # callers, who may write into it, so it is no view.
-        names.remove("logps")
-        fields["logps"] = torch.empty((n,), device=device, dtype=dtype)
+        # lse and logps leave the call, so they are tensors of their own. The others share one
+        # allocation: on a GPU each takes longer than what it is for.
+        for name in ("lse", "logps"):
+            names.remove(name)
+            fields[name] = torch.empty((n,), device=device, dtype=dtype)
         vectors = torch.empty((len(names), n), device=device, dtype=dtype)
         fields.update(zip(names, vectors, strict=True))
         if "is_top1" in extras:
