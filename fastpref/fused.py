@@ -3,231 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpref import backends
-from fastpref.autograd import TokenStats
-from fastpref.checks import check_ids
 from fastpref.logps import prepare, sequence_logps, token_logps
-from fastpref.losses import NEEDS_LENGTHS, check_options, check_reference, preference_loss
 from fastpref.options import HeadOptions
-
-
-class PreferenceOutput(NamedTuple):
-    """loss []. chosen_logps, rejected_logps [P]: sums over the answer's tokens, detached.
-
-    chosen_rewards, rejected_rewards [P]: beta (logp - ref), detached. stats: the per-token outputs
-    where extras were asked for, else None.
-    """
-
-    loss: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    stats: TokenStats | None = None
-
-
-class _PairLoss(torch.autograd.Function):
-    """Token log-probs [N] -> loss [], through a backend's closed form; backward is one scaling."""
-
-    @staticmethod
-    def forward(ctx, logps, ids, pairs, ref_logps, options, backend):
-        loss, sequences, rewards, coef = backend.pair_loss(logps, ids, pairs, ref_logps, **options)
-        ctx.save_for_backward(coef)
-        ctx.mark_non_differentiable(sequences, rewards)
-        ctx.set_materialize_grads(False)
-        return loss, sequences, rewards
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * 6
-        return ctx.saved_tensors[0] * dloss, None, None, None, None, None
-
-
-@dataclass(frozen=True)
-class _PairProblem:
-    """What is left to do once the token log-probs are there; checked before any of them is."""
-
-    labels: Tensor
-    segments: dict[str, Any]  # sequence_ids, num_sequences, ignore_index of sequence_logps
-    options: dict[str, Any]  # loss_type, beta, label_smoothing, ipo_normalization, reference_free
-    ref_logps: Tensor | None
-    lengths: Tensor | None
-    pair_weight: Tensor | None
-    margin: Tensor | None
-    backend: str | None
-
-    def solve(self, logps: Tensor, stats: TokenStats | None = None) -> PreferenceOutput:
-        """From token log-probs [2P, T] or [N] to the output; by closed form if there is one."""
-        size = self.segments["num_sequences"]
-        counted = self.labels != self.segments["ignore_index"]
-        ref_logps, pair_weight, margin = (
-            None if t is None else t.to(device=logps.device, dtype=logps.dtype).contiguous()
-            for t in (self.ref_logps, self.pair_weight, self.margin)
-        )
-        lengths = None
-        by_token = self.options["ipo_normalization"] == "token_mean"
-        if self.options["loss_type"] in NEEDS_LENGTHS and by_token:
-            lengths = self.lengths
-            if lengths is None:
-                lengths = sequence_logps(counted.to(logps.dtype), self.labels, **self.segments)
-            lengths = lengths.to(device=logps.device, dtype=logps.dtype).contiguous()
-        inputs = (ref_logps, lengths, pair_weight, margin)
-        module = self._closed_form_backend(logps, inputs)
-        if module is not None:
-            out = self._closed_form(logps, size // 2, module, *inputs)
-        else:
-            out = self._autograd(logps, size // 2, *inputs)
-        # Without a labelled token there is nothing to learn; the graph stays connected.
-        return out._replace(loss=out.loss * counted.any().to(out.loss.dtype), stats=stats)
-
-    def _closed_form_backend(self, logps, inputs):
-        """The backend whose `pair_loss` has this loss in closed form, or None."""
-        if torch.compiler.is_compiling():  # which fuses the few operations on [2P] itself
-            return None
-        module = backends.choose(logps.device, logps.dtype, self.backend)
-        learned = any(t is not None and t.requires_grad for t in inputs)
-        return None if learned or self.options["loss_type"] not in module.CLOSED_FORMS else module
-
-    def _closed_form(self, logps, pairs, module, ref_logps, lengths, pair_weight, margin):
-        ids = self.segments["sequence_ids"]
-        if ids is None:
-            ids = torch.arange(2 * pairs, device=logps.device)
-            ids = ids.repeat_interleave(self.labels.shape[1])
-        options = dict(
-            loss_type=self.options["loss_type"],
-            beta=self.options["beta"],
-            label_smoothing=self.options["label_smoothing"],
-            lengths=lengths,
-            weight=pair_weight,
-            margin=margin,
-        )
-        loss, sequences, rewards = _PairLoss.apply(
-            logps.reshape(-1).contiguous(), ids.contiguous(), pairs, ref_logps, options, module
-        )
-        return PreferenceOutput(
-            loss, sequences[:pairs], sequences[pairs:], rewards[:pairs], rewards[pairs:]
-        )
-
-    def _autograd(self, logps, pairs, ref_logps, lengths, pair_weight, margin):
-        sums = sequence_logps(logps, self.labels, **self.segments)
-        chosen, rejected = sums[:pairs], sums[pairs:]
-        chosen_lengths, rejected_lengths = _halves(lengths, pairs)
-        result = preference_loss(
-            chosen,
-            rejected,
-            *_halves(ref_logps, pairs),
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            weight=pair_weight,
-            margin=margin,
-            **self.options,
-        )
-        rewards = result.chosen_rewards, result.rejected_rewards
-        return PreferenceOutput(result.loss, chosen.detach(), rejected.detach(), *rewards)
-
-
-def _pair_problem(
-    labels: Tensor,
-    ref_logps: Tensor | None,
-    *,
-    has_reference: bool,
-    sequence_ids: Tensor | None = None,
-    num_sequences: int | None = None,
-    ignore_index: int = -100,
-    backend: str | None = None,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    ipo_normalization: str = "token_mean",
-    lengths: Tensor | None = None,
-    reference_free: bool = False,
-    pair_weight: Tensor | None = None,
-    margin: Tensor | None = None,
-) -> _PairProblem:
-    """Check everything that does not need a log-prob. Raises ValueError."""
-    size = _count_sequences(labels, sequence_ids, num_sequences, ref_logps, lengths)
-    check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
-    check_reference(reference_free, has_reference)
-    for name, t, expected in (
-        ("ref_logps", ref_logps, size),
-        ("lengths", lengths, size),
-        ("pair_weight", pair_weight, size // 2),
-        ("margin", margin, size // 2),
-    ):
-        if t is None:
-            continue
-        if not isinstance(t, Tensor) or t.shape != (expected,):
-            given = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{name}: got {given}, expected a tensor [{expected}]")
-    return _PairProblem(
-        labels=labels,
-        segments=dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index),
-        options=dict(
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            ipo_normalization=ipo_normalization,
-            reference_free=reference_free,
-        ),
-        ref_logps=ref_logps,
-        lengths=lengths,
-        pair_weight=pair_weight,
-        margin=margin,
-        backend=backend,
-    )
-
-
-def _halves(t: Tensor | None, pairs: int) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if t is None else (t[:pairs], t[pairs:])
-
-
-def _count_sequences(
-    labels: Tensor,
-    sequence_ids: Tensor | None,
-    num_sequences: int | None,
-    *vectors: Tensor | None,
-) -> int:
-    """2P: the rows of labels [2P, T]; in the flat form as told, or the length of a vector [2P]."""
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
-    if sequence_ids is None:
-        if labels.dim() != 2:
-            raise ValueError(
-                f"labels: got shape {tuple(labels.shape)}, expected [2P, T], or [N] with "
-                "sequence_ids"
-            )
-        size = labels.shape[0]
-        if num_sequences not in (None, size):
-            raise ValueError(
-                f"num_sequences: got {num_sequences}, expected {size}, the rows of labels"
-            )
-    else:
-        if not isinstance(sequence_ids, Tensor):
-            raise ValueError(f"sequence_ids: got {type(sequence_ids).__name__}, expected a tensor")
-        if labels.dim() != 1 or sequence_ids.shape != labels.shape:
-            raise ValueError(
-                f"sequence_ids: got shape {tuple(sequence_ids.shape)} for labels "
-                f"{tuple(labels.shape)}, expected [N] for both"
-            )
-        known = [len(t) for t in vectors if isinstance(t, Tensor)]
-        if num_sequences is None and not known:
-            raise ValueError("num_sequences: got None, expected 2P with sequence_ids")
-        size = known[0] if num_sequences is None else num_sequences
-        check_ids("sequence_ids", sequence_ids, size)
-    if size % 2:
-        raise ValueError(
-            f"labels: got {size} sequences, expected an even number, [chosen; rejected]"
-        )
-    return size
+from fastpref.pairs import PreferenceOutput, pair_problem
 
 
 def linear_preference_loss(
@@ -290,7 +74,7 @@ def linear_preference_loss(
     for name, t in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
         if t is not None and not given:
             raise ValueError(f"ref_hidden: got None with {name}, expected the reference's states")
-    problem = _pair_problem(
+    problem = pair_problem(
         labels,
         ref_logps,
         has_reference=given or ref_logps is not None,
@@ -326,10 +110,7 @@ def linear_preference_loss(
             ref_tokens = prepare(*head_ref, (), token_indices, "ref_").run()
         assert isinstance(ref_tokens, Tensor)
         problem = replace(problem, ref_logps=sequence_logps(ref_tokens, labels, **problem.segments))
-    out = policy.run()
-    if isinstance(out, TokenStats):
-        return problem.solve(out.logps, out)
-    return problem.solve(out)
+    return problem.run(policy)
 
 
 def linear_dpo_loss(
@@ -358,7 +139,7 @@ def _logits_loss(
     inplace_backward: bool = False,
     **options: Any,
 ) -> PreferenceOutput:
-    problem = _pair_problem(
+    problem = pair_problem(
         labels,
         ref_logps,
         has_reference=ref_logps is not None,

@@ -107,16 +107,24 @@ class PreparedLogps:
     def has_grads(self) -> bool:
         return self.call.hidden_grad or self.call.weight_grad
 
-    def run(self) -> Tensor | TokenStats:
-        with torch.autocast(self.rows.device.type, enabled=False):
-            out = LinearTokenLogps.apply(
-                self.rows, self.weight, self.bias, self.labels, self.index, self.call
-            )
-        logps = scatter(out[0], self.index, self.shape)
-        if not self.call.extras:
-            return logps
-        others = (None if t is None else scatter(t, self.index, self.shape) for t in out[1:])
+    def compute(self) -> TokenStats:
+        """The outputs of the labelled tokens, [N]."""
+        kind = self.rows.device.type
+        args = self.rows, self.weight, self.bias, self.labels, self.index, self.call
+        if not torch.is_autocast_enabled(kind):
+            return TokenStats(*LinearTokenLogps.apply(*args))
+        with torch.autocast(kind, enabled=False):
+            return TokenStats(*LinearTokenLogps.apply(*args))
+
+    def spread(self, out: TokenStats) -> TokenStats:
+        """The outputs at their places among the ignored tokens, shaped like the labels."""
+        logps, *others = (None if t is None else scatter(t, self.index, self.shape) for t in out)
+        assert logps is not None
         return TokenStats(logps, *others)
+
+    def run(self) -> Tensor | TokenStats:
+        out = self.spread(self.compute())
+        return out if self.call.extras else out.logps
 
 
 @dataclass(frozen=True)
