@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401  first: the native module shares the OpenMP pool that torch loads
 
 from fastpref import ops as _ops  # noqa: F401  registers the operators
-from fastpref.autograd import TokenStats
 from fastpref.fused import (
     PreferenceOutput,
     dpo_loss,
@@ -20,6 +19,7 @@ from fastpref.fused import (
 from fastpref.logps import linear_token_logps, sequence_logps, token_logps
 from fastpref.losses import PreferenceLoss, preference_loss
 from fastpref.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinearPreferenceLoss
+from fastpref.passes import TokenStats
 from fastpref.plan import HeadPlan, plan_head
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpref import backends
 from fastpref.backends.tile import EXTRAS
+from fastpref.passes import Head
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,6 +69,34 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         )
     if bias.device != hidden.device:
         raise ValueError(f"{bias_name}: got device {bias.device}, expected {hidden.device}")
+
+
+def check_adapter(hidden: Tensor, head: Head, low: Tensor | None) -> None:
+    """Raise ValueError unless low [..., r], up [V, r] and scale [V] fit the hidden states."""
+    vocab = head.weight.shape[0]
+    if (low is None) != (head.up is None):
+        raise ValueError("low_rank: got one of its two tensors, expected (low, up)")
+    for name, t in (("low_rank", low), ("low_rank", head.up), ("weight_scale", head.scale)):
+        if t is None:
+            continue
+        check_float(name, t)
+        if t.device != hidden.device:
+            raise ValueError(f"{name}: got device {t.device}, expected {hidden.device}")
+        cast = torch.is_autocast_enabled(hidden.device.type) and t.dtype != torch.float64
+        if name == "low_rank" and t.dtype != hidden.dtype and not cast:
+            raise ValueError(
+                f"{name}: got {str(t.dtype)[6:]}, expected {str(hidden.dtype)[6:]}, the dtype of "
+                "hidden (they may differ under autocast)"
+            )
+    if low is not None and head.up is not None:
+        expected = (*hidden.shape[:-1], head.up.shape[-1]), (vocab, low.shape[-1])
+        if (low.shape, head.up.shape) != expected:
+            raise ValueError(
+                f"low_rank: got shapes {tuple(low.shape)} and {tuple(head.up.shape)}, expected "
+                f"[..., r] as hidden {tuple(hidden.shape)} and [{vocab}, r]"
+            )
+    if head.scale is not None and head.scale.shape != (vocab,):
+        raise ValueError(f"weight_scale: got shape {tuple(head.scale.shape)}, expected [{vocab}]")
 
 
 def check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.device) -> None:

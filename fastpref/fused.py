@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpref.logps import prepare, sequence_logps, token_logps
 from fastpref.options import HeadOptions
 from fastpref.pairs import PreferenceOutput, pair_problem
+from fastpref.passes import Head
 
 
 def linear_preference_loss(
@@ -38,6 +39,8 @@ def linear_preference_loss(
     ignore_index: int = -100,
     backend: str | None = None,
     token_indices: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    weight_scale: Tensor | None = None,
     **head: Any,
 ) -> PreferenceOutput:
     """A preference loss from hidden states and the head, without the logits.
@@ -57,7 +60,8 @@ def linear_preference_loss(
             `preference_loss`; pair_weight is its weight.
         lengths: [2P] IPO's denominators; default: the labelled tokens of each sequence.
         extras: per-token outputs to return in stats, as in `linear_token_logps`.
-        token_indices: as in `linear_token_logps`.
+        token_indices, low_rank, weight_scale: as in `linear_token_logps`. The reference inside has
+            no adapter.
         head: scale, softcap, temperature, strategy, memory_budget, precision, fused of
             `linear_token_logps`.
 
@@ -92,7 +96,9 @@ def linear_preference_loss(
         margin=margin,
     )
     options = HeadOptions(ignore_index=ignore_index, backend=backend, **head)
-    policy = prepare(hidden, weight, labels, bias, options, extras, token_indices)
+    low, up = (None, None) if low_rank is None else low_rank
+    own = Head(weight, bias, up, weight_scale)
+    policy = prepare(hidden, own, labels, options, extras, token_indices, low)
     if ref_hidden is not None:
         if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
@@ -106,8 +112,11 @@ def linear_preference_loss(
             # The same kernels on both sides: where the two models agree, so do all bits.
             if policy.has_grads:
                 options = replace(options, fused=False)
-            head_ref = ref_hidden, ref_weight, labels, ref_bias, options
-            ref_tokens = prepare(*head_ref, (), token_indices, "ref_").run()
+            ref_head = Head(ref_weight, ref_bias)
+            reference = prepare(
+                ref_hidden, ref_head, labels, options, (), token_indices, prefix="ref_"
+            )
+            ref_tokens = reference.run()
         assert isinstance(ref_tokens, Tensor)
         problem = replace(problem, ref_logps=sequence_logps(ref_tokens, labels, **problem.segments))
     return problem.run(policy)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
-from fastpref.autograd import LinearCall, LinearTokenLogps, TokenLogps, TokenStats
+from fastpref.autograd import LinearTokenLogps, TokenLogps
 from fastpref.backends.tile import EXTRAS, Transform
 from fastpref.checks import (
+    check_adapter,
     check_extras,
     check_float,
     check_head,
@@ -21,6 +22,7 @@ from fastpref.checks import (
     check_range,
 )
 from fastpref.options import HeadOptions
+from fastpref.passes import Head, LinearCall, TokenStats
 from fastpref.plan import plan_head
 
 
@@ -41,6 +43,8 @@ def linear_token_logps(
     fused: bool | None = None,
     backend: str | None = None,
     token_indices: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor | TokenStats:
     """Log-probability of each label under the head, without the logits.
 
@@ -68,6 +72,10 @@ def linear_token_logps(
         backend: "native", "triton", "eager" or None for the fastest that works.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the
             caller knows them; saves a synchronisation on a GPU.
+        low_rank: a LoRA adapter on the head, as (low [..., r], up [V, r]): low up^T is added to
+            hidden W^T, which is never merged with it. low is scaling * dropout(hidden) A^T, and up
+            is B.
+        weight_scale: [V], DoRA's: factors on hidden W^T + low up^T, before the bias.
 
     Returns:
         [...] float32 (float64 for float64 inputs), 0 where ignored and never above 0; with extras
@@ -88,7 +96,9 @@ def linear_token_logps(
         fused,
         backend,
     )
-    return prepare(hidden, weight, labels, bias, options, extras, token_indices).run()
+    low, up = (None, None) if low_rank is None else low_rank
+    head = Head(weight, bias, up, weight_scale)
+    return prepare(hidden, head, labels, options, extras, token_indices, low).run()
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,8 @@ class PreparedLogps:
     """A checked and planned call of `linear_token_logps`; no kernel has run yet."""
 
     rows: Tensor  # [M, H]
-    weight: Tensor
-    bias: Tensor | None
+    low: Tensor | None  # [M, r]
+    head: Head
     labels: Tensor  # [N]
     index: Tensor | None  # [N] which rows the labels belong to
     shape: torch.Size
@@ -110,7 +120,7 @@ class PreparedLogps:
     def compute(self) -> TokenStats:
         """The outputs of the labelled tokens, [N]."""
         kind = self.rows.device.type
-        args = self.rows, self.weight, self.bias, self.labels, self.index, self.call
+        args = self.rows, self.low, *self.head, self.labels, self.index, self.call
         if not torch.is_autocast_enabled(kind):
             return TokenStats(*LinearTokenLogps.apply(*args))
         with torch.autocast(kind, enabled=False):
@@ -132,9 +142,9 @@ class CompiledLogps:
     """The same under torch.compile: one operator, whose shapes do not depend on values."""
 
     hidden: Tensor
-    weight: Tensor
+    low: Tensor | None
+    head: Head
     labels: Tensor
-    bias: Tensor | None
     options: HeadOptions
     extras: tuple[str, ...]
     token_indices: Tensor | None
@@ -146,10 +156,10 @@ class CompiledLogps:
 
     def run(self) -> Tensor | TokenStats:
         out = torch.ops.fastpref.linear_token_logps(
-            self.hidden.reshape(-1, self.hidden.shape[-1]),
-            self.weight,
+            self.hidden,
+            self.low,
+            *self.head,
             self.labels.reshape(-1),
-            self.bias,
             self.token_indices,
             *astuple(self.options),
             ",".join(self.extras),
@@ -167,7 +177,7 @@ class CompiledLogps:
 
 def plan_call(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     tokens: int,
     options: HeadOptions,
     extras: tuple[str, ...],
@@ -175,10 +185,12 @@ def plan_call(
 ) -> LinearCall:
     """The backend and the plan for so many labelled tokens."""
     module = backends.choose(hidden.device, hidden.dtype, options.backend)
+    plain = not extras and head.up is None and head.scale is None and options.scale != 0
+    fused = options.fused if plain and hasattr(module, "linear_logps") else False
     plan = plan_head(
         tokens,
-        weight.shape[1],
-        weight.shape[0],
+        head.weight.shape[1],
+        head.weight.shape[0],
         hidden.dtype,
         device=hidden.device,
         hidden_grad=grads[0],
@@ -186,19 +198,19 @@ def plan_call(
         memory_budget=options.memory_budget,
         strategy=options.strategy,
         precision=options.precision,
-        fused=options.fused if hasattr(module, "linear_logps") and not extras else False,
+        fused=fused,
     )
     return LinearCall(plan, options.transform, extras, module, *grads)
 
 
 def prepare(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     labels: Tensor,
-    bias: Tensor | None,
     options: HeadOptions,
     extras: Sequence[str] = (),
     token_indices: Tensor | None = None,
+    low: Tensor | None = None,
     prefix: str = "",
 ) -> PreparedLogps | CompiledLogps:
     """Everything of `linear_token_logps` that comes before the first product.
@@ -206,40 +218,44 @@ def prepare(
     prefix goes before the names hidden, weight and bias in the messages of errors.
     """
     extras = check_extras(extras)
-    check_head(hidden, weight, bias, prefix)
+    check_head(hidden, head.weight, head.bias, prefix)
+    check_adapter(hidden, head, low)
     hidden = _autocast(hidden)
     where = f"{prefix}hidden without its last dimension"
     check_labels(labels, hidden.shape[:-1], where, hidden.device)
     on = torch.is_grad_enabled()
-    head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
-    grads = on and hidden.requires_grad, on and head_grad
+    states_grad = hidden.requires_grad or (low is not None and low.requires_grad)
+    grads = on and states_grad, on and any(t is not None and t.requires_grad for t in head)
+    rows = adjacent(hidden.reshape(-1, hidden.shape[-1]))
+    if low is not None:
+        low = adjacent(low.to(hidden.dtype).reshape(-1, low.shape[-1]))
     call = CompiledLogps if torch.compiler.is_compiling() else compact
-    return call(hidden, weight, labels, bias, options, extras, token_indices, grads)
+    return call(rows, low, head, labels, options, extras, token_indices, grads)
 
 
 def compact(
-    hidden: Tensor,
-    weight: Tensor,
+    rows: Tensor,
+    low: Tensor | None,
+    head: Head,
     labels: Tensor,
-    bias: Tensor | None,
     options: HeadOptions,
     extras: tuple[str, ...],
     token_indices: Tensor | None,
     grads: tuple[bool, bool],
 ) -> PreparedLogps:
-    """Drop the ignored tokens and plan the rest. grads: whether hidden and the head need them."""
+    """Drop the ignored tokens and plan the rest. grads: whether states and the head need them."""
     flat, index = labels.reshape(-1), token_indices
     if index is None:
         kept = flat != options.ignore_index
-        index = None if hidden.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
+        index = None if rows.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
     else:
         check_indices(index, flat, options.ignore_index)
     y = flat if index is None else flat.index_select(0, index)
-    check_range(y, weight.shape[0])
-
-    call = plan_call(hidden, weight, y.shape[0], options, extras, grads)
-    rows, weight = adjacent(hidden.reshape(-1, hidden.shape[-1])), adjacent(weight)
-    return PreparedLogps(rows, weight, bias, y.contiguous(), index, labels.shape, call)
+    check_range(y, head.weight.shape[0])
+    call = plan_call(rows, head, y.shape[0], options, extras, grads)
+    up = None if head.up is None else adjacent(head.up)
+    head = head._replace(weight=adjacent(head.weight), up=up)
+    return PreparedLogps(rows, low, head, y.contiguous(), index, labels.shape, call)
 
 
 def token_logps(

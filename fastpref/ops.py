@@ -13,31 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.autograd import (
-    Saved,
-    TokenStats,
-    both_grads,
-    forward_pass,
-    logits_backward,
-    logits_forward,
-    padded_rows,
-    scaled,
-    weight_grads,
-)
+from fastpref.autograd import gradients, logits_backward, logits_forward, pick_states, unpick
 from fastpref.backends import choose
 from fastpref.backends.tile import Transform
 from fastpref.logps import adjacent, compact, plan_call, scatter
 from fastpref.options import HeadOptions
+from fastpref.passes import Head, Saved, TokenStats, forward_pass, padded_rows
 from fastpref.plan import stash_room
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor? token_indices"
+_INPUTS = (
+    "Tensor hidden, Tensor? low, Tensor weight, Tensor? bias, Tensor? up, Tensor? scale, "
+    "Tensor labels, Tensor? token_indices"
+)
 # HeadOptions field by field, then the extras (joined by commas) and who needs a gradient.
 _OPTIONS = (
-    "float scale, float? softcap, float temperature, SymInt ignore_index, str strategy, "
+    "float logit_scale, float? softcap, float temperature, SymInt ignore_index, str strategy, "
     "SymInt? memory_budget, str precision, bool? fused, str? backend, "
     "str extras, bool hidden_grad, bool weight_grad"
 )
-_STATE = "Tensor u, Tensor stash, Tensor lse, Tensor index, Tensor count"
+_STATE = "Tensor u, Tensor v, Tensor stash, Tensor lse, Tensor index, Tensor count"
 _OUT = "Tensor logps, Tensor entropy, Tensor mean_logit, Tensor is_top1, Tensor log_sum_sq_probs"
 
 
@@ -47,8 +41,8 @@ def _split(flat: tuple) -> tuple[HeadOptions, tuple[str, ...], tuple[bool, bool]
     return HeadOptions(*options), names, (hidden_grad, weight_grad)
 
 
-def _shapes(hidden, weight, token_indices, options: HeadOptions, extras, grads):
-    """Of every output, with their dtypes; sizes may be symbolic."""
+def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, grads):
+    """Of every output but the last, with their dtypes; sizes may be symbolic."""
     tokens = hidden.shape[0] if token_indices is None else token_indices.shape[0]
     vocab, size = weight.shape
     room = 0
@@ -58,6 +52,7 @@ def _shapes(hidden, weight, token_indices, options: HeadOptions, extras, grads):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     positions = (hidden.shape[0],)
     given = [positions if name in extras else (0,) for name in TokenStats._fields[1:]]
+    rank = 0 if low is None else low.shape[1]
     return (
         (positions, wide),
         (given[0], wide),
@@ -65,6 +60,7 @@ def _shapes(hidden, weight, token_indices, options: HeadOptions, extras, grads):
         (given[2], torch.bool),
         (given[3], wide),
         ((tokens if grads[0] else 0, size), hidden.dtype),
+        ((tokens if grads[0] else 0, rank), hidden.dtype),
         (padded_rows(torch.sym_min(tokens, room), vocab, hidden.dtype), hidden.dtype),
         ((tokens,), wide),
         ((tokens,), torch.int64),
@@ -76,19 +72,17 @@ def _shapes(hidden, weight, token_indices, options: HeadOptions, extras, grads):
     mutates_args=(),
     schema=f"({_INPUTS}, {_OPTIONS}) -> ({_OUT}, {_STATE})",
 )
-def linear_forward(hidden, weight, labels, bias, token_indices, *flat):
+def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
     options, extras, grads = _split(flat)
-    prepared = compact(hidden, weight, labels, bias, options, extras, token_indices, grads)
-    rows, index = prepared.rows, prepared.index
-    x = rows if index is None else rows.index_select(0, index)
-    n = x.shape[0]
-    shapes = _shapes(hidden, weight, token_indices, options, extras, grads)
-    stash = hidden.new_empty(shapes[6][0])
+    head = Head(weight, bias, up, scale)
+    p = compact(hidden, low, head, labels, options, extras, token_indices, grads)
+    states = pick_states(p.rows, p.low, p.index)
+    n, index = p.labels.shape[0], p.index
+    shapes = _shapes(hidden, low, weight, token_indices, options, extras, grads)
+    stash = hidden.new_empty(shapes[7][0])
     kept = min(n, stash.shape[0])
-    call = replace(prepared.call, plan=replace(prepared.call.plan, stash_tokens=kept))
-    out, saved = forward_pass(
-        call, x, prepared.weight, prepared.bias, prepared.labels, stash[:kept, : weight.shape[0]]
-    )
+    call = replace(p.call, plan=replace(p.call.plan, stash_tokens=kept))
+    out, saved = forward_pass(call, states, p.head, p.labels, stash[:kept, : weight.shape[0]])
     given = (
         hidden.new_empty(0, dtype=dtype) if t is None else scatter(t, index, labels.shape)
         for t, (_, dtype) in zip(out, shapes[:5], strict=True)
@@ -109,12 +103,13 @@ def linear_forward(hidden, weight, labels, bias, token_indices, *flat):
 
     # The count stays on the host: the backward pass needs it there to know its shapes.
     count = torch.tensor(n, device="cpu")
-    return *given, fill(saved.u, 5), stash, fill(saved.lse, 7), fill(index, 8), count
+    state = fill(saved.u, 5), fill(saved.v, 6), stash, fill(saved.lse, 8), fill(index, 9), count
+    return *given, *state
 
 
 @linear_forward.register_fake
-def _(hidden, weight, labels, bias, token_indices, *flat):
-    shapes = _shapes(hidden, weight, token_indices, *_split(flat))
+def _(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
+    shapes = _shapes(hidden, low, weight, token_indices, *_split(flat))
     tensors = (hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
     return *tensors, torch.empty((), dtype=torch.int64, device="cpu")
 
@@ -123,72 +118,62 @@ def _(hidden, weight, labels, bias, token_indices, *flat):
     "fastpref::linear_token_logps_backward",
     mutates_args=(),
     schema=f"(Tensor coef, Tensor? entropy_coef, {_INPUTS}, Tensor logps, Tensor entropy, "
-    f"{_STATE}, {_OPTIONS}, bool weight_wanted, bool bias_wanted) -> (Tensor, Tensor, Tensor)",
+    f"{_STATE}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def linear_backward(
-    coef,
-    entropy_coef,
-    hidden,
-    weight,
-    labels,
-    bias,
-    _,
-    logps,
-    entropy,
-    u,
-    stash,
-    lse,
-    index,
-    count,
-    *flat,
-):
-    options, extras, grads = _split(flat[:-2])
-    weight_wanted, bias_wanted = flat[-2:]
-    n, vocab = int(count), weight.shape[0]
+def linear_backward(coef, entropy_coef, hidden, low, *rest):
+    head, (labels, _, logps, entropy) = Head(*rest[:4]), rest[4:8]
+    (u, v, stash, lse, index, count), flat, wanted = rest[8:14], rest[14:-1], rest[-1]
+    options, extras, grads = _split(flat)
+    n, vocab = int(count), head.weight.shape[0]
     index = index[:n]
-    call = plan_call(hidden, weight, n, options, extras, grads)
+    call = plan_call(hidden, head, n, options, extras, grads)
     kept = min(n, stash.shape[0])
     call = replace(call, plan=replace(call.plan, stash_tokens=kept))
-    saved = Saved(u[:n] if grads[0] else None, stash[:kept, :vocab], lse[:n])
-    x, y = adjacent(hidden).index_select(0, index), labels.index_select(0, index)
-    coef, logps = coef.index_select(0, index), logps.index_select(0, index)
-    dx = hidden.new_empty((0, hidden.shape[1]))
-    weight = adjacent(weight)
-    dw = weight.new_empty(weight.shape) if weight_wanted else None
-    db = coef.new_empty(vocab) if bias_wanted else None
-    parts = None
-    if entropy_coef is not None:
-        stats = entropy.index_select(0, index), entropy_coef.index_select(0, index)
-        parts = both_grads(call, x, weight, bias, y, saved, logps, coef, *stats, dw, db)
-    else:
-        if saved.u is not None:
-            parts = scaled(call, saved.u, coef)
-        if dw is not None or db is not None:
-            weight_grads(call, x, weight, bias, y, saved, logps, coef, dw, db)
-    if parts is not None:
-        dx = hidden.new_zeros(hidden.shape).index_copy_(0, index, parts)
-    if db is not None:
-        db = db.to(bias.dtype)
-    nothing = weight.new_empty(0)
-    return dx, nothing if dw is None else dw, nothing.clone() if db is None else db
+    on = grads[0]
+    saved = Saved(
+        u[:n] if on else None,
+        v[:n] if on and low is not None else None,
+        stash[:kept, :vocab],
+        lse[:n],
+    )
+    like = [None if t is None else (t.shape, t.dtype) for t in head]
+    up = None if head.up is None else adjacent(head.up)
+    dx, dlow, out = gradients(
+        call,
+        pick_states(hidden, low, index),
+        head._replace(weight=adjacent(head.weight), up=up),
+        labels.index_select(0, index),
+        saved,
+        logps.index_select(0, index),
+        coef.index_select(0, index),
+        entropy.index_select(0, index) if entropy_coef is not None else None,
+        entropy_coef.index_select(0, index) if entropy_coef is not None else None,
+        like,
+        wanted,
+    )
+    rows = hidden.shape[0]
+    states = unpick(dx, index, rows), unpick(dlow, index, rows)
+    return tuple(hidden.new_empty(0) if t is None else t for t in (*states, *out))
 
 
 @linear_backward.register_fake
-def _(coef, entropy_coef, hidden, weight, labels, bias, _, logps, *rest):
-    hidden_grad, _, weight_wanted, bias_wanted = rest[-4:]
-    return (
-        hidden.new_empty((hidden.shape[0] if hidden_grad else 0, hidden.shape[1])),
-        weight.new_empty(weight.shape if weight_wanted else 0),
-        weight.new_empty(weight.shape[:1] if bias_wanted else 0),
+def _(coef, entropy_coef, hidden, low, *rest):
+    head, wanted, on = rest[:4], rest[-1], rest[-3]
+    states = (
+        hidden.new_empty(hidden.shape if on else 0),
+        hidden.new_empty(low.shape if on and low is not None else 0),
     )
+    pairs = zip(head, wanted, strict=True)
+    return *states, *(t.new_empty(t.shape) if w else hidden.new_empty(0) for t, w in pairs)
 
 
 def _linear_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, labels, bias, token_indices, *flat = inputs
+    tensors, ctx.flat = inputs[:8], inputs[8:]
     logps, entropy, mean_logit, is_top1, log_sum_sq_probs, *state = output
-    ctx.save_for_backward(hidden, weight, labels, bias, token_indices, logps, entropy, *state)
-    ctx.flat, ctx.has_entropy = flat, "entropy" in flat[-3]
-    ctx.wanted = weight.requires_grad, bias is not None and bias.requires_grad
+    ctx.save_for_backward(*tensors, logps, entropy, *state)
+    ctx.has_entropy = "entropy" in ctx.flat[-3]
+    ctx.has_low = tensors[1] is not None
+    ctx.wanted = [t is not None and t.requires_grad for t in tensors[2:6]]
     ctx.mark_non_differentiable(mean_logit, is_top1, log_sum_sq_probs, *state)
     ctx.set_materialize_grads(False)
 
@@ -196,23 +181,16 @@ def _linear_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _linear_gradients(ctx: Any, coef: Tensor | None, entropy_coef: Tensor | None, *_: Any):
     if not ctx.has_entropy:
         entropy_coef = None
-    none = (None,) * (5 + len(ctx.flat))
+    none = (None,) * (2 + len(ctx.flat))
     if coef is None and entropy_coef is None:
-        return none
-    logps = ctx.saved_tensors[5]
-    coef = torch.zeros_like(logps) if coef is None else coef
-    dx, dw, db = torch.ops.fastpref.linear_token_logps_backward(
-        coef, entropy_coef, *ctx.saved_tensors, *ctx.flat, *ctx.wanted
+        return (None,) * 6 + none
+    coef = torch.zeros_like(ctx.saved_tensors[8]) if coef is None else coef
+    out = torch.ops.fastpref.linear_token_logps_backward(
+        coef, entropy_coef, *ctx.saved_tensors, *ctx.flat, ctx.wanted
     )
-    weight_wanted, bias_wanted = ctx.wanted
     hidden_grad = ctx.flat[-2]
-    return (
-        dx if hidden_grad else None,
-        dw if weight_wanted else None,
-        None,
-        db if bias_wanted else None,
-        *none[4:],
-    )
+    given = hidden_grad, hidden_grad and ctx.has_low, *ctx.wanted
+    return *(t if g else None for t, g in zip(out, given, strict=True)), *none
 
 
 linear_forward.register_autograd(_linear_gradients, setup_context=_linear_context)

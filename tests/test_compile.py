@@ -178,7 +178,7 @@ def test_the_operators_keep_their_contract(weight_grad, known):
     checks = ("test_schema", "test_faketensor") + (("test_autograd_registration",) if known else ())
     torch.library.opcheck(
         torch.ops.fastpref.linear_token_logps,
-        (hidden.view(-1, H), weight, flat, bias, index, *options),
+        (hidden.view(-1, H), None, weight, bias, None, None, flat, index, *options),
         test_utils=checks,
     )
 

@@ -1,0 +1,354 @@
+"""The two passes over the head: tiles in, token log-probabilities and their gradients out.
+
+Forward is token-outer: a tile [n, V] is whole, so the statistics of its tokens and u = D W are
+final when it is done. Backward is vocabulary-outer: for a slice the tile [N, v] is whole, so dW[v]
+is one GEMM. Each output is written once; nothing is accumulated across tiles but [N] statistics.
+
+The raw logits are scale * (x W^T + low up^T) + bias. The second product, of a rank of tens, is a
+LoRA adapter on the head, whose first factor has already been applied; scale, one factor per entry
+of the vocabulary, is DoRA's. Neither is ever merged into a copy of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.backends.tile import Stats, Transform
+from fastpref.plan import HeadPlan, tile_dtype
+
+
+class TokenStats(NamedTuple):
+    """Per-token outputs, each shaped like the labels and 0 (False) where the label is ignored.
+
+    logps: log-probability of the label. entropy: of the distribution, in nats (differentiable).
+    mean_logit: mean over the vocabulary of the transformed logits. is_top1: the label is the first
+    argmax. log_sum_sq_probs: log of the sum of squared probabilities. None: not asked for.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """What one call of the linear function needs besides its tensors."""
+
+    plan: HeadPlan
+    transform: Transform
+    extras: tuple[str, ...]
+    backend: ModuleType
+    hidden_grad: bool  # of the hidden states, or of the adapter's part of them
+    weight_grad: bool  # of anything that D^T is multiplied for: weight, bias, up, scale
+
+
+class States(NamedTuple):
+    """What the head multiplies: x [N, H] and, with an adapter, low [N, r] or None."""
+
+    x: Tensor
+    low: Tensor | None = None
+
+
+class Head(NamedTuple):
+    """weight [V, H], bias [V] or None, up [V, r] or None, scale [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    up: Tensor | None = None
+    scale: Tensor | None = None
+
+    def part(self, a: int, b: int, dtype: torch.dtype) -> Head:
+        """The vocabulary entries [a, b), in the compute dtype: a copy only under autocast."""
+        weight, bias, up, scale = (None if t is None else t[a:b] for t in self)
+        assert weight is not None
+        return Head(weight.to(dtype), bias, None if up is None else up.to(dtype), scale)
+
+
+class HeadGrads(NamedTuple):
+    """Where the gradients of a `Head` go, in its shapes; None: not wanted."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    up: Tensor | None = None
+    scale: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass.
+
+    D is the gradient of the log-prob in x W^T, [N, V]. stash [S, V]: D of the first S tokens.
+    u [N, H] = D W and v [N, r] = D up, or None. lse [N].
+    """
+
+    u: Tensor | None
+    v: Tensor | None
+    stash: Tensor
+    lse: Tensor
+
+
+def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) -> TokenStats:
+    return TokenStats(
+        logps=stats.logps,
+        entropy=stats.entropy() if "entropy" in extras else None,
+        mean_logit=stats.mean_logit(vocab) if "mean_logit" in extras else None,
+        is_top1=None if stats.argmax is None else stats.argmax.eq(labels),
+        log_sum_sq_probs=stats.log_sum_sq_probs() if "log_sum_sq_probs" in extras else None,
+    )
+
+
+def _logits(call: LinearCall, states: States, head: Head, tile: Tensor) -> None:
+    """Write the raw logits [n, v] of these tokens and of this part of the vocabulary."""
+    x, low = states
+    call.backend.linear(x, head.weight, tile, head.bias if head.scale is None else None)
+    if low is not None and head.up is not None:
+        tile.addmm_(low.to(tile.dtype), head.up.to(tile.dtype).t())
+    if head.scale is not None:
+        tile *= head.scale
+        if head.bias is not None:
+            tile += head.bias
+
+
+def _grad(call: LinearCall, tile: Tensor, rows: tuple, d: Tensor, head: Head, *factors) -> None:
+    """Write D, which may overwrite the logits; rows: labels, first column, lse, log-probs."""
+    call.backend.grad(tile, *rows, d, call.transform, *factors)
+    if head.scale is not None:
+        d *= head.scale
+
+
+def _target_logits(call: LinearCall, states: States, head: Head, labels: Tensor) -> Tensor:
+    """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
+    inside = labels.clamp(0, head.weight.shape[0] - 1)
+    raw = (states.x.float() * head.weight.index_select(0, inside).float()).sum(1)
+    if states.low is not None and head.up is not None:
+        raw += (states.low.float() * head.up.index_select(0, inside).float()).sum(1)
+    if head.scale is not None:
+        raw *= head.scale.index_select(0, inside).float()
+    if head.bias is not None:
+        raw += head.bias.index_select(0, inside).float()
+    return call.transform(raw.masked_fill(inside != labels, torch.nan))[0]
+
+
+def padded_rows(n: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The shape of n rows that each start at a multiple of 16 bytes, as GEMMs like it."""
+    step = 16 // dtype.itemsize
+    return n, -(-columns // step) * step
+
+
+def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(padded_rows(n, columns, dtype), dtype=dtype)[:, :columns]
+
+
+def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The memory of a tile's rows, seen as rows of a narrower dtype that start where they start."""
+    if tile.dtype == dtype:
+        return tile
+    return tile.view(dtype)[:, : tile.shape[1]]
+
+
+def forward_pass(
+    call: LinearCall,
+    states: States,
+    head: Head,
+    labels: Tensor,
+    stash: Tensor | None = None,
+) -> tuple[TokenStats, Saved]:
+    """The outputs [N] for labels [N], and what is kept.
+
+    stash: memory for D of the first plan.stash_tokens tokens, if the caller has it already.
+    """
+    plan, extras, backend = call.plan, call.extras, call.backend
+    x, low = states
+    n, vocab = x.shape[0], head.weight.shape[0]
+    head = head.part(0, vocab, x.dtype)
+    tile_type = tile_dtype(x.dtype, plan.precision)
+    stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+    stats = Stats.empty(n, x.device, stats_type, extras)
+    u = torch.empty_like(x) if call.hidden_grad else None
+    v = torch.empty_like(low) if call.hidden_grad and low is not None else None
+    if stash is None:
+        stash = _rows(x, plan.stash_tokens, vocab, x.dtype)
+    saved = Saved(u, v, stash, stats.lse)
+    if plan.fused:
+        backend.linear_logps(x, head.weight, labels, head.bias, stats, call.transform)
+        return _outputs(stats, labels, vocab, extras), saved
+    all_kept = plan.stash_tokens == n
+
+    def project(d: Tensor, start: int, stop: int) -> None:
+        if u is not None:
+            backend.project(d, head.weight, u[start:stop])
+        if v is not None and head.up is not None:
+            backend.project(d, head.up, v[start:stop])
+
+    rows_of_buffer = 0 if all_kept and tile_type == x.dtype else min(plan.block_tokens, n)
+    buffer = _rows(x, rows_of_buffer, vocab, tile_type)
+    for start in range(0, n, plan.block_tokens):
+        stop = min(start + plan.block_tokens, n)
+        rows, y = stats.rows(start, stop), labels[start:stop]
+        block = States(x[start:stop], None if low is None else low[start:stop])
+        kept = stash[start : min(stop, plan.stash_tokens)]
+        # D overwrites the logits, in the stash itself where the two have the same width.
+        whole = kept.shape[0] == stop - start and tile_type == x.dtype
+        tile = kept if whole else buffer[: stop - start]
+        _logits(call, block, head, tile)
+        backend.fold(tile, y, 0, rows, call.transform)
+        if tile_type != stats_type:
+            rows.replace_target(_target_logits(call, block, head, y))
+        if u is None and kept.shape[0] == 0:
+            continue
+        d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
+        _grad(call, tile, (y, 0, rows.lse, rows.logps), d, head)
+        if not all_kept:
+            project(d, start, stop)
+        if kept.shape[0] < stop - start:
+            kept.copy_(d[: kept.shape[0]])
+    del buffer
+    if all_kept:
+        project(stash, 0, n)  # one tall product is faster than many flat ones
+    return _outputs(stats, labels, vocab, extras), saved
+
+
+def needs_logits_again(call: LinearCall, tokens: int) -> bool:
+    """Whether the backward pass multiplies by the weight, and so has to keep it."""
+    entropy = "entropy" in call.extras and (call.hidden_grad or call.weight_grad)
+    return entropy or (call.weight_grad and call.plan.stash_tokens < tokens)
+
+
+def scaled(call: LinearCall, x: Tensor, coef: Tensor) -> Tensor:
+    """x [N, H] * coef [N], in x's dtype."""
+    out = torch.empty_like(x)
+    call.backend.scale_rows(x, coef, out)
+    return out
+
+
+def _slices(call: LinearCall):
+    step, vocab = call.plan.block_vocab, call.plan.vocab_size
+    return ((a, min(a + step, vocab)) for a in range(0, vocab, step))
+
+
+def _logits_again(call: LinearCall, states: States, head: Head, kept: int):
+    """Slices [a, b) of the vocabulary, whole in N: the logits of the tokens from `kept` on, in a
+    tile with room for all N, and that part of the head in the compute dtype."""
+    x, low = states
+    n = x.shape[0]
+    rest = States(x[kept:], None if low is None else low[kept:])
+    size = n * min(call.plan.block_vocab, call.plan.vocab_size)
+    buffer = x.new_empty(size, dtype=tile_dtype(x.dtype, call.plan.precision))
+    for a, b in _slices(call):
+        tile = buffer[: n * (b - a)].view(n, b - a)
+        part = head.part(a, b, x.dtype)
+        _logits(call, rest, part, tile[kept:])
+        yield a, b, tile, part
+
+
+def head_grads(
+    call: LinearCall,
+    states: States,
+    head: Head,
+    labels: Tensor,
+    saved: Saved,
+    logps: Tensor,
+    coef: Tensor,
+    grads: HeadGrads,
+) -> None:
+    """Write the head's gradients from the stashed D, and from D computed again where it was not
+    kept; only then, and for the gradient of its scale, is the head itself read."""
+    stash = saved.stash
+    kept, vocab = stash.shape
+    # c goes on X: D stays free of the loss.
+    x, low = (None if t is None else scaled(call, t, coef) for t in states)
+    assert x is not None
+    times_c = States(x, low)
+    if kept == x.shape[0]:
+        _products(call, stash, times_c, grads, 0, vocab)
+        if grads.bias is not None or grads.scale is not None:
+            for a, b in _slices(call):  # these widen D
+                _sums(call, stash[:, a:b], times_c, head, coef, grads, a, b)
+        return
+    for a, b, tile, part in _logits_again(call, states, head, kept):
+        d = _in_place(tile, x.dtype)
+        rows = labels[kept:], a, saved.lse[kept:], logps[kept:]
+        _grad(call, tile[kept:], rows, d[kept:], part)
+        d[:kept].copy_(stash[:, a:b])
+        _products(call, d, times_c, grads, a, b)
+        _sums(call, d, times_c, head, coef, grads, a, b)
+
+
+def _products(call: LinearCall, d: Tensor, times_c: States, grads: HeadGrads, a: int, b: int):
+    if grads.weight is not None:
+        call.backend.outer(d, times_c.x, grads.weight[a:b])
+    if grads.up is not None:
+        call.backend.outer(d, times_c.low, grads.up[a:b])
+
+
+def _sums(
+    call: LinearCall,
+    d: Tensor,
+    times_c: States,
+    head: Head,
+    coef: Tensor | None,
+    grads: HeadGrads,
+    a: int,
+    b: int,
+) -> None:
+    """The gradients that are vectors, from D [N, v] with the head's scale in it."""
+    if grads.bias is not None:
+        wide = d.to(grads.bias.dtype)
+        out = wide.sum(0) if coef is None else torch.mv(wide.t(), coef)
+        grads.bias[a:b] = out if head.scale is None else _unscaled(out, head.scale[a:b])
+    if grads.scale is not None:
+        # sum_t c D (x W^T + low up^T), without these logits: <W, D^T c X> + <up, D^T c Low>.
+        assert head.scale is not None
+        total = torch.zeros_like(grads.scale[a:b])
+        for t, other in ((times_c.x, head.weight), (times_c.low, head.up)):
+            if t is not None and other is not None:
+                product = t.new_empty((b - a, t.shape[1]), dtype=total.dtype)
+                call.backend.outer(d, t, product)
+                total += (product * other[a:b]).sum(1)
+        grads.scale[a:b] = _unscaled(total, head.scale[a:b])
+
+
+def _unscaled(t: Tensor, scale: Tensor) -> Tensor:
+    """t / scale; 0 where the scale is 0, as DoRA's never is: its start is a norm."""
+    return torch.where(scale == 0, 0.0, t / scale)
+
+
+def both_grads(
+    call: LinearCall,
+    states: States,
+    head: Head,
+    labels: Tensor,
+    saved: Saved,
+    logps: Tensor,
+    coef: Tensor,
+    entropy: Tensor,
+    entropy_coef: Tensor,
+    grads: HeadGrads,
+) -> tuple[Tensor | None, Tensor | None]:
+    """All gradients when the entropy has one too: it is not a multiple of u, so D is made again.
+
+    Writes the head's gradients and returns those of the states, None where they need none.
+    """
+    wide = torch.promote_types(states.x.dtype, torch.float32)
+    sums: list[Tensor | None] = [None, None]
+    if call.hidden_grad:
+        sums = [None if t is None else torch.zeros_like(t, dtype=wide) for t in states]
+    for a, b, tile, part in _logits_again(call, states, head, 0):
+        d = _in_place(tile, states.x.dtype)
+        rows = labels, a, saved.lse, logps
+        _grad(call, tile, rows, d, part, coef, entropy, entropy_coef)
+        for total, other in zip(sums, (part.weight, part.up), strict=True):
+            if total is not None:
+                piece = torch.empty_like(total)
+                call.backend.project(d, other, piece)
+                total += piece
+        _products(call, d, states, grads, a, b)
+        _sums(call, d, states, head, None, grads, a, b)
+    dx, dlow = (None if total is None else total.to(states.x.dtype) for total in sums)
+    return dx, dlow

@@ -1,0 +1,167 @@
+"""A LoRA or DoRA adapter on the head, never merged: against the merged head."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+
+import fastpref
+from fastpref import linear_token_logps
+
+N, H, V, R = 23, 12, 301, 3
+NAMES = ("hidden", "low", "weight", "bias", "up", "weight_scale")
+PLANS = {
+    "stash": {"strategy": "stash"},
+    "recompute": {"strategy": "recompute", "memory_budget": 1},
+    "mixed": {"strategy": "mixed", "memory_budget": 9 * V * 4},
+}
+KINDS = {"lora": NAMES[:3] + NAMES[4:5], "lora bias": NAMES[:5], "dora": NAMES}
+
+
+def _problem(dtype, kind, n=N, vocab=V):
+    torch.manual_seed(3)
+    made = {
+        "hidden": torch.randn(n, H),
+        "low": torch.randn(n, R) * 0.3,
+        "weight": torch.randn(vocab, H) * 0.7,
+        "bias": torch.randn(vocab),
+        "up": torch.randn(vocab, R),
+        "weight_scale": 0.5 + torch.rand(vocab),
+    }
+    tensors = {k: made[k].to(dtype) for k in NAMES if k in KINDS[kind]}
+    labels = torch.randint(vocab, (n,))
+    labels[::5] = -100
+    return tensors, labels
+
+
+def _ours(t, labels, **options):
+    return linear_token_logps(
+        t["hidden"],
+        t["weight"],
+        labels,
+        t.get("bias"),
+        low_rank=(t["low"], t["up"]),
+        weight_scale=t.get("weight_scale"),
+        softcap=8.0,
+        **options,
+    )
+
+
+def _merged_logits(t):
+    t = {k: v.double() for k, v in t.items()}
+    raw = t["hidden"] @ t["weight"].t() + t["low"] @ t["up"].t()
+    raw = raw * t.get("weight_scale", 1.0) + t.get("bias", 0.0)
+    return oracle.transform(raw, softcap=8.0)
+
+
+def _gradients(value, tensors, wanted):
+    return torch.autograd.grad(value, [tensors[k] for k in wanted])
+
+
+@pytest.mark.parametrize("trains", ["all", "adapter", "head"])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients(dtype, kind, plan, trains):
+    if trains == "head" and kind == "lora":
+        pytest.skip("the same as all, but for hidden and low")
+    tensors, labels = _problem(dtype, kind)
+    wanted = [
+        k
+        for k in tensors
+        if trains == "all"
+        or (trains == "adapter" and k in ("hidden", "low", "up", "weight_scale"))
+        or (trains == "head" and k in ("weight", "bias"))
+    ]
+    for k in wanted:
+        tensors[k].requires_grad_()
+    coef = torch.randn(N, dtype=torch.float64)
+    logps = _ours(tensors, labels, **PLANS[plan])
+    exact = {k: t.detach().double().requires_grad_(k in wanted) for k, t in tensors.items()}
+    truth = oracle.token_stats(_merged_logits(exact), labels).logps
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    oracle.assert_within(logps, truth, 100 * eps)
+    got = _gradients((logps * coef.to(logps.dtype)).sum(), tensors, wanted)
+    want = _gradients((truth * coef).sum(), exact, wanted)
+    for name, a, b in zip(wanted, got, want, strict=True):
+        assert a.dtype == dtype, name
+        rounding = {torch.float64: 1e-12, torch.float32: 3e-6}.get(dtype, 1e-2)
+        assert float((a.double() - b).norm()) <= rounding * float(b.norm()), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("extras", [(), ("entropy",)], ids=["logps", "entropy"])
+def test_gradcheck(kind, extras):
+    tensors, labels = _problem(torch.float64, kind, n=6, vocab=9)
+
+    def function(*values):
+        out = _ours(dict(zip(tensors, values, strict=True)), labels, extras=extras)
+        return (out.logps, out.entropy) if extras else out
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fast_mode_has_the_labels_logit_exact(dtype):
+    tensors, labels = _problem(dtype, "dora")
+    truth = oracle.token_stats(_merged_logits(tensors), labels).logps
+    exact, fast = (_ours(tensors, labels, precision=p) for p in ("exact", "fast"))
+    oracle.assert_within(exact, truth, 1e-5)
+    oracle.assert_within(fast, truth, 0.05)
+    assert (fast <= 0).all()
+
+
+def test_under_autocast_and_compile():
+    tensors, labels = _problem(torch.float32, "dora")
+    for t in tensors.values():
+        t.requires_grad_()
+
+    def step(*values):
+        return _ours(dict(zip(NAMES, values, strict=True)), labels).sum()
+
+    values = list(tensors.values())
+    plain = torch.autograd.grad(step(*values), values)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*values), values), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = step(*values)
+    for a, b in zip(torch.autograd.grad(loss, values), plain, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.1 * float(b.abs().max()))
+
+
+def test_a_loss_with_an_adapter():
+    tensors, labels = _problem(torch.float64, "lora", n=24)
+    hidden, low = tensors["hidden"].view(4, 6, H), tensors["low"].view(4, 6, R)
+    out = fastpref.linear_dpo_loss(
+        hidden,
+        tensors["weight"],
+        labels.view(4, 6),
+        low_rank=(low, tensors["up"]),
+        softcap=8.0,
+        ref_hidden=hidden,
+    )
+    sums = oracle.token_stats(_merged_logits(tensors), labels).logps.view(4, 6).sum(1)
+    base = oracle.linear_logps(hidden, tensors["weight"], labels.view(4, 6), softcap=8.0).sum(1)
+    ratios = sums - base
+    torch.testing.assert_close(out.loss, oracle.dpo(ratios[:2], ratios[2:]).mean())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"low_rank": (torch.zeros(23, 4), torch.zeros(V, R))}, "low_rank: got shapes"),
+        ({"low_rank": (torch.zeros(22, R), torch.zeros(V, R))}, "low_rank: got shapes"),
+        ({"low_rank": (torch.zeros(23, R), None)}, "low_rank: got one of its two"),
+        ({"low_rank": (torch.zeros(23, R).double(), torch.zeros(V, R))}, "low_rank: got float64"),
+        ({"weight_scale": torch.zeros(V, 1)}, "weight_scale: got shape"),
+        ({"weight_scale": torch.zeros(V, dtype=torch.int64)}, "weight_scale: got int64"),
+    ],
+)
+def test_what_is_refused(change, message):
+    tensors, labels = _problem(torch.float32, "lora")
+    with pytest.raises(ValueError, match=message):
+        linear_token_logps(tensors["hidden"], tensors["weight"], labels, **change)
