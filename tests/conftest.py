@@ -1,13 +1,43 @@
-"""Fixtures of all tests: seeds, threads, backends, and poisoned memory."""
+"""Fixtures of all tests: seeds, threads, backends on their devices, and poisoned memory."""
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 
+import machine
 import pytest
 import torch
 
-from fastpref.backends import eager, native
+from fastpref import backends
+
+
+def pytest_configure(config):
+    if machine.why_not("native") is not None:  # which is then said of every default on a CPU
+        said = "ignore:fastpref runs on plain torch:RuntimeWarning"
+        config.addinivalue_line("filterwarnings", said)
+
+
+def _dtypes(params) -> list[torch.dtype]:
+    return [params[name] for name in ("dtype", "out_dtype") if name in params]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Triton's interpreter gets so many cases of a test that each two values of its parameters meet
+    in one. Where triton compiles, and on the other backends, all cases run."""
+    groups = defaultdict(list)
+    for item in items if machine.INTERPRETED else []:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        is_triton = "triton" in (params.get("backend"), params.get("tiles"))
+        if is_triton and machine.why_not("triton", _dtypes(params)) is None:
+            groups[item.path, item.originalname].append(item)
+    skip = pytest.mark.skip(reason="interpreter: each two of these values meet in another case")
+    for cases in groups.values():
+        kept = machine.thinned([item.callspec.params for item in cases])
+        for i, item in enumerate(cases):
+            if i not in kept:
+                item.add_marker(skip)
 
 
 def _poison(t: torch.Tensor) -> torch.Tensor:
@@ -22,6 +52,8 @@ def _poison(t: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory():
     """torch.empty and its kin return NaN to callers in fastpref."""
+    with torch.device("cpu"):
+        torch.zeros(())  # torch notes, once, which functions take the default device: the real ones
     patch = pytest.MonkeyPatch()
 
     def poison(owner, name):
@@ -57,19 +89,24 @@ def threads():
     torch.set_num_threads(before)
 
 
-def _skip_where_missing(name: str) -> str:
-    if name == "native" and native.problem() is not None:
-        pytest.skip(native.problem())
-    return name
+def _ready(request) -> torch.device:
+    """The device of the case, to be the default one. Skips where the case's backend cannot run, or
+    not in the test's dtypes."""
+    reason = machine.why_not(request.param, _dtypes(request.node.callspec.params))
+    if reason is not None:
+        pytest.skip(reason)
+    return machine.device_of(request.param)
 
 
-@pytest.fixture(params=["eager", "native"])
-def backend(request) -> str:
-    """The name of each backend."""
-    return _skip_where_missing(request.param)
+@pytest.fixture(params=machine.CASES)
+def backend(request):
+    """The name of each backend. Tensors that a test makes are on its device."""
+    with _ready(request):
+        yield machine.backend_of(request.param)
 
 
-@pytest.fixture(params=["eager", "native"])
+@pytest.fixture(params=machine.CASES)
 def tiles(request):
-    """The module of each backend, with its tile primitives."""
-    return {"eager": eager, "native": native}[_skip_where_missing(request.param)]
+    """The module of each backend, with its tile primitives; otherwise as `backend`."""
+    with _ready(request):
+        yield backends._MODULES[machine.backend_of(request.param)]

@@ -15,10 +15,11 @@ from types import ModuleType
 
 import torch
 
-from fastpref.backends import eager, native
+from fastpref.backends import eager, native, triton
 
-NAMES = ("native", "eager")
-_MODULES: dict[str, ModuleType] = {"native": native, "eager": eager}
+NAMES = ("native", "triton", "eager")
+_MODULES: dict[str, ModuleType] = {"native": native, "triton": triton, "eager": eager}
+_FASTEST = {"cpu": native, "cuda": triton}
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class BackendStatus:
 
 
 def report() -> list[BackendStatus]:
-    """Every backend, fastest first: whether it works on this machine, and if not, why not."""
-    problem = native.problem()
-    return [
-        BackendStatus("native", problem is None, problem or native.describe(), ("cpu",)),
-        BackendStatus("eager", True, "plain torch, any device and dtype", ("any",)),
-    ]
+    """Every backend: whether it works on this machine, and if not, why not."""
+    out = []
+    for module, device in ((native, "cpu"), (triton, "cuda")):
+        problem = module.problem()
+        reason = module.describe() if problem is None else problem
+        out.append(BackendStatus(module.NAME, problem is None, reason, (device,)))
+    return [*out, BackendStatus("eager", True, "plain torch, any device and dtype", ("any",))]
 
 
 def active(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -55,17 +57,20 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None)
     if backend in (None, "auto"):
         source, backend = "FASTPREF_BACKEND", os.environ.get("FASTPREF_BACKEND") or None
     if backend in (None, "auto"):
-        if native.why_not(device, dtype) is None:
-            return native
-        if device.type == "cpu" and native.problem() is not None:
-            _say_once(f"fastpref runs on plain torch, slower and larger: {native.problem()}")
+        fastest = _FASTEST.get(device.type)
+        reason = None if fastest is None else fastest.why_not(device, dtype)
+        if fastest is not None and reason is None:
+            return fastest
+        if dtype != torch.float64 and reason is not None:
+            _say_once(f"fastpref runs on plain torch, slower and larger: {reason}")
         return eager
     if backend not in _MODULES:
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(NAMES)} or auto")
-    reason = native.why_not(device, dtype) if backend == "native" else None
+    module = _MODULES[backend]
+    reason = None if module is eager else module.why_not(device, dtype)
     if reason is not None:
         raise RuntimeError(f"{source}={backend!r} cannot run here: {reason}")
-    return _MODULES[backend]
+    return module
 
 
 @functools.cache

@@ -1,0 +1,63 @@
+"""Where Triton kernels run in tests: on the GPU if there is one, and otherwise in the interpreter.
+
+Import it before triton and before anything of fastpref.kernels: triton decides when a kernel is
+defined whether it will be interpreted. Skips the importing module where triton is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = DEVICE.type == "cpu"
+
+
+def _exact_bf16() -> None:
+    """The interpreter keeps bf16 as its bit pattern: it multiplies the patterns in tl.dot, and
+    truncates where a GPU rounds to nearest. Both are put right here."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def widened(bits):
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def rounded(x):
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        to_even = (bits >> 16) & 1
+        nearest = ((bits.astype(np.uint64) + 0x7FFF + to_even) >> 16).astype(np.uint16)
+        return np.where(np.isnan(x), np.uint16(0x7FC0), nearest)
+
+    def create_dot(self, a, b, d, *args, **kwargs):
+        if a.dtype.scalar != tl.bfloat16:
+            return dot(self, a, b, d, *args, **kwargs)
+        product = np.matmul(widened(a.data), widened(b.data), dtype=d.data.dtype)
+        return handle(product + d.data, d.dtype.scalar)
+
+    def cast_impl(self, src, dst_type):
+        pair = (src.dtype.scalar, dst_type.scalar)
+        if pair == (tl.bfloat16, tl.float32):
+            return handle(widened(src.data), tl.float32)
+        if pair == (tl.float32, tl.bfloat16):
+            return handle(rounded(src.data), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+
+
+if INTERPRETED:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("triton was imported before triton_interpret could set TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    _exact_bf16()
