@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref import backends
-from fastpref.autograd import TokenStats
 from fastpref.checks import check_ids
 from fastpref.logps import PreparedLogps, sequence_logps
 from fastpref.losses import NEEDS_LENGTHS, check_options, check_reference, preference_loss
+from fastpref.passes import TokenStats
 
 
 class PreferenceOutput(NamedTuple):

@@ -175,7 +175,7 @@ def plan_head(
         rows = min(rows, -(-even // _GPU_ROWS) * _GPU_ROWS)
     if fused is None:
         fused = kind == "cuda" and item == 2 and h <= _FUSED_HIDDEN_SIZE
-    fused = fused and chosen == "forward-only"
+    fused = fused and chosen == "forward-only" and item == 2
     in_stash = weight_grad and stash == n and tile_size == item  # no tile beside it
     # Half a tile in backward, where c X stands beside it.
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
