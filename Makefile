@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test lint bench sanitize clean
+.PHONY: install demo test lint bench sanitize gpu-install gpu-test gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -61,6 +61,43 @@ sanitize: install
 	cd $(SANITIZED) && $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
 	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' \
 	  $(addprefix $(CURDIR)/tests/,test_tile.py test_native.py test_logps.py test_losses.py)
+
+# The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
+# download nothing. gpu-test and gpu-bench take less than 8 minutes each.
+GPU_TEST_SECONDS ?= 220
+GPU_TEST_PROCESSES ?= 8
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
+  $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer))
+
+gpu-install:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+
+# Every step runs, whatever the ones before it gave; plugins that happen to be installed stay out.
+gpu-test: gpu-install
+	@failed=; \
+	say() { echo; echo "== $$*"; }; \
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"' || exit 1; \
+	say a small run; \
+	timeout 90 $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed gpu_smoke"; \
+	say the tests; \
+	xdist=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n $(GPU_TEST_PROCESSES)"); \
+	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout -s INT $(GPU_TEST_SECONDS) \
+	  $(PYTHON) -m pytest $$xdist --continue-on-collection-errors --durations=5 -rfE $(PYTEST_ARGS) || failed="$$failed pytest"; \
+	filters=$$($(PYTHON) tests/gpu_smoke.py --filters) || failed="$$failed filters"; \
+	if [ -z "$(SANITIZER)" ]; then \
+	  say "compute-sanitizer is not installed: memcheck and racecheck did not run"; \
+	else \
+	  say memcheck; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 $(SANITIZER) --tool memcheck --error-exitcode 9 \
+	    --report-api-errors no $$filters $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed memcheck"; \
+	  say racecheck; \
+	  timeout 75 $(SANITIZER) --tool racecheck --error-exitcode 9 $$filters \
+	    $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed racecheck"; \
+	fi; \
+	if [ -n "$$failed" ]; then say "failed:$$failed"; exit 1; fi; say all passed
+
+gpu-bench: gpu-install
+	$(PYTHON) benchmarks/head.py --device cuda $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so

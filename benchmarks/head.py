@@ -3,6 +3,9 @@
     python benchmarks/head.py
     python benchmarks/head.py --shapes 1024,1024,32768 --modes frozen --precision fast --repeats 9
 
+On a machine with a GPU, or with --device cuda, head_gpu_run.py measures that instead; this one is
+for CPUs.
+
 Prints a table, and writes a JSON and a PNG to benchmarks/results/. Times come from one process and
 interleaved calls; memory from a second one, in which freed blocks go back to the system at once.
 """
@@ -35,6 +38,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=["cpu"],
+        metavar="{cpu,cuda}",
+        help="default: cuda where there is one; --device cuda --help lists its options",
+    )
     parser.add_argument("--shapes", default=SHAPES, help="N,H,V triples, separated by spaces")
     parser.add_argument("--modes", default="trainable,frozen", help="trainable, frozen or both")
     parser.add_argument("--precision", default="exact,fast", help="exact, fast or both")
@@ -64,6 +74,17 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.peers and not set(args.peers) <= set(known):
         parser.error(f"--peers: got {','.join(args.peers)}, expected some of {','.join(known)}")
     return args
+
+
+def gpu_mode(argv: list[str] | None) -> bool:
+    """Whether head_gpu_run.py takes over: with --device cuda, or where there is a GPU."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device")
+    parser.add_argument("--worker", action="store_true")
+    known, _ = parser.parse_known_args(argv)
+    if known.worker or known.device == "cpu":
+        return False
+    return known.device is not None or torch.cuda.is_available()
 
 
 def quiet() -> None:
@@ -250,6 +271,11 @@ def _say(line: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if gpu_mode(argv):
+        import head_gpu_run
+
+        head_gpu_run.main(argv)
+        return
     args = arguments(argv)
     quiet()
     if args.worker:

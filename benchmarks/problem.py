@@ -18,13 +18,14 @@ _SAMPLED_ROWS = 64
 @dataclass
 class HeadProblem:
     """hidden [2P, T, H] and weight [V, H] with gradients; labels [2P, T], all of them counted;
-    ref_logps [2P]. trainable: the weight needs a gradient too."""
+    ref_logps [2P]. trainable: the weight needs a gradient too. softcap: the cap on the logits."""
 
     hidden: Tensor
     weight: Tensor
     labels: Tensor
     ref_logps: Tensor
     trainable: bool = True
+    softcap: float | None = None
 
     def set_trainable(self, trainable: bool) -> None:
         self.trainable = trainable
@@ -39,6 +40,13 @@ class HeadProblem:
         return sum(t.numel() * t.element_size() for t in given)
 
 
+def _sequences(n: int) -> int:
+    sequences = max(2, n // SENTENCE)
+    if n % sequences or sequences % 2:
+        raise ValueError(f"N: got {n}, expected an even multiple of {SENTENCE}, or an even number")
+    return sequences
+
+
 def make_problem(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> HeadProblem:
     """Random inputs whose labels have a probability of about a half.
 
@@ -46,9 +54,7 @@ def make_problem(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> H
     of the head by as much as makes that logit equal, on average, to the logsumexp of the others.
     """
     generator = torch.Generator().manual_seed(seed)
-    sequences = max(2, n // SENTENCE)
-    if n % sequences or sequences % 2:
-        raise ValueError(f"N: got {n}, expected an even multiple of {SENTENCE}, or an even number")
+    sequences = _sequences(n)
     weight = torch.empty(v, h, dtype=dtype)
     for part in weight.split(16384):
         part.copy_(torch.randn(part.shape, generator=generator) / math.sqrt(h))
@@ -61,6 +67,52 @@ def make_problem(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> H
     # Near the policy's own sums, whose expectation this is, so that the loss is not saturated.
     ref = -1.1 * n / sequences + 5 * torch.randn(sequences, generator=generator)
     return HeadProblem(hidden, weight, labels.view(sequences, -1), ref)
+
+
+def zipf_problem(
+    n: int,
+    h: int,
+    v: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    softcap: float | None = None,
+    seed: int = 0,
+) -> HeadProblem:
+    """As `make_problem`, on any device, with the vocabulary of a language.
+
+    Half of what a language model knows is which tokens are rare. A kernel that skips small
+    gradients lives on that, and would come off too badly with tokens that are all alike. So the
+    logits have a part that follows Zipf's law, -log(rank), beside the normal one with a standard
+    deviation of 2; the ranks are shuffled over the vocabulary and labels are drawn by that law.
+    hidden leans towards its label's row until that logit equals the logsumexp of the others.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    on = {"generator": generator, "device": device}
+    sequences = _sequences(n)
+    by_rank = torch.randperm(v, **on)  # the vocabulary, most frequent first
+    prior = torch.empty(v, device=device)
+    prior[by_rank] = -torch.arange(1, v + 1, device=device).log()
+    mean = prior.mean().item()
+    prior -= mean
+    # One hidden dimension is constant and carries the prior; the rest is the context.
+    constant = math.sqrt(h)
+    weight = torch.empty(v, h, dtype=dtype, device=device)
+    for part in weight.split(16384):
+        part.copy_(torch.randn(part.shape, **on) / math.sqrt(h))
+    weight[:, 0] = (prior / constant).to(dtype)
+    ranks = ((v + 1) ** torch.rand(n, **on, dtype=torch.float64)).long() - 1
+    labels = by_rank[ranks.clamp(0, v - 1)]
+    wanted = _SPREAD**2 / 2 - mean + math.log(sum(1 / i for i in range(1, v + 1)))
+    if softcap is not None:
+        wanted = softcap * math.atanh(min(wanted / softcap, 0.99))
+    own = weight[labels].float()
+    own[:, 0] = 0
+    hidden = (wanted - prior[labels])[:, None] * own / own.square().sum(1, keepdim=True)
+    hidden += _SPREAD * torch.randn(n, h, **on)
+    hidden[:, 0] = constant
+    hidden = hidden.to(dtype).view(sequences, -1, h).requires_grad_()
+    ref = -1.1 * n / sequences + 5 * torch.randn(sequences, **on)
+    return HeadProblem(hidden, weight, labels.view(sequences, -1), ref, softcap=softcap)
 
 
 @dataclass
@@ -87,35 +139,57 @@ def float64_truth(problem: HeadProblem) -> Truth:
     """One pass over blocks of tokens in float64."""
     x = problem.hidden.detach().flatten(0, 1).double()
     w, y = problem.weight.detach().double(), problem.labels.flatten()
-    n = x.shape[0]
-    tokens = torch.linspace(0, n - 1, min(_SAMPLED_TOKENS, n)).long().unique()
-    rows = torch.cat([y[:_SAMPLED_ROWS], torch.arange(0, len(w), max(1, len(w) // _SAMPLED_ROWS))])
+    n, cap = x.shape[0], problem.softcap
+    size = 64 if x.device.type == "cpu" else 256
+    tokens = torch.linspace(0, n - 1, min(_SAMPLED_TOKENS, n)).long().unique().to(x.device)
+    step = max(1, len(w) // _SAMPLED_ROWS)
+    rows = torch.cat([y[:_SAMPLED_ROWS], torch.arange(0, len(w), step, device=x.device)])
     rows = rows.unique()
-    logps, probs = x.new_empty(n), x.new_empty(n, len(rows))
+    logps, d = x.new_empty(n), x.new_empty(n, len(rows))
     u = x.new_empty(len(tokens), x.shape[1])
-    for start in range(0, n, 64):
-        block = slice(start, min(start + 64, n))
+    for start in range(0, n, size):
+        block = slice(start, min(start + size, n))
         z = x[block] @ w.t()
+        slope = None
+        if cap is not None:
+            tanh = (z / cap).tanh_()
+            z, slope = cap * tanh, 1 - tanh.square()
+            del tanh
         z -= z.logsumexp(1, keepdim=True)
         logps[block] = z.gather(1, y[block, None])[:, 0]
-        p = z.exp_()
-        probs[block] = p[:, rows]
-        here = ((tokens >= start) & (tokens < start + 64)).nonzero()[:, 0]
+        z.exp_().neg_()  # from here on D, the gradient of the log-prob by the raw logits
+        z.scatter_add_(1, y[block, None], torch.ones_like(z[:, :1]))
+        if slope is not None:
+            z *= slope
+        d[block] = z[:, rows]
+        here = ((tokens >= start) & (tokens < start + size)).nonzero()[:, 0]
         if len(here):
-            t = tokens[here]
-            u[here] = w[y[t]] - p[t - start] @ w
+            u[here] = z[tokens[here] - start] @ w
     loss, dhidden, dweight = {}, {}, {}
     for with_reference in (True, False):
         leaf = logps.detach().clone().requires_grad_()
         ref = problem.ref_logps.double() * with_reference
         value = dpo_loss(leaf.view_as(problem.labels).sum(1), ref)
         (c,) = torch.autograd.grad(value, leaf)
-        d = (y[:, None] == rows).double() - probs
         loss[with_reference] = value.item()
         dhidden[with_reference] = c[tokens, None] * u
         dweight[with_reference] = (c[:, None] * d).t() @ x
     median = logps.exp().median().item()
     return Truth(logps, tokens, rows, loss, dhidden, dweight, median)
+
+
+def logp_errors(
+    problem: HeadProblem, truth: Truth, token_logps: Tensor | None, sums: Tensor
+) -> dict[str, float | None]:
+    """What the log-probs [2P, T] and their sums [2P] got wrong, against float64, in nats."""
+    exact = truth.logps.view_as(problem.labels)
+    out: dict[str, float | None] = {"logp_max": None, "logp_rms": None}
+    if token_logps is not None:
+        gap = token_logps.detach().double().view_as(exact) - exact
+        out["logp_max"] = gap.abs().max().item()
+        out["logp_rms"] = gap.square().mean().sqrt().item()
+    out["sum_max"] = (sums.detach().double() - exact.sum(1)).abs().max().item()
+    return out
 
 
 def errors(
@@ -127,13 +201,7 @@ def errors(
     with_reference: bool,
 ) -> dict[str, float | None]:
     """What one call got wrong, against float64; gradients are read from the problem."""
-    exact = truth.logps.view_as(problem.labels)
-    out: dict[str, float | None] = {"logp_max": None, "logp_rms": None}
-    if token_logps is not None:
-        gap = token_logps.detach().double().view_as(exact) - exact
-        out["logp_max"] = gap.abs().max().item()
-        out["logp_rms"] = gap.square().mean().sqrt().item()
-    out["sum_max"] = (sums.detach().double() - exact.sum(1)).abs().max().item()
+    out = logp_errors(problem, truth, token_logps, sums)
     out["loss"] = abs(loss - truth.loss[with_reference])
 
     def relative(got: Tensor, wanted: Tensor) -> float:

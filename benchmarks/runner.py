@@ -38,6 +38,8 @@ PACKAGES = (
     "datasets",
     "peft",
     "triton",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
     "fastpref",
 )
 # With these glibc gives every large block back at once, so that resident memory is live memory.
@@ -100,19 +102,26 @@ def interleave(
     cost: seconds that a call takes once it is warm. seconds: what one variant may spend in all; a
     slower one takes part in fewer rounds, spread evenly, but in three at least.
     """
-    timings = {name: Timing() for name in calls}
-    shares = {}
-    for name in calls:
-        fits = int(seconds / max(cost[name], 1e-9))
-        shares[name] = min(repeats, max(3, fits))
-        timings[name].limited = shares[name] < repeats
+    shares = share_rounds({name: cost[name] for name in calls}, repeats, seconds)
+    timings = {name: Timing(limited=shares[name] < repeats) for name in calls}
     order = random.Random(seed)
     for i in range(repeats):
-        due = [n for n, k in shares.items() if (i + 1) * k // repeats > i * k // repeats]
-        order.shuffle(due)
-        for name in due:
+        for name in due(shares, i, repeats, order):
             timings[name].seconds.append(timed(calls[name], reset))
     return timings
+
+
+def share_rounds(cost: dict[str, float], repeats: int, seconds: float) -> dict[str, int]:
+    """Of so many rounds, how many each call takes part in when it may spend so many seconds."""
+    fits = {name: int(seconds / max(c, 1e-9)) for name, c in cost.items()}
+    return {name: min(repeats, max(3, n)) for name, n in fits.items()}
+
+
+def due(shares: dict[str, int], i: int, repeats: int, order: random.Random) -> list[str]:
+    """Whose turn it is in round i, shuffled; a call that sits out rounds does so evenly."""
+    names = [n for n, k in shares.items() if (i + 1) * k // repeats > i * k // repeats]
+    order.shuffle(names)
+    return names
 
 
 def canary(dtype: torch.dtype) -> Callable[[], object]:
@@ -217,7 +226,8 @@ def machine() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", "../fastpref", "../csrc")
+    sources = ("../fastpref", "../csrc", "../kernels")
+    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *sources)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
@@ -229,7 +239,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "backend": fastpref.backends.active(),
-        "commit": _git("rev-parse", "HEAD"),
+        # COMMIT: for a copy of the tree that is no checkout.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
         "uncommitted_changes": None if dirty is None else bool(dirty),
     }
 
