@@ -24,6 +24,8 @@ endif
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/pip install --quiet -e '.[dev]'
+# Triton's interpreter and compiler need no GPU. Without dependencies, and only where it is packaged.
+	-$(BIN)/pip install --quiet --no-deps 'triton>=3.4'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
