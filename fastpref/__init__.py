@@ -17,36 +17,49 @@ from fastpref.fused import (
     linear_preference_loss,
 )
 from fastpref.logps import linear_token_logps, sequence_logps, token_logps
-from fastpref.losses import PreferenceLoss, preference_loss
+from fastpref.losses import LossOptions, PreferenceLoss, preference_loss, reward_loss
 from fastpref.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinearPreferenceLoss
 from fastpref.passes import TokenStats
 from fastpref.plan import HeadPlan, plan_head
+from fastpref.unpaired import UnpairedLoss, kto_loss, linear_kto_loss
 
 if TYPE_CHECKING:
     from fastpref.config import PreferenceConfig as PreferenceConfig
+    from fastpref.integrations.trl import patch_trl as patch_trl
+    from fastpref.integrations.trl import unpatch_trl as unpatch_trl
     from fastpref.trainer import PreferenceTrainer as PreferenceTrainer
 
 __version__ = "0.1.0"
 
-# These need the train extra: imported when asked for, and not part of `import *`.
-_LAZY = {"PreferenceTrainer": "fastpref.trainer", "PreferenceConfig": "fastpref.config"}
+# These need the train extra, or TRL: imported when asked for, and not part of `import *`.
+_LAZY = {
+    "PreferenceTrainer": "fastpref.trainer",
+    "PreferenceConfig": "fastpref.config",
+    "patch_trl": "fastpref.integrations.trl",
+    "unpatch_trl": "fastpref.integrations.trl",
+}
 
 __all__ = [
     "FusedLinearDPOLoss",
     "FusedLinearIPOLoss",
     "FusedLinearPreferenceLoss",
     "HeadPlan",
+    "LossOptions",
     "PreferenceLoss",
     "PreferenceOutput",
     "TokenStats",
+    "UnpairedLoss",
     "dpo_loss",
     "ipo_loss",
+    "kto_loss",
     "linear_dpo_loss",
     "linear_ipo_loss",
+    "linear_kto_loss",
     "linear_preference_loss",
     "linear_token_logps",
     "plan_head",
     "preference_loss",
+    "reward_loss",
     "sequence_logps",
     "token_logps",
 ]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
+
+from .loss_data import F_DIVERGENCES
+from .losses import LOSS_OPTIONS, LossOptions, Pairs
 
 LOSS_ALIASES = {"dpo": "sigmoid"}
 
@@ -27,10 +32,12 @@ class PreferenceConfig(TrainingArguments):
 
     Args:
         beta: strength of the pull towards the reference; tau in the IPO paper.
-        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of `preference_loss`.
-        label_smoothing: probability that a label is flipped (conservative DPO).
-        ipo_normalization: "token_mean" (TRL's) or "sum" (the paper's Eq. 17).
-        reference_free: train without a reference model.
+        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of docs/losses.md; or a
+            list of them.
+        loss_weights, label_smoothing, ipo_normalization, reference_free, f_divergence_type,
+            f_alpha_divergence_coef, discopop_tau, simpo_gamma, alpha, nll_weight, ld_alpha,
+            use_weighting: options of the losses; see `fastpref.LossOptions`.
+        nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
         max_length: tokens kept of prompt + answer; None keeps all.
         truncation_mode: "keep_start" or "keep_end".
         precompute_ref_log_probs: compute the reference log-probs once, before training.
@@ -80,7 +87,11 @@ class PreferenceConfig(TrainingArguments):
     )
 
     # The loss
-    loss_type: str = _option("sigmoid", "Preference loss: sigmoid (DPO), ipo, ...")
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Preference loss: sigmoid (DPO), ipo, ...; several are added up."},
+    )
+    loss_weights: list[float] | None = _option(None, "Factors of the losses; 1 by default.")
     beta: float = _option(0.1, "Strength of the pull towards the reference model.")
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped.")
     ipo_normalization: str = field(
@@ -91,6 +102,22 @@ class PreferenceConfig(TrainingArguments):
         },
     )
     reference_free: bool = _option(False, "Train without a reference model.")
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference.", "choices": list(F_DIVERGENCES)},
+    )
+    f_alpha_divergence_coef: float = _option(0.5, "Order of the alpha divergence.")
+    discopop_tau: float = _option(0.05, "Temperature of DiscoPOP's mixture.")
+    simpo_gamma: float = _option(0.5, "Target margin of the rewards in SimPO and AlphaPO.")
+    alpha: float = _option(0.0, "Shape of AlphaPO's reward.")
+    nll_weight: float | None = _option(
+        None, "Weight of the chosen answers' NLL; 1 with cpo and orpo and else 0 by default."
+    )
+    nll_on_prompt: bool = _option(False, "Whether that NLL counts the prompt's tokens as well.")
+    ld_alpha: float | None = _option(
+        None, "Weight of the tokens past the pair's shorter answer (LD-DPO); 1 by default."
+    )
+    use_weighting: bool = _option(False, "Weigh pairs by the policy's own probability (WPO).")
 
     # The output head
     precision: str = field(
@@ -104,11 +131,9 @@ class PreferenceConfig(TrainingArguments):
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, (list, tuple)):  # TRL's form
-            if len(self.loss_type) != 1:
-                raise ValueError(f"loss_type is {self.loss_type}; expected one loss")
-            self.loss_type = self.loss_type[0]
-        self.loss_type = LOSS_ALIASES.get(self.loss_type, self.loss_type)
+        given = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
+        names = [LOSS_ALIASES.get(name, name) for name in given]
+        self.loss_type = names[0] if len(names) == 1 else names
         if self.bf16 is None:
             self.bf16 = not self.fp16
         if not torch.accelerator.is_available():
@@ -135,10 +160,22 @@ class PreferenceConfig(TrainingArguments):
             )
         return args
 
-    def loss_options(self) -> dict[str, Any]:
-        """The loss and its options, as arguments of `linear_preference_loss`."""
-        names = ("loss_type", "beta", "label_smoothing", "ipo_normalization")
-        return {name: getattr(self, name) for name in names}
+    def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:
+        """The options of the loss, checked; function takes the place of `loss_type`."""
+        options = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        if function is not None:
+            options["loss_type"] = function
+        checked = LossOptions(**options)
+        if self.nll_on_prompt and not checked.needs_nll:
+            raise ValueError(
+                "nll_on_prompt is True but the loss has no NLL, so it does not support it; set "
+                "nll_weight"
+            )
+        if self.precompute_ref_log_probs and checked.reference != "required":
+            raise ValueError(
+                "precompute_ref_log_probs is True but the loss needs no reference; set it to False"
+            )
+        return checked
 
     def head_options(self) -> dict[str, Any]:
         """How the output head is computed, as arguments of `linear_token_logps`."""

@@ -106,7 +106,8 @@ def prepare_dataset(
         dataset: a `datasets.Dataset` or `IterableDataset` with columns prompt, chosen, rejected
             (strings or message lists), or chosen and rejected with the prompt inside, or
             prompt_ids, chosen_ids, rejected_ids. Optional: ref_chosen_logps and
-            ref_rejected_logps (sequence sums), weight, margin, tools, chat_template_kwargs.
+            ref_rejected_logps (sequence sums), weight, margin, soft_label, tools,
+            chat_template_kwargs.
         tokenizer: a transformers tokenizer; not needed for token ids.
         max_length: tokens kept of prompt + answer. With `keep_start`, rows whose prompt alone
             reaches it are dropped; None keeps everything.
@@ -341,9 +342,9 @@ class PreferenceCollator:
     Returns a dict of CPU tensors: `input_ids`, `attention_mask`, `completion_mask` and `labels`
     int64 [2P, T]; `token_indices` int64 [N], the flat positions where `labels` is not -100, so that
     no device has to be asked for them; and, where the rows have them, `ref_chosen_logps`,
-    `ref_rejected_logps`, `weight`, `margin` float32 [P] and `rows` int64 [P]. `labels[:, t]` is the
-    completion token at t + 1, already aligned with the hidden state at t. An answer whose tokens
-    are all truncated has no label; a completion token at position 0 has none either.
+    `ref_rejected_logps`, `weight`, `margin`, `soft_label` float32 [P] and `rows` int64 [P].
+    `labels[:, t]` is the completion token at t + 1, already aligned with the hidden state at t. An
+    answer whose tokens are all truncated has no label; neither has a completion token at 0.
     """
 
     pad_token_id: int

@@ -20,7 +20,9 @@ from typing import Any
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TEXT = ("prompt", "chosen", "rejected")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-NUMBERS = (*REFERENCE, "weight", "margin")
+# Columns of a number for each pair, with their names as inputs of a preference loss.
+PER_PAIR = {"weight": "weight", "margin": "margin", "soft_label": "soft_labels"}
+NUMBERS = (*REFERENCE, *PER_PAIR)
 EXPECTED = (
     "expected prompt, chosen and rejected (strings or message lists), chosen and rejected with the "
     "prompt inside, or prompt_ids, chosen_ids and rejected_ids"
@@ -248,9 +250,11 @@ def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) ->
 
 
 def check_number(value: Any, key: str, where: str) -> float:
-    """The value as a float; a ValueError unless it is a finite number."""
+    """The value as a float; a ValueError unless it is finite, and a soft label in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{where}: {key} is {value!r}; expected a finite number")
+    if key == "soft_label" and not 0 <= value <= 1:
+        raise ValueError(f"{where}: {key} is {value!r}; expected a probability in [0, 1]")
     return float(value)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.logps import prepare, sequence_logps, token_logps
-from fastpref.options import HeadOptions
-from fastpref.pairs import PreferenceOutput, pair_problem
-from fastpref.passes import Head
+from fastpref.logps import prepare, token_logps
+from fastpref.loss_options import take_options
+from fastpref.options import take_head_options
+from fastpref.pairs import PairInputs, PreferenceOutput, pair_problem
+from fastpref.passes import Head, TokenStats
 
 
 def linear_preference_loss(
@@ -27,21 +28,16 @@ def linear_preference_loss(
     ref_bias: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    ipo_normalization: str = "token_mean",
     lengths: Tensor | None = None,
-    reference_free: bool = False,
     pair_weight: Tensor | None = None,
     margin: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    nll_labels: Tensor | None = None,
     extras: Sequence[str] = (),
-    ignore_index: int = -100,
-    backend: str | None = None,
     token_indices: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     weight_scale: Tensor | None = None,
-    **head: Any,
+    **options: Any,
 ) -> PreferenceOutput:
     """A preference loss from hidden states and the head, without the logits.
 
@@ -54,16 +50,25 @@ def linear_preference_loss(
         ref_logps: [2P] the reference's log-probabilities, summed per sequence. Or give ref_hidden
             (shaped like hidden) and they are computed here without gradients, under ref_weight and
             ref_bias, or under the policy's own head where neither is given. Or pass
-            reference_free=True.
+            reference_free=True. A loss without a reference (simpo, alphapo, orpo, cpo) takes none.
         sequence_ids, num_sequences: the flat form: [N] int64 in [0, 2P), chosen ones in [0, P).
-        loss_type, beta, label_smoothing, ipo_normalization, reference_free, margin: as in
-            `preference_loss`; pair_weight is its weight.
-        lengths: [2P] IPO's denominators; default: the labelled tokens of each sequence.
+        lengths: [2P] what losses per token divide by; default: the labelled tokens of each
+            sequence.
+        pair_weight, margin, soft_labels: [P], as weight, margin and soft_labels of
+            `preference_loss`.
+        nll_labels: shaped like labels, int64: the tokens of the chosen sequences that an NLL counts
+            (ORPO's own code counts the prompt's, too); default: the labelled ones. Those of the
+            rejected sequences are not read. token_indices are then the positions labelled in
+            either.
         extras: per-token outputs to return in stats, as in `linear_token_logps`.
         token_indices, low_rank, weight_scale: as in `linear_token_logps`. The reference inside has
             no adapter.
-        head: scale, softcap, temperature, strategy, memory_budget, precision, fused of
-            `linear_token_logps`.
+        options: of the loss, as in `fastpref.LossOptions`: loss_type="sigmoid" (or a list, or a
+            function of your own), beta=0.1, loss_weights, label_smoothing, ipo_normalization,
+            reference_free, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
+            alpha, nll_weight, ld_alpha, use_weighting; or a LossOptions as loss_options. Of the
+            head, as in `linear_token_logps`: scale, softcap, temperature, ignore_index=-100,
+            strategy, memory_budget, precision, fused, backend.
 
     Returns:
         PreferenceOutput; loss is float32 (float64 for float64 inputs).
@@ -78,27 +83,23 @@ def linear_preference_loss(
     for name, t in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
         if t is not None and not given:
             raise ValueError(f"ref_hidden: got None with {name}, expected the reference's states")
+    loss, head = take_options(options), take_head_options("linear_preference_loss", options)
     problem = pair_problem(
         labels,
-        ref_logps,
+        loss,
+        PairInputs(ref_logps, lengths, pair_weight, margin, soft_labels),
         has_reference=given or ref_logps is not None,
         sequence_ids=sequence_ids,
         num_sequences=num_sequences,
-        ignore_index=ignore_index,
-        backend=backend,
-        loss_type=loss_type,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        ipo_normalization=ipo_normalization,
-        lengths=lengths,
-        reference_free=reference_free,
-        pair_weight=pair_weight,
-        margin=margin,
+        nll_labels=nll_labels,
+        ignore_index=head.ignore_index,
+        backend=head.backend,
+        wants_stats=len(extras) > 0,
     )
-    options = HeadOptions(ignore_index=ignore_index, backend=backend, **head)
     low, up = (None, None) if low_rank is None else low_rank
-    own = Head(weight, bias, up, weight_scale)
-    policy = prepare(hidden, own, labels, options, extras, token_indices, low)
+    own, head_labels = Head(weight, bias, up, weight_scale), problem.head_labels
+    names = problem.head_extras(extras)
+    policy = prepare(hidden, own, head_labels, head, names, token_indices, low)
     if ref_hidden is not None:
         if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
@@ -111,14 +112,15 @@ def linear_preference_loss(
         with torch.no_grad():
             # The same kernels on both sides: where the two models agree, so do all bits.
             if policy.has_grads:
-                options = replace(options, fused=False)
+                head = replace(head, fused=False)
             ref_head = Head(ref_weight, ref_bias)
             reference = prepare(
-                ref_hidden, ref_head, labels, options, (), token_indices, prefix="ref_"
+                ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"
             )
             ref_tokens = reference.run()
         assert isinstance(ref_tokens, Tensor)
-        problem = replace(problem, ref_logps=sequence_logps(ref_tokens, labels, **problem.segments))
+        inputs = replace(problem.inputs, ref_logps=problem.sums(ref_tokens))
+        problem = replace(problem, inputs=inputs)
     return problem.run(policy)
 
 
@@ -140,33 +142,37 @@ def _logits_loss(
     logits: Tensor,
     labels: Tensor,
     ref_logps: Tensor | None,
+    *,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    lengths: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    margin: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    nll_labels: Tensor | None = None,
     ignore_index: int = -100,
     backend: str | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    inplace_backward: bool = False,
     **options: Any,
 ) -> PreferenceOutput:
+    loss = take_options(options)
+    if loss.use_weighting:
+        raise ValueError(
+            "use_weighting: ready logits do not support it, expected hidden states; use "
+            "linear_preference_loss"
+        )
     problem = pair_problem(
         labels,
-        ref_logps,
+        loss,
+        PairInputs(ref_logps, lengths, pair_weight, margin, soft_labels),
         has_reference=ref_logps is not None,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        nll_labels=nll_labels,
         ignore_index=ignore_index,
         backend=backend,
-        **options,
     )
-    logps = token_logps(
-        logits,
-        labels,
-        scale=scale,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
-        backend=backend,
-    )
-    return problem.solve(logps)
+    shared = dict(ignore_index=ignore_index, backend=backend, **options)
+    return problem.solve(TokenStats(token_logps(logits, problem.head_labels, **shared)))
 
 
 def dpo_loss(

@@ -4,14 +4,14 @@ The loss runs inside the model's own forward: `install_head_forward` teaches a c
 one more keyword, `head_fn`, which receives the final hidden states and the head in place of logits.
 So every wrapper around the model (DDP, PEFT, autocast, compile) sees an ordinary call, and with
 bf16 autocast the hidden states are never converted on their way out. Without `head_fn` the model
-behaves as before.
+behaves as before. docs/heads.md has the families that work and those that are refused.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -19,132 +19,94 @@ import torch
 from torch import Tensor, nn
 
 from .data_files import NUMBERS
+from .head_layers import HeadAdapter, is_sharded, read_layer
+from .head_probe import accepted, verify
+from .head_reading import Head, read_head, unwrap
+from .router import load_balancing_loss
+
+__all__ = [
+    "Head",
+    "HeadAdapter",
+    "align_to_tokens",
+    "batch_labels",
+    "check_head",
+    "disable_dropout",
+    "hidden_states",
+    "install_head_forward",
+    "model_inputs",
+    "read_head",
+    "uninstall_head_forward",
+    "unwrap",
+]
 
 _NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS}
 
 
-@dataclass(frozen=True)
-class Head:
-    """An output head: logits = softcap(scale * (hidden @ weight.T + bias)).
-
-    Attributes:
-        weight: [V, H].
-        bias: [V] or None.
-        scale: multiplies the logits, before the softcap.
-        softcap: c in c * tanh(logits / c), or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Bias, scale and softcap as keyword arguments of the `linear_*` functions."""
-        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
-
-
-def unwrap(model: Any) -> Any:
-    """The causal language model inside DDP, compile and PEFT wrappers."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def read_head(model: Any) -> Head:
-    """Read a causal language model's output head and the transform of its logits.
-
-    The scale comes from the first config key present of `logit_scale`, `output_multiplier`,
-    `lm_head_multiplier`, `logits_scaling` (which divides, except in HyperCLOVA X), keys and order
-    being TRL 1.16's; the softcap from the first of `final_logit_softcapping`, `logits_soft_cap`
-    (RecurrentGemma) and `output_logit_soft_cap` (xLSTM).
-
-    Raises:
-        ValueError: the model has no output head, its head carries a PEFT adapter, or the head's
-            weight is not whole on this process.
-    """
-    model = unwrap(model)
-    getter = getattr(model, "get_output_embeddings", None)
-    module = getter() if getter is not None else None
-    if module is None or getattr(module, "weight", None) is None:
-        raise ValueError(
-            f"model {type(model).__name__} has no output head; expected a causal language model "
-            "whose get_output_embeddings() returns a linear layer"
-        )
-    if _has_adapter(module):
-        raise ValueError(
-            "the model's output head carries a PEFT adapter, which would never be trained because "
-            "the head's weight is used directly; leave 'lm_head' out of target_modules"
-        )
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if _is_sharded(weight):
-        raise ValueError(
-            f"the output head's weight of shape {tuple(weight.shape)} is sharded among processes "
-            "(a DTensor); expected a whole tensor: leave the head out of what is sharded, or "
-            "gather it first"
-        )
-    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
-        raise ValueError(
-            f"the output head's weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; "
-            "expected a whole [vocabulary, hidden] matrix of floating-point numbers (sharded and "
-            "quantised heads are not supported)"
-        )
-    config = model.config.get_text_config() if hasattr(model, "config") else None
-    return Head(weight, bias, scale=_logit_scale(config), softcap=_softcap(config))
-
-
-def _is_sharded(weight: Any) -> bool:
-    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")  # a DTensor
-
-
-def _has_adapter(module: nn.Module) -> bool:
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return False
-    return isinstance(module, BaseTunerLayer)
-
-
-def _logit_scale(config: Any) -> float:
-    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if (value := getattr(config, key, None)) is not None:
-            return float(value)
-    if (value := getattr(config, "logits_scaling", None)) is not None:
-        return float(value) if config.model_type == "hyperclovax" else 1.0 / float(value)
-    return 1.0
-
-
-def _softcap(config: Any) -> float | None:
-    for key in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
-        if (value := getattr(config, key, None)) is not None:
-            return float(value)
-    return None
+def _backbone(model: Any) -> nn.Module:
+    """The submodule whose first output the head reads."""
+    for base in (getattr(model, "base_model", None), getattr(model, "model", None)):
+        if isinstance(base, nn.Module) and base is not model:
+            return base
+    raise ValueError(
+        f"model {type(model).__name__} has no backbone apart from its output head; expected one at "
+        "model.base_model or model.model that returns the last hidden states"
+    )
 
 
 HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
 
+# Arguments of a causal model's forward that concern its logits and what they have to be.
+_OF_LOGITS: dict[str, tuple[Any, ...]] = {
+    "labels": (None,),
+    "shift_labels": (None,),
+    "num_items_in_batch": (None,),
+    "logits_to_keep": (None, 0),
+    "return_dict": (None, True, False),
+}
 
-def install_head_forward(model: Any) -> None:
+
+def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = None) -> None:
     """Let `model(..., head_fn=f, head_inputs={...})` return `f(hidden, head, aux_loss, **inputs)`.
 
-    `hidden` is the last hidden state [B, T, H], `head` a `Head`, `aux_loss` the load-balancing loss
-    of a mixture of experts when `output_router_logits=True` was passed and None otherwise. Install
-    before the model is wrapped for distributed training; installing twice changes nothing.
+    `hidden` is the last hidden state [B, T, H] on the head's device, `head` a `Head`, `aux_loss`
+    the load-balancing loss of a mixture of experts when `output_router_logits=True` was passed and
+    None otherwise. The model's own forward is asked once, with stand-ins for its backbone and its
+    output layer, whether the head is what `read_head` says. Install before the model is wrapped for
+    distributed training; installing twice changes nothing. `uninstall_head_forward` undoes it.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        transform: {"scale": float, "softcap": float or None} where the config does not tell; the
+            model's forward must agree with it, too.
+
+    Raises:
+        ValueError: the model has no output head or none that can be used (see `read_head`), no
+            backbone, or its forward does something else with its backbone's hidden states than
+            a linear layer, this scale and this softcap.
     """
-    model = unwrap(model)
-    read_head(model)
-    if getattr(model, "base_model", model) is model:
-        raise ValueError(f"model {type(model).__name__} has no backbone apart from its output head")
-    if "_forward_without_head_fn" in model.__dict__:
+    outer, model = model, unwrap(model)
+    installed = "_forward_without_head_fn" in model.__dict__
+    if installed and transform is None:
+        return
+    before = model.__dict__.get("_head_transform")
+    if transform is not None:
+        model._head_transform = _checked_transform(transform)
+    try:
+        head = read_head(model)
+        own = model._forward_without_head_fn if installed else model.forward
+        module, base = model.get_output_embeddings(), _backbone(model)
+        verify(
+            model, own, base, module, read_layer(module),
+            scale=head.scale, softcap=head.softcap, vocab_size=head.vocab_size,
+        )  # fmt: skip
+    except ValueError:
+        if transform is not None:
+            model._head_transform = before
+        raise
+    if installed:
         return
 
-    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
+    @functools.wraps(type(model).forward)
     def forward(
         self: Any,
         *args: Any,
@@ -154,14 +116,103 @@ def install_head_forward(model: Any) -> None:
     ) -> Any:
         if head_fn is None:
             return self._forward_without_head_fn(*args, **kwargs)
-        outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
+        kwargs = _backbone_inputs(self, args, kwargs)
+        outputs = _backbone(self)(**kwargs)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = _load_balancing_loss(self, outputs, kwargs.get("attention_mask"))
-        return head_fn(outputs[0], read_head(self), aux_loss, **(head_inputs or {}))
+            aux_loss = load_balancing_loss(self, outputs, kwargs.get("attention_mask"))
+        head = read_head(self)
+        return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
 
-    model._forward_without_head_fn = model.forward
-    model.forward = MethodType(forward, model)
+    # generate() checks its arguments against the signature. No __wrapped__: accelerate, to undo its
+    # own wrapper, follows that down to the last.
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model._forward_without_head_fn = own
+    # As tuples of names: a signature cannot be read where torch.compile traces.
+    model._head_arguments = _names(type(model).forward)[0], _names(type(base).forward)
+    model._forward_with_head_fn = MethodType(forward, model)
+    _replace_forward(outer, own, model._forward_with_head_fn)
+
+
+def _replace_forward(outer: Any, old: Any, new: Any) -> None:
+    """Of the model, and of wrappers that keep its forward as theirs (PEFT's adaption prompts)."""
+    unwrap(outer).forward = new
+    for module in outer.modules():
+        if module.__dict__.get("forward") == old:
+            module.forward = new
+
+
+def uninstall_head_forward(model: Any) -> None:
+    """Undo `install_head_forward`; a model without it stays as it is.
+
+    Raises:
+        ValueError: something else has replaced the model's forward since, as `accelerate.prepare`
+            does.
+    """
+    outer, model = model, unwrap(model)
+    if "_forward_without_head_fn" not in model.__dict__:
+        return
+    if model.forward != model._forward_with_head_fn:
+        raise ValueError(
+            f"model {type(model).__name__} has had its forward replaced after install_head_forward;"
+            " expected that to be undone first (for accelerate: unwrap_model(model, "
+            "keep_fp32_wrapper=False))"
+        )
+    own = model._forward_without_head_fn
+    _replace_forward(outer, model.forward, own)
+    del model._forward_without_head_fn, model._forward_with_head_fn, model._head_arguments
+    model.__dict__.pop("_head_transform", None)
+    if getattr(own, "__func__", None) is type(model).forward:  # which its class gives it anyway
+        del model.forward
+
+
+def _names(function: Any) -> tuple[tuple[str, ...], bool]:
+    """The function's parameters but self, and whether it takes any other keyword."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return tuple(p.name for p in parameters), more
+
+
+def _backbone_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a causal model's forward as keyword arguments of its backbone."""
+    names, (base_names, more) = model._head_arguments
+    inputs = dict(zip(names, args, strict=False), **kwargs)
+    for key, allowed in _OF_LOGITS.items():
+        value = inputs.pop(key, None)
+        if not any(value is a for a in allowed):
+            raise ValueError(
+                f"{key}: got a {type(value).__name__} together with head_fn, expected none: there "
+                "are no logits; give head_fn what it needs in head_inputs"
+            )
+    inputs["use_cache"] = False
+    # PEFT passes None for whatever the caller left out.
+    return {
+        key: value
+        for key, value in inputs.items()
+        if key in base_names or (more if key == "use_cache" else value is not None)
+    }
+
+
+def _at_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The hidden states on the head's device (a model may be spread over several) and dtype."""
+    if weight.is_meta and not hidden.is_meta:
+        raise ValueError(
+            "the output head's weight is on the meta device (offloaded by accelerate?); expected "
+            "it on a device: leave the head out of what is offloaded"
+        )
+    if torch.is_autocast_enabled(weight.device.type):
+        return hidden.to(weight.device)
+    return hidden.to(weight.device, weight.dtype)
+
+
+def _checked_transform(transform: Mapping[str, Any]) -> dict[str, Any]:
+    if set(transform) != {"scale", "softcap"}:
+        raise ValueError(
+            f"transform: got {dict(transform)!r}, expected the keys 'scale' and 'softcap'"
+        )
+    scale, cap = transform["scale"], transform["softcap"]
+    return {"scale": float(scale), "softcap": None if cap is None else float(cap)}
 
 
 # Largest difference of two log-probs, as a part of the largest logit, that is still rounding.
@@ -172,29 +223,27 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 def check_head(model: Any) -> None:
     """Compare the model's own log-probs of three tokens with those that `read_head` leads to.
 
-    A head that does more than scale and cap a linear layer, such as BERT's with its dense layer
-    and norm, is found here. Costs two forward passes of three tokens; does nothing where weights
-    are not whole on this process.
+    Where `install_head_forward` looks at the head alone, this runs the whole model. Costs two
+    forward passes of three tokens; does nothing where weights are not whole on this process.
 
     Raises:
         ValueError: they differ by more than rounding.
     """
     model = unwrap(model)
-    if any(p.is_meta or p.numel() == 0 or _is_sharded(p) for p in model.parameters()):
+    if any(p.is_meta or p.numel() == 0 or is_sharded(p) for p in model.parameters()):
         return
-    vocabulary = read_head(model).weight.shape[0]
-    ids = torch.tensor([[token % vocabulary for token in (5, 6, 7)]])
-    ids = ids.to(model.get_input_embeddings().weight.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    head = read_head(model)
+    ids = torch.tensor([[token % head.vocab_size for token in (5, 6, 7)]])
+    ids = ids.to(next(model.parameters()).device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        expected = model(**inputs).logits
         hidden = hidden_states(model, **inputs)
+        expected = model(**inputs, **accepted(type(model).forward, {"use_cache": False})).logits
     finally:
         for module in training:
             module.training = True
-    head = read_head(model)
     logits = nn.functional.linear(hidden.to(head.weight), head.weight, head.bias)
     logits = logits.float() * head.scale
     if head.softcap is not None:
@@ -214,25 +263,22 @@ def check_head(model: Any) -> None:
         )
 
 
-def _load_balancing_loss(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-    # The one that every mixture of experts in transformers uses.
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    per_token = config.num_experts_per_tok
-    loss: Any = load_balancing_loss_func(outputs.router_logits, experts, per_token, attention_mask)
-    return loss
-
-
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """Call a causal language model, wrapped or not, and return its final hidden states [B, T, H].
 
-    No logits are computed. Prompt-learning adapters prepend virtual tokens; the positions of the
-    real ones are the last T.
+    No logits are computed. T is that of input_ids or inputs_embeds: of a sequence that a
+    prompt-learning adapter made longer, the last T positions.
     """
     install_head_forward(model)
-    return model(**inputs, head_fn=_return_hidden)
+    hidden = model(**inputs, head_fn=_return_hidden)
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"model: the {type(model).__name__} around the language model keeps head_fn from it; "
+            "expected a wrapper that passes keywords on: install_head_forward before wrapping"
+        )
+    given = inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    return hidden if given is None else align_to_tokens(hidden, given)
 
 
 def _return_hidden(hidden: Tensor, head: Head, aux_loss: Tensor | None) -> Tensor:
@@ -244,8 +290,14 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # read by functional attention
+        # What functional dropout reads: an attribute or, in Falcon and Persimmon, the config's.
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        config = getattr(module, "config", None)
+        read = [] if code is None or config is None else code.co_names
+        for owner, names in ((module, list(vars(module))), (config, read)):
+            for name in names:
+                if "drop" in name and isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, 0.0)
 
 
 def align_to_tokens(hidden: Tensor, labels: Tensor) -> Tensor:

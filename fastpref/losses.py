@@ -1,127 +1,228 @@
 """Preference losses: pure functions of sequence log-probabilities.
 
-A loss is one function of the margin data of P pairs that returns the loss of each pair; `_LOSSES`
-lists it with the options it understands. Everything else, checks, weights, rewards and the mean, is
-shared. The functions are differentiable by autograd; a backend's `pair_loss` has closed forms.
+A loss is one function (loss_functions.py, loss_free.py) of the `Pairs` of a batch, and a line in
+loss_table.py that says which options and inputs it takes. Everything else, checks, weights,
+rewards and the mean, is shared and here. The functions are differentiable by autograd; a backend's
+`pair_loss` has closed forms of DPO and IPO. Losses of single answers are in unpaired.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref import backends
 from fastpref.backends.tile import check_number
+from fastpref.loss_data import Pairs, divergence_scores
+from fastpref.loss_options import LOSS_OPTIONS, LossOptions, refuse_unknown, take_options
+from fastpref.loss_table import LOSS_TYPES, Loss
 
-IPO_NORMALIZATIONS = ("token_mean", "sum")
+__all__ = [
+    "LOSS_OPTIONS",
+    "LOSS_TYPES",
+    "Loss",
+    "LossOptions",
+    "Pairs",
+    "PreferenceLoss",
+    "preference_loss",
+    "reward_loss",
+]
 
 
 class PreferenceLoss(NamedTuple):
-    """loss []: mean over the pairs. The rewards [P]: beta (logp - ref), detached."""
+    """loss []: mean over the pairs. The rewards [P]: beta (logp - ref), detached.
+
+    The rewards of simpo, alphapo and orpo, where they are the only loss besides an NLL, are beta
+    times what these compare: the mean log-probability of a token, or its transform.
+    """
 
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """What a loss function sees. chosen, rejected [P]: policy minus reference log-probabilities."""
+def preference_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    weight: Tensor | None = None,
+    margin: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    **options: Any,
+) -> PreferenceLoss:
+    """The loss of P preference pairs from sequence log-probabilities.
 
-    chosen: Tensor
-    rejected: Tensor
-    beta: float
-    label_smoothing: float
-    margin: Tensor | float
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
+    Args:
+        chosen_logps, rejected_logps: [P] policy log-probabilities, summed over the answer's tokens.
+        ref_chosen_logps, ref_rejected_logps: [P] of the reference; None with reference_free and for
+            a loss that has none.
+        chosen_lengths, rejected_lengths: [P] labelled tokens per answer; losses per token need them
+            (ipo, sigmoid_norm, simpo, alphapo, orpo), and an NLL the chosen ones.
+        weight: [P] factor on each pair's loss. The mean still divides by P.
+        margin: [P] by how much the chosen answer's reward should exceed the rejected one's.
+        soft_labels: [P] probability, in [0, 1], that the chosen answer is the preferred one; a
+            label_smoothing for each pair.
+        options: loss_type, "sigmoid" (DPO) by default, beta=0.1, label_smoothing, loss_weights,
+            ipo_normalization, reference_free, f_divergence_type, f_alpha_divergence_coef,
+            discopop_tau, simpo_gamma, alpha, nll_weight: see `LossOptions`. The functions in
+            fastpref/loss_functions.py and loss_free.py have the formulas.
 
+    Returns:
+        PreferenceLoss. Zero pairs give a zero loss that is connected to the graph.
 
-def sigmoid(pairs: Pairs) -> Tensor:
-    """DPO, Rafailov et al. 2023 (arXiv:2305.18290), Eq. 7: -log sigmoid(beta d).
-
-    d is chosen - rejected. label_smoothing e gives cDPO (Mitchell 2023):
-    -(1-e) log sigmoid(beta d) - e log sigmoid(-beta d).
-    margin m gives DPO with an offset (Amini et al. 2024, arXiv:2402.10571): beta d - m for beta d.
-    Gradient in d: -beta (1-e) sigmoid(-x) + beta e sigmoid(x), x = beta d - m.
+    Raises:
+        ValueError: an unknown loss, an option that the loss does not support, shapes that differ, a
+            missing reference, or one given to a loss without.
     """
-    x = pairs.beta * (pairs.chosen - pairs.rejected) - pairs.margin
-    e = pairs.label_smoothing
-    loss = -F.logsigmoid(x)
-    return loss if e == 0 else (1 - e) * loss - e * F.logsigmoid(-x)
-
-
-def ipo(pairs: Pairs) -> Tensor:
-    """IPO, Azar et al. 2023 (arXiv:2310.12036), Eq. 17: (d - 1/(2 beta))^2, beta their tau.
-
-    With lengths each log-ratio is divided by its answer's tokens first ("token_mean", as TRL does
-    and as the paper's experiments did); without, they are the paper's sums. Gradient in d:
-    2 (d - 1/(2 beta)).
-    """
-    chosen, rejected = pairs.chosen, pairs.rejected
-    if pairs.chosen_lengths is not None and pairs.rejected_lengths is not None:
-        chosen = chosen / pairs.chosen_lengths.clamp(min=1)
-        rejected = rejected / pairs.rejected_lengths.clamp(min=1)
-    return (chosen - rejected - 1 / (2 * pairs.beta)) ** 2
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss function and the options that mean something to it."""
-
-    function: Callable[[Pairs], Tensor]
-    options: frozenset[str] = frozenset()
-    needs_lengths: bool = False
-
-
-_LOSSES = {
-    "sigmoid": Loss(sigmoid, frozenset({"label_smoothing", "margin"})),
-    "ipo": Loss(ipo, frozenset({"ipo_normalization"}), needs_lengths=True),
-}
-LOSS_TYPES = tuple(_LOSSES)
-NEEDS_LENGTHS = frozenset(name for name, loss in _LOSSES.items() if loss.needs_lengths)
-
-
-def check_options(
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    ipo_normalization: str,
-    margin: Tensor | None,
-) -> Loss:
-    """Raise ValueError for an unknown loss, a bad value, or an option the loss does not support."""
-    if loss_type not in _LOSSES:
-        raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(LOSS_TYPES)}")
-    loss = _LOSSES[loss_type]
-    check_number("beta", beta)
-    check_number("label_smoothing", label_smoothing)
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta: got {beta}, expected a positive number")
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing: got {label_smoothing}, expected a value in [0, 0.5)")
-    if ipo_normalization not in IPO_NORMALIZATIONS:
-        raise ValueError(
-            f"ipo_normalization: got {ipo_normalization!r}, expected one of "
-            f"{', '.join(IPO_NORMALIZATIONS)}"
-        )
-    given = {
-        "label_smoothing": label_smoothing != 0,
-        "margin": margin is not None,
-        "ipo_normalization": ipo_normalization != "token_mean",
-    }
-    for option, is_given in given.items():
-        if is_given and option not in loss.options:
-            supporters = [name for name, other in _LOSSES.items() if option in other.options]
+    checked = take_options(options)
+    refuse_unknown("preference_loss", options)
+    for name, given in (("ld_alpha", checked.ld_alpha), ("use_weighting", checked.use_weighting)):
+        if given is not None and given is not False:
             raise ValueError(
-                f"{option}: loss_type {loss_type!r} does not support it; "
-                f"only {', '.join(supporters)} does"
+                f"{name}: sums of log-probs do not support it, expected None; use "
+                "linear_preference_loss or the functions of fastpref.loss_tokens"
             )
-    return loss
+    if not isinstance(chosen_logps, Tensor):
+        raise ValueError(f"chosen_logps: got {type(chosen_logps).__name__}, expected a tensor [P]")
+    if chosen_logps.dim() != 1:
+        raise ValueError(f"chosen_logps: got shape {tuple(chosen_logps.shape)}, expected [P]")
+    references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    _check_pairs(
+        chosen_logps.shape,
+        rejected_logps=rejected_logps,
+        **references,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    check_inputs(checked, chosen_logps.shape[0], weight, margin, soft_labels, "weight")
+    checked.check_reference(*(t is not None for t in references.values()))
+    needed = {"chosen_lengths": checked.needs_lengths or checked.needs_nll}
+    needed["rejected_lengths"] = checked.needs_lengths
+    for name, lengths in (
+        ("chosen_lengths", chosen_lengths),
+        ("rejected_lengths", rejected_lengths),
+    ):
+        if needed[name] and lengths is None:
+            raise ValueError(
+                f"{name}: got None, expected the number of labelled tokens of each answer, by "
+                "which this loss divides"
+            )
+    pairs = make_pairs(
+        checked,
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        margin=margin,
+        soft_labels=soft_labels,
+        chosen_nll=-chosen_logps,
+        nll_lengths=chosen_lengths,
+    )
+    return evaluate(pairs, weight)
+
+
+def make_pairs(
+    options: LossOptions,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    *,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    margin: Tensor | None = None,
+    **inputs: Tensor | None,
+) -> Pairs:
+    """What the loss functions see, from checked tensors [P]."""
+    if ref_chosen_logps is None or ref_rejected_logps is None:
+        ref_chosen_logps = ref_rejected_logps = torch.zeros_like(chosen_logps)
+        chosen, rejected = chosen_logps, rejected_logps
+    else:
+        chosen = chosen_logps - ref_chosen_logps
+        rejected = rejected_logps - ref_rejected_logps
+    kind = options.f_divergence_type, options.f_alpha_divergence_coef
+    return Pairs(
+        options,
+        options.beta,
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen,
+        rejected,
+        divergence_scores(chosen, *kind),
+        divergence_scores(rejected, *kind),
+        None if chosen_lengths is None else chosen_lengths.clamp(min=1),
+        None if rejected_lengths is None else rejected_lengths.clamp(min=1),
+        0.0 if margin is None else margin,
+        **inputs,  # type: ignore[arg-type]
+    )
+
+
+def evaluate(
+    pairs: Pairs, weight: Tensor | None = None, policy_weight: Tensor | None = None
+) -> PreferenceLoss:
+    """The weighted sum of the losses, each a mean over the pairs, and the rewards.
+
+    policy_weight: [P], WPO's, which leaves an NLL alone.
+    """
+    size = max(pairs.chosen.shape[0], 1)
+    total = pairs.chosen.new_zeros(())
+    for loss, factor in pairs.options.terms:
+        each = loss.function(pairs)
+        if not isinstance(each, Tensor) or each.shape != pairs.chosen.shape:
+            given = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(
+                f"loss_type: {loss.name} returned {given}, expected a tensor "
+                f"{tuple(pairs.chosen.shape)}, the loss of each pair"
+            )
+        if policy_weight is not None and not loss.batch_mean:
+            each = each * policy_weight
+        if weight is not None:
+            each = each * weight
+        mean = each.sum() / size
+        total = total + (mean if factor == 1 else factor * mean)
+    chosen, rejected = pairs.chosen, pairs.rejected
+    own = [loss.rewards for loss in pairs.options.losses if not loss.batch_mean]
+    if len(own) == 1 and own[0] is not None:
+        chosen, rejected = own[0](pairs)
+    return PreferenceLoss(total, pairs.beta * chosen.detach(), pairs.beta * rejected.detach())
+
+
+def check_inputs(
+    options: LossOptions,
+    pairs: int,
+    weight: Tensor | None,
+    margin: Tensor | None,
+    soft_labels: Tensor | None,
+    weight_name: str = "pair_weight",
+) -> None:
+    """Raise ValueError unless what comes with each pair fits the pairs and the loss."""
+    names = {"weight": weight_name, "margin": "margin", "soft_labels": "soft_labels"}
+    given = {"weight": weight, "margin": margin, "soft_labels": soft_labels}
+    for option, t in given.items():
+        if t is not None:
+            options.check_takes(option, names[option])
+            _check_pairs(torch.Size((pairs,)), **{names[option]: t})
+    if soft_labels is None:
+        return
+    if options.label_smoothing != 0:
+        raise ValueError("soft_labels: got them with label_smoothing, expected one of the two")
+    if backends.may_synchronise(soft_labels.device):
+        bad = ~((soft_labels >= 0) & (soft_labels <= 1))
+        if bool(bad.any()):
+            raise ValueError(
+                f"soft_labels: got {soft_labels[bad][0].item()}, expected values in [0, 1]"
+            )
 
 
 def _check_pairs(shape: torch.Size, **tensors: Tensor | None) -> None:
@@ -132,102 +233,52 @@ def _check_pairs(shape: torch.Size, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected {tuple(shape)}")
 
 
-def preference_loss(
-    chosen_logps: Tensor,
-    rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
-    *,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    ipo_normalization: str = "token_mean",
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    reference_free: bool = False,
-    weight: Tensor | None = None,
+def reward_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
     margin: Tensor | None = None,
-) -> PreferenceLoss:
-    """The loss of P preference pairs from sequence log-probabilities.
+    *,
+    weight: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    center_rewards_coefficient: float | None = None,
+) -> Tensor:
+    """The loss of a reward model under Bradley and Terry's model of preferences.
+
+    The mean over the pairs of -log sig(x), x = score_w - score_l - margin, sig the logistic
+    function: Ouyang et al. 2022 (arXiv:2203.02155), Eq. 1; the margin is that of Touvron et al.
+    2023 (arXiv:2307.09288), Eq. 2. Gradient in score_w: -sig(-x) / P.
 
     Args:
-        chosen_logps, rejected_logps: [P] policy log-probabilities, summed over the answer's tokens.
-        ref_chosen_logps, ref_rejected_logps: [P] of the reference; None with reference_free.
-        loss_type: "sigmoid" (DPO) or "ipo"; their docstrings have the formulas.
-        beta: strength of the pull towards the reference; IPO's tau.
-        label_smoothing: probability that a label is flipped (cDPO), in [0, 0.5).
-        ipo_normalization: "token_mean" divides each log-ratio by its answer's tokens, "sum" does
-            not.
-        chosen_lengths, rejected_lengths: [P] labelled tokens per answer; IPO's token mean needs
-            them.
-        reference_free: the reference is the uniform policy; its log-probabilities count as 0.
-        weight: [P] factor on each pair's loss. The mean still divides by P.
-        margin: [P] by how much the chosen answer's reward should exceed the rejected one's.
+        chosen_scores, rejected_scores: [P] the model's scores of the two answers.
+        margin: [P] by how much they should differ.
+        weight: [P] factor on each pair's loss.
+        soft_labels: [P] probability p, in [0, 1], that the chosen answer is the preferred one:
+            -p log sig(x) - (1-p) log sig(-x).
+        center_rewards_coefficient: c adds c times the mean of (score_w + score_l)^2, which centres
+            the scores at 0 (Eisenstein et al. 2023, arXiv:2312.09244).
 
     Returns:
-        PreferenceLoss. Zero pairs give a zero loss that is connected to the graph.
+        The loss [], in the scores' dtype, at least float32. Zero pairs give 0.
 
     Raises:
-        ValueError: an unknown loss, an option that the loss does not support, shapes that differ, a
-            missing reference, or one given with reference_free.
+        ValueError: shapes that differ, a coefficient that is not a number.
     """
-    loss = check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
-    if not isinstance(chosen_logps, Tensor):
-        raise ValueError(f"chosen_logps: got {type(chosen_logps).__name__}, expected a tensor [P]")
-    if chosen_logps.dim() != 1:
-        raise ValueError(f"chosen_logps: got shape {tuple(chosen_logps.shape)}, expected [P]")
-    _check_pairs(
-        chosen_logps.shape,
-        rejected_logps=rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        weight=weight,
-        margin=margin,
-    )
-    check_reference(reference_free, ref_chosen_logps is not None, ref_rejected_logps is not None)
-    if loss.needs_lengths and ipo_normalization == "token_mean":
-        for side, lengths in (("chosen", chosen_lengths), ("rejected", rejected_lengths)):
-            if lengths is None:
-                raise ValueError(
-                    f"{side}_lengths: got None, expected the number of labelled tokens of each "
-                    "answer; IPO divides by them unless ipo_normalization='sum'"
-                )
-    else:
-        chosen_lengths = rejected_lengths = None
-    if ref_chosen_logps is None or ref_rejected_logps is None:
-        chosen, rejected = chosen_logps, rejected_logps
-    else:
-        chosen = chosen_logps - ref_chosen_logps
-        rejected = rejected_logps - ref_rejected_logps
-    pairs = Pairs(
-        chosen,
-        rejected,
-        beta,
-        label_smoothing,
-        0.0 if margin is None else margin,
-        chosen_lengths,
-        rejected_lengths,
-    )
-    per_pair = loss.function(pairs)
+    pairs = LossOptions()
+    if not isinstance(chosen_scores, Tensor) or chosen_scores.dim() != 1:
+        given = getattr(chosen_scores, "shape", type(chosen_scores).__name__)
+        raise ValueError(f"chosen_scores: got {given}, expected a tensor [P]")
+    _check_pairs(chosen_scores.shape, rejected_scores=rejected_scores)
+    check_inputs(pairs, chosen_scores.shape[0], weight, margin, soft_labels, "weight")
+    if center_rewards_coefficient is not None:
+        check_number("center_rewards_coefficient", center_rewards_coefficient)
+    wide = torch.promote_types(chosen_scores.dtype, torch.float32)
+    chosen, rejected = chosen_scores.to(wide), rejected_scores.to(wide)
+    x = chosen - rejected if margin is None else chosen - rejected - margin
+    each = -F.logsigmoid(x)
+    if soft_labels is not None:
+        each = soft_labels * each - (1 - soft_labels) * F.logsigmoid(-x)
+    if center_rewards_coefficient is not None:
+        each = each + center_rewards_coefficient * (chosen + rejected) ** 2
     if weight is not None:
-        per_pair = per_pair * weight
-    return PreferenceLoss(
-        per_pair.sum() / max(per_pair.shape[0], 1),
-        beta * chosen.detach(),
-        beta * rejected.detach(),
-    )
-
-
-def check_reference(reference_free: bool, *given: bool) -> None:
-    """Raise ValueError unless the reference is given, or reference_free says that there is none."""
-    if reference_free and any(given):
-        raise ValueError(
-            "reference_free: got True with reference log-probs, expected one of the two"
-        )
-    if not reference_free and not all(given):
-        raise ValueError(
-            "ref_logps: got None, expected the reference's log-probs; without a reference model "
-            "pass reference_free=True"
-        )
+        each = each * weight
+    return each.sum() / max(each.shape[0], 1)

@@ -17,6 +17,7 @@ from fastpref.fused import PreferenceOutput
 SUMS = (
     "loss",
     "aux_loss",
+    "nll_loss",
     "pairs",
     "rewards/chosen",
     "rewards/rejected",
@@ -56,6 +57,7 @@ def micro_step_sums(
     values = {
         "loss": loss,
         "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
+        "nll_loss": loss.new_zeros(()) if out.nll_loss is None else out.nll_loss,
         "pairs": loss.new_full((), len(out.chosen_rewards)),
         "rewards/chosen": out.chosen_rewards.sum(),
         "rewards/rejected": out.rejected_rewards.sum(),
@@ -73,14 +75,17 @@ def micro_step_sums(
     return torch.stack([values[key].float() for key in SUMS])
 
 
-def micro_step_metrics(sums: dict[str, float], has_aux_loss: bool) -> dict[str, float]:
+def micro_step_metrics(
+    sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
+) -> dict[str, float]:
     """TRL's metrics of one micro-step from its sums over all processes."""
 
     def mean(key: str, *counts: str) -> float:
         count = sum(sums[c] for c in counts)
         return sums[key] / count if count > 0 else 0.0
 
-    metrics = {"aux_loss": sums["aux_loss"]} if has_aux_loss else {}
+    shown = {"aux_loss": has_aux_loss, "nll_loss": has_nll}
+    metrics = {key: sums[key] for key, is_shown in shown.items() if is_shown}
     metrics["entropy"] = mean("entropy", "tokens/chosen", "tokens/rejected")
     metrics["logits/chosen"] = mean("logits/chosen", "tokens/chosen")
     metrics["logits/rejected"] = mean("logits/rejected", "tokens/rejected")
@@ -119,13 +124,14 @@ class MetricWindow:
     Args:
         gather: stacks the tensors of all processes on dim 0, as `Accelerator.gather` does.
         world_size, rank: number of processes, and which one this is.
-        has_aux_loss: whether to report `aux_loss`.
+        has_aux_loss, has_nll: whether to report `aux_loss` and `nll_loss`.
     """
 
     gather: Callable[[Tensor], Tensor]
     world_size: int = 1
     rank: int = 0
     has_aux_loss: bool = False
+    has_nll: bool = False
     total_tokens: int = 0
     pending: list[_Step] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -151,10 +157,11 @@ class MetricWindow:
         for rank, part in enumerate(parts):
             self._check(part, steps, rank)
         total = parts.sum(0)
-        total[:, SUMS.index("aux_loss")] /= self.world_size
+        for key in ("aux_loss", "nll_loss"):  # means already
+            total[:, SUMS.index(key)] /= self.world_size
         for row in total.tolist():
             sums = dict(zip(SUMS, row, strict=True))
-            self.metrics.append(micro_step_metrics(sums, self.has_aux_loss))
+            self.metrics.append(micro_step_metrics(sums, self.has_aux_loss, self.has_nll))
             self.total_tokens += int(sums["num_tokens"])
 
     def _check(self, values: Tensor, steps: list[_Step], rank: int) -> None:

@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpref.fused import PreferenceOutput, linear_preference_loss
-from fastpref.losses import check_options
+from fastpref.loss_options import LOSS_OPTIONS, LossType, take_options
 from fastpref.options import HeadOptions
 
-_OPTIONS = (*(f.name for f in fields(HeadOptions)), "extras")
+_OPTIONS = (*sorted(LOSS_OPTIONS), *(f.name for f in fields(HeadOptions)), "extras")
 
 
 class FusedLinearPreferenceLoss(nn.Module):
     """`linear_preference_loss` with its options fixed at construction.
 
-    loss_type, beta, label_smoothing, ipo_normalization and reference_free are the loss's; any other
-    keyword of `linear_preference_loss` (softcap, precision, memory_budget, ...) is passed through.
-    Raises ValueError at construction for a loss or option that does not exist or does not fit.
+    Those of the loss are the attributes of `fastpref.LossOptions` (loss_type, beta,
+    label_smoothing, ...); any other keyword of `linear_preference_loss` that is not a tensor
+    (softcap, precision, memory_budget, extras, ...) is passed through. Raises ValueError at
+    construction for a loss or option that does not exist or does not fit.
     """
 
-    def __init__(
-        self,
-        loss_type: str = "sigmoid",
-        *,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        ipo_normalization: str = "token_mean",
-        reference_free: bool = False,
-        **options: Any,
-    ):
+    def __init__(self, loss_type: LossType | Sequence[LossType] = "sigmoid", **options: Any):
         super().__init__()
-        check_options(loss_type, beta, label_smoothing, ipo_normalization, None)
         for name in options:
             if name not in _OPTIONS:
                 raise ValueError(f"{name}: not an option; expected some of {', '.join(_OPTIONS)}")
-        HeadOptions(**{name: value for name, value in options.items() if name != "extras"})
-        self.options = dict(
-            options,
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            ipo_normalization=ipo_normalization,
-            reference_free=reference_free,
-        )
+        self.options = dict(options, loss_type=loss_type)
+        head = dict(self.options)
+        take_options(head)
+        head.pop("extras", None)
+        HeadOptions(**head)
 
     def forward(
         self,
@@ -58,7 +46,7 @@ class FusedLinearPreferenceLoss(nn.Module):
         """hidden [2P, T, H], weight [V, H], labels [2P, T], ref_logps [2P].
 
         inputs: bias, ref_hidden, ref_weight, ref_bias, sequence_ids, lengths, pair_weight, margin,
-        token_indices, ...; they win over the options fixed at construction.
+        soft_labels, token_indices, ...; they win over the options fixed at construction.
         """
         return linear_preference_loss(
             hidden, weight, labels, ref_logps, **{**self.options, **inputs}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from fastpref.backends.tile import Transform
 from fastpref.plan import check_plan_options
@@ -32,3 +33,14 @@ class HeadOptions:
     @property
     def transform(self) -> Transform:
         return Transform(self.scale, self.softcap, self.temperature)
+
+
+_HEAD_OPTIONS = frozenset(field.name for field in fields(HeadOptions))
+
+
+def take_head_options(function: str, given: dict[str, Any]) -> HeadOptions:
+    """The options of the head from keyword arguments; TypeError if there are others."""
+    for name in given:
+        if name not in _HEAD_OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return HeadOptions(**given)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,17 +12,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref import backends
-from fastpref.checks import check_ids
+from fastpref.checks import check_extras, check_ids
 from fastpref.logps import PreparedLogps, sequence_logps
-from fastpref.losses import NEEDS_LENGTHS, check_options, check_reference, preference_loss
+from fastpref.loss_tokens import ld_sequence_logps, nll_tokens, wpo_weights
+from fastpref.losses import LossOptions, check_inputs, evaluate, make_pairs
 from fastpref.passes import TokenStats
 
 
 class PreferenceOutput(NamedTuple):
     """loss []. chosen_logps, rejected_logps [P]: sums over the answer's tokens, detached.
 
-    chosen_rewards, rejected_rewards [P]: beta (logp - ref), detached. stats: the per-token outputs
-    where extras were asked for, else None.
+    chosen_rewards, rejected_rewards [P]: beta (logp - ref), detached; of losses without a reference
+    see `PreferenceLoss`. stats: the per-token outputs where extras were asked for, else None.
+    nll_loss []: the mean NLL of the chosen answers' tokens where it is part of the loss, detached,
+    without the pairs' weights; else None.
     """
 
     loss: Tensor
@@ -30,6 +34,25 @@ class PreferenceOutput(NamedTuple):
     chosen_rewards: Tensor
     rejected_rewards: Tensor
     stats: TokenStats | None = None
+    nll_loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PairInputs:
+    """What comes with each sequence [2P] and with each pair [P]; None where nothing does."""
+
+    ref_logps: Tensor | None = None
+    lengths: Tensor | None = None
+    pair_weight: Tensor | None = None
+    margin: Tensor | None = None
+    soft_labels: Tensor | None = None
+
+    def like(self, t: Tensor) -> PairInputs:
+        """On t's device, in its dtype, contiguous."""
+        given = (getattr(self, field.name) for field in fields(self))
+        return PairInputs(
+            *(None if x is None else x.to(t.device, t.dtype).contiguous() for x in given)
+        )
 
 
 class _PairLoss(torch.autograd.Function):
@@ -57,12 +80,38 @@ class PairProblem:
 
     labels: Tensor
     segments: dict[str, Any]  # sequence_ids, num_sequences, ignore_index of sequence_logps
-    options: dict[str, Any]  # loss_type, beta, label_smoothing, ipo_normalization, reference_free
-    ref_logps: Tensor | None
-    lengths: Tensor | None
-    pair_weight: Tensor | None
-    margin: Tensor | None
-    backend: str | None
+    options: LossOptions
+    inputs: PairInputs
+    nll_labels: Tensor | None = None
+    backend: str | None = None
+    wants_stats: bool = False
+
+    @property
+    def pairs(self) -> int:
+        return self.segments["num_sequences"] // 2
+
+    @property
+    def head_labels(self) -> Tensor:
+        """The labels of all tokens whose log-probs are needed."""
+        if self.nll_labels is None:
+            return self.labels
+        ignored = self.labels == self.segments["ignore_index"]
+        return torch.where(
+            ignored, nll_tokens(self.labels, self.nll_labels, **self.segments), self.labels
+        )
+
+    def head_extras(self, extras: Sequence[str]) -> tuple[str, ...]:
+        """The per-token outputs that are needed of the head: those asked for and the loss's own."""
+        names = check_extras(extras)
+        if not self.options.use_weighting or "log_sum_sq_probs" in names:
+            return names
+        return *names, "log_sum_sq_probs"
+
+    def sums(self, logps: Tensor) -> Tensor:
+        """Token log-probs to those of the sequences, as the loss compares them."""
+        if self.options.ld_alpha is None:
+            return sequence_logps(logps, self.labels, **self.segments)
+        return ld_sequence_logps(logps, self.labels, self.options.ld_alpha, **self.segments)
 
     def run(self, call: PreparedLogps | Any) -> PreferenceOutput:
         """From the prepared head to the output."""
@@ -73,21 +122,26 @@ class PairProblem:
                 stats = call.compute()
                 ids = self._ids(call.index, call.labels.shape[0])
                 out = self._closed_form(stats.logps, ids, None, module)
-                return out._replace(stats=call.spread(stats) if call.call.extras else None)
+                return out._replace(stats=call.spread(stats) if self.wants_stats else None)
         result = call.run()
-        if isinstance(result, TokenStats):
-            return self.solve(result.logps)._replace(stats=result)
-        return self.solve(result)
+        stats = result if isinstance(result, TokenStats) else TokenStats(result)
+        shown = stats
+        if self.nll_labels is not None:  # only the tokens that are compared
+            kept = self.labels != self.segments["ignore_index"]
+            masked = [None if t is None else t * kept for t in stats]
+            shown = TokenStats(*masked)  # type: ignore[arg-type]
+        return self.solve(stats)._replace(stats=shown if self.wants_stats else None)
 
-    def solve(self, logps: Tensor) -> PreferenceOutput:
+    def solve(self, stats: TokenStats) -> PreferenceOutput:
         """From token log-probs [2P, T] or [N] to the output; by closed form if there is one."""
+        logps = stats.logps
         counted = self.labels != self.segments["ignore_index"]
         module = self._closed_form_backend(logps)
         if module is not None:
             ids = self._ids(None, logps.numel())
             out = self._closed_form(logps.reshape(-1), ids, counted.reshape(-1), module)
         else:
-            out = self._autograd(logps, counted)
+            out = self._autograd(logps, counted, stats.log_sum_sq_probs)
         # Without a labelled token there is nothing to learn; the graph stays connected.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype))
 
@@ -95,16 +149,17 @@ class PairProblem:
         """The backend whose `pair_loss` has this loss in closed form, or None."""
         if torch.compiler.is_compiling():  # which fuses the few operations on [2P] itself
             return None
+        given = self.inputs
+        name = None if given.soft_labels is not None else self.options.closed_form
+        learned = (given.ref_logps, given.lengths, given.pair_weight, given.margin)
+        if name is None or any(t is not None and t.requires_grad for t in learned):
+            return None
         module = backends.choose(t.device, t.dtype, self.backend)
-        given = (self.ref_logps, self.lengths, self.pair_weight, self.margin)
-        learned = any(t is not None and t.requires_grad for t in given)
-        return None if learned or self.options["loss_type"] not in module.CLOSED_FORMS else module
+        return module if name in module.CLOSED_FORMS else None
 
     @property
-    def _by_token(self) -> bool:
-        """Whether the loss divides by the numbers of labelled tokens."""
-        by_token = self.options["ipo_normalization"] == "token_mean"
-        return self.options["loss_type"] in NEEDS_LENGTHS and by_token
+    def _wants_lengths(self) -> bool:
+        return self.options.needs_lengths or any(x.options is None for x in self.options.losses)
 
     def _ids(self, index: Tensor | None, tokens: int) -> Tensor:
         """The sequences [N] of the tokens at these positions; None: of all of them."""
@@ -119,27 +174,21 @@ class PairProblem:
         self, logps: Tensor, ids: Tensor, counted: Tensor | None, module: ModuleType
     ) -> PreferenceOutput:
         """Of logps [N] with their sequences ids [N]; counted [N], None if every one of them is."""
-        size = self.segments["num_sequences"]
-        pairs = size // 2
-        lengths = self.lengths if self._by_token else None
-        if self._by_token and lengths is None:
+        pairs, inputs = self.pairs, self.inputs.like(logps)
+        lengths = inputs.lengths if self.options.needs_lengths else None
+        if self.options.needs_lengths and lengths is None:
             ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
-            lengths = logps.new_zeros(size).index_add_(0, ids, ones.detach())
-        vectors = (self.ref_logps, lengths, self.pair_weight, self.margin)
-        ref_logps, lengths, pair_weight, margin = (
-            None if t is None else t.to(device=logps.device, dtype=logps.dtype).contiguous()
-            for t in vectors
-        )
+            lengths = logps.new_zeros(2 * pairs).index_add_(0, ids, ones.detach())
         options = dict(
-            loss_type=self.options["loss_type"],
-            beta=self.options["beta"],
-            label_smoothing=self.options["label_smoothing"],
+            loss_type=self.options.closed_form,
+            beta=self.options.beta,
+            label_smoothing=self.options.label_smoothing,
             lengths=lengths,
-            weight=pair_weight,
-            margin=margin,
+            weight=inputs.pair_weight,
+            margin=inputs.margin,
         )
         loss, sequences, rewards = _PairLoss.apply(
-            logps.contiguous(), ids, pairs, ref_logps, options, module
+            logps.contiguous(), ids, pairs, inputs.ref_logps, options, module
         )
         if logps.shape[0] == 0:
             loss = loss * 0.0 + logps.sum()
@@ -147,85 +196,100 @@ class PairProblem:
             loss, sequences[:pairs], sequences[pairs:], rewards[:pairs], rewards[pairs:]
         )
 
-    def _autograd(self, logps: Tensor, counted: Tensor) -> PreferenceOutput:
-        sums = sequence_logps(logps, self.labels, **self.segments)
-        pairs = self.segments["num_sequences"] // 2
-        lengths = self.lengths if self._by_token else None
-        if self._by_token and lengths is None:
+    def _nll(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """The NLL of each chosen answer, and how many tokens it counts, [P]."""
+        labels = nll_tokens(self.labels, self.nll_labels, **self.segments)
+        ones = (labels != self.segments["ignore_index"]).to(logps.dtype)
+        nll, lengths = (sequence_logps(t, labels, **self.segments) for t in (-logps, ones))
+        return nll[: self.pairs], lengths[: self.pairs]
+
+    def _autograd(
+        self, logps: Tensor, counted: Tensor, log_sum_sq_probs: Tensor | None
+    ) -> PreferenceOutput:
+        inputs, mean = self.inputs.like(logps), None
+        lengths = inputs.lengths
+        if lengths is None and self._wants_lengths:
             lengths = sequence_logps(counted.to(logps.dtype), self.labels, **self.segments)
-        ref_logps, lengths, pair_weight, margin = (
-            None if t is None else t.to(device=logps.device, dtype=logps.dtype)
-            for t in (self.ref_logps, lengths, self.pair_weight, self.margin)
-        )
-        chosen, rejected = sums[:pairs], sums[pairs:]
-        chosen_lengths, rejected_lengths = _halves(lengths, pairs)
-        result = preference_loss(
+        nll, nll_lengths = self._nll(logps) if self.options.needs_nll else (None, None)
+        if nll is not None and nll_lengths is not None:
+            mean = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
+        weight = None
+        if self.options.use_weighting:
+            assert log_sum_sq_probs is not None
+            weight = wpo_weights(logps, log_sum_sq_probs, self.labels, **self.segments)
+        chosen, rejected = self._halves(self.sums(logps))
+        ref_chosen, ref_rejected = self._halves(inputs.ref_logps)
+        chosen_lengths, rejected_lengths = self._halves(lengths)
+        assert chosen is not None and rejected is not None
+        data = make_pairs(
+            self.options,
             chosen,
             rejected,
-            *_halves(ref_logps, pairs),
+            ref_chosen,
+            ref_rejected,
             chosen_lengths=chosen_lengths,
             rejected_lengths=rejected_lengths,
-            weight=pair_weight,
-            margin=margin,
-            **self.options,
+            margin=inputs.margin,
+            soft_labels=inputs.soft_labels,
+            chosen_nll=nll,
+            nll_lengths=nll_lengths,
         )
-        rewards = result.chosen_rewards, result.rejected_rewards
-        return PreferenceOutput(result.loss, chosen.detach(), rejected.detach(), *rewards)
+        out = evaluate(data, inputs.pair_weight, weight)
+        both = chosen.detach(), rejected.detach()
+        rewards = out.chosen_rewards, out.rejected_rewards
+        return PreferenceOutput(out.loss, *both, *rewards, nll_loss=mean)
+
+    def _halves(self, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if t is None else (t[: self.pairs], t[self.pairs :])
 
 
 def pair_problem(
     labels: Tensor,
-    ref_logps: Tensor | None,
+    options: LossOptions,
+    inputs: PairInputs,
     *,
     has_reference: bool,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
+    nll_labels: Tensor | None = None,
     ignore_index: int = -100,
     backend: str | None = None,
-    loss_type: str = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    ipo_normalization: str = "token_mean",
-    lengths: Tensor | None = None,
-    reference_free: bool = False,
-    pair_weight: Tensor | None = None,
-    margin: Tensor | None = None,
+    wants_stats: bool = False,
 ) -> PairProblem:
     """Check everything that does not need a log-prob. Raises ValueError."""
-    size = _count_sequences(labels, sequence_ids, num_sequences, ref_logps, lengths)
-    check_options(loss_type, beta, label_smoothing, ipo_normalization, margin)
-    check_reference(reference_free, has_reference)
-    for name, t, expected in (
-        ("ref_logps", ref_logps, size),
-        ("lengths", lengths, size),
-        ("pair_weight", pair_weight, size // 2),
-        ("margin", margin, size // 2),
-    ):
-        if t is None:
-            continue
-        if not isinstance(t, Tensor) or t.shape != (expected,):
+    size = _count_sequences(labels, sequence_ids, num_sequences, inputs.ref_logps, inputs.lengths)
+    options.check_reference(has_reference)
+    for name, t in (("ref_logps", inputs.ref_logps), ("lengths", inputs.lengths)):
+        if t is not None and (not isinstance(t, Tensor) or t.shape != (size,)):
             given = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{name}: got {given}, expected a tensor [{expected}]")
-    return PairProblem(
-        labels=labels,
-        segments=dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index),
-        options=dict(
-            loss_type=loss_type,
-            beta=beta,
-            label_smoothing=label_smoothing,
-            ipo_normalization=ipo_normalization,
-            reference_free=reference_free,
-        ),
-        ref_logps=ref_logps,
-        lengths=lengths,
-        pair_weight=pair_weight,
-        margin=margin,
-        backend=backend,
-    )
+            raise ValueError(f"{name}: got {given}, expected a tensor [{size}]")
+    check_inputs(options, size // 2, inputs.pair_weight, inputs.margin, inputs.soft_labels)
+    if nll_labels is not None:
+        if not options.needs_nll:
+            raise ValueError(
+                "nll_labels: the loss has no NLL, so it does not support them; pass nll_weight"
+            )
+        _check_nll_labels(nll_labels, labels, ignore_index)
+    segments = dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index)
+    return PairProblem(labels, segments, options, inputs, nll_labels, backend, wants_stats)
 
 
-def _halves(t: Tensor | None, pairs: int) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if t is None else (t[:pairs], t[pairs:])
+def _check_nll_labels(nll_labels: Tensor, labels: Tensor, ignore_index: int) -> None:
+    if not isinstance(nll_labels, Tensor) or nll_labels.shape != labels.shape:
+        given = tuple(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels)
+        raise ValueError(f"nll_labels: got {given}, expected a tensor {tuple(labels.shape)}")
+    if nll_labels.dtype != torch.int64 or nll_labels.device != labels.device:
+        raise ValueError(
+            f"nll_labels: got {str(nll_labels.dtype)[6:]} on {nll_labels.device}, expected int64 "
+            f"on {labels.device}"
+        )
+    if backends.may_synchronise(labels.device):
+        both = (labels != ignore_index) & (nll_labels != ignore_index)
+        if bool((both & (labels != nll_labels)).any()):
+            raise ValueError(
+                "nll_labels: got another token than labels for a position, expected the same one "
+                "or ignore_index"
+            )
 
 
 def _count_sequences(

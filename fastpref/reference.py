@@ -15,6 +15,7 @@ from torch import Tensor
 from .data_files import REFERENCE
 from .heads import Head, align_to_tokens, batch_labels, model_inputs, unwrap
 from .logps import linear_token_logps, sequence_logps
+from .loss_tokens import ld_sequence_logps
 
 REF_ADAPTER = "ref"
 
@@ -92,12 +93,14 @@ class Reference:
         adapter: the policy is a PeftModel that shares its weights with the reference.
         options: strategy, precision, backend ... of `linear_token_logps`.
         dropout: the model has dropout, to be switched off here.
+        ld_alpha: weight of the tokens past the pair's shorter answer (LD-DPO); None: 1.
     """
 
     model: Any
     adapter: bool
     options: dict[str, Any]
     dropout: bool = False
+    ld_alpha: float | None = None
 
     def logps(self, batch: dict[str, Any]) -> Tensor:
         """The log-probability of each sequence's completion, [2P]."""
@@ -127,6 +130,8 @@ class Reference:
             **self.options,
         )
         assert isinstance(logps, Tensor)
+        if self.ld_alpha is not None:
+            return ld_sequence_logps(logps, labels, self.ld_alpha)
         return sequence_logps(logps, labels)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,14 +19,14 @@ from transformers import (
 )
 
 from . import reference as refs
+from .batches import loss_inputs
 from .config import PreferenceConfig
 from .data import DataReport, PreferenceCollator, load_preference_data, prepare_dataset
-from .data_files import IDS, NUMBERS, REFERENCE
+from .data_files import IDS, NUMBERS, PER_PAIR, REFERENCE
 from .fused import linear_preference_loss
 from .heads import (
     Head,
     align_to_tokens,
-    batch_labels,
     check_head,
     disable_dropout,
     install_head_forward,
@@ -34,7 +35,7 @@ from .heads import (
     unwrap,
 )
 from .loading import add_adapter, each, load_model, load_tokenizer, router_coefficient
-from .losses import check_options
+from .losses import LossOptions, Pairs
 from .metrics import (
     EXTRAS,
     MetricWindow,
@@ -72,6 +73,7 @@ class PreferenceTrainer(Trainer):
         processing_class: the tokenizer; by default the model's.
         callbacks, optimizers: as in `transformers.Trainer`.
         peft_config: adapter to add, such as `peft.LoraConfig`.
+        loss_function: a loss of your own in place of `args.loss_type`; see docs/losses.md.
 
     Raises:
         ValueError: bad data (see `prepare_dataset`), an unknown loss or option, a model without an
@@ -95,12 +97,13 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        loss_function: Callable[[Pairs], Tensor] | None = None,
     ) -> None:
         args = PreferenceConfig.of(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; expected preference data")
-        self._head_options, self._loss_options = args.head_options(), args.loss_options()
-        check_options(**self._loss_options, margin=None)
+        self._head_options = args.head_options()
+        self._loss_options: LossOptions = args.loss_options(loss_function)
         set_seed(args.seed)  # before an adapter draws its weights
         if model is ref_model and not isinstance(model, str):
             raise ValueError("ref_model is model itself; leave it out to have a copy made")
@@ -126,12 +129,15 @@ class PreferenceTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         datasets = [train_dataset, *each(eval_dataset)]
-        if any("margin" in (dataset.column_names or ()) for dataset in datasets):
-            check_options(**self._loss_options, margin=torch.zeros(1))
+        for column, name in PER_PAIR.items():
+            if any(column in (dataset.column_names or ()) for dataset in datasets):
+                self._loss_options.check_takes(name, column)
         given = [refs.has_reference(dataset) for dataset in datasets]
-        if args.reference_free and (any(given) or ref_model is not None):
-            raise ValueError("reference_free is True but a reference is given")
-        wanted = not all(given) and not args.reference_free
+        if any(given) or ref_model is not None:
+            if args.reference_free:
+                raise ValueError("reference_free is True but a reference is given")
+            self._loss_options.check_reference(True)
+        wanted = not all(given) and self._loss_options.reference == "required"
         self.precompute = args.precompute_ref_log_probs and wanted
         adapter = refs.is_peft(model) and ref_model is None
         if wanted and adapter:
@@ -164,12 +170,13 @@ class PreferenceTrainer(Trainer):
         self.ref_model: Any = None
         if ref_model is not None:
             self.ref_model = self._prepare_reference_model(ref_model)
+        silence = not args.disable_dropout
         self._policy_reference = refs.Reference(
-            self.model, adapter, self._head_options, dropout=not args.disable_dropout
+            self.model, adapter, self._head_options, silence, args.ld_alpha
         )
-        self.reference = self._policy_reference if adapter else None
+        self.reference = self._policy_reference if adapter and wanted else None
         if self.ref_model is not None:
-            self.reference = refs.Reference(self.ref_model, False, self._head_options)
+            self.reference = replace(self._policy_reference, model=self.ref_model, adapter=False)
         if self.precompute:
             self.train_dataset = self._precompute(self.train_dataset, "train")
             if isinstance(self.eval_dataset, Mapping):
@@ -244,10 +251,10 @@ class PreferenceTrainer(Trainer):
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """The reference's log-prob of each sequence [2P], or None without a reference."""
-        if self.args.reference_free:
-            return None
         if REFERENCE[0] in inputs:
             return torch.cat([inputs[key] for key in REFERENCE])
+        if self.reference is None and self._loss_options.reference != "required":
+            return None
         if self.reference is None:
             raise ValueError(
                 "this data has no reference log-probs and no reference model is kept; pass it as "
@@ -273,9 +280,8 @@ class PreferenceTrainer(Trainer):
             labels,
             **inputs,  # type: ignore[arg-type]
             **head.options(),
-            **self._loss_options,
             **self._head_options,
-            reference_free=self.args.reference_free,
+            loss_options=self._loss_options,
             extras=EXTRAS,
         )
         loss = out.loss
@@ -295,21 +301,14 @@ class PreferenceTrainer(Trainer):
             raise ValueError("return_outputs=True asks for logits, which this trainer never builds")
         head_inputs = {
             "attention_mask": inputs["attention_mask"],
-            "labels": batch_labels(inputs),
-            "token_indices": inputs.get("token_indices"),
-            "ref_logps": self._reference_logps(inputs),
-            # As in TRL, IPO divides by all completion tokens, also one at position 0.
-            "lengths": inputs["completion_mask"].sum(1).clamp(min=1),
-            "pair_weight": inputs.get("weight"),
-            "margin": inputs.get("margin"),
+            **loss_inputs(inputs, self._reference_logps(inputs), self.args.nll_on_prompt),
         }
         kwargs = model_inputs(inputs)
         if self._router_coef:
             kwargs["output_router_logits"] = True
         out = model(**kwargs, head_fn=self._loss_head, head_inputs=head_inputs)
-        self._windows["train" if model.training else "eval"].add(
-            out["sums"], inputs.get("rows"), self._where(model.training)
-        )
+        window = self._windows["train" if model.training else "eval"]
+        window.add(out["sums"], inputs.get("rows"), self._where(model.training))
         return out["loss"]
 
     def _where(self, training: bool) -> str:
@@ -396,4 +395,5 @@ class PreferenceTrainer(Trainer):
             self.accelerator.num_processes,
             self.accelerator.process_index,
             has_aux_loss=self._router_coef != 0,
+            has_nll=self._loss_options.needs_nll,
         )

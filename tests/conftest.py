@@ -13,6 +13,9 @@ from fastpref import backends
 
 
 def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "few: Triton's interpreter gets each parameter's values once, not every two"
+    )
     if machine.why_not("native") is not None:  # which is then said of every default on a CPU
         said = "ignore:fastpref runs on plain torch:RuntimeWarning"
         config.addinivalue_line("filterwarnings", said)
@@ -25,16 +28,17 @@ def _dtypes(params) -> list[torch.dtype]:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     """Triton's interpreter gets so many cases of a test that each two values of its parameters meet
-    in one. Where triton compiles, and on the other backends, all cases run."""
+    in one, or that each value is in one. On a GPU, and on the other backends, all cases run."""
     groups = defaultdict(list)
     for item in items if machine.INTERPRETED else []:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         is_triton = "triton" in (params.get("backend"), params.get("tiles"))
         if is_triton and machine.why_not("triton", _dtypes(params)) is None:
             groups[item.path, item.originalname].append(item)
-    skip = pytest.mark.skip(reason="interpreter: each two of these values meet in another case")
+    skip = pytest.mark.skip(reason="interpreter: other cases have these values")
     for cases in groups.values():
-        kept = machine.thinned([item.callspec.params for item in cases])
+        together = 1 if cases[0].get_closest_marker("few") else 2
+        kept = machine.thinned([item.callspec.params for item in cases], together)
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker(skip)

@@ -56,15 +56,15 @@ def sized(backend: str, full: T, interpreted: T) -> T:
     return interpreted if backend == "triton" and INTERPRETED else full
 
 
-def thinned(cases: Sequence[dict[str, Any]]) -> list[int]:
-    """Which of the cases, each the values of its parameters, will do for every two values of
+def thinned(cases: Sequence[dict[str, Any]], together: int) -> list[int]:
+    """Which of the cases, each the values of its parameters, will do for every so many values of
     different parameters to meet in one: few of them, not the fewest."""
     # By identity: the cases share the objects, which need not be hashable.
-    names = [[(name, id(value)) for name, value in case.items()] for case in cases]
-    pairs = [set(combinations(sorted(values), 2)) for values in names]
-    missing, kept = set().union(*pairs), []
+    names = [sorted((name, id(value)) for name, value in case.items()) for case in cases]
+    shown = [set(combinations(values, min(together, len(values)))) for values in names]
+    missing, kept = set().union(*shown), []
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
+        best = max(range(len(cases)), key=lambda i: len(shown[i] & missing))
         kept.append(best)
-        missing -= pairs[best]
-    return kept or list(range(len(cases)))
+        missing -= shown[best]
+    return kept

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import machine
 import pytest
 import torch
 
@@ -14,7 +15,18 @@ import fastpref
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own
 
 P, T, H, V = 2, 6, 16, 51
-REF = torch.linspace(-30, -20, 2 * P)
+DEVICES = ["cpu", "cuda"] if machine.HAS_GPU else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Each device, as the default one. The fastest backend runs on it: the operators choose."""
+    with torch.device(request.param):
+        yield request.param
+
+
+def _ref(hidden):
+    return torch.linspace(-30, -20, 2 * P, device=hidden.device)
 
 
 def _inputs(dtype=torch.float32, t=T, ragged=True):
@@ -31,7 +43,7 @@ def _inputs(dtype=torch.float32, t=T, ragged=True):
 
 def _dpo(hidden, weight, bias, labels, index=None):
     out = fastpref.linear_dpo_loss(
-        hidden, weight, labels, REF, bias=bias, softcap=9.0, token_indices=index
+        hidden, weight, labels, _ref(hidden), bias=bias, softcap=9.0, token_indices=index
     )
     return out.loss, out.chosen_rewards, out.rejected_logps
 
@@ -52,7 +64,13 @@ def _ipo_with_entropy(hidden, weight, bias, labels, index=None):
 
 def _little_memory(hidden, weight, bias, labels, index=None):
     out = fastpref.linear_dpo_loss(
-        hidden, weight, labels, REF, bias=bias, strategy="recompute", token_indices=index
+        hidden,
+        weight,
+        labels,
+        _ref(hidden),
+        bias=bias,
+        strategy="recompute",
+        token_indices=index,
     )
     return (out.loss,)
 
@@ -67,7 +85,7 @@ def _reference_inside(hidden, weight, bias, labels, index=None):
 
 def _ready_logits(hidden, weight, bias, labels, index=None):
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return (fastpref.dpo_loss(logits, labels, REF, temperature=0.9).loss,)
+    return (fastpref.dpo_loss(logits, labels, _ref(hidden), temperature=0.9).loss,)
 
 
 STEPS = [_dpo, _ipo_with_entropy, _little_memory, _reference_inside, _ready_logits]
@@ -90,7 +108,7 @@ def _compare(step, compiled, inputs, index=None, wanted=(0, 1, 2)):
 @pytest.mark.parametrize("known", [False, True], ids=["", "token_indices"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("step", STEPS)
-def test_no_graph_break(step, dtype, known):
+def test_no_graph_break(device, step, dtype, known):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ragged in (True, False):
@@ -99,10 +117,11 @@ def test_no_graph_break(step, dtype, known):
         _compare(step, compiled, inputs, index)
 
 
-def test_inductor():
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor(device):
     """In a process of its own: what it imports does not get on with what other tests import."""
     program = (
-        "import torch, test_compile as t; "
+        f"import torch, test_compile as t; torch.set_default_device('{device}'); "
         "t._compare(t._dpo, torch.compile(t._dpo, fullgraph=True), t._inputs())"
     )
     folder = os.path.dirname(__file__)
@@ -111,7 +130,7 @@ def test_inductor():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_sequences_of_any_length_share_a_graph():
+def test_sequences_of_any_length_share_a_graph(device):
     torch._dynamo.reset()
     graphs = []
 
@@ -127,7 +146,7 @@ def test_sequences_of_any_length_share_a_graph():
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1, 2)], ids=["frozen head", "frozen body"])
-def test_only_what_needs_a_gradient_gets_one(frozen):
+def test_only_what_needs_a_gradient_gets_one(device, frozen):
     torch._dynamo.reset()
     inputs = _inputs()
     for i in range(3):
@@ -135,11 +154,11 @@ def test_only_what_needs_a_gradient_gets_one(frozen):
     _compare(_dpo, torch.compile(_dpo, fullgraph=True, backend="aot_eager"), inputs, None, frozen)
 
 
-def test_without_gradients_and_under_autocast():
+def test_without_gradients_and_under_autocast(device):
     torch._dynamo.reset()
 
     def logps(hidden, weight, labels):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return fastpref.linear_token_logps(hidden, weight, labels)
 
     compiled = torch.compile(logps, fullgraph=True, backend="aot_eager")
@@ -154,7 +173,7 @@ def test_without_gradients_and_under_autocast():
 
 @pytest.mark.parametrize("known", [False, True], ids=["", "token_indices"])
 @pytest.mark.parametrize("weight_grad", [False, True])
-def test_the_operators_keep_their_contract(weight_grad, known):
+def test_the_operators_keep_their_contract(device, weight_grad, known):
     hidden, weight, bias, labels = _inputs()
     weight.requires_grad_(weight_grad)
     bias.requires_grad_(weight_grad)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("hypothesis")
 
 import tiny  # noqa: E402
 from datasets import Dataset, IterableDataset  # noqa: E402

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 
+import machine
 import oracle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpref.logps
+import fastpref.plan
 from fastpref import linear_token_logps, sequence_logps, token_logps
 from fastpref.backends.tile import EXTRAS
 
@@ -40,6 +42,7 @@ def _strided(t: torch.Tensor, how: str) -> torch.Tensor:
     return part.copy_(t)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("how", ["transposed", "slice", "every other"])
 @pytest.mark.parametrize("which", ["hidden", "weight", "labels", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -137,7 +140,8 @@ def test_token_indices(backend, dtype):
 
 def test_autocast(backend):
     """fp32 master weights under bf16 autocast: as in bf16, and dW leaves its product in fp32."""
-    n, h = 300, 64
+    n, h = machine.sized(backend, 300, 30), 64
+    kind = torch.get_default_device().type
     hidden = torch.randn(n, h)
     weight, labels = torch.randn(999, h) * 0.4, torch.randint(999, (n,))
     bias, coef = torch.randn(999).bfloat16().float(), torch.randn(n)
@@ -148,7 +152,7 @@ def test_autocast(backend):
         return [logps.detach(), *torch.autograd.grad((logps * coef.to(logps)).sum(), leaves)]
 
     ours = functools.partial(linear_token_logps, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(kind, torch.bfloat16):
         got, eager = run(ours), run(oracle.eager_logps)
     rounded = [t.bfloat16().double() for t in (hidden, weight, bias)]
     leaves = [t.requires_grad_() for t in rounded]
@@ -175,20 +179,27 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "budget, trains, strategy",
+    "share, trains, strategy",
     [
-        (1, "hidden", "frozen"),
-        (1, "nothing", "forward-only"),
-        (1, "all", "recompute"),
-        (6 * 10**6, "all", "mixed"),
-        (10**8, "all", "stash"),
+        (0, "hidden", "frozen"),
+        (0, "nothing", "forward-only"),
+        (0, "all", "recompute"),
+        (2.4, "all", "mixed"),
+        (40, "all", "stash"),
     ],
 )
-def test_memory_budget(backend, monkeypatch, dtype, budget, trains, strategy):
-    """It decides the strategy and bounds the largest tensor; the results stay the same."""
-    n, vocab, h = 500, 5000, 32
+def test_memory_budget(backend, monkeypatch, dtype, share, trains, strategy):
+    """It decides the strategy and bounds the largest tensor; the results stay the same.
+
+    share: of the budget, in bytes for each of the logits.
+    """
+    n, vocab, h = machine.sized(backend, (500, 5000, 32), (34, 768, 8))
+    # A tile of a quarter of the tokens in fp32, on any device.
+    monkeypatch.setattr(fastpref.plan, "_TILE_BYTES_PER_COLUMN", {"cpu": n, "cuda": n})
+    budget = max(1, int(share * n * vocab))
     hidden, weight = torch.randn(n, h).to(dtype), torch.randn(vocab, h).to(dtype)
     labels, plans = torch.randint(vocab, (n,)), []
     real = fastpref.logps.plan_head

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fastpref import preference_loss
-from fastpref.backends import native
 
 P = 5
 LOSSES = {
@@ -78,13 +77,17 @@ def test_preference_loss(name, beta, weighted, reference_free):
         torch.testing.assert_close(a, b, **close)
 
 
+def _skip_without_closed_form(tiles, name):
+    if LOSSES[name].get("loss_type", "sigmoid") not in tiles.CLOSED_FORMS:
+        pytest.skip(f"{tiles.NAME} has no closed form of {name}")
+
+
 @pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])
 @pytest.mark.parametrize("reference_free", [False, True], ids=["reference", "free"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_closed_form(name, reference_free, weighted):
-    """The native pair_loss: the same loss, rewards and coefficients as by autograd, in fp32."""
-    if native.problem():
-        pytest.skip(native.problem())
+def test_closed_form(tiles, name, reference_free, weighted):
+    """A backend's pair_loss: the same loss, rewards and coefficients as by autograd, in fp32."""
+    _skip_without_closed_form(tiles, name)
     beta, tokens = 0.3, 200
     _, lengths, weight, margin = _pairs(torch.float32)
     logps = -torch.rand(tokens) * 3
@@ -92,7 +95,7 @@ def test_closed_form(name, reference_free, weighted):
     ids[ids == 7] = 0  # a sequence without a token
     reference = None if reference_free else -torch.rand(2 * P) * 60
     options = _options(name, lengths, margin)
-    loss, sequences, rewards, coef = native.pair_loss(
+    loss, sequences, rewards, coef = tiles.pair_loss(
         logps,
         ids,
         P,
@@ -132,21 +135,32 @@ def test_extreme_log_ratios(name, gap, dtype):
     for a, b in zip(grads, expected, strict=True):
         assert a.isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-12)
-    if native.problem() is None and dtype == torch.float32:
-        loss, _, _, coef = native.pair_loss(
-            torch.cat([chosen, rejected]).detach(),
-            torch.arange(2 * P),
-            P,
-            None,
-            loss_type=options.get("loss_type", "sigmoid"),
-            beta=1.0,
-            label_smoothing=options.get("label_smoothing", 0.0),
-            lengths=torch.cat(lengths) if "chosen_lengths" in options else None,
-            weight=None,
-            margin=options.get("margin"),
-        )
-        torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-12)
-        torch.testing.assert_close(coef, torch.cat(expected), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("gap", [1e4, -1e4, 0.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_extreme_log_ratios_in_closed_form(tiles, name, gap):
+    _skip_without_closed_form(tiles, name)
+    _, lengths, _, margin = _pairs(torch.float32)
+    chosen, rejected = torch.full((P,), gap), torch.full((P,), -gap)
+    options = _options(name, lengths, margin)
+    loss, _, _, coef = tiles.pair_loss(
+        torch.cat([chosen, rejected]),
+        torch.arange(2 * P),
+        P,
+        None,
+        loss_type=options.get("loss_type", "sigmoid"),
+        beta=1.0,
+        label_smoothing=options.get("label_smoothing", 0.0),
+        lengths=torch.cat(lengths) if "chosen_lengths" in options else None,
+        weight=None,
+        margin=options.get("margin"),
+    )
+    exact = [t.double().requires_grad_() for t in (chosen, rejected)]
+    truth = _truth(name, *exact, lengths, margin, 1.0).mean()
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-5, atol=1e-12)
+    expected = torch.cat(torch.autograd.grad(truth, exact)).float()
+    torch.testing.assert_close(coef, expected, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import machine
 import oracle
 import pytest
 import torch
 
 import fastpref
 from fastpref import backends
-from fastpref.backends import eager, native
+from fastpref.backends import native
 from fastpref.backends.tile import EXTRAS, Stats, Transform
 
 needs_native = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
@@ -182,7 +183,7 @@ def test_what_the_boundary_refuses(tile, labels):
         native.grad(tile, labels, 0, stats.max, stats.sum, out, Transform())
 
 
-def test_forcing_a_backend(monkeypatch):
+def test_forcing_a_backend(backend, monkeypatch):
     hidden, weight, labels = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
     seen = []
 
@@ -195,26 +196,28 @@ def test_forcing_a_backend(monkeypatch):
 
         return fold
 
-    for module in (native, eager):
+    for module in backends._MODULES.values():
         monkeypatch.setattr(module, "fold", spy(module))
-    available = ["eager"] if native.problem() else ["eager", "native"]
-    for name in available:
-        fastpref.linear_token_logps(hidden, weight, labels, backend=name)
-        monkeypatch.setenv("FASTPREF_BACKEND", name)
-        fastpref.linear_token_logps(hidden, weight, labels)
-        assert backends.active() == name
-        assert seen == [name, name]
-        seen.clear()
+    fastpref.linear_token_logps(hidden, weight, labels, backend=backend)
+    monkeypatch.setenv("FASTPREF_BACKEND", backend)
+    fastpref.linear_token_logps(hidden, weight, labels)
+    assert backends.active(hidden.device) == backend
     monkeypatch.setenv("FASTPREF_BACKEND", "eager")
-    fastpref.linear_token_logps(hidden, weight, labels, backend=available[-1])
-    assert seen == [available[-1]]  # the argument wins
+    fastpref.linear_token_logps(hidden, weight, labels, backend=backend)
+    assert seen == [backend] * 3  # the argument wins
     monkeypatch.setenv("FASTPREF_BACKEND", "cuda")
     with pytest.raises(ValueError, match="^FASTPREF_BACKEND: got 'cuda', expected .*native"):
         fastpref.linear_token_logps(hidden, weight, labels)
-    for value in ("auto", ""):
-        monkeypatch.setenv("FASTPREF_BACKEND", value)
-        assert backends.active() == available[-1]
-        assert backends.active(dtype=torch.float64) == "eager"
+
+
+@pytest.mark.parametrize("value", ["auto", ""])
+def test_the_fastest_backend_that_works_is_chosen(monkeypatch, value):
+    monkeypatch.setenv("FASTPREF_BACKEND", value)
+    fastest = {"cpu": "native", "cuda": "triton"} if machine.HAS_GPU else {"cpu": "native"}
+    for device, name in fastest.items():
+        works = machine.why_not(name) is None
+        assert backends.active(device) == (name if works else "eager")
+        assert backends.active(device, torch.float64) == "eager"
 
 
 def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
@@ -225,7 +228,7 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setenv("FASTPREF_BACKEND", "native")
     with pytest.raises(RuntimeError, match="FASTPREF_BACKEND='native' cannot run here: "):
         fastpref.token_logps(wide, labels)
-    with pytest.raises(RuntimeError, match="meta"):
+    with pytest.raises(RuntimeError, match="not built" if native.problem() else "meta"):
         backends.choose(torch.device("meta"), torch.float32)
 
 
@@ -242,8 +245,6 @@ warnings.simplefilter("error")
 sys.modules["fastpref._cpu"] = None  # what an import finds where it was not built
 import torch, fastpref
 from fastpref import backends
-status = {s.name: s for s in backends.report()}["native"]
-assert not status.works and "_cpu is not built" in status.reason and "compiler" in status.reason
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     assert backends.active() == backends.active() == "eager"
@@ -258,6 +259,8 @@ except RuntimeError as error:
 else:
     raise AssertionError("native was forced and is missing")
 assert not {"transformers", "triton", "datasets", "accelerate", "peft"} & set(sys.modules)
+status = {s.name: s for s in backends.report()}["native"]
+assert not status.works and "_cpu is not built" in status.reason and "compiler" in status.reason
 print("ok")
 """
 

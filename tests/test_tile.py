@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import machine
 import oracle
 import pytest
 import torch
 
-from fastpref.autograd import _in_place
+from fastpref.passes import _in_place
 from fastpref.backends.tile import EXTRAS, Stats, Transform
 
 SHAPES = [(1, 1, 1), (7, 5, 3), (70, 4001, 64)]
@@ -18,11 +19,6 @@ TRANSFORMS = {
     "negative": {"scale": -1.5},
     "all": {"scale": 0.7, "softcap": 11.0, "temperature": 1.3},
 }
-
-
-def _supports(tiles, *dtypes) -> None:
-    if tiles.NAME == "native" and torch.float64 in dtypes:
-        pytest.skip("native has no float64 kernels")
 
 
 def _wide(dtype):
@@ -36,6 +32,10 @@ def _tile(n, vocab, dtype, spread=4.0):
 
 def _labels(n, vocab):
     return torch.randint(vocab, (n,))
+
+
+def _few(tiles, n):
+    return machine.sized(tiles.NAME, n, min(n, 6))
 
 
 def _cuts(vocab):
@@ -72,8 +72,7 @@ def _assert_close(got, truth, dtype, unit=1.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, vocab, _", SHAPES)
 def test_fold(tiles, n, vocab, _, dtype, transform, whole):
-    _supports(tiles, dtype)
-    options = TRANSFORMS[transform]
+    options, n = TRANSFORMS[transform], _few(tiles, n)
     tile, labels = _tile(n, vocab, dtype), _labels(n, vocab)
     z = oracle.transform(tile, **options)
     labels[n // 2 :] = z.argmax(1)[n // 2 :]  # half of the rows are right
@@ -120,8 +119,7 @@ def _gradient_truth(tile, labels, options, coef, entropy_coef):
 @pytest.mark.parametrize("n, vocab, _", SHAPES)
 def test_grad(tiles, n, vocab, _, dtype, out_dtype, transform, with_entropy):
     """D in any dtype, rounded once, whole or in vocabulary tiles, in place or not."""
-    _supports(tiles, dtype)
-    options, wide = TRANSFORMS[transform], _wide(dtype)
+    options, wide, n = TRANSFORMS[transform], _wide(dtype), _few(tiles, n)
     tile, labels = _tile(n, vocab, dtype), _labels(n, vocab)
     labels[n // 3] = -1
     coef = torch.randn(n, dtype=wide)
@@ -178,7 +176,6 @@ def test_masked_vocabulary(tiles, masked, cuts):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_bad_logit_spoils_its_own_row_only(tiles, dtype, bad):
-    _supports(tiles, dtype)
     tile, labels = _tile(5, 300, dtype), _labels(5, 300)
     clean = _fold(tiles, tile, labels, Transform())
     spoilt = tile.clone()
@@ -202,6 +199,7 @@ def test_ignored_rows_have_no_gradient(tiles, bad):
     assert (out[[1, 3]] == 0).all() and out.isfinite().all()
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("gap", [5.0, 9.0, 11.0, 14.0, 20.0, 100.0, 1e4])
 @pytest.mark.parametrize("level", [0.0, 30.0, -30.0])
 def test_saturated_rows(tiles, gap, level):

@@ -1,4 +1,5 @@
-"""A tiny model, tokenizer and preference data for the trainer's tests."""
+"""A tiny model, tokenizer and preference data for the trainer's tests. Skips them where what it is
+made with is not installed."""
 
 from __future__ import annotations
 
@@ -6,13 +7,22 @@ import math
 import random
 from typing import Any
 
+import pytest
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastpref.config import PreferenceConfig
-from fastpref.trainer import PreferenceTrainer
+for needed in ("transformers", "datasets", "accelerate", "peft"):
+    pytest.importorskip(needed)
+
+from datasets import Dataset  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fastpref.config import PreferenceConfig  # noqa: E402
+from fastpref.trainer import PreferenceTrainer  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(180)]
 TEMPLATE = (

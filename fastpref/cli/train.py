@@ -15,12 +15,8 @@ import torch
 import typer
 
 from fastpref import report
+from fastpref.cli.losses import LOSS_HELP, OPTION_HELP, choose_loss
 from fastpref.cli.models import from_pretrained, latest_checkpoint, load_model, lora_config
-
-
-class Loss(str, Enum):
-    dpo = "dpo"
-    ipo = "ipo"
 
 
 class Precision(str, Enum):
@@ -45,7 +41,10 @@ def command(
     data: Annotated[
         str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
     ],
-    loss: Annotated[Loss, typer.Option(help="Preference loss.")] = Loss.dpo,
+    loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
+    loss_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)
+    ] = None,
     output: Annotated[
         Path, typer.Option(help="Where the model, checkpoints, log and plot go.")
     ] = Path("fastpref-output"),
@@ -113,7 +112,7 @@ def command(
     ] = 500,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Train a model on preference pairs with DPO or IPO."""
+    """Train a model on preference pairs with DPO, IPO or another loss."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -128,9 +127,14 @@ def command(
         resume = latest_checkpoint(output)
     elif resume is not None and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume} is not a checkpoint directory")
+    chosen = choose_loss(loss, beta, loss_option or [])
+    if chosen.reference != "required" and reference is not Reference.auto:
+        raise ValueError(f"--reference {reference.value} would not be used by --loss {loss}")
     tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
-    mode = reference_mode(reference, lora, train_set, eval_set)
-    source = reference_text(mode, train_set, eval_set)
+    mode, source = Reference.auto, "none"
+    if chosen.reference == "required":
+        mode = reference_mode(reference, lora, train_set, eval_set)
+        source = reference_text(mode, train_set, eval_set)
     use_bf16 = bf16_is_fast() if bf16 is None else bf16
     if not use_bf16 and precision is Precision.fast:
         raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
@@ -138,7 +142,7 @@ def command(
     pairs_per_step = batch_size * grad_accumulation
     steps = max_steps if max_steps > 0 else math.ceil(epochs * len(train_set) / pairs_per_step)
     console.print(
-        f"{loss.value.upper()} on [bold]{escape(model)}[/bold]: {len(train_set)} pairs"
+        f"{chosen.title} on [bold]{escape(model)}[/bold]: {len(train_set)} pairs"
         + (f", {len(eval_set)} held out" if eval_set is not None else "")
         + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
         f"learning rate {rate:g}, beta {beta:g}, reference: {source}"
@@ -150,8 +154,7 @@ def command(
     output.mkdir(parents=True, exist_ok=True)
     config = PreferenceConfig(
         output_dir=str(output),
-        loss_type=loss.value,
-        beta=beta,
+        **chosen.settings,
         learning_rate=rate,
         num_train_epochs=epochs,
         max_steps=max_steps,
@@ -193,7 +196,7 @@ def command(
             trainer.evaluate()
     trainer.save_model(str(output))
     facts = summarise(trainer, memory, bar)
-    title = f"{loss.value.upper()}, {Path(model).name}, beta {beta:g}"
+    title = f"{chosen.title}, {Path(model).name}, beta {beta:g}"
     report.plot_training(trainer.state.log_history, output / "training.png", title)
     report.write_json(
         output / "training_log.json",

@@ -1,0 +1,272 @@
+"""Linear cross-entropy with cut-cross-entropy's signature, and with torch's own.
+
+    - from cut_cross_entropy import linear_cross_entropy
+    + from fastpref.integrations.cce import linear_cross_entropy
+
+    - torch.nn.functional.linear_cross_entropy(...)
+    + fastpref.integrations.torch_linear_cross_entropy(...)
+
+Both are the negated `linear_token_logps`; docs/cce.md lists what differs from the originals.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.backends.tile import check_number
+from fastpref.logps import linear_token_logps
+
+__all__ = [
+    "LinearCrossEntropy",
+    "LinearCrossEntropyImpl",
+    "linear_cross_entropy",
+    "torch_linear_cross_entropy",
+]
+
+_REDUCTIONS = ("mean", "sum", "none")
+_ROWS = 8192
+
+
+class LinearCrossEntropyImpl(enum.IntEnum):
+    """cut-cross-entropy's implementations, for code that names them; they make no difference."""
+
+    CCE = enum.auto()
+    TORCH_COMPILE = enum.auto()
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = False,
+    filter_eps: float | str | None = "high",
+    impl: str | LinearCrossEntropyImpl = LinearCrossEntropyImpl.CCE,
+    *,
+    bias: Tensor | None = None,
+    **head: Any,
+) -> Tensor:
+    """Cross-entropy of softcap(e c^T + bias) without the logits (Wijmans et al., arXiv:2411.09009).
+
+    Args:
+        e: [..., H] hidden states. c: [V, H] head, in e's dtype. bias: [V] or None.
+        targets: [...] int64; ignore_index where a position does not count.
+        softcap: s in s * tanh(logits / s), or None.
+        reduction: "mean" over the positions that count, "sum" or "none".
+        shift: e[..., t, :] predicts targets[..., t + shift]; True is 1, and no copy of e is made.
+        filter_eps: checked and without effect: no gradient is filtered away.
+        impl: checked and without effect.
+        head: scale, temperature, strategy, memory_budget, precision, fused, backend of
+            `linear_token_logps`.
+
+    Returns:
+        [] or, with "none", [...] ([..., T - shift] with shift), 0 where ignored; float32, or
+        float64 for float64 inputs. The mean over no position is 0 and connected to the graph.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, an unknown reduction, filter_eps or
+            impl, a target outside [0, V).
+    """
+    if isinstance(filter_eps, str):
+        if filter_eps not in ("auto", "high"):
+            raise ValueError(
+                f"filter_eps: got {filter_eps!r}, expected a number, 'auto', 'high' or None"
+            )
+    elif filter_eps is not None:
+        check_number("filter_eps", filter_eps)
+    if not isinstance(impl, LinearCrossEntropyImpl) and impl not in ("cce", "torch_compile"):
+        raise ValueError(f"impl: got {impl!r}, expected 'cce' or 'torch_compile'")
+    by = int(shift)
+    _check("e", e, "c", c, "targets", targets, reduction)
+    if by < 0 or by and (targets.dim() < 1 or targets.shape[-1] < by):
+        raise ValueError(
+            f"shift: got {shift!r} with targets {tuple(targets.shape)}, expected False, True or a "
+            "number of positions that there are"
+        )
+    labels = targets
+    if by:  # moving the labels costs less than slicing the hidden states
+        labels = torch.full_like(targets, ignore_index)
+        labels[..., :-by] = targets[..., by:]
+    losses = -_logps(e, c, labels, bias, ignore_index, softcap=softcap, **head)
+    if reduction == "none":
+        return losses[..., :-by] if by else losses
+    total = losses.sum()
+    return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
+
+
+class LinearCrossEntropy(nn.Module):
+    """`linear_cross_entropy` with its options fixed at construction."""
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        filter_eps: float | str | None = "high",
+        shift: bool | int = False,
+        impl: str | LinearCrossEntropyImpl = LinearCrossEntropyImpl.CCE,
+        **head: Any,
+    ):
+        super().__init__()
+        self.ignore_index, self.softcap, self.reduction = ignore_index, softcap, reduction
+        self.filter_eps, self.shift, self.impl, self.head = filter_eps, shift, impl, head
+
+    def forward(self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear_cross_entropy(
+            e,
+            c,
+            targets,
+            self.ignore_index,
+            self.softcap,
+            self.reduction,
+            self.shift,
+            self.filter_eps,
+            self.impl,
+            bias=bias,
+            **self.head,
+        )
+
+
+def torch_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    **head: Any,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` (torch 2.13) without the logits.
+
+    With w the class weights and e the label smoothing, a position's loss is
+    -(1 - e) w_y log p_y - e/V sum_v w_v log p_v, and the mean divides by the sum of the w_y. The
+    second term needs no logits either: sum_v w_v log p_v = x . (W^T w) + b . w - lse sum_v w_v.
+    Its part of the head's gradient is a second tensor of the head's size.
+
+    Args:
+        input: [H] or [..., H]. linear_weight: [V, H]. linear_bias: [V] or None.
+        target: [] or [...] int64. weight: [V] or None.
+        ignore_index: default -100.
+        options: without effect: tiles follow `memory_budget`, here or in `linear_token_logps`.
+        head: softcap, scale and temperature (without label_smoothing), strategy, memory_budget,
+            precision, fused, backend of `linear_token_logps`.
+
+    Returns:
+        [] or, with reduction "none", like target; float32 (float64 for float64 inputs), where
+        torch returns the input's dtype. The mean over no position is 0 instead of NaN.
+
+    Raises:
+        ValueError: class probabilities as target or a K-dimensional loss, which need a tensor of
+            the logits' size anyway; and as `linear_cross_entropy`.
+    """
+    if linear_weight.dim() != 2:
+        raise ValueError(
+            f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [V, H]; for a "
+            "K-dimensional loss use torch.nn.functional.linear_cross_entropy"
+        )
+    if target.dtype.is_floating_point:
+        raise ValueError(
+            f"target: got {str(target.dtype)[6:]}, expected int64 class indices; class "
+            "probabilities are as large as the logits: use "
+            "torch.nn.functional.linear_cross_entropy"
+        )
+    check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}, expected a value in [0, 1]")
+    if weight is not None and weight.shape != linear_weight.shape[:1]:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected [{linear_weight.shape[0]}]"
+        )
+    _check("input", input, "linear_weight", linear_weight, "target", target, reduction)
+    for name in ("scale", "softcap", "temperature"):
+        if label_smoothing and name in head:
+            raise ValueError(f"{name}: not supported with label_smoothing")
+    ignored = -100 if ignore_index is None else ignore_index
+    logps = _logps(input, linear_weight, target, linear_bias, ignored, **head)
+    counted = target != ignored
+    labels = target.masked_fill(~counted, 0)
+    own = counted.to(logps.dtype)
+    if weight is not None:
+        own = own * weight.to(logps.dtype)[labels]
+    losses = -logps * own
+    if label_smoothing:
+        inputs = input, linear_weight, linear_bias, labels, weight
+        rest = _smooth(*inputs, logps).masked_fill(~counted, 0.0)
+        share = label_smoothing / linear_weight.shape[0]
+        losses = (1 - label_smoothing) * losses + share * rest
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    size = own.sum()
+    return total / (size + (size == 0))
+
+
+def _smooth(
+    x: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    weight: Tensor | None,
+    logps: Tensor,
+) -> Tensor:
+    """-sum_v w_v log p_v of every position [...], from the label's log-prob."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):  # the logits of which logps are made
+        x, head = (t.to(torch.get_autocast_dtype(kind)) for t in (x, head))
+    wide = logps.dtype
+    with torch.autocast(kind, enabled=False):
+        x = x.to(wide)
+        rows = head.index_select(0, labels.reshape(-1)).view(*labels.shape, -1)
+        own = (x * rows.to(wide)).sum(-1)
+        w = own.new_ones(head.shape[0]) if weight is None else weight.to(wide)
+        parts = zip(w.split(_ROWS), head.split(_ROWS), strict=True)  # no wide copy of the head
+        every = x @ sum(a @ rows.to(wide) for a, rows in parts)
+        if bias is not None:
+            own = own + bias.to(wide)[labels]
+            every = every + bias.to(wide) @ w
+        return (own - logps) * w.sum() - every
+
+
+def _logps(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignored: int, **head: Any
+) -> Tensor:
+    out = linear_token_logps(hidden, weight, labels, bias, ignore_index=ignored, **head)
+    if not isinstance(out, Tensor):
+        raise ValueError("extras: not an option of a cross-entropy; use linear_token_logps")
+    return out
+
+
+def _check(
+    x_name: str,
+    x: Tensor,
+    head_name: str,
+    head: Tensor,
+    labels_name: str,
+    labels: Tensor,
+    reduction: str,
+) -> None:
+    """Under the caller's names; `linear_token_logps` checks the rest."""
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
+    if head.dim() != 2 or x.dim() < 1 or x.shape[-1] != head.shape[1]:
+        raise ValueError(
+            f"{x_name}: got shape {tuple(x.shape)} with {head_name} {tuple(head.shape)}, expected "
+            "[..., H] and [V, H]"
+        )
+    if labels.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{labels_name}: got shape {tuple(labels.shape)}, expected {tuple(x.shape[:-1])}, "
+            f"that of {x_name} without its last dimension"
+        )

@@ -1,0 +1,302 @@
+"""Liger-Kernel's chunked preference losses, by name, argument order and return values.
+
+    - from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+    + from fastpref.integrations.liger import LigerFusedLinearDPOLoss
+
+The values are those of Liger 0.8.5; docs/liger.md lists where they differ and why. Nothing here
+imports Liger.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpref.backends.tile import check_number
+from fastpref.integrations.liger_base import LigerLoss, PairedLoss, log1mexp
+from fastpref.loss_table import LOSSES
+from fastpref.losses import LossOptions, preference_loss
+
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+]
+
+
+_DPO = tuple(name for name, loss in LOSSES.items() if loss.reference == "required")
+
+
+class LigerFusedLinearDPOLoss(PairedLoss):
+    """DPO and its relatives (Rafailov et al. 2023, arXiv:2305.18290).
+
+    loss_type: Liger's sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero,
+    apo_down and discopop, and ipo (token mean), sigmoid_norm, aot and aot_unpaired, which Liger
+    refuses. loss = alpha * nll + mean loss of the pairs. compiled and chunk_size have no effect.
+    head: precision, strategy, memory_budget, backend of `fastpref.linear_token_logps`.
+
+    Raises:
+        ValueError: an unknown loss_type; a label_smoothing or discopop_tau that the loss_type does
+            not use (Liger drops it); exo_pair without label_smoothing; one outside [0, 0.5).
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+        **head: Any,
+    ):
+        numbers = dict(alpha=alpha, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+        super().__init__(ignore_index, beta, compiled, chunk_size, head, **numbers)
+        if loss_type not in _DPO:
+            raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(_DPO)}")
+        if label_smoothing != 0 and loss_type in ("sigmoid", "sigmoid_norm"):
+            raise ValueError(
+                f"label_smoothing: loss_type {loss_type!r} does not use it in Liger, which drops "
+                "it; for cDPO use fastpref.FusedLinearDPOLoss(label_smoothing=...)"
+            )
+        self._options: dict[str, Any] = dict(
+            loss_type=loss_type,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            discopop_tau=discopop_tau,
+            reference_free=not use_ref_model,
+        )
+        LossOptions(**self._options)
+        self.alpha, self.compute_nll_loss, self.use_ref_model = (
+            alpha,
+            compute_nll_loss,
+            use_ref_model,
+        )
+        self.average_log_prob, self.loss_type = average_log_prob, loss_type
+        self.label_smoothing, self.discopop_tau = label_smoothing, discopop_tau
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """lin_weight [V, H], _input [2B, T, H], target [2B, T] int64, already shifted.
+
+        The reference is ref_input [2B, T, H] under ref_weight (default: the policy's head), or
+        ref_logps [2B]: sums over each sequence's labelled tokens, means with average_log_prob.
+
+        Returns loss [] and, without gradients, (chosen_logps [B], rejected_logps [B],
+        chosen_logits_mean [], rejected_logits_mean [], nll_loss [], chosen_rewards [B],
+        rejected_rewards [B]).
+        """
+        average = self.average_log_prob
+        scores = self._scores(lin_weight, _input, target, bias, average, self.compute_nll_loss)
+        policy = _input, lin_weight, bias
+        given = ref_input, ref_weight, ref_bias, ref_logps
+        ref = self._reference(self.use_ref_model, target, average, policy, *given)
+        refs = (None, None) if ref is None else ref.to(scores.chosen).chunk(2)
+        chosen_lengths, rejected_lengths = scores.lengths
+        out = preference_loss(
+            scores.chosen,
+            scores.rejected,
+            *refs,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            **self._options,
+        )
+        return scores.result(self.alpha * scores.nll + out.loss, *out[1:])
+
+
+class LigerFusedLinearCPOLoss(PairedLoss):
+    """CPO (Xu et al. 2024, arXiv:2401.08417): DPO's loss with a uniform reference, plus the NLL.
+
+    Sums of log-probs unless average_log_prob. label_smoothing e: -(1-e) log sigmoid(x) -
+    e log sigmoid(-x). compiled and chunk_size have no effect; head as in the DPO class.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        **head: Any,
+    ):
+        numbers = dict(alpha=alpha, label_smoothing=label_smoothing)
+        super().__init__(ignore_index, beta, compiled, chunk_size, head, **numbers)
+        self.alpha, self.label_smoothing = alpha, label_smoothing
+        self.compute_nll_loss, self.average_log_prob = compute_nll_loss, average_log_prob
+        # nll_weight: `_scores` has the NLL already.
+        self._options: dict[str, Any] = dict(
+            loss_type="cpo", beta=beta, label_smoothing=label_smoothing, nll_weight=0.0
+        )
+        LossOptions(**self._options)
+        self._margin = 0.0
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Arguments and returns as the DPO class's, without a reference."""
+        average = self.average_log_prob
+        scores = self._scores(lin_weight, _input, target, bias, average, self.compute_nll_loss)
+        margin = torch.full_like(scores.chosen, self._margin)
+        given = scores.chosen, scores.rejected
+        out = preference_loss(*given, margin=margin, **self._options)
+        return scores.result(self.alpha * scores.nll + out.loss, *out[1:])
+
+
+class LigerFusedLinearSimPOLoss(LigerFusedLinearCPOLoss):
+    """SimPO (Meng et al. 2024, arXiv:2405.14734): token-mean log-probs and a margin gamma.
+
+    As in Liger the NLL is on by default; compute_nll_loss=False gives SimPO alone.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        gamma: float = 0.5,
+        chunk_size: int = 1,
+        **head: Any,
+    ):
+        check_number("gamma", gamma)
+        shared = ignore_index, beta, alpha, label_smoothing, compute_nll_loss, compiled
+        super().__init__(*shared, True, chunk_size, **head)
+        self.gamma = self._margin = gamma
+
+
+class LigerFusedLinearORPOLoss(PairedLoss):
+    """ORPO (Hong et al. 2024, arXiv:2403.07691): NLL - beta log sigmoid(log-odds ratio).
+
+    On token-mean log-probs. compiled and chunk_size have no effect; head as in the DPO class.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        chunk_size: int = 1,
+        **head: Any,
+    ):
+        super().__init__(ignore_index, beta, compiled, chunk_size, head)
+        self.compute_nll_loss = compute_nll_loss
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        nll_target: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """nll_target [2B, T] (its chosen half counts): labels of the NLL, default target.
+
+        Returns as the DPO class's, and then log_odds_ratio [] and log_odds_chosen [].
+        """
+        nll = self.compute_nll_loss
+        scores = self._scores(lin_weight, _input, target, bias, True, nll, nll_target)
+        chosen, rejected = scores[:2]
+        log_odds = chosen - rejected - log1mexp(chosen) + log1mexp(rejected)
+        pairs = max(chosen.shape[0], 1)
+        ratio = F.logsigmoid(log_odds).sum() / pairs
+        loss = scores.nll - self.beta * ratio
+        rewards = self.beta * chosen, self.beta * rejected
+        return scores.result(loss, *rewards, ratio, log_odds.sum() / pairs)
+
+
+class LigerFusedLinearKTOLoss(LigerLoss):
+    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): 1 - sigmoid(+-beta (logratio - kl)).
+
+    desirable_weight, undesirable_weight: factors on the two kinds' losses, which Liger has not.
+    compiled and chunk_size have no effect; head as in the DPO class.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compiled: bool = True,
+        use_ref_model: bool = False,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        *,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        **head: Any,
+    ):
+        weights = dict(desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+        super().__init__(ignore_index, beta, compiled, chunk_size, head, **weights)
+        self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+
+    def forward(
+        self,
+        _input: Tensor,
+        lin_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        preference_labels: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        kl: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """_input [B, T, H] comes first here, as in Liger; preference_labels [B] bool.
+
+        kl: [] or [B], without gradient. Returns loss [] and, without gradients, sums over the
+        sequences of each kind: (chosen_logps, rejected_logps, chosen_logits, rejected_logits,
+        chosen_rewards, rejected_rewards), all [].
+        """
+        self._check(_input, lin_weight, target, paired=False)
+        size = target.shape[:1]
+        if preference_labels is None or preference_labels.dtype != torch.bool:
+            given = None if preference_labels is None else str(preference_labels.dtype)[6:]
+            raise ValueError(f"preference_labels: got {given}, expected a bool tensor {[*size]}")
+        if preference_labels.shape != size:
+            raise ValueError(
+                f"preference_labels: got shape {tuple(preference_labels.shape)}, expected {[*size]}"
+            )
+        if kl is not None and kl.numel() != 1 and kl.shape != size:
+            raise ValueError(f"kl: got shape {tuple(kl.shape)}, expected [] or {[*size]}")
+        average, good = self.average_log_prob, preference_labels
+        logps = self._sums(self._tokens(_input, lin_weight, target, bias), target, average)
+        policy = _input, lin_weight, bias
+        given_ref = ref_input, ref_weight, ref_bias, ref_logps
+        ref = self._reference(self.use_ref_model, target, average, policy, *given_ref)
+        ratios = logps if ref is None else logps - ref.to(logps)
+        x = self.beta * (ratios if kl is None else ratios - kl.detach().reshape(-1).to(ratios))
+        losses = torch.sigmoid(torch.where(good, -x, x))
+        losses = losses * torch.where(good, self.desirable_weight, self.undesirable_weight)
+        loss = losses.sum() / max(size[0], 1)
+        rewards = self.beta * ratios
+        sums = [(t * mask).sum() for t in (logps, rewards) for mask in (good, ~good)]
+        logits = self._logit_means(_input, lin_weight, bias, good)
+        logits *= torch.stack([good.sum(), (~good).sum()]) * (target.shape[1] * lin_weight.shape[0])
+        return loss, tuple(t.detach() for t in (*sums[:2], *logits, *sums[2:]))

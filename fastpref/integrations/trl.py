@@ -1,0 +1,321 @@
+"""`patch_trl`: TRL's trainers run on our operation, with no other change.
+
+TRL's DPO, KTO, GRPO, RLOO and SFT trainers give their model a forward pass that returns per-token
+log-probabilities (`trl.trainer.utils.add_fused_lm_head`). It looks two names up on every call:
+`_ChunkedLogProbFunction`, which computes them, and `_use_triton`, which says whether the positions
+without a label are dropped first. Those two are replaced: trainers made before or after take part.
+
+An adapter on the output layer needs two more names, which only differ for a model that has one: the
+class that the trainers refuse as an output layer, and `add_fused_lm_head` itself, since TRL passes
+the layer's weight on but not the layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from types import MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.head_layers import read_layer
+from fastpref.integrations.adapters import adapter_options
+from fastpref.logps import TokenStats, linear_token_logps
+from fastpref.options import HeadOptions
+
+_UTILS = "trl.trainer.utils"
+_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "sft"))
+_FUNCTION = _UTILS, "_ChunkedLogProbFunction"
+_COMPACT = _UTILS, "_use_triton"
+_ADD, _ADAPTED = "add_fused_lm_head", "BaseTunerLayer"
+# What TRL passes, in this order. Another list of names means another contract, which is refused.
+_PARAMETERS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+# TRL's names of the extra outputs in the order in which it expects them, and ours.
+_OUTPUTS = {
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+}
+# Where dropping the positions without a label costs no recompilation, as it does on accelerators
+# whose graphs are compiled for one shape.
+_COMPACT_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+Names = dict[tuple[str, str], Any]  # values of (module, attribute)
+_originals: Names = {}
+_layers: list[nn.Module] = []  # the adapted output layer of the model that is running, if it is one
+
+
+class FusedLogProbs:
+    """Stands where TRL has its autograd function: `apply` has the same arguments and outputs."""
+
+    def __init__(self, options: dict[str, Any]):
+        self.options = options
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = tuple(_OUTPUTS),
+    ) -> tuple[Tensor | None, ...]:
+        """hidden [N, H], weight [V, H], bias [V] or None, targets [N] int64 in [0, V).
+
+        Returns log_probs and, where `outputs` names them, else None: entropy, log_sum_sq_probs,
+        mean_logits and is_top1, each [N]. log_probs and entropy are differentiable, as in TRL.
+        chunk_size has no effect: `fastpref.plan_head` chooses the tiles, and patch_trl's
+        memory_budget bounds them.
+        """
+        kind = hidden.device.type
+        adapter: dict[str, Any] = {}
+        if _layers:
+            layer = read_layer(_layers[-1])
+            adapter = adapter_options(hidden, layer)
+            weight, bias = layer.weight, adapter.pop("bias")
+        if not torch.is_autocast_enabled(kind):  # TRL computes in the hidden states' dtype
+            weight = weight.to(hidden.dtype)
+        if bias is not None:
+            bias = bias.to(weight.dtype)
+        # Every target counts; on a GPU, knowing that saves a synchronisation.
+        every = None if kind == "cpu" else torch.arange(targets.shape[0], device=targets.device)
+        out = linear_token_logps(
+            hidden,
+            weight,
+            targets,
+            bias,
+            scale=logit_scale,
+            softcap=final_logit_softcapping,
+            temperature=temperature,
+            extras=tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs),
+            token_indices=every,
+            **adapter,
+            **self.options,
+        )
+        stats = out if isinstance(out, TokenStats) else TokenStats(out)
+        if hasattr(weight, "ds_status") and not torch.compiler.is_compiling():
+            _gather_in_backward(stats.logps, weight, bias)
+        return stats.logps, *(getattr(stats, ours) for ours in _OUTPUTS.values())
+
+
+def _gather_in_backward(logps: Tensor, *parameters: Tensor | None) -> None:
+    """DeepSpeed ZeRO-3 partitions the head again after the forward pass; the backward pass may read
+    it once more (`strategy="recompute"`, the entropy's gradient) and must return its whole shape.
+    """
+    node = logps.grad_fn
+    while node is not None and node.name() != "LinearTokenLogpsBackward":
+        node = node.next_functions[0][0]
+    if node is None:
+        return
+    gathered = contextlib.ExitStack()
+
+    def enter(_: Any) -> None:
+        utils = importlib.import_module(_UTILS)
+        gathered.enter_context(utils.maybe_gather_lm_head_ctx(*parameters))
+
+    node.register_prehook(enter)
+    node.register_hook(lambda *_: gathered.close())
+
+
+class TRLPatch:
+    """What `patch_trl` returns: as a context manager it puts back what was there before it."""
+
+    def __init__(self, before: Names, text: str):
+        self._before, self._text = before, text
+
+    def __enter__(self) -> TRLPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _assign(self._before)
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def patch_trl(
+    *,
+    precision: str = "exact",
+    strategy: str = "auto",
+    memory_budget: int | None = None,
+    backend: str | None = None,
+) -> TRLPatch:
+    """Run TRL's DPO, KTO, GRPO, RLOO and SFT trainers on `linear_token_logps`.
+
+    Call it anywhere before `trainer.train()`; `unpatch_trl()` undoes it, and so does the end of a
+    `with patch_trl():` block. Losses, metrics and outputs are TRL's, to rounding. What changes:
+    the logits of 16-bit models stay in fp32, the backward pass computes them once less, positions
+    without a label are skipped on CPUs too, and LoRA and DoRA on the output layer, which TRL
+    refuses, are trained (call it before the trainer is made, then). Calling it again replaces the
+    options.
+
+    Args:
+        precision, strategy, memory_budget, backend: as in `linear_token_logps`.
+
+    Returns:
+        A handle that is a context manager.
+
+    Raises:
+        ImportError: TRL is not installed. RuntimeError: this version of TRL has no fused head
+        (before 1.15), or one with other arguments than those known here. ValueError: a bad option.
+    """
+    options: dict[str, Any] = dict(
+        precision=precision, strategy=strategy, memory_budget=memory_budget, backend=backend
+    )
+    # A reference without gradients takes the same kernels as the policy: the first margins are 0.
+    options["fused"] = False
+    HeadOptions(**options)
+    try:
+        trl = importlib.import_module("trl")
+        utils = importlib.import_module(_UTILS)
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl", "trl.trainer", _UTILS):
+            raise
+        raise ImportError(f"patch_trl: {error}; run: pip install 'trl>=1.16'") from error
+    version = f"TRL {getattr(trl, '__version__', '(unknown version)')}"
+    if not _originals:
+        _check_contract(utils, version)
+        _originals.update(_find(utils))
+    before = {place: getattr(sys.modules[place[0]], place[1]) for place in _originals}
+    _assign({place: _ours(place, FusedLogProbs(options)) for place in _originals})
+    shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "fused")
+    return TRLPatch(before, f"<fastpref in {version}: {shown}>")
+
+
+def unpatch_trl() -> None:
+    """Put TRL's own implementation back; does nothing where `patch_trl` was not called."""
+    _assign(_originals)
+
+
+def _assign(values: Mapping[tuple[str, str], Any]) -> None:
+    for (module, name), value in values.items():
+        setattr(sys.modules[module], name, value)
+
+
+def _find(utils: ModuleType) -> Names:
+    """The names that are replaced, with TRL's own values."""
+    places = [_FUNCTION, (_UTILS, _ADD)]
+    if hasattr(utils, _COMPACT[1]):  # TRL 1.15 drops ignored positions on every device
+        places.append(_COMPACT)
+    for name in _TRAINERS:
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # a trainer whose own dependencies are missing cannot be used anyway
+            continue
+        if hasattr(module, _ADD):
+            places += [
+                (name, attribute) for attribute in (_ADD, _ADAPTED) if hasattr(module, attribute)
+            ]
+    return {place: getattr(sys.modules[place[0]], place[1]) for place in places}
+
+
+def _ours(place: tuple[str, str], function: FusedLogProbs) -> Any:
+    if place == _FUNCTION:
+        return function
+    if place == _COMPACT:
+        return _compact
+    return _add_fused_lm_head if place[1] == _ADD else _RefusedLayer
+
+
+def _compact(device: torch.device) -> bool:
+    return device.type in _COMPACT_DEVICES or _originals[_COMPACT](device)
+
+
+class _Refused(type):
+    """isinstance(layer, _RefusedLayer): whether a PEFT layer cannot be the output layer."""
+
+    def __instancecheck__(cls, layer: Any) -> bool:
+        if not _is_adapted(layer):
+            return False
+        try:
+            read_layer(layer)
+        except ValueError:
+            return True
+        return False
+
+
+class _RefusedLayer(metaclass=_Refused):
+    """Stands where TRL has PEFT's class of adapted layers, all of which it refuses."""
+
+
+def _is_adapted(layer: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(layer, BaseTunerLayer)
+
+
+def _add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
+    """TRL's own, and for an adapted output layer a forward pass that leaves it where we find it."""
+    add: Callable[..., None] = _originals[_UTILS, _ADD]
+    add(model, *args, **kwargs)
+    if "peft" not in sys.modules or not _is_adapted(model.get_output_embeddings()):
+        return
+    if inspect.signature(add).bind(model, *args, **kwargs).arguments.get("cast_lm_head_to_fp32"):
+        raise ValueError(
+            "cast_lm_head_to_fp32: got True with an adapter on the output layer, which TRL would "
+            "leave out when it generates; expected False"
+        )
+    inner = model.forward
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return inner(*args, **kwargs)
+        if not isinstance(getattr(sys.modules[_UTILS], _FUNCTION[1]), FusedLogProbs):
+            raise RuntimeError(
+                "the model has an adapter on its output layer, which TRL alone would ignore; "
+                "expected fastpref.patch_trl() to be active while it trains"
+            )
+        _layers.append(self.get_output_embeddings())
+        try:
+            return inner(*args, fused_lm_head=True, **kwargs)
+        finally:
+            _layers.pop()
+
+    model.forward = MethodType(forward, model)
+
+
+def _check_contract(utils: ModuleType, version: str) -> None:
+    """Raise RuntimeError unless TRL's fused head calls what we replace in the way we expect."""
+    if not hasattr(utils, _ADD) or not hasattr(utils, _FUNCTION[1]):
+        raise RuntimeError(
+            f"patch_trl: {version} has no fused output head (trl.trainer.utils.add_fused_lm_head); "
+            "expected TRL 1.15 or newer: pip install 'trl>=1.16'. fastpref.PreferenceTrainer has "
+            "the same options and needs no TRL"
+        )
+    theirs = getattr(utils, _FUNCTION[1])
+    if theirs is None:  # TRL 1.15 without Triton, whose trainers run only with the patch
+        return
+    names = tuple(inspect.signature(theirs.forward).parameters)[1:]
+    outputs = getattr(
+        importlib.import_module("trl.kernels.chunked_logprob"), "OPTIONAL_OUTPUTS", ()
+    )
+    for what, given, expected in (
+        ("arguments", names, _PARAMETERS),
+        ("outputs", tuple(outputs), tuple(_OUTPUTS)),
+    ):
+        if given != expected:
+            raise RuntimeError(
+                f"patch_trl: the fused output head of {version} has the {what} "
+                f"{', '.join(given)}; expected {', '.join(expected)}. A newer fastpref may know it"
+            )
