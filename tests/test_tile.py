@@ -9,8 +9,8 @@ import oracle
 import pytest
 import torch
 
-from fastpref.passes import _in_place
 from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.passes import _in_place
 
 SHAPES = [(1, 1, 1), (7, 5, 3), (70, 4001, 64)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Vocabulary rows widened at a time: on a CPU 4 MiB at H = 1024, which stay in cache; on a GPU enough
+# Vocabulary rows widened at a time: on a CPU 4 MiB at H = 1024, which stay in cache; on a GPU many,
 # to keep it busy.
 _SLICE = {"cpu": 1024, "cuda": 16384}
 
