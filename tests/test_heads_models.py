@@ -112,6 +112,20 @@ def test_load_balancing_loss_is_the_models_own(name):
     assert model(**call) is None
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_load_balancing_loss_under_gradient_checkpointing(name):
+    model, found = causal(name).train(), []
+    install_head_forward(model)
+    inputs = dict(families.batch(), output_router_logits=True)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = model(**inputs, head_fn=lambda hidden, head, aux: hidden.square().mean() + aux)
+        loss.backward()
+        found.append((loss.detach(), families.gradients(model)))
+    torch.testing.assert_close(*found)
+
+
 def test_load_balancing_losses_of_another_form_are_refused():
     inputs = families.batch()
     for name, why in (("llama", "returns no router logits"), ("doge", "in a way of its own")):
