@@ -285,8 +285,17 @@ def test_a_forward_that_was_replaced_before_comes_back_and_one_after_is_refused(
         uninstall_head_forward(inner)
 
 
-def test_accelerate_prepares_a_model_with_a_head_forward():
+@pytest.fixture
+def fresh_accelerate():
+    """Its settings are the process's: other tests' trainers have theirs."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_prepares_a_model_with_a_head_forward(fresh_accelerate):
+    accelerate = fresh_accelerate
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     inner, inputs = model(), families.batch()
     install_head_forward(inner)

@@ -31,7 +31,7 @@ PLANS = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def tiles_of_40_rows(monkeypatch):
     """In fp32, on any device: a GPU's own tiles would hold all of what is tested here."""
     monkeypatch.setattr(fastpref.plan, "_TILE_BYTES_PER_COLUMN", {"cpu": 160, "cuda": 160})
@@ -94,6 +94,7 @@ def _expected(device, dtype, transform, size):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("tiles_of_40_rows")
 def test_no_less_exact_than_eager(backend, dtype, transform, plan, precision):
     problem = _problem(dtype, transform, _size(backend))
     options = TRANSFORMS[transform] | PLANS[plan]
@@ -212,6 +213,7 @@ def test_a_sum_over_512_tokens_is_exact(backend):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("tiles_of_40_rows")
 def test_policy_and_reference_agree_to_the_bit(backend, dtype, precision, plan):
     """With and without gradients, from run to run, whichever strategy: margins are 0 at step 0."""
     problem = _problem(dtype, "softcap", _size(backend))

@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
     dtype = torch.promote_types(out.dtype, _gemm_dtype(x))
     if x.dtype == out.dtype == dtype:
         if bias is None:
-            torch.mm(x, weight.t(), out=out)
+            _mm(x, weight.t(), out)
         else:
             torch.addmm(bias.to(dtype), x, weight.t(), out=out)
         return
@@ -53,11 +53,27 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
             out[:, a:b] = tile
 
 
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, summed in fp32 to the end: by default torch lets a GPU's library add the parts of
+    a long 16-bit sum in 16 bits."""
+    if not (a.is_cuda and a.dtype.itemsize == 2):
+        torch.mm(a, b, out=out)
+        return
+    settings = torch.backends.cuda.matmul
+    name = f"allow_{'bf16' if a.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
+    before = getattr(settings, name)
+    setattr(settings, name, False)
+    try:
+        torch.mm(a, b, out=out)
+    finally:
+        setattr(settings, name, before)
+
+
 def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
     """out [n, H] = d [n, V] @ weight [V, H]: the sum over the whole vocabulary, rounded once."""
     dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
-        torch.mm(d, weight, out=out)
+        _mm(d, weight, out)
     else:
         total = torch.zeros(out.shape, dtype=dtype, device=out.device)
         for a, b in _slices(weight.shape[0], weight):
@@ -69,7 +85,7 @@ def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
     """out [v, H] = d [N, v]^T @ x [N, H]: the sum over all tokens, rounded once."""
     dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
-        torch.mm(d.t(), x, out=out)
+        _mm(d.t(), x, out)
     elif _has_wide_gemm(d) and out.dtype == torch.float32:
         torch.mm(d.t(), x, out_dtype=torch.float32, out=out)
     else:
