@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, summed in fp32 to the end: by default torch lets a GPU's library add the parts of
+    """out = a @ b, summed in fp32 to the end: by default torch lets a GPU add the parts of
     a long 16-bit sum in 16 bits."""
     if not (a.is_cuda and a.dtype.itemsize == 2):
         torch.mm(a, b, out=out)
