@@ -252,6 +252,9 @@ def compact(
         check_indices(index, flat, options.ignore_index)
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, head.weight.shape[0])
+    if not backends.may_synchronise(y.device):
+        # A negative label that got here is a mistake, not an ignored token: NaN, as any other.
+        y = y.masked_fill(y < 0, head.weight.shape[0])
     call = plan_call(rows, head, y.shape[0], options, extras, grads)
     up = None if head.up is None else adjacent(head.up)
     head = head._replace(weight=adjacent(head.weight), up=up)

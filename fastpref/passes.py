@@ -238,10 +238,11 @@ def _logits_again(call: LinearCall, states: States, head: Head, kept: int):
     x, low = states
     n = x.shape[0]
     rest = States(x[kept:], None if low is None else low[kept:])
-    size = n * min(call.plan.block_vocab, call.plan.vocab_size)
-    buffer = x.new_empty(size, dtype=tile_dtype(x.dtype, call.plan.precision))
+    dtype = tile_dtype(x.dtype, call.plan.precision)
+    buffer = x.new_empty(n * padded_rows(n, call.plan.block_vocab, dtype)[1], dtype=dtype)
     for a, b in _slices(call):
-        tile = buffer[: n * (b - a)].view(n, b - a)
+        width = padded_rows(n, b - a, dtype)[1]
+        tile = buffer[: n * width].view(n, width)[:, : b - a]
         part = head.part(a, b, x.dtype)
         _logits(call, rest, part, tile[kept:])
         yield a, b, tile, part

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as fastpref.kernels. Empty until the Triton backend lands."""
+"""Triton kernels, installed as fastpref.kernels; fastpref.backends.triton launches them."""

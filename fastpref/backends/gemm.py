@@ -74,6 +74,8 @@ def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
     dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
         _mm(d, weight, out)
+    elif _has_wide_gemm(d) and out.dtype == torch.float32:
+        torch.mm(d, weight, out_dtype=torch.float32, out=out)
     else:
         total = torch.zeros(out.shape, dtype=dtype, device=out.device)
         for a, b in _slices(weight.shape[0], weight):
