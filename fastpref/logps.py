@@ -256,9 +256,7 @@ def compact(
         # A negative label that got here is a mistake, not an ignored token: NaN, as any other.
         y = y.masked_fill(y < 0, head.weight.shape[0])
     call = plan_call(rows, head, y.shape[0], options, extras, grads)
-    up = None if head.up is None else adjacent(head.up)
-    head = head._replace(weight=adjacent(head.weight), up=up)
-    return PreparedLogps(rows, low, head, y.contiguous(), index, labels.shape, call)
+    return PreparedLogps(rows, low, adjacent_head(head), y.contiguous(), index, labels.shape, call)
 
 
 def token_logps(
@@ -369,6 +367,12 @@ def sequence_logps(
 def adjacent(rows: Tensor) -> Tensor:
     """A matrix whose columns lie next to each other, as every kernel expects: a copy if need be."""
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def adjacent_head(head: Head) -> Head:
+    """The head with its matrices as in `adjacent`."""
+    up = None if head.up is None else adjacent(head.up)
+    return head._replace(weight=adjacent(head.weight), up=up)
 
 
 def scatter(values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:

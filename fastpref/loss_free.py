@@ -78,10 +78,11 @@ def orpo(pairs: Pairs) -> Tensor:
     (an empty one, too) counts as 1 minus the dtype's epsilon, without a gradient. Gradient in l_w:
     -beta sig(o_l - o_w) / (|y_w| (1 - exp(a_w))).
     """
-    chosen, rejected = (_log_odds(mean) for mean in pairs.mean_logps())
+    chosen, rejected = (log_odds(mean) for mean in pairs.mean_logps())
     return pairs.beta * pairs.expected(logistic, chosen - rejected)
 
 
-def _log_odds(logp: Tensor) -> Tensor:
+def log_odds(logp: Tensor) -> Tensor:
+    """logp - log(1 - exp(logp)), finite at 0, where an answer without a token is."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpref.autograd import gradients, logits_backward, logits_forward, pick_states, unpick
 from fastpref.backends import choose
 from fastpref.backends.tile import Transform
-from fastpref.logps import adjacent, compact, plan_call, scatter
+from fastpref.logps import adjacent_head, compact, plan_call, scatter
 from fastpref.options import HeadOptions
 from fastpref.passes import Head, Saved, TokenStats, forward_pass, padded_rows
 from fastpref.plan import stash_room
@@ -137,11 +137,10 @@ def linear_backward(coef, entropy_coef, hidden, low, *rest):
         lse[:n],
     )
     like = [None if t is None else (t.shape, t.dtype) for t in head]
-    up = None if head.up is None else adjacent(head.up)
     dx, dlow, out = gradients(
         call,
         pick_states(hidden, low, index),
-        head._replace(weight=adjacent(head.weight), up=up),
+        adjacent_head(head),
         labels.index_select(0, index),
         saved,
         logps.index_select(0, index),

@@ -262,23 +262,30 @@ def head_grads(
     kept; only then, and for the gradient of its scale, is the head itself read."""
     stash = saved.stash
     kept, vocab = stash.shape
-    # c goes on X: D stays free of the loss.
-    x, low = (None if t is None else scaled(call, t, coef) for t in states)
-    assert x is not None
-    times_c = States(x, low)
-    if kept == x.shape[0]:
+    times_c = _times_c(call, states, coef, grads)
+    if kept == states.x.shape[0]:
         _products(call, stash, times_c, grads, 0, vocab)
         if grads.bias is not None or grads.scale is not None:
             for a, b in _slices(call):  # these widen D
                 _sums(call, stash[:, a:b], times_c, head, coef, grads, a, b)
         return
     for a, b, tile, part in _logits_again(call, states, head, kept):
-        d = _in_place(tile, x.dtype)
+        d = _in_place(tile, states.x.dtype)
         rows = labels[kept:], a, saved.lse[kept:], logps[kept:]
         _grad(call, tile[kept:], rows, d[kept:], part)
         d[:kept].copy_(stash[:, a:b])
         _products(call, d, times_c, grads, a, b)
         _sums(call, d, times_c, head, coef, grads, a, b)
+
+
+def _times_c(call: LinearCall, states: States, coef: Tensor, grads: HeadGrads) -> States:
+    """c goes on X: D stays free of the loss. What no wanted product multiplies stays as it is."""
+    x, low = states
+    if grads.weight is not None or grads.scale is not None:
+        x = scaled(call, x, coef)
+    if low is not None and (grads.up is not None or grads.scale is not None):
+        low = scaled(call, low, coef)
+    return States(x, low)
 
 
 def _products(call: LinearCall, d: Tensor, times_c: States, grads: HeadGrads, a: int, b: int):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpref.backends.tile import check_number
-from fastpref.integrations.liger_base import LigerLoss, PairedLoss, log1mexp
+from fastpref.integrations.liger_base import LigerLoss, PairedLoss
+from fastpref.loss_free import log_odds
 from fastpref.loss_table import LOSSES
 from fastpref.losses import LossOptions, preference_loss
 
@@ -222,12 +223,12 @@ class LigerFusedLinearORPOLoss(PairedLoss):
         nll = self.compute_nll_loss
         scores = self._scores(lin_weight, _input, target, bias, True, nll, nll_target)
         chosen, rejected = scores[:2]
-        log_odds = chosen - rejected - log1mexp(chosen) + log1mexp(rejected)
+        odds = log_odds(chosen) - log_odds(rejected)
         pairs = max(chosen.shape[0], 1)
-        ratio = F.logsigmoid(log_odds).sum() / pairs
+        ratio = F.logsigmoid(odds).sum() / pairs
         loss = scores.nll - self.beta * ratio
         rewards = self.beta * chosen, self.beta * rejected
-        return scores.result(loss, *rewards, ratio, log_odds.sum() / pairs)
+        return scores.result(loss, *rewards, ratio, odds.sum() / pairs)
 
 
 class LigerFusedLinearKTOLoss(LigerLoss):

@@ -187,9 +187,3 @@ class PairedLoss(LigerLoss):
         if average:  # nothing is left to divide by
             lengths = torch.ones_like(lengths)
         return Scores(sums[:pairs], sums[pairs:], (lengths[:pairs], lengths[pairs:]), means, loss)
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, finite at 0, where a sequence without a label is."""
-    x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    return torch.log(-torch.expm1(x))
