@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from fastpref.backends.tile import Stats, Transform
 from fastpref.passes import (
-    Head,
     HeadGrads,
+    HeadTensors,
     LinearCall,
     Saved,
     States,
@@ -24,7 +24,7 @@ from fastpref.passes import (
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """hidden [M, H], low [M, r], then a `Head`, labels [N], index [N] -> TokenStats of [N].
+    """hidden [M, H], low [M, r], then a `HeadTensors`, labels [N], index [N] -> TokenStats of [N].
 
     low and parts of the head may be None. index: which rows of hidden and low the labels belong to;
     None means all, M = N.
@@ -34,7 +34,7 @@ class LinearTokenLogps(torch.autograd.Function):
     def forward(ctx, hidden, low, weight, bias, up, scale, labels, index, call: LinearCall):
         states = pick_states(hidden, low, index)
         rest = (None if t is None else t.detach() for t in (bias, up, scale))
-        head = Head(weight.detach(), *rest)
+        head = HeadTensors(weight.detach(), *rest)
         out, saved = forward_pass(call, states, head, labels)
         again = needs_logits_again(call, states.x.shape[0]) or ctx.needs_input_grad[5]
         ctx.call, ctx.rows, ctx.device_type = call, hidden.shape[0], hidden.device.type
@@ -69,7 +69,7 @@ class LinearTokenLogps(torch.autograd.Function):
             dx, dlow, grads = gradients(
                 call,
                 States(x, low),
-                Head(*head),
+                HeadTensors(*head),
                 labels,
                 Saved(u, v, stash, lse),
                 logps,
@@ -101,7 +101,7 @@ def unpick(t: Tensor | None, index: Tensor | None, rows: int) -> Tensor | None:
 def gradients(
     call: LinearCall,
     states: States,
-    head: Head,
+    head: HeadTensors,
     labels: Tensor,
     saved: Saved,
     logps: Tensor,

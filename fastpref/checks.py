@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpref import backends
 from fastpref.backends.tile import EXTRAS
-from fastpref.passes import Head
+from fastpref.passes import HeadTensors
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,7 +71,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         raise ValueError(f"{bias_name}: got device {bias.device}, expected {hidden.device}")
 
 
-def check_adapter(hidden: Tensor, head: Head, low: Tensor | None) -> None:
+def check_adapter(hidden: Tensor, head: HeadTensors, low: Tensor | None) -> None:
     """Raise ValueError unless low [..., r], up [V, r] and scale [V] fit the hidden states."""
     vocab = head.weight.shape[0]
     if (low is None) != (head.up is None):

@@ -13,7 +13,7 @@ from fastpref.logps import prepare, token_logps
 from fastpref.loss_options import take_options
 from fastpref.options import take_head_options
 from fastpref.pairs import PairInputs, PreferenceOutput, pair_problem
-from fastpref.passes import Head, TokenStats
+from fastpref.passes import HeadTensors, TokenStats
 
 
 def linear_preference_loss(
@@ -97,7 +97,7 @@ def linear_preference_loss(
         wants_stats=len(extras) > 0,
     )
     low, up = (None, None) if low_rank is None else low_rank
-    own, head_labels = Head(weight, bias, up, weight_scale), problem.head_labels
+    own, head_labels = HeadTensors(weight, bias, up, weight_scale), problem.head_labels
     names = problem.head_extras(extras)
     policy = prepare(hidden, own, head_labels, head, names, token_indices, low)
     if ref_hidden is not None:
@@ -113,7 +113,7 @@ def linear_preference_loss(
             # The same kernels on both sides: where the two models agree, so do all bits.
             if policy.has_grads:
                 head = replace(head, fused=False)
-            ref_head = Head(ref_weight, ref_bias)
+            ref_head = HeadTensors(ref_weight, ref_bias)
             reference = prepare(
                 ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"
             )

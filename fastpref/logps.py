@@ -22,7 +22,7 @@ from fastpref.checks import (
     check_range,
 )
 from fastpref.options import HeadOptions
-from fastpref.passes import Head, LinearCall, TokenStats
+from fastpref.passes import HeadTensors, LinearCall, TokenStats
 from fastpref.plan import plan_head
 
 
@@ -97,7 +97,7 @@ def linear_token_logps(
         backend,
     )
     low, up = (None, None) if low_rank is None else low_rank
-    head = Head(weight, bias, up, weight_scale)
+    head = HeadTensors(weight, bias, up, weight_scale)
     return prepare(hidden, head, labels, options, extras, token_indices, low).run()
 
 
@@ -107,7 +107,7 @@ class PreparedLogps:
 
     rows: Tensor  # [M, H]
     low: Tensor | None  # [M, r]
-    head: Head
+    head: HeadTensors
     labels: Tensor  # [N]
     index: Tensor | None  # [N] which rows the labels belong to
     shape: torch.Size
@@ -143,7 +143,7 @@ class CompiledLogps:
 
     hidden: Tensor
     low: Tensor | None
-    head: Head
+    head: HeadTensors
     labels: Tensor
     options: HeadOptions
     extras: tuple[str, ...]
@@ -177,7 +177,7 @@ class CompiledLogps:
 
 def plan_call(
     hidden: Tensor,
-    head: Head,
+    head: HeadTensors,
     tokens: int,
     options: HeadOptions,
     extras: tuple[str, ...],
@@ -205,7 +205,7 @@ def plan_call(
 
 def prepare(
     hidden: Tensor,
-    head: Head,
+    head: HeadTensors,
     labels: Tensor,
     options: HeadOptions,
     extras: Sequence[str] = (),
@@ -236,7 +236,7 @@ def prepare(
 def compact(
     rows: Tensor,
     low: Tensor | None,
-    head: Head,
+    head: HeadTensors,
     labels: Tensor,
     options: HeadOptions,
     extras: tuple[str, ...],
@@ -369,7 +369,7 @@ def adjacent(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
-def adjacent_head(head: Head) -> Head:
+def adjacent_head(head: HeadTensors) -> HeadTensors:
     """The head with its matrices as in `adjacent`."""
     up = None if head.up is None else adjacent(head.up)
     return head._replace(weight=adjacent(head.weight), up=up)

@@ -18,7 +18,7 @@ from fastpref.backends import choose
 from fastpref.backends.tile import Transform
 from fastpref.logps import adjacent_head, compact, plan_call, scatter
 from fastpref.options import HeadOptions
-from fastpref.passes import Head, Saved, TokenStats, forward_pass, padded_rows
+from fastpref.passes import HeadTensors, Saved, TokenStats, forward_pass, padded_rows
 from fastpref.plan import stash_room
 
 _INPUTS = (
@@ -74,7 +74,7 @@ def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, gr
 )
 def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
     options, extras, grads = _split(flat)
-    head = Head(weight, bias, up, scale)
+    head = HeadTensors(weight, bias, up, scale)
     p = compact(hidden, low, head, labels, options, extras, token_indices, grads)
     states = pick_states(p.rows, p.low, p.index)
     n, index = p.labels.shape[0], p.index
@@ -121,7 +121,7 @@ def _(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
     f"{_STATE}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def linear_backward(coef, entropy_coef, hidden, low, *rest):
-    head, (labels, _, logps, entropy) = Head(*rest[:4]), rest[4:8]
+    head, (labels, _, logps, entropy) = HeadTensors(*rest[:4]), rest[4:8]
     (u, v, stash, lse, index, count), flat, wanted = rest[8:14], rest[14:-1], rest[-1]
     options, extras, grads = _split(flat)
     n, vocab = int(count), head.weight.shape[0]

@@ -56,7 +56,7 @@ class States(NamedTuple):
     low: Tensor | None = None
 
 
-class Head(NamedTuple):
+class HeadTensors(NamedTuple):
     """weight [V, H], bias [V] or None, up [V, r] or None, scale [V] or None."""
 
     weight: Tensor
@@ -64,15 +64,15 @@ class Head(NamedTuple):
     up: Tensor | None = None
     scale: Tensor | None = None
 
-    def part(self, a: int, b: int, dtype: torch.dtype) -> Head:
+    def part(self, a: int, b: int, dtype: torch.dtype) -> HeadTensors:
         """The vocabulary entries [a, b), in the compute dtype: a copy only under autocast."""
         weight, bias, up, scale = (None if t is None else t[a:b] for t in self)
         assert weight is not None
-        return Head(weight.to(dtype), bias, None if up is None else up.to(dtype), scale)
+        return HeadTensors(weight.to(dtype), bias, None if up is None else up.to(dtype), scale)
 
 
 class HeadGrads(NamedTuple):
-    """Where the gradients of a `Head` go, in its shapes; None: not wanted."""
+    """Where the gradients of a `HeadTensors` go, in its shapes; None: not wanted."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
@@ -103,7 +103,7 @@ def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) 
     )
 
 
-def _logits(call: LinearCall, states: States, head: Head, tile: Tensor) -> None:
+def _logits(call: LinearCall, states: States, head: HeadTensors, tile: Tensor) -> None:
     """Write the raw logits [n, v] of these tokens and of this part of the vocabulary."""
     x, low = states
     call.backend.linear(x, head.weight, tile, head.bias if head.scale is None else None)
@@ -115,14 +115,16 @@ def _logits(call: LinearCall, states: States, head: Head, tile: Tensor) -> None:
             tile += head.bias
 
 
-def _grad(call: LinearCall, tile: Tensor, rows: tuple, d: Tensor, head: Head, *factors) -> None:
+def _grad(
+    call: LinearCall, tile: Tensor, rows: tuple, d: Tensor, head: HeadTensors, *factors
+) -> None:
     """Write D, which may overwrite the logits; rows: labels, first column, lse, log-probs."""
     call.backend.grad(tile, *rows, d, call.transform, *factors)
     if head.scale is not None:
         d *= head.scale
 
 
-def _target_logits(call: LinearCall, states: States, head: Head, labels: Tensor) -> Tensor:
+def _target_logits(call: LinearCall, states: States, head: HeadTensors, labels: Tensor) -> Tensor:
     """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
     inside = labels.clamp(0, head.weight.shape[0] - 1)
     raw = (states.x.float() * head.weight.index_select(0, inside).float()).sum(1)
@@ -155,7 +157,7 @@ def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
 def forward_pass(
     call: LinearCall,
     states: States,
-    head: Head,
+    head: HeadTensors,
     labels: Tensor,
     stash: Tensor | None = None,
 ) -> tuple[TokenStats, Saved]:
@@ -232,7 +234,7 @@ def _slices(call: LinearCall):
     return ((a, min(a + step, vocab)) for a in range(0, vocab, step))
 
 
-def _logits_again(call: LinearCall, states: States, head: Head, kept: int):
+def _logits_again(call: LinearCall, states: States, head: HeadTensors, kept: int):
     """Slices [a, b) of the vocabulary, whole in N: the logits of the tokens from `kept` on, in a
     tile with room for all N, and that part of the head in the compute dtype."""
     x, low = states
@@ -251,7 +253,7 @@ def _logits_again(call: LinearCall, states: States, head: Head, kept: int):
 def head_grads(
     call: LinearCall,
     states: States,
-    head: Head,
+    head: HeadTensors,
     labels: Tensor,
     saved: Saved,
     logps: Tensor,
@@ -299,7 +301,7 @@ def _sums(
     call: LinearCall,
     d: Tensor,
     times_c: States,
-    head: Head,
+    head: HeadTensors,
     coef: Tensor | None,
     grads: HeadGrads,
     a: int,
@@ -330,7 +332,7 @@ def _unscaled(t: Tensor, scale: Tensor) -> Tensor:
 def both_grads(
     call: LinearCall,
     states: States,
-    head: Head,
+    head: HeadTensors,
     labels: Tensor,
     saved: Saved,
     logps: Tensor,

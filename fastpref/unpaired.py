@@ -12,7 +12,7 @@ from fastpref.backends.tile import check_number
 from fastpref.checks import check_ids
 from fastpref.logps import prepare, sequence_logps
 from fastpref.options import take_head_options
-from fastpref.passes import Head, TokenStats
+from fastpref.passes import HeadTensors, TokenStats
 
 UNPAIRED_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
@@ -179,7 +179,7 @@ def linear_kto_loss(
             )
         form |= {"sequence_ids": sequence_ids, "num_sequences": size}
     low, up = (None, None) if low_rank is None else low_rank
-    own = Head(weight, bias, up, weight_scale)
+    own = HeadTensors(weight, bias, up, weight_scale)
     call = prepare(hidden, own, labels, options, extras, token_indices, low)
     _kl(loss_type, kl, kl_logps, ref_kl_logps, hidden)  # raises, before any product
     result = call.run()
