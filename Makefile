@@ -66,7 +66,7 @@ sanitize: install
 
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
 # download nothing. gpu-test and gpu-bench take less than 8 minutes each.
-GPU_TEST_SECONDS ?= 220
+GPU_TEST_SECONDS ?= 190
 GPU_TEST_PROCESSES ?= 8
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
   $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer))
@@ -88,12 +88,14 @@ gpu-test: gpu-install
 	filters=$$($(PYTHON) tests/gpu_smoke.py --filters) || failed="$$failed filters"; \
 	if [ -z "$(SANITIZER)" ]; then \
 	  say "compute-sanitizer is not installed: memcheck and racecheck did not run"; \
+	elif ! timeout 45 $(SANITIZER) $(PYTHON) -c 'import torch; torch.ones(1, device="cuda").sum().item()'; then \
+	  say "compute-sanitizer refuses this machine (above): memcheck and racecheck did not run"; \
 	else \
 	  say memcheck; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 $(SANITIZER) --tool memcheck --error-exitcode 9 \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 70 $(SANITIZER) --tool memcheck --error-exitcode 9 \
 	    --report-api-errors no $$filters $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed memcheck"; \
 	  say racecheck; \
-	  timeout 75 $(SANITIZER) --tool racecheck --error-exitcode 9 $$filters \
+	  timeout 70 $(SANITIZER) --tool racecheck --error-exitcode 9 $$filters \
 	    $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed racecheck"; \
 	fi; \
 	if [ -n "$$failed" ]; then say "failed:$$failed"; exit 1; fi; say all passed

@@ -9,8 +9,9 @@ import gpu_peers
 import torch
 from problem import HeadProblem
 
+import fastpref
+
 DTYPE = torch.bfloat16
-_TILE_ROWS = 2048  # of the float32 product: what one tile of precision="exact" has
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Products:
         n = self._x.shape[0]
         out = {name: (n, call) for name, call in self._calls().items()}
         if self._x.is_cuda and torch.version.hip is None:
-            x = self._x[:_TILE_ROWS]
+            sizes = *self._x.shape, self._w.shape[0]
+            x = self._x[: fastpref.plan_head(*sizes, DTYPE, device="cuda").block_tokens]
             wide = torch.empty(x.shape[0], self._w.shape[0], device=x.device)
             out["X W^T in float32"] = (
                 x.shape[0],

@@ -16,11 +16,12 @@ from fastpref.fused import (
     linear_ipo_loss,
     linear_preference_loss,
 )
-from fastpref.logps import linear_token_logps, sequence_logps, token_logps
+from fastpref.logps import linear_token_logps, token_logps
 from fastpref.losses import LossOptions, PreferenceLoss, preference_loss, reward_loss
 from fastpref.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinearPreferenceLoss
 from fastpref.passes import TokenStats
 from fastpref.plan import HeadPlan, plan_head
+from fastpref.sequences import sequence_logps
 from fastpref.unpaired import UnpairedLoss, kto_loss, linear_kto_loss
 
 if TYPE_CHECKING:

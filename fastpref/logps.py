@@ -16,7 +16,6 @@ from fastpref.checks import (
     check_extras,
     check_float,
     check_head,
-    check_ids,
     check_indices,
     check_labels,
     check_range,
@@ -187,6 +186,8 @@ def plan_call(
     module = backends.choose(hidden.device, hidden.dtype, options.backend)
     plain = not extras and head.up is None and head.scale is None and options.scale != 0
     fused = options.fused if plain and hasattr(module, "linear_logps") else False
+    if fused is None and not module.fused_is_fast(head.weight):
+        fused = False
     plan = plan_head(
         tokens,
         head.weight.shape[1],
@@ -309,59 +310,6 @@ def token_logps(
         return op(rows, y, scale, softcap, temperature, backend)[0].view(labels.shape)
     module = backends.choose(logits.device, logits.dtype, backend)
     return TokenLogps.apply(rows, y, transform, module, inplace_backward).view(labels.shape)
-
-
-def sequence_logps(
-    token_logps: Tensor,
-    labels: Tensor | None = None,
-    *,
-    sequence_ids: Tensor | None = None,
-    num_sequences: int | None = None,
-    average: bool = False,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Sum, or mean, of token log-probabilities over the labelled tokens of each sequence.
-
-    Args:
-        token_logps: [S, T] with labels [S, T], or flat [N] with sequence_ids [N] in [0, S).
-        num_sequences: S for the flat form; default: the largest id plus one.
-        average: divide by the number of labelled tokens. A sequence without any has 0.
-        labels: the positions with ignore_index do not count; optional in the flat form.
-
-    Returns:
-        [S], in token_logps' dtype.
-
-    Raises:
-        ValueError: shapes that differ, ids outside [0, S), neither labels nor sequence_ids.
-    """
-    if (sequence_ids is None) == (token_logps.dim() == 1):
-        raise ValueError(
-            f"token_logps: got shape {tuple(token_logps.shape)} "
-            f"{'without' if sequence_ids is None else 'with'} sequence_ids, expected [S, T] with "
-            "labels or [N] with sequence_ids"
-        )
-    if labels is None and sequence_ids is None:
-        raise ValueError("labels: got None, expected the labels [S, T] of token_logps [S, T]")
-    for name, other in (("labels", labels), ("sequence_ids", sequence_ids)):
-        if other is not None and other.shape != token_logps.shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(other.shape)}, expected {tuple(token_logps.shape)}, "
-                "the shape of token_logps"
-            )
-    # In float64: a policy and its reference then have the same sums wherever they were formed.
-    counted = torch.ones_like(token_logps) if labels is None else (labels != ignore_index)
-    values = token_logps if labels is None else token_logps.masked_fill(~counted, 0.0)
-    values, counted = values.double(), counted.double()
-    if sequence_ids is None:
-        sums, counts = values.sum(1), counted.sum(1)
-    else:
-        size = num_sequences
-        if size is None:
-            size = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
-        check_ids("sequence_ids", sequence_ids, size)
-        zeros = values.new_zeros(size)
-        sums, counts = (zeros.index_add(0, sequence_ids, v) for v in (values, counted))
-    return (sums / counts.clamp(min=1) if average else sums).to(token_logps.dtype)
 
 
 def adjacent(rows: Tensor) -> Tensor:

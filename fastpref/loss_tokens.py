@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.logps import sequence_logps
+from fastpref.sequences import sequence_logps
 
 
 def ld_weights(

@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 
 from fastpref import backends
 from fastpref.checks import check_extras, check_ids
-from fastpref.logps import PreparedLogps, sequence_logps
+from fastpref.logps import PreparedLogps
 from fastpref.loss_tokens import ld_sequence_logps, nll_tokens, wpo_weights
 from fastpref.losses import LossOptions, check_inputs, evaluate, make_pairs
 from fastpref.passes import TokenStats
+from fastpref.sequences import sequence_logps
 
 
 class PreferenceOutput(NamedTuple):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 
@@ -21,8 +22,12 @@ PRECISIONS = ("exact", "fast")
 # Bytes of the logits tile per vocabulary entry, the same for every strategy, so that policy and
 # reference see the same tiles. 480 is 120 fp32 rows or 240 bf16 rows: on two Zen 5 cores the bf16
 # GEMM then runs at 95 % of its rate for tall matrices. A GPU needs more rows to read the weight
-# seldom enough: 2048 in fp32, 1.05 GB for the vocabulary of Llama 3.
+# seldom enough: 2048 in fp32.
 _TILE_BYTES_PER_COLUMN = {"cpu": 480, "cuda": 8192}
+# There the tile stands beside D while the head trains. So it takes 256 MiB at most, but for 512
+# rows: reading the weight once for as many takes a third of their product's time, and hides in it.
+_GPU_TILE_BYTES = 2**28
+_GPU_LEAST_BYTES_PER_COLUMN = 2048
 # Tiles of a GPU's GEMM have this many rows; a block of one row more costs as much as a whole tile.
 _GPU_ROWS = 128
 _MIN_ROWS = 16
@@ -31,6 +36,7 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # Up to this hidden size the one-kernel forward pass is expected to beat a library GEMM followed by
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
+_FUSED_BYTES = 2**27  # what that kernel keeps at most
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class HeadPlan:
         )
 
 
+@functools.cache
 def default_memory_budget(device: torch.device | str = "cpu") -> int:
     """A sixteenth of the device's memory, in bytes: constant for a machine, so that the choice of
     strategy, and with it the last bit of dW, does not depend on what else is running."""
@@ -93,7 +100,17 @@ def check_plan_options(
 
 
 def _tile_budget(vocab_size: int, kind: str, budget: int) -> int:
-    return min(_TILE_BYTES_PER_COLUMN.get(kind, 480) * vocab_size, budget)
+    tile = _TILE_BYTES_PER_COLUMN.get(kind, 480) * vocab_size
+    if kind == "cuda":
+        tile = min(tile, max(_GPU_TILE_BYTES, _GPU_LEAST_BYTES_PER_COLUMN * vocab_size))
+    return min(tile, budget)
+
+
+def _even_rows(rows: int, tokens: int) -> int:
+    """The rows of a block: at most these, in whole tiles of a GPU's GEMM and equally many in each
+    block, so that no short one is left for the end."""
+    units, most = -(-tokens // _GPU_ROWS), max(rows // _GPU_ROWS, 1)
+    return min(rows, -(-units // -(-units // most)) * _GPU_ROWS)
 
 
 def stash_room(
@@ -104,11 +121,15 @@ def stash_room(
     memory_budget: int | None = None,
 ) -> int:
     """Of how many tokens D fits the budget beside the tile; "stash" ignores the budget."""
-    if strategy in ("stash", "recompute"):
-        return 2**62 if strategy == "stash" else 0
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     tile = _tile_budget(vocab_size, torch.device(device).type, budget)
-    return max(budget - tile, 0) // max(vocab_size * dtype.itemsize, 1)
+    return _room(vocab_size * dtype.itemsize, strategy, budget - tile)
+
+
+def _room(row_bytes: int, strategy: str, left: int) -> int:
+    if strategy in ("stash", "recompute"):
+        return 2**62 if strategy == "stash" else 0
+    return max(left, 0) // max(row_bytes, 1)
 
 
 def plan_head(
@@ -152,15 +173,34 @@ def plan_head(
             f"strategy: {strategy!r} gives no gradient for the head, whose weight or bias requires "
             "one; use 'auto', 'stash', 'recompute' or 'mixed', or detach the head"
         )
-    n, h, v = tokens, hidden_size, vocab_size
     kind = torch.device(device).type
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
-    tile_size, item = tile_dtype(dtype, precision).itemsize, dtype.itemsize
+    tile_budget = _tile_budget(vocab_size, kind, budget)
+    sizes = tokens, hidden_size, vocab_size, dtype, kind
+    grads = bool(hidden_grad), bool(weight_grad)
+    return _plan(*sizes, *grads, strategy, precision, fused, budget, tile_budget)
 
-    tile_budget = _tile_budget(v, kind, budget)
+
+@functools.lru_cache(maxsize=1024)  # a few batch shapes come again and again
+def _plan(
+    n: int,
+    h: int,
+    v: int,
+    dtype: torch.dtype,
+    kind: str,
+    hidden_grad: bool,
+    weight_grad: bool,
+    strategy: str,
+    precision: str,
+    fused: bool | None,
+    budget: int,
+    tile_budget: int,
+) -> HeadPlan:
+    """`plan_head` with its defaults filled in."""
+    tile_size, item = tile_dtype(dtype, precision).itemsize, dtype.itemsize
     chosen, stash = ("frozen" if hidden_grad else "forward-only"), 0
     if weight_grad:
-        fits = stash_room(v, dtype, device, strategy, budget)
+        fits = _room(v * item, strategy, budget - tile_budget)
         chosen = strategy
         if strategy == "auto":
             # Below an eighth the saved GEMM does not pay for the memory it holds until backward.
@@ -171,9 +211,7 @@ def plan_head(
 
     rows = max(1, min(n, max(tile_budget // max(tile_size * v, 1), _MIN_ROWS)))
     if kind == "cuda" and rows < n:
-        blocks = -(-n // rows)  # as many as are needed, equally long
-        even = -(-n // blocks)
-        rows = min(rows, -(-even // _GPU_ROWS) * _GPU_ROWS)
+        rows = _even_rows(rows, n)
     if fused is None:
         fused = kind == "cuda" and item == 2 and h <= _FUSED_HIDDEN_SIZE
     fused = fused and chosen == "forward-only" and item == 2
@@ -182,16 +220,19 @@ def plan_head(
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
     if columns < v:
         columns -= columns % _COLUMNS_STEP
-    tile_bytes = 0 if in_stash or fused else rows * v * tile_size
-    u_bytes = n * h * item if hidden_grad else 0
+    tile_bytes = 0 if in_stash else rows * v * tile_size
+    if fused:  # two numbers for each token and each 128 entries of the vocabulary, in launches
+        tile_bytes = min(8 * n * -(-v // 128), _FUSED_BYTES)
+    states = n * h * item  # of the hidden states, and of everything in their shape
+    u_bytes = states if hidden_grad else 0
     gemms = 2 + (2 if hidden_grad else 0)
     flops = gemms * n * h * v
     extra = tile_bytes + u_bytes
     if weight_grad:
         flops += 2 * n * h * v + 2 * (n - stash) * h * v
         backward_tile = n * columns * tile_size if stash < n else 0
-        # X is copied when prompts are dropped, and scaled by c for the last GEMM.
-        extra = max(extra, u_bytes + backward_tile) + stash * v * item + 2 * n * h * item
+        extra = max(extra, u_bytes + backward_tile + states) + stash * v * item  # states: c X
+    extra += states  # X is copied when prompts are dropped
     return HeadPlan(
         strategy=chosen,
         tokens=n,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .data_files import REFERENCE
 from .heads import Head, align_to_tokens, batch_labels, model_inputs, unwrap
-from .logps import linear_token_logps, sequence_logps
+from .logps import linear_token_logps
 from .loss_tokens import ld_sequence_logps
+from .sequences import sequence_logps
 
 REF_ADAPTER = "ref"
 

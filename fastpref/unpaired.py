@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastpref.backends.tile import check_number
 from fastpref.checks import check_ids
-from fastpref.logps import prepare, sequence_logps
+from fastpref.logps import prepare
 from fastpref.options import take_head_options
 from fastpref.passes import HeadTensors, TokenStats
+from fastpref.sequences import sequence_logps
 
 UNPAIRED_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 

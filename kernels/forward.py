@@ -32,6 +32,7 @@ from fastpref.kernels.forward_config import (
     Config,
     arch_name,
     config,
+    has_config,
     launch_tokens,
 )
 from torch import Tensor
@@ -273,6 +274,11 @@ def _blocks(size: int, block: int) -> int:
 
 def _aligned(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+def made_for(weight: Tensor) -> bool:
+    """Whether there is a kernel for this GPU and alignment, and not only the one for any."""
+    return _aligned(weight) and has_config(_device(weight.device)[0])
 
 
 def why_not(x: Tensor, weight: Tensor, transform) -> str | None:

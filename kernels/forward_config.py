@@ -67,6 +67,11 @@ _CDNA = Config(False, 256, 128, 64, warps=8, stages=2, halves=False)
 _ANY = Config(False, 64, 64, 32, warps=4, stages=2, halves=False)  # for any GPU and alignment
 
 
+def has_config(arch: str) -> bool:
+    """Whether some kernel is made for this GPU: any of NVIDIA's, and AMD's with CDNA 2 or later."""
+    return not arch.startswith("gfx") or arch in ("gfx90a", "gfx942", "gfx950")
+
+
 def config(
     arch: str | object,
     hidden_size: int,
@@ -89,7 +94,7 @@ def config(
     if not aligned:
         return _ANY
     if arch.startswith("gfx"):
-        return _CDNA if arch in ("gfx90a", "gfx942", "gfx950") else _ANY
+        return _CDNA if has_config(arch) else _ANY
     if arch == "sm_90":
         if hidden_size < 1024:  # short products: two programs in turn hide each other's epilogue
             return _NARROW

@@ -15,6 +15,7 @@ import fastpref.logps
 import fastpref.plan
 from fastpref import linear_token_logps, sequence_logps, token_logps
 from fastpref.backends.tile import EXTRAS
+from fastpref.sequences import segment_sums, sorted_sums
 
 B, T, H, V = 3, 5, 6, 37
 
@@ -267,7 +268,7 @@ trained = torch.randn(V, H, requires_grad=True)
         ("strategy", {"strategy": "frozen", "weight": trained}),
         ("memory_budget", {"memory_budget": 0}),
         ("precision", {"precision": "bf16"}),
-        ("backend", {"backend": "cuda"}),
+        ("backend", {"backend": "cublas"}),
         ("token_indices", {"token_indices": torch.tensor([0.0])}),
         ("token_indices", {"token_indices": torch.tensor([[0]])}),
         ("token_indices", {"token_indices": torch.tensor([B * T])}),
@@ -292,7 +293,7 @@ def test_bad_input_of_linear_token_logps(name, changes):
         ("labels", {"labels": long + V}),
         ("labels", {"labels": long - 1}),
         ("softcap", {"softcap": 0.0}),
-        ("backend", {"backend": "cuda"}),
+        ("backend", {"backend": "cublas"}),
     ],
 )
 def test_bad_input_of_token_logps(name, changes):
@@ -327,6 +328,25 @@ def test_sequence_logps(average, dtype):
     (grad,) = torch.autograd.grad(packed.sum(), logps)
     torch.testing.assert_close(grad, torch.autograd.grad(padded.sum(), logps)[0])
     assert not grad[labels < 0].any()
+
+
+@pytest.mark.parametrize("n, size", [(40, 7), (5, 1), (0, 3), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_sums_without_atomics(n, size, dtype):
+    """What runs on a GPU, where index_add adds in any order."""
+    ids = torch.randint(max(size - 1, 1), (n,))  # the last sequence is empty
+    vectors = [torch.randn(n, dtype=dtype).requires_grad_() for _ in range(2)]
+    sums, truth = (f(vectors, ids, size) for f in (sorted_sums, segment_sums))
+    torch.testing.assert_close(sums, truth)
+    weights = torch.randn(size, dtype=dtype)
+    grads = (torch.autograd.grad((s[1] * weights).sum(), vectors[1])[0] for s in (sums, truth))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_sums_with_an_id_out_of_range(bad):
+    (sums,) = sorted_sums([torch.ones(3)], torch.tensor([0, bad, 1]), 3)
+    assert sums.isnan().all()
 
 
 @pytest.mark.parametrize(

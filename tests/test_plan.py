@@ -99,10 +99,40 @@ def test_a_policy_and_its_reference_have_the_same_tiles():
 
 def test_the_prediction_is_the_memory_of_the_large_buffers():
     frozen = _plan(weight_grad=False)
-    assert frozen.extra_bytes == frozen.block_tokens * V * 4 + N * H * 2
+    assert frozen.extra_bytes == frozen.block_tokens * V * 4 + 2 * N * H * 2  # u, a copy of X
     stash = _plan(strategy="stash")
     assert N * V * 2 < stash.extra_bytes < N * V * 2 * 1.5
     assert _plan(strategy="recompute").extra_bytes < N * V * 2 / 2
+
+
+# N, H, V, and the GB of D, dW and everything in the shape of X that an H200 may need: the peak of a
+# backward pass, which a tile in the forward pass must not exceed by much.
+GPU_HEADS = [
+    (8192, 4096, 128256, 3.36),
+    (8192, 896, 151936, 2.85),
+    (4096, 2304, 256000, 3.34),
+    (16384, 576, 49152, 1.93),
+    (2048, 8192, 128256, 2.73),
+]
+
+
+@pytest.mark.parametrize("n, h, v, most", GPU_HEADS)
+def test_gpu_tiles_are_small_beside_the_stash(n, h, v, most):
+    plan = plan_head(n, h, v, torch.bfloat16, device="cuda", memory_budget=2**33)
+    forward = plan.block_tokens * v * 4 + n * v * 2 + 2 * n * h * 2
+    backward = n * v * 2 + v * h * 2 + 3 * n * h * 2
+    assert plan.strategy == "stash" and max(forward, backward) / 1e9 < most
+    assert forward <= plan.extra_bytes <= 1.1 * forward
+    # Whole tiles of a GPU's GEMM, in blocks that are equally long but for the last.
+    assert plan.block_tokens % 128 == 0 and plan.block_tokens >= 512
+    blocks = -(-n // plan.block_tokens)
+    assert blocks * plan.block_tokens - n < 128 * blocks
+
+
+@pytest.mark.parametrize("n", [1, 127, 129, 512, 1000, 5000])
+def test_gpu_blocks_of_few_tokens(n):
+    plan = plan_head(n, 64, 128256, torch.bfloat16, device="cuda", memory_budget=2**33)
+    assert plan.block_tokens == n if n <= 512 else plan.block_tokens in (384, 512)
 
 
 def test_report():

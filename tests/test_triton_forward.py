@@ -259,6 +259,16 @@ def test_the_configuration_is_chosen_from_the_head_alone(n, monkeypatch):
     assert given == {"softcap": False, "bias": False, "aligned": True}
 
 
+def test_made_for_this_weight():
+    """What is asked before this pass is chosen unasked."""
+    memory = torch.zeros(17 * 72, dtype=torch.bfloat16, device=DEVICE)
+    known = forward_config.has_config(forward._device(DEVICE)[0])
+    assert forward.made_for(memory[: 16 * 72].view(16, 72)) == known
+    assert not forward.made_for(memory[1 : 16 * 72 + 1].view(16, 72))
+    assert not forward.made_for(memory[: 16 * 71].view(16, 71))
+    assert forward_config.has_config("gfx942") and not forward_config.has_config("gfx1100")
+
+
 def test_says_why_not():
     x, weight, labels = head(4, 64, 300)
     plain = Transform()

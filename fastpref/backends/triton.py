@@ -27,6 +27,7 @@ __all__ = [
     "NAME",
     "describe",
     "fold",
+    "fused_is_fast",
     "grad",
     "linear",
     "linear_logps",
@@ -308,6 +309,12 @@ def pair_loss(
             enable_fp_fusion=False,
         )
     return loss, sequences, rewards, coef
+
+
+def fused_is_fast(weight: Tensor) -> bool:
+    """Whether `linear_logps` has a kernel made for this GPU and for this weight's alignment, and
+    not only the one that runs anywhere."""
+    return _kernels().forward.made_for(weight)
 
 
 def linear_logps(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.backends.tile import check_number
-from fastpref.logps import TokenStats, linear_token_logps, sequence_logps
+from fastpref.logps import TokenStats, linear_token_logps
 from fastpref.options import HeadOptions
+from fastpref.sequences import sequence_logps
 
 
 class LigerLoss(nn.Module):

@@ -1,0 +1,218 @@
+"""Puts the figures of benchmarks/results/ into README.md and docs/, where these lines ask for them:
+
+    <!-- benchmarks/tables.py NAME -->
+    <!-- end -->
+
+    python benchmarks/tables.py            # after a benchmark has written new results
+    python benchmarks/tables.py --check    # fail if a page has other figures
+
+No figure of a page is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_BLOCK = re.compile(
+    r"(<!-- benchmarks/tables\.py (\w+) -->\n).*?(<!-- end -->)", re.DOTALL | re.MULTILINE
+)
+MODES = {"trainable": "trains", "frozen": "frozen"}
+
+
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+class Cell:
+    """One shape and mode of benchmarks/head.py."""
+
+    def __init__(self, cell: dict[str, Any]):
+        self.shape = ", ".join(str(cell["shape"][k]) for k in "NHV")
+        self.vocab, self.mode = cell["shape"]["V"], cell["mode"]
+        self._rows = {row["variant"]: row for row in cell["variants"]}
+
+    def _row(self, name: str, strategy: str = "stash") -> dict[str, Any]:
+        if name.startswith("fastpref") and self.mode == "trainable":
+            name = f"{name}, {strategy}"
+        return self._rows[name]
+
+    def ms(self, name: str, strategy: str = "stash") -> float:
+        return self._row(name, strategy)["time"]["median_ms"]
+
+    def mib(self, name: str, strategy: str = "stash") -> float:
+        return self._row(name, strategy)["memory"]["extra"] / 2**20
+
+    def error(self, name: str) -> float:
+        return self._row(name)["errors"]["sum_max"]
+
+
+def _cells(name: str) -> list[Cell]:
+    return [Cell(cell) for cell in _results(name)["cells"]]
+
+
+def _short(x: float) -> str:
+    """Two digits, or five decimals; without an exponent."""
+    return f"{x:.5f}" if x < 1e-3 else f"{x:.2g}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines).replace("|  |", "| |")
+
+
+def _by_shape(cells: list[Cell], columns: Callable[[Cell], list[str]]) -> list[list[str]]:
+    """A row per cell; a shape stands in its first row only."""
+    seen: set[str] = set()
+    rows = []
+    for cell in cells:
+        shape = "" if cell.shape in seen else cell.shape
+        seen.add(cell.shape)
+        rows.append([shape, MODES[cell.mode], *columns(cell)])
+    return rows
+
+
+def head() -> str:
+    cells = _cells("head")
+    names = {
+        "eager": "eager",
+        "fastpref exact": "fastpref exact",
+        "fastpref fast": "fastpref fast",
+        "torch.compile": "torch.compile",
+        "TRL 1.16": "TRL chunked",
+        "Liger": "Liger DPO",
+        "CCE": "CCE torch_compile",
+    }
+    rows = _by_shape(cells, lambda c: [f"{c.ms(name):.0f} ms" for name in names.values()])
+    largest = [c for c in cells if c.vocab == max(c.vocab for c in cells)]
+    for c in largest:
+        line = [f"extra memory, {c.shape}" if c is largest[0] else "", MODES[c.mode]]
+        for title, name in names.items():
+            text = f"{c.mib(name):.0f} MiB"
+            if title.startswith("fastpref") and c.mode == "trainable":
+                text = f"{c.mib(name):.0f}, or {c.mib(name, 'recompute'):.0f} recomputing"
+            line.append(text)
+        rows.append(line)
+    worst = max(cells, key=lambda c: c.error("eager"))
+    rows.append(
+        [f"error, nats ({worst.shape})", "", *(_short(worst.error(n)) for n in names.values())]
+    )
+    return _table(["N, H, V", "head", *names], rows)
+
+
+def _span(ratios: list[float]) -> str:
+    return f"{min(ratios):.1f}x to {max(ratios):.1f}x"
+
+
+def fp32() -> str:
+    cells = _cells("head_fp32")
+    ratio = _span([c.ms("eager") / c.ms("fastpref exact") for c in cells])
+    return (
+        f"In fp32 the head takes {ratio} less time than eager torch on this machine, whose\n"
+        "library avoids AVX-512 (benchmarks/results/head_fp32.json).\n"
+    )
+
+
+def _against(name: str, title: str) -> str:
+    def columns(c: Cell) -> list[str]:
+        both = name, "fastpref exact"
+        return [
+            *(f"{c.ms(n):.0f} ms" for n in both),
+            *(f"{c.mib(n):.0f} MiB" for n in both),
+            *(f"{_short(c.error(n))} nat" for n in both),
+        ]
+
+    short = title.split()[0]
+    titles = [f"{what}, {who}" for what in ("memory", "error") for who in (short, "fastpref")]
+    rows = _by_shape(_cells("head"), columns)
+    return _table(["N, H, V", "head", title, "fastpref", *titles], rows)
+
+
+def trl() -> str:
+    ratio = _span([c.ms("TRL chunked") / c.ms("fastpref exact") for c in _cells("head_fp32")])
+    return (
+        _against("TRL chunked", "TRL 1.16")
+        + "\nTRL's own kernels are made for GPUs; on a CPU it takes a plain torch path, so these\n"
+        + "ratios say nothing about a GPU. In float32 (head_fp32.json) the same operation takes\n"
+        + f"{ratio} less time.\n"
+    )
+
+
+def liger() -> str:
+    return _against("Liger DPO", "Liger 0.8.5")
+
+
+def cce() -> str:
+    names = "CCE torch_compile", "torch LCE", "fastpref exact"
+
+    def columns(c: Cell) -> list[str]:
+        memory = ", ".join(f"{c.mib(n):.0f}" for n in names)
+        error = ", ".join(_short(c.error(n)) for n in names)
+        return [*(f"{c.ms(n):.0f} ms" for n in names), f"{memory} MiB", f"{error} nat"]
+
+    cells = _cells("head")
+    who = "CCE, torch, fastpref"
+    titles = ["N, H, V", "head", "CCE", "torch", "fastpref", f"memory: {who}", f"error: {who}"]
+    train = [c for c in cells if c.mode == "trainable"]
+    memory, ms = (
+        ", ".join(f"{getattr(c, what)('fastpref exact', 'recompute'):.0f}" for c in train)
+        for what in ("mib", "ms")
+    )
+    ratios = _span([c.ms("CCE torch_compile") / c.ms("fastpref exact") for c in cells])
+    return (
+        _table(titles, _by_shape(cells, columns))
+        + f"\nCCE's compiled path, which keeps 16-bit logits, takes {ratios} of our time here.\n"
+        "What fastpref gives on a CPU is the exactness, and with a frozen head or\n"
+        f'`strategy="recompute"` ({memory} MiB for the three trainable heads, at {ms} ms)\n'
+        "the memory.\n"
+    )
+
+
+def train() -> str:
+    results = _results("train")
+    ours, peer = (results["against_trl"][k] for k in ("fastpref", "trl"))
+    reached = {k: v["held_out_after"]["rewards/accuracies"] for k, v in results["training"].items()}
+    return (
+        f"{ours['median_step_s']:.1f} s, or {ours['step_s_with_reference']:.1f} s with the "
+        "reference's log-probs that are computed ahead, against\n"
+        f"{peer['median_step_s']:.1f} s; peak resident memory {ours['peak_bytes'] / 2**30:.1f} GiB "
+        f"against {peer['peak_bytes'] / 2**30:.1f} GiB. {results['settings']['steps']} steps move "
+        f"the reward\naccuracy on {results['settings']['held_out']} held-out pairs to "
+        f"{reached['dpo']:.2f} (DPO) and {reached['ipo']:.2f} (IPO).\n"
+    )
+
+
+BLOCKS = {f.__name__: f for f in (head, fp32, trl, liger, cce, train)}
+
+
+def fill(text: str) -> str:
+    """A page with its blocks' figures from the results. KeyError for an unknown block."""
+    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    stale = []
+    for page in pages():
+        text = page.read_text()
+        if fill(text) == text:
+            continue
+        stale.append(page.name)
+        if "--check" not in sys.argv:
+            page.write_text(fill(text))
+    if "--check" in sys.argv and stale:
+        raise SystemExit(f"other figures than in benchmarks/results: {', '.join(stale)}")
+    print(f"written: {', '.join(stale)}" if stale else "all figures are those of the results")
+
+
+if __name__ == "__main__":
+    main()
