@@ -21,8 +21,9 @@ UNPAIRED_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 class UnpairedLoss(NamedTuple):
     """loss []: mean over the answers. rewards [B]: beta (logp - ref), detached.
 
-    kl []: the estimate that KTO used, detached; 0 for apo_zero_unpaired. logps [B]: of the answers,
-    detached, and stats: the per-token outputs where extras were asked for; None from `kto_loss`.
+    kl [] or [B]: the estimate that KTO used, detached; 0 for apo_zero_unpaired. logps [B]: of the
+    answers, detached, and stats: the per-token outputs where extras were asked for; None from
+    `kto_loss`.
     """
 
     loss: Tensor
@@ -87,8 +88,9 @@ def kto_loss(
         logps, ref_logps: [B] of the policy and of the reference, summed over the answer's tokens;
             ref_logps None with reference_free=True, where they count as 0.
         desirable: [B] bool.
-        kl: the estimate of KL(pi || pi_ref), a number or a tensor of one, used as it is; or give
-            kl_logps and ref_kl_logps [K], from which `kto_kl` makes it. Not for apo_zero_unpaired.
+        kl: the estimate of KL(pi || pi_ref), a number, a tensor of one or one for each answer [B],
+            used as it is, without a gradient; or give kl_logps and ref_kl_logps [K], from which
+            `kto_kl` makes it. Not for apo_zero_unpaired.
         beta: strength of the pull towards the reference.
         desirable_weight, undesirable_weight: factors on the two classes, lambda_D and lambda_U in
             the paper; they should even out the classes' sizes.
@@ -102,12 +104,12 @@ def kto_loss(
         ValueError: an unknown loss, shapes or dtypes that do not fit, a KL that is missing or has
             no use, a reference that is missing or given with reference_free.
     """
-    _check_options(loss_type, beta, desirable_weight, undesirable_weight)
+    check_unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     size = logps.shape[0] if isinstance(logps, Tensor) and logps.dim() == 1 else None
     if size is None:
         raise ValueError(f"logps: got {_given(logps)}, expected a tensor [B]")
     _check_answers(size, ref_logps, desirable, reference_free, weight=weight)
-    estimate = _kl(loss_type, kl, kl_logps, ref_kl_logps, logps)
+    estimate = _kl(loss_type, kl, kl_logps, ref_kl_logps, logps, size)
     ratio = logps if ref_logps is None else logps - ref_logps
     gain = beta * (ratio - estimate)
     each = torch.sigmoid(torch.where(desirable, -gain, gain))
@@ -162,7 +164,7 @@ def linear_kto_loss(
         ValueError: as the two functions named above, before any product.
     """
     options = take_head_options("linear_kto_loss", head)
-    _check_options(loss_type, beta, desirable_weight, undesirable_weight)
+    check_unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     if not isinstance(desirable, Tensor) or desirable.dim() != 1:
         raise ValueError(f"desirable: got {_given(desirable)}, expected a tensor [B]")
     size = desirable.shape[0]
@@ -182,7 +184,7 @@ def linear_kto_loss(
     low, up = (None, None) if low_rank is None else low_rank
     own = HeadTensors(weight, bias, up, weight_scale)
     call = prepare(hidden, own, labels, options, extras, token_indices, low)
-    _kl(loss_type, kl, kl_logps, ref_kl_logps, hidden)  # raises, before any product
+    _kl(loss_type, kl, kl_logps, ref_kl_logps, hidden, size)  # raises, before any product
     result = call.run()
     stats = result if isinstance(result, TokenStats) else None
     tokens = result.logps if isinstance(result, TokenStats) else result
@@ -205,7 +207,8 @@ def linear_kto_loss(
     return out._replace(loss=out.loss * counted, logps=sums.detach(), stats=stats)
 
 
-def _check_options(loss_type: str, beta: float, *class_weights: float) -> None:
+def check_unpaired_options(loss_type: str, beta: float, *class_weights: float) -> None:
+    """Raise ValueError unless they are a loss and its numbers; class_weights: the two in order."""
     if loss_type not in UNPAIRED_LOSS_TYPES:
         raise ValueError(
             f"loss_type: got {loss_type!r}, expected one of {', '.join(UNPAIRED_LOSS_TYPES)}"
@@ -249,8 +252,9 @@ def _kl(
     kl_logps: Tensor | None,
     ref_kl_logps: Tensor | None,
     like: Tensor,
+    size: int,
 ) -> Tensor:
-    """The estimate [], on like's device."""
+    """The estimate [] or [size], on like's device."""
     given = {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
     names = [name for name, value in given.items() if value is not None]
     if loss_type != "kto":
@@ -266,9 +270,10 @@ def _kl(
             "ref_kl_logps"
         )
     if isinstance(kl, Tensor):
-        if kl.numel() != 1:
-            raise ValueError(f"kl: got {_given(kl)}, expected a number or a tensor of one")
-        return kl.detach().reshape(()).to(like.device)
+        if kl.numel() != 1 and kl.shape != (size,):
+            raise ValueError(f"kl: got {_given(kl)}, expected a number or a tensor [] or [{size}]")
+        kl = kl.detach().to(like.device)
+        return kl.reshape(()) if kl.numel() == 1 else kl.to(like.dtype)
     check_number("kl", kl)
     return like.new_full((), kl)  # type: ignore[arg-type]
 

@@ -39,6 +39,11 @@ def test_kto(kl, beta, weights):
     apo = kto_loss(logps, reference, desirable, loss_type="apo_zero_unpaired", **options)
     zero = loss_formulas.kto(logps, reference, desirable, 0.0, beta, weights)
     torch.testing.assert_close(apo.loss, zero.mean())
+    several = torch.rand(B, requires_grad=True)  # one for each answer, in another dtype
+    out = kto_loss(logps, reference, desirable, several, **options)
+    formula = loss_formulas.kto(logps, reference, desirable, several.double(), beta, weights)
+    torch.testing.assert_close(out.loss, formula.mean())
+    assert torch.autograd.grad(out.loss, several, allow_unused=True) == (None,)
     free = kto_loss(logps, None, desirable, kl, reference_free=True)
     same = kto_loss(logps, torch.zeros(B), desirable, kl)
     torch.testing.assert_close(free.loss, same.loss)

@@ -20,6 +20,7 @@ from fastpref.integrations.liger_base import LigerLoss, PairedLoss
 from fastpref.loss_free import log_odds
 from fastpref.loss_table import LOSSES
 from fastpref.losses import LossOptions, preference_loss
+from fastpref.unpaired import kto_loss
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -284,20 +285,22 @@ class LigerFusedLinearKTOLoss(LigerLoss):
             raise ValueError(
                 f"preference_labels: got shape {tuple(preference_labels.shape)}, expected {[*size]}"
             )
-        if kl is not None and kl.numel() != 1 and kl.shape != size:
-            raise ValueError(f"kl: got shape {tuple(kl.shape)}, expected [] or {[*size]}")
         average, good = self.average_log_prob, preference_labels
         logps = self._sums(self._tokens(_input, lin_weight, target, bias), target, average)
         policy = _input, lin_weight, bias
         given_ref = ref_input, ref_weight, ref_bias, ref_logps
         ref = self._reference(self.use_ref_model, target, average, policy, *given_ref)
-        ratios = logps if ref is None else logps - ref.to(logps)
-        x = self.beta * (ratios if kl is None else ratios - kl.detach().reshape(-1).to(ratios))
-        losses = torch.sigmoid(torch.where(good, -x, x))
-        losses = losses * torch.where(good, self.desirable_weight, self.undesirable_weight)
-        loss = losses.sum() / max(size[0], 1)
-        rewards = self.beta * ratios
-        sums = [(t * mask).sum() for t in (logps, rewards) for mask in (good, ~good)]
+        out = kto_loss(
+            logps,
+            None if ref is None else ref.to(logps),
+            good,
+            0.0 if kl is None else kl,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+            reference_free=ref is None,
+        )
+        sums = [(t * mask).sum() for t in (logps, out.rewards) for mask in (good, ~good)]
         logits = self._logit_means(_input, lin_weight, bias, good)
         logits *= torch.stack([good.sum(), (~good).sum()]) * (target.shape[1] * lin_weight.shape[0])
-        return loss, tuple(t.detach() for t in (*sums[:2], *logits, *sums[2:]))
+        return out.loss, tuple(t.detach() for t in (*sums[:2], *logits, *sums[2:]))
