@@ -26,9 +26,11 @@ from fastpref.unpaired import UnpairedLoss, kto_loss, linear_kto_loss
 
 if TYPE_CHECKING:
     from fastpref.config import PreferenceConfig as PreferenceConfig
+    from fastpref.config import UnpairedPreferenceConfig as UnpairedPreferenceConfig
     from fastpref.integrations.trl import patch_trl as patch_trl
     from fastpref.integrations.trl import unpatch_trl as unpatch_trl
     from fastpref.trainer import PreferenceTrainer as PreferenceTrainer
+    from fastpref.unpaired_trainer import UnpairedPreferenceTrainer as UnpairedPreferenceTrainer
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "PreferenceTrainer": "fastpref.trainer",
     "PreferenceConfig": "fastpref.config",
+    "UnpairedPreferenceTrainer": "fastpref.unpaired_trainer",
+    "UnpairedPreferenceConfig": "fastpref.config",
     "patch_trl": "fastpref.integrations.trl",
     "unpatch_trl": "fastpref.integrations.trl",
 }

@@ -1,11 +1,11 @@
-"""`PreferenceConfig`: the options of `PreferenceTrainer`, on top of transformers' own."""
+"""The options of the trainers, on top of transformers' own."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from transformers import TrainingArguments
 
 from .loss_data import F_DIVERGENCES
 from .losses import LOSS_OPTIONS, LossOptions, Pairs
+from .unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 
+C = TypeVar("C", bound="BaseConfig")
 LOSS_ALIASES = {"dpo": "sigmoid"}
 
 
@@ -22,29 +24,8 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
-    """Options of `PreferenceTrainer`: transformers' `TrainingArguments` and those below.
-
-    Names and defaults are those of TRL 1.16's DPOConfig where it has them. Changed from
-    TrainingArguments: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
-    checkpointing on, `bf16` on unless `fp16`, `logging_nan_inf_filter` off because a loss that is
-    not finite stops the run. On a machine without an accelerator `use_cpu` is set.
-
-    Args:
-        beta: strength of the pull towards the reference; tau in the IPO paper.
-        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of docs/losses.md; or a
-            list of them.
-        loss_weights, label_smoothing, ipo_normalization, reference_free, f_divergence_type,
-            f_alpha_divergence_coef, discopop_tau, simpo_gamma, alpha, nll_weight, ld_alpha,
-            use_weighting: options of the losses; see `fastpref.LossOptions`.
-        nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
-        max_length: tokens kept of prompt + answer; None keeps all.
-        truncation_mode: "keep_start" or "keep_end".
-        precompute_ref_log_probs: compute the reference log-probs once, before training.
-        precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
-        head_strategy, head_memory_budget, backend: how the output head is computed; see
-            `linear_token_logps`.
-    """
+class BaseConfig(TrainingArguments):
+    """What the options of both trainers share; see `PreferenceConfig`."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
@@ -87,12 +68,89 @@ class PreferenceConfig(TrainingArguments):
     )
 
     # The loss
+    beta: float = _option(0.1, "Strength of the pull towards the reference model.")
+
+    # The output head
+    precision: str = field(
+        default="exact",
+        metadata={"help": "Logits in fp32 (exact) or bf16 (fast).", "choices": ["exact", "fast"]},
+    )
+    head_strategy: str = _option("auto", "auto, stash, recompute or mixed.")
+    head_memory_budget: int | None = _option(
+        None, "Bytes that the head may use between forward and backward; planned by default."
+    )
+    backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        # transformers renamed the option during version 5 and warns about the old name, TRL's.
+        renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
+        for end, default in (("", True), ("_kwargs", None)):
+            old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
+            given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
+            setattr(self, new if renamed else old, given[0] if given else default)
+        super().__post_init__()
+
+    @classmethod
+    def of(cls: type[C], args: Any) -> C:
+        """The trainer's `args`, checked: the defaults for None, and no other kind of arguments."""
+        if args is None:
+            return cls(output_dir="fastpref-output")
+        if not isinstance(args, cls):
+            raise ValueError(
+                f"args is a {type(args).__name__}; expected an instance of {cls.__name__}"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
+                "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        return args
+
+    def head_options(self) -> dict[str, Any]:
+        """How the output head is computed, as arguments of `linear_token_logps`."""
+        return {
+            "strategy": self.head_strategy,
+            "memory_budget": self.head_memory_budget,
+            "precision": self.precision,
+            "backend": self.backend,
+        }
+
+
+@dataclass
+class PreferenceConfig(BaseConfig):
+    """Options of `PreferenceTrainer`: transformers' `TrainingArguments` and those below.
+
+    Names and defaults are those of TRL 1.16's DPOConfig where it has them. Changed from
+    TrainingArguments: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
+    checkpointing on, `bf16` on unless `fp16`, `logging_nan_inf_filter` off because a loss that is
+    not finite stops the run. On a machine without an accelerator `use_cpu` is set.
+
+    Args:
+        beta: strength of the pull towards the reference; tau in the IPO paper.
+        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of docs/losses.md; or a
+            list of them.
+        loss_weights, label_smoothing, ipo_normalization, reference_free, f_divergence_type,
+            f_alpha_divergence_coef, discopop_tau, simpo_gamma, alpha, nll_weight, ld_alpha,
+            use_weighting: options of the losses; see `fastpref.LossOptions`.
+        nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
+        max_length: tokens kept of prompt + answer; None keeps all.
+        truncation_mode: "keep_start" or "keep_end".
+        precompute_ref_log_probs: compute the reference log-probs once, before training.
+        precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
+        head_strategy, head_memory_budget, backend: how the output head is computed; see
+            `linear_token_logps`.
+    """
+
+    # The loss
     loss_type: list[str] | str = field(
         default_factory=lambda: ["sigmoid"],
         metadata={"help": "Preference loss: sigmoid (DPO), ipo, ...; several are added up."},
     )
     loss_weights: list[float] | None = _option(None, "Factors of the losses; 1 by default.")
-    beta: float = _option(0.1, "Strength of the pull towards the reference model.")
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped.")
     ipo_normalization: str = field(
         default="token_mean",
@@ -119,46 +177,11 @@ class PreferenceConfig(TrainingArguments):
     )
     use_weighting: bool = _option(False, "Weigh pairs by the policy's own probability (WPO).")
 
-    # The output head
-    precision: str = field(
-        default="exact",
-        metadata={"help": "Logits in fp32 (exact) or bf16 (fast).", "choices": ["exact", "fast"]},
-    )
-    head_strategy: str = _option("auto", "auto, stash, recompute or mixed.")
-    head_memory_budget: int | None = _option(
-        None, "Bytes that the head may use between forward and backward; planned by default."
-    )
-    backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
-
     def __post_init__(self) -> None:
         given = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
         names = [LOSS_ALIASES.get(name, name) for name in given]
         self.loss_type = names[0] if len(names) == 1 else names
-        if self.bf16 is None:
-            self.bf16 = not self.fp16
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        # transformers renamed the option during version 5 and warns about the old name, TRL's.
-        renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
-        for end, default in (("", True), ("_kwargs", None)):
-            old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
-            given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
-            setattr(self, new if renamed else old, given[0] if given else default)
         super().__post_init__()
-
-    @classmethod
-    def of(cls, args: Any) -> PreferenceConfig:
-        """The trainer's `args`, checked: the defaults for None, and no other kind of arguments."""
-        if args is None:
-            return cls(output_dir="fastpref-output")
-        if not isinstance(args, cls):
-            raise ValueError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
-                "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
-            )
-        return args
 
     def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:
         """The options of the loss, checked; function takes the place of `loss_type`."""
@@ -177,11 +200,34 @@ class PreferenceConfig(TrainingArguments):
             )
         return checked
 
-    def head_options(self) -> dict[str, Any]:
-        """How the output head is computed, as arguments of `linear_token_logps`."""
+
+@dataclass
+class UnpairedPreferenceConfig(BaseConfig):
+    """Options of `UnpairedPreferenceTrainer`, with the names and defaults of TRL 1.16's KTOConfig.
+
+    Those of the model, the data and the head, and the defaults of transformers' options, are
+    `PreferenceConfig`'s.
+
+    Args:
+        beta: strength of the pull towards the reference.
+        loss_type: "kto" or "apo_zero_unpaired"; see docs/losses.md.
+        desirable_weight, undesirable_weight: factors on the losses of the two kinds of answers.
+    """
+
+    loss_type: str = field(
+        default="kto",
+        metadata={"help": "Loss of single answers.", "choices": list(UNPAIRED_LOSS_TYPES)},
+    )
+    desirable_weight: float = _option(1.0, "Factor on the losses of desirable answers.")
+    undesirable_weight: float = _option(1.0, "Factor on the losses of undesirable answers.")
+
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the loss, checked, as arguments of `linear_kto_loss`."""
+        weights = self.desirable_weight, self.undesirable_weight
+        check_unpaired_options(self.loss_type, self.beta, *weights)
         return {
-            "strategy": self.head_strategy,
-            "memory_budget": self.head_memory_budget,
-            "precision": self.precision,
-            "backend": self.backend,
+            "loss_type": self.loss_type,
+            "beta": self.beta,
+            "desirable_weight": weights[0],
+            "undesirable_weight": weights[1],
         }

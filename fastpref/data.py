@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
+from .collate import PreferenceCollator, check_truncation, truncate
 from .data_files import (
-    IDS,
-    NUMBERS,
-    TEXT,
+    PAIRS,
+    Form,
     check_columns,
+    check_label,
     check_number,
     check_token_ids,
     describe,
@@ -122,9 +122,33 @@ def prepare_dataset(
         ValueError: a column is missing, a row is malformed (with its number), the tokenizer lacks
             a chat template or EOS that the data needs, or no row is left.
     """
+    return tokenise(
+        dataset,
+        tokenizer,
+        PAIRS,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        num_proc=num_proc,
+        name=name,
+        vocab_size=vocab_size,
+    )
+
+
+def tokenise(
+    dataset: Any,
+    tokenizer: Any,
+    form: Form,
+    *,
+    max_length: int | None,
+    truncation_mode: str,
+    num_proc: int | None,
+    name: str,
+    vocab_size: int | None,
+) -> tuple[Any, DataReport]:
+    """`prepare_dataset` for data of any form."""
     import datasets
 
-    _check_truncation(max_length, truncation_mode)
+    check_truncation(max_length, truncation_mode)
     report = DataReport(name, max_length=max_length)
     streaming = isinstance(dataset, datasets.IterableDataset)
     if streaming:
@@ -136,15 +160,16 @@ def prepare_dataset(
         columns = dataset.column_names
         if len(dataset) == 0:
             raise ValueError(f"{name} data has no rows")
-    if "row" in columns and set(IDS) <= set(columns) <= {*IDS, *NUMBERS, "row"}:
-        return dataset, report  # already prepared
-    check_columns(columns, name)
-    if not set(IDS) <= set(columns) and tokenizer is None:
+    if "row" in columns and set(form.ids) <= set(columns) <= form.prepared:
+        return dataset, report
+    check_columns(columns, name, form)
+    if not set(form.ids) <= set(columns) and tokenizer is None:
         raise ValueError(f"{name} data is text; a tokenizer is needed")
     ids = datasets.Sequence(datasets.Value("int32"))
-    features = {**dict.fromkeys(IDS, ids), "row": datasets.Value("int64")}
+    features = {**dict.fromkeys(form.ids, ids), "row": datasets.Value("int64")}
     features["flags"] = datasets.Value("int8")
-    features.update({k: datasets.Value("float64") for k in NUMBERS if k in columns})
+    features.update({k: datasets.Value("float64") for k in form.numbers if k in columns})
+    features.update({k: datasets.Value("bool") for k in form.labels})
     encode = {
         "function": _encode_batch,
         "batched": True,
@@ -153,6 +178,7 @@ def prepare_dataset(
         "remove_columns": columns,
         "fn_kwargs": {
             "tokenizer": tokenizer,
+            "form": form,
             "max_length": max_length,
             "keep_start": truncation_mode == "keep_start",
             "name": name,
@@ -172,9 +198,10 @@ def prepare_dataset(
         setattr(report, key, len(hits))
         report.examples[key] = hits[:5].tolist()
     if report.kept == 0:
+        same = f"in {report.identical} chosen and rejected are identical, "
         raise ValueError(
-            f"{name} data: none of {report.rows} rows can be used: in {report.identical} chosen "
-            f"and rejected are identical, in {report.too_long} the prompt alone reaches "
+            f"{name} data: none of {report.rows} rows can be used: "
+            f"{same if form is PAIRS else ''}in {report.too_long} the prompt alone reaches "
             f"max_length={max_length} tokens, in {report.unlabelled} no answer token follows "
             "another token"
         )
@@ -187,56 +214,53 @@ def _is_kept(row: dict) -> bool:
     return row["flags"] & DROPPED == 0
 
 
-def _check_truncation(max_length: int | None, mode: str) -> None:
-    if mode not in ("keep_start", "keep_end"):
-        raise ValueError(f"truncation_mode is {mode!r}; expected 'keep_start' or 'keep_end'")
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length is {max_length}; expected at least 2 or None")
-
-
 def _encode_batch(
     batch: dict,
     rows: list[int],
     tokenizer: Any,
+    form: Form,
     max_length: int | None,
     keep_start: bool,
     name: str,
     vocab_size: int | None,
 ) -> dict[str, list]:
-    out: dict[str, list] = {key: [] for key in (*IDS, "row", "flags")}
-    out.update({key: [] for key in NUMBERS if key in batch})
+    out: dict[str, list] = {key: [] for key in (*form.ids, "row", "flags")}
+    out.update({key: [] for key in (*form.numbers, *form.labels) if key in batch})
     for i, index in enumerate(rows):
         row = {key: values[i] for key, values in batch.items()}
         where = f"{name} data: row {index}"
-        ids, flags = _encode_row(row, tokenizer, where)
-        for key, value in zip(IDS, ids, strict=True):
+        ids, flags = _encode_row(row, tokenizer, form, where)
+        for key, value in zip(form.ids, ids, strict=True):
             check_token_ids(value, key, where, vocab_size)
         if not flags & IDENTICAL:
             flags |= _length_flags(ids, max_length, keep_start)
-        for key, value in zip(IDS, ids, strict=True):
+        for key, value in zip(form.ids, ids, strict=True):
             out[key].append(value)
-        for key in NUMBERS:
+        for key in form.numbers:
             if key in row:
                 out[key].append(check_number(row[key], key, where))
+        for key in form.labels:
+            out[key].append(check_label(row[key], key, where))
         out["row"].append(index)
         out["flags"].append(flags)
     return out
 
 
-def _encode_row(row: dict, tokenizer: Any, where: str) -> tuple[tuple[list, list, list], int]:
-    if "chosen_ids" in row:
-        return (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]), 0
-    if row["chosen"] is not None and row["chosen"] == row["rejected"]:
-        return ([], [], []), IDENTICAL
+def _encode_row(row: dict, tokenizer: Any, form: Form, where: str) -> tuple[list[list], int]:
+    if form.ids[1] in row:
+        return [row[key] for key in form.ids], 0
+    first, *others = (row[key] for key in form.answers)
+    if first is not None and first in others:
+        return [[] for _ in form.ids], IDENTICAL
     if "prompt" not in row:
         row = {**row, **extract_prompt(row, where)}
-    prompt, chosen, rejected = _tokenize_pair(row, tokenizer, where)
-    split = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    prompt, *answers = _tokenize(row, tokenizer, ("prompt", *form.answers), where)
+    split = min(_common_prefix(prompt, answer) for answer in answers)
     flags = NOT_PREFIX if split < len(prompt) else 0
-    return (prompt[:split], chosen[split:], rejected[split:]), flags
+    return [prompt[:split], *(answer[split:] for answer in answers)], flags
 
 
-def _length_flags(ids: tuple[list, list, list], max_length: int | None, keep_start: bool) -> int:
+def _length_flags(ids: list[list], max_length: int | None, keep_start: bool) -> int:
     """What is wrong with a row as the collator will cut it."""
     prompt, *answers = ids
     flags = 0
@@ -245,51 +269,39 @@ def _length_flags(ids: tuple[list, list, list], max_length: int | None, keep_sta
             return TOO_LONG
         longest = max(len(prompt) + len(answer) for answer in answers)
         flags = TRUNCATED if longest > max_length else 0
-    chosen, rejected = (
-        _truncate(prompt + answer, len(prompt), max_length, keep_start) for answer in answers
-    )
-    if chosen == rejected:
+    kept = [truncate(prompt + answer, len(prompt), max_length, keep_start) for answer in answers]
+    if kept[0] in kept[1:]:
         return flags | IDENTICAL
-    labelled = any(len(kept) > max(start, 1) for kept, start in (chosen, rejected))
+    labelled = any(len(ids) > max(start, 1) for ids, start in kept)
     return flags if labelled else flags | UNLABELLED
 
 
-def _truncate(
-    ids: list[int], start: int, max_length: int | None, keep_start: bool
-) -> tuple[list[int], int]:
-    """What is kept of a sequence, and where its answer starts in that."""
-    if max_length is None or len(ids) <= max_length:
-        return ids, start
-    if keep_start:
-        return ids[:max_length], min(start, max_length)
-    return ids[-max_length:], max(0, start - (len(ids) - max_length))
-
-
-def _tokenize_pair(row: dict, tokenizer: Any, where: str) -> list[list[int]]:
-    for key in TEXT:
+def _tokenize(row: dict, tokenizer: Any, keys: tuple[str, ...], where: str) -> list[list[int]]:
+    """The tokens of the prompt, and of the prompt with each answer."""
+    for key in keys:
         if row[key] is None:
             raise ValueError(f"{where}: {key} is missing; expected a string or a message list")
-    prompt, chosen, rejected = (row[key] for key in TEXT)
-    if all(isinstance(value, str) for value in (prompt, chosen, rejected)):
+    prompt, *answers = (row[key] for key in keys)
+    if all(isinstance(value, str) for value in (prompt, *answers)):
         eos = tokenizer.eos_token
         if eos is None:
             raise ValueError("the tokenizer has no EOS token, which must end plain-text answers")
-        answers = [a if a.endswith(eos) else a + eos for a in (chosen, rejected)]
+        answers = [a if a.endswith(eos) else a + eos for a in answers]
         return [tokenizer(text=t)["input_ids"] for t in (prompt, *(prompt + a for a in answers))]
-    for key in TEXT:
+    for key in keys:
         if not is_messages(row[key]):
             raise ValueError(
-                f"{where}: {key} is {describe(row[key])}; expected prompt, chosen and rejected to "
-                "be all strings or all lists of messages with role and content"
+                f"{where}: {key} is {describe(row[key])}; expected {', '.join(keys[:-1])} and "
+                f"{keys[-1]} to be all strings or all lists of messages with role and content"
             )
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "the data is conversational but the tokenizer has no chat template; set "
-            "tokenizer.chat_template or give prompt, chosen and rejected as strings"
+            f"tokenizer.chat_template or give {', '.join(keys[:-1])} and {keys[-1]} as strings"
         )
     options = {"tools": _decoded(row.get("tools")), **_template_options(row)}
     options.update(tokenize=True, return_dict=True)
-    conversations = ((prompt, True), (prompt + chosen, False), (prompt + rejected, False))
+    conversations = [(prompt, True), *((prompt + answer, False) for answer in answers)]
     out = []
     for messages, generate in conversations:
         extra = {"add_generation_prompt": True, **options} if generate else options
@@ -330,64 +342,3 @@ def _decoded(value: Any) -> Any:
 def _template_options(row: dict) -> dict[str, Any]:
     options = _decoded(row.get("chat_template_kwargs")) or {}
     return {key: value for key, value in options.items() if value is not None}
-
-
-# ---- batching ----------------------------------------------------------------------------------
-
-
-@dataclass
-class PreferenceCollator:
-    """Make a right-padded batch [chosen; rejected] of P pairs from tokenised rows.
-
-    Returns a dict of CPU tensors: `input_ids`, `attention_mask`, `completion_mask` and `labels`
-    int64 [2P, T]; `token_indices` int64 [N], the flat positions where `labels` is not -100, so that
-    no device has to be asked for them; and, where the rows have them, `ref_chosen_logps`,
-    `ref_rejected_logps`, `weight`, `margin`, `soft_label` float32 [P] and `rows` int64 [P].
-    `labels[:, t]` is the completion token at t + 1, already aligned with the hidden state at t. An
-    answer whose tokens are all truncated has no label; neither has a completion token at 0.
-    """
-
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_truncation(self.max_length, self.truncation_mode)
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        sequences = []
-        for key in ("chosen_ids", "rejected_ids"):
-            for example in examples:
-                prompt = list(example["prompt_ids"])
-                whole = prompt + list(example[key])
-                keep_start = self.truncation_mode == "keep_start"
-                sequences.append(_truncate(whole, len(prompt), self.max_length, keep_start))
-        width = max(1, *(len(ids) for ids, _ in sequences))
-        if self.pad_to_multiple_of:
-            width += -width % self.pad_to_multiple_of
-        shape = (len(sequences), width)
-        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        attention, completion = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, -100, dtype=np.int64)
-        for i, (ids, start) in enumerate(sequences):
-            input_ids[i, : len(ids)] = ids
-            attention[i, : len(ids)] = 1
-            completion[i, start : len(ids)] = 1
-            first = max(start, 1)
-            labels[i, first - 1 : max(len(ids) - 1, 0)] = ids[first:]
-        arrays = {
-            "input_ids": input_ids,
-            "attention_mask": attention,
-            "completion_mask": completion,
-            "labels": labels,
-            "token_indices": np.flatnonzero(labels != -100).astype(np.int64),
-        }
-        batch = {key: torch.from_numpy(array) for key, array in arrays.items()}
-        for key in NUMBERS:
-            if key in examples[0]:
-                values = [float(example[key]) for example in examples]
-                batch[key] = torch.tensor(values, dtype=torch.float32)
-        if "row" in examples[0]:
-            batch["rows"] = torch.tensor([int(example["row"]) for example in examples])
-        return batch

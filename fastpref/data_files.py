@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,47 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 # Columns of a number for each pair, with their names as inputs of a preference loss.
 PER_PAIR = {"weight": "weight", "margin": "margin", "soft_label": "soft_labels"}
 NUMBERS = (*REFERENCE, *PER_PAIR)
-EXPECTED = (
+# The same of single answers: of their own log-probs and of mismatched answers', for KTO's KL.
+UNPAIRED_REFERENCE = ("ref_logps", "ref_KL_logps")
+UNPAIRED_NUMBERS = (*UNPAIRED_REFERENCE, "weight")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The columns of one kind of preference data.
+
+    answers: the texts beside the prompt. numbers: optional columns of one number a row. labels:
+    columns that say yes or no. extra: columns that only prepared data has.
+    """
+
+    answers: tuple[str, ...]
+    numbers: tuple[str, ...]
+    expected: str
+    labels: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return ("prompt_ids", *(f"{answer}_ids" for answer in self.answers))
+
+    @property
+    def prepared(self) -> set[str]:
+        return {*self.ids, *self.numbers, *self.labels, *self.extra, "row"}
+
+
+PAIRS = Form(
+    ("chosen", "rejected"),
+    NUMBERS,
     "expected prompt, chosen and rejected (strings or message lists), chosen and rejected with the "
-    "prompt inside, or prompt_ids, chosen_ids and rejected_ids"
+    "prompt inside, or prompt_ids, chosen_ids and rejected_ids",
+)
+UNPAIRED = Form(
+    ("completion",),
+    ("weight",),
+    "expected prompt, completion (strings or message lists) and label (true or false), or "
+    "prompt_ids, completion_ids and label, or pairs, which become two rows each",
+    ("label",),
+    (*UNPAIRED_REFERENCE, "KL_completion_ids"),
 )
 
 
@@ -174,12 +213,15 @@ def _csv_cell(key: str, value: str) -> Any:
             return float(value)
         except ValueError:
             return value  # reported with its row number when the row is tokenised
-    if (key in TEXT or key in IDS) and value.startswith("["):
+    if key in UNPAIRED.labels:
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
+    known = (*TEXT, *IDS, *UNPAIRED.answers, *UNPAIRED.ids)
+    if key in known and value.startswith("["):
         try:
             decoded = json.loads(value)
         except json.JSONDecodeError:
             return value  # an ordinary string that starts with a bracket
-        if key in IDS or is_messages(decoded):
+        if key.endswith("_ids") or is_messages(decoded):
             return decoded
     return value
 
@@ -203,7 +245,7 @@ def _from_rows(rows: list, name: str) -> Any:
         # Arrow would merge the keys of all rows into each; as JSON they stay what they were.
         if key in ("tools", "chat_template_kwargs"):
             columns[key] = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
-        elif key in TEXT:
+        elif key in (*TEXT, *UNPAIRED.answers):
             kinds = [type(value) for value in values]
             odd = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
             if odd is not None:
@@ -220,13 +262,15 @@ def _from_rows(rows: list, name: str) -> Any:
 # ---- checks ------------------------------------------------------------------------------------
 
 
-def check_columns(columns: list[str], name: str) -> None:
+def check_columns(columns: list[str], name: str, form: Form = PAIRS) -> None:
     """Raise a ValueError unless a data set has the columns of one of the forms that are read."""
-    found = f"found columns {sorted(columns)}; {EXPECTED}"
+    found = f"found columns {sorted(columns)}; {form.expected}"
     if {"image", "images"} & set(columns):
         raise ValueError(f"{name} data has images, which are not supported; {found}")
-    wanted = IDS if set(IDS) & set(columns) else ("chosen", "rejected")
-    for column in wanted:
+    wanted = form.ids if set(form.ids) & set(columns) else form.answers
+    if form is UNPAIRED and wanted is form.answers:
+        wanted = ("prompt", *wanted)  # a pair's may be inside its answers
+    for column in (*wanted, *form.labels):
         if column not in columns:
             raise ValueError(f"{name} data: column {column!r} is missing; {found}")
     given = [column for column in REFERENCE if column in columns]
@@ -256,6 +300,13 @@ def check_number(value: Any, key: str, where: str) -> float:
     if key == "soft_label" and not 0 <= value <= 1:
         raise ValueError(f"{where}: {key} is {value!r}; expected a probability in [0, 1]")
     return float(value)
+
+
+def check_label(value: Any, key: str, where: str) -> bool:
+    """The value as a bool; a ValueError unless it is one, or 0 or 1."""
+    if value not in (0, 1) or isinstance(value, float):
+        raise ValueError(f"{where}: {key} is {value!r}; expected true or false")
+    return bool(value)
 
 
 def describe(value: Any) -> str:

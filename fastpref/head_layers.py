@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class HeadAdapter:
         magnitude: [V] of DoRA, or None.
         bias: [V] of lora_B, unscaled, or None.
         dropout: the probability that an element of hidden is dropped in training.
+        training: whether it trains, so that its dropout is active.
     """
 
     lora_A: Tensor
@@ -35,6 +36,16 @@ class HeadAdapter:
     magnitude: Tensor | None = None
     bias: Tensor | None = None
     dropout: float = 0.0
+    training: bool = False
+
+    def rows(self, n: int) -> HeadAdapter:
+        """The adapter of the layer's first n rows."""
+
+        def first(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:n]
+
+        magnitude, bias = first(self.magnitude), first(self.bias)
+        return replace(self, lora_B=self.lora_B[:n], magnitude=magnitude, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -148,5 +159,7 @@ def _lora(module: Any, name: str) -> HeadAdapter:
         raise ValueError(f"the output head carries a PEFT adapter of kind {kind}; {_REFUSED}")
     a, b = module.lora_A[name], module.lora_B[name]
     magnitude = None if variant is None else module.lora_magnitude_vector[name].weight
-    p = getattr(module.lora_dropout[name], "p", 0.0)
-    return HeadAdapter(a.weight, b.weight, float(module.scaling[name]), magnitude, b.bias, p)
+    dropout = module.lora_dropout[name]
+    p, training = getattr(dropout, "p", 0.0), dropout.training
+    scaling = float(module.scaling[name])
+    return HeadAdapter(a.weight, b.weight, scaling, magnitude, b.bias, p, training)

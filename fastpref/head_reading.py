@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .head_adapters import adapter_options
 from .head_layers import HeadAdapter, read_layer
 
 
 @dataclass(frozen=True)
 class Head:
     """An output head: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
+
+    Adapters add to hidden @ weight.T, without being merged into it.
 
     Attributes:
         weight: [V, H].
@@ -23,8 +28,8 @@ class Head:
         padding: rows of the model's layer that its logits leave out; weight and bias end before
             them. Padding that a model's own logits count, as after
             `resize_token_embeddings(pad_to_multiple_of=64)`, counts here too.
-        adapters: LoRA and DoRA adapters that are active on the layer; only `read_head(model,
-            adapters=True)` returns a head that has some.
+        adapters: LoRA and DoRA adapters that are active on the layer. The head that a `head_fn`
+            gets has them, and that of `read_head(model, adapters=True)`.
     """
 
     weight: Tensor
@@ -40,21 +45,47 @@ class Head:
         """V, the number of logits of each token."""
         return self.weight.shape[0]
 
-    def options(self) -> dict[str, Any]:
-        """Bias, scale and softcap as keyword arguments of the `linear_*` functions.
+    def options(self, hidden: Tensor | None = None) -> dict[str, Any]:
+        """Bias, scale, softcap and adapters as keyword arguments of the `linear_*` functions.
+
+        Args:
+            hidden: [..., H] the hidden states that those functions are given, which a head with
+                adapters multiplies here with their A; others do without.
 
         Raises:
-            ValueError: the head has adapters, which those functions would leave out.
+            ValueError: the head has adapters and hidden is None, or adapters that cannot be used
+                unmerged (see docs/heads.md).
         """
-        if self.adapters:
-            raise ValueError(_ADAPTED)
-        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
+        own = {"scale": self.scale, "softcap": self.softcap}
+        if not self.adapters:
+            return {"bias": self.bias, **own}
+        if hidden is None:
+            raise ValueError(
+                "the output head carries a PEFT adapter, which multiplies the hidden states; "
+                "expected them: head.options(hidden)"
+            )
+        return {**adapter_options(hidden, self.weight, self.bias, self.adapters), **own}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., V] of hidden [..., H] in plain torch, float32 at least: for checks."""
+        options = self.options(hidden)
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        z = F.linear(hidden, self.weight).to(wide)
+        if options.get("low_rank") is not None:
+            low, up = options["low_rank"]
+            z = z + F.linear(low, up)
+        if options.get("weight_scale") is not None:
+            z = z * options["weight_scale"]
+        if options["bias"] is not None:
+            z = z + options["bias"]
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 _ADAPTED = (
-    "the model's output head carries a PEFT adapter, which would never be trained because "
-    "the head's weight is used directly; leave 'lm_head' out of target_modules, or train the whole "
-    "layer with modules_to_save=['lm_head']"
+    "the model's output head carries a PEFT adapter, which would never be trained if the head's "
+    "weight were used alone; expected read_head(model, adapters=True), whose options(hidden) have "
+    "the adapter too"
 )
 
 
@@ -106,12 +137,13 @@ def read_head(model: Any, *, adapters: bool = False) -> Head:
         "scale": _logit_scale(config),
         "softcap": _softcap(config),
     }
-    weight, bias = layer.weight, layer.bias
+    weight, bias, active = layer.weight, layer.bias, layer.adapters
     rows = weight.shape[0]
     kept = min(rows, getattr(config, "unpadded_vocab_size", None) or rows)
     if kept < rows:
         weight, bias = weight[:kept], None if bias is None else bias[:kept]
-    return Head(weight, bias, **transform, tied=tied, padding=rows - kept, adapters=layer.adapters)
+        active = tuple(adapter.rows(kept) for adapter in active)
+    return Head(weight, bias, **transform, tied=tied, padding=rows - kept, adapters=active)
 
 
 def _embeddings(model: Any) -> Any:

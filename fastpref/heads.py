@@ -92,7 +92,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
     if transform is not None:
         model._head_transform = _checked_transform(transform)
     try:
-        head = read_head(model)
+        head = read_head(model, adapters=True)
         own = model._forward_without_head_fn if installed else model.forward
         module, base = model.get_output_embeddings(), _backbone(model)
         verify(
@@ -121,7 +121,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = load_balancing_loss(self, outputs, kwargs.get("attention_mask"))
-        head = read_head(self)
+        head = read_head(self, adapters=True)
         return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
 
     # generate() checks its arguments against the signature. No __wrapped__: accelerate, to undo its
@@ -232,7 +232,7 @@ def check_head(model: Any) -> None:
     model = unwrap(model)
     if any(p.is_meta or p.numel() == 0 or is_sharded(p) for p in model.parameters()):
         return
-    head = read_head(model)
+    head = read_head(model, adapters=True)
     ids = torch.tensor([[token % head.vocab_size for token in (5, 6, 7)]])
     ids = ids.to(next(model.parameters()).device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -241,14 +241,11 @@ def check_head(model: Any) -> None:
     try:
         hidden = hidden_states(model, **inputs)
         expected = model(**inputs, **accepted(type(model).forward, {"use_cache": False})).logits
+        logits = read_head(model, adapters=True).logits(hidden.to(head.weight))
     finally:
         for module in training:
             module.training = True
-    logits = nn.functional.linear(hidden.to(head.weight), head.weight, head.bias)
-    logits = logits.float() * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    logits, expected = logits.cpu(), expected.float().cpu()
+    logits, expected = logits.float().cpu(), expected.float().cpu()
     same_shape = logits.shape == expected.shape
     gap = torch.tensor(0.0)
     if same_shape:

@@ -7,28 +7,46 @@ from collections.abc import Mapping
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 
-from .config import PreferenceConfig
+from .config import BaseConfig
 from .heads import unwrap
 from .reference import add_reference_adapter, is_peft
 
 logger = logging.getLogger("fastpref")
 
 
-def load_model(model: Any, args: PreferenceConfig) -> Any:
+def load_model(model: Any, args: BaseConfig) -> Any:
     """The model itself, or the one of that name, in float32 by default."""
     if not isinstance(model, str):
         return model
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
     options.update(_init_kwargs(args), output_loading_info=True)
     try:
-        pair: Any = AutoModelForCausalLM.from_pretrained(model, **options)
+        pair: Any = _auto_class(model, options).from_pretrained(model, **options)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model {model!r} could not be loaded: {error}") from error
     loaded, info = pair
     check_loaded(loaded, info, f"model {model!r}")
     return loaded
+
+
+def _auto_class(model: str, options: dict[str, Any]) -> Any:
+    """The class that loads a causal model, or a vision-language model, of that name."""
+    names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
+    given = {name: options[name] for name in names if name in options}
+    config = AutoConfig.from_pretrained(model, **given)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    vision = not known and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
@@ -58,7 +76,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
         )
 
 
-def load_tokenizer(model: Any, tokenizer: Any, args: PreferenceConfig) -> tuple[Any, int]:
+def load_tokenizer(model: Any, tokenizer: Any, args: BaseConfig) -> tuple[Any, int]:
     """The tokenizer, by default the model's, with a pad token; and the id to pad with."""
     config = unwrap(model).config.get_text_config()
     if isinstance(tokenizer, ProcessorMixin):
@@ -122,7 +140,7 @@ def each(datasets: Any) -> list[Any]:
     return [] if datasets is None else [datasets]
 
 
-def _init_kwargs(args: PreferenceConfig) -> dict[str, Any]:
+def _init_kwargs(args: BaseConfig) -> dict[str, Any]:
     given: Any = args.model_init_kwargs or {}
     if not isinstance(given, dict):
         raise ValueError(

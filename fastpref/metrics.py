@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastpref.fused import PreferenceOutput
+from fastpref.unpaired import UnpairedLoss
 
 # One micro-step's sums, in this order in its vector. Sums and counts rather than means, so that
 # they add up over processes of different sizes.
@@ -34,6 +35,25 @@ SUMS = (
 )
 EXTRAS = ("entropy", "mean_logit", "is_top1")
 PER_PAIR = tuple(key for key in SUMS if key.startswith(("rewards/", "logps/")))
+MEANS = ("aux_loss", "nll_loss", "kl")  # of each process, or the same on all
+# The same of single answers.
+SIDES = ("chosen", "rejected")
+PER_ANSWER = tuple(f"{key}/{side}" for key in ("rewards", "logps") for side in SIDES)
+UNPAIRED_SUMS = (
+    "loss",
+    "aux_loss",
+    "kl",
+    "answers/chosen",
+    "answers/rejected",
+    *PER_ANSWER,
+    "tokens/chosen",
+    "tokens/rejected",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "num_tokens",
+)
+UNPAIRED_EXTRAS = ("entropy", "mean_logit")
 
 
 class NonFiniteLossError(ValueError):
@@ -75,14 +95,67 @@ def micro_step_sums(
     return torch.stack([values[key].float() for key in SUMS])
 
 
+@torch.no_grad()
+def unpaired_sums(
+    out: UnpairedLoss,
+    loss: Tensor,
+    aux_loss: Tensor | None,
+    desirable: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """The vector [len(UNPAIRED_SUMS)] of one micro-step of single answers."""
+    assert out.stats is not None and out.logps is not None
+    entropy, mean_logit = out.stats.entropy, out.stats.mean_logit
+    assert entropy is not None and mean_logit is not None
+    values = {
+        "loss": loss,
+        "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
+        "kl": out.kl,
+        "entropy": entropy.sum(),
+        "num_tokens": attention_mask.sum(),
+    }
+    each = {
+        "answers": torch.ones_like(out.logps),
+        "rewards": out.rewards,
+        "logps": out.logps,
+        "tokens": (labels != -100).sum(1),
+        "logits": mean_logit.sum(1),  # the statistics are 0 where there is no label
+    }
+    for side, of in zip(SIDES, (desirable, ~desirable), strict=True):
+        values.update({f"{key}/{side}": (t * of).sum() for key, t in each.items()})
+    return torch.stack([values[key].float() for key in UNPAIRED_SUMS])
+
+
+def _mean(sums: dict[str, float], key: str, *counts: str) -> float:
+    count = sum(sums[c] for c in counts)
+    return sums[key] / count if count > 0 else 0.0
+
+
+def unpaired_metrics(
+    sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
+) -> dict[str, float]:
+    """TRL's metrics of one micro-step of single answers; none of a side that it has none of."""
+    metrics = {"aux_loss": sums["aux_loss"]} if has_aux_loss else {}
+    metrics["kl"] = sums["kl"]
+    metrics["entropy"] = _mean(sums, "entropy", "tokens/chosen", "tokens/rejected")
+    for side in SIDES:
+        if sums[f"tokens/{side}"] > 0:
+            metrics[f"logits/{side}"] = _mean(sums, f"logits/{side}", f"tokens/{side}")
+        for key in ("rewards", "logps") if sums[f"answers/{side}"] > 0 else ():
+            metrics[f"{key}/{side}"] = _mean(sums, f"{key}/{side}", f"answers/{side}")
+    if all(f"rewards/{side}" in metrics for side in SIDES):
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
 def micro_step_metrics(
     sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
 ) -> dict[str, float]:
     """TRL's metrics of one micro-step from its sums over all processes."""
 
     def mean(key: str, *counts: str) -> float:
-        count = sum(sums[c] for c in counts)
-        return sums[key] / count if count > 0 else 0.0
+        return _mean(sums, key, *counts)
 
     shown = {"aux_loss": has_aux_loss, "nll_loss": has_nll}
     metrics = {key: sums[key] for key, is_shown in shown.items() if is_shown}
@@ -125,6 +198,8 @@ class MetricWindow:
         gather: stacks the tensors of all processes on dim 0, as `Accelerator.gather` does.
         world_size, rank: number of processes, and which one this is.
         has_aux_loss, has_nll: whether to report `aux_loss` and `nll_loss`.
+        names: what a micro-step's vector holds.
+        metrics_of: makes a micro-step's metrics of its sums, has_aux_loss and has_nll.
     """
 
     gather: Callable[[Tensor], Tensor]
@@ -132,6 +207,8 @@ class MetricWindow:
     rank: int = 0
     has_aux_loss: bool = False
     has_nll: bool = False
+    names: tuple[str, ...] = SUMS
+    metrics_of: Callable[[dict[str, float], bool, bool], dict[str, float]] = micro_step_metrics
     total_tokens: int = 0
     pending: list[_Step] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -153,19 +230,19 @@ class MetricWindow:
             return
         steps, self.pending = self.pending, []
         local = torch.stack([step.sums for step in steps])
-        parts = self.gather(local).view(self.world_size, len(steps), len(SUMS)).cpu().double()
+        parts = self.gather(local).view(self.world_size, len(steps), -1).cpu().double()
         for rank, part in enumerate(parts):
             self._check(part, steps, rank)
         total = parts.sum(0)
-        for key in ("aux_loss", "nll_loss"):  # means already
-            total[:, SUMS.index(key)] /= self.world_size
+        for i in (i for i, name in enumerate(self.names) if name in MEANS):
+            total[:, i] /= self.world_size
         for row in total.tolist():
-            sums = dict(zip(SUMS, row, strict=True))
-            self.metrics.append(micro_step_metrics(sums, self.has_aux_loss, self.has_nll))
+            sums = dict(zip(self.names, row, strict=True))
+            self.metrics.append(self.metrics_of(sums, self.has_aux_loss, self.has_nll))
             self.total_tokens += int(sums["num_tokens"])
 
     def _check(self, values: Tensor, steps: list[_Step], rank: int) -> None:
-        losses = values[:, SUMS.index("loss")]
+        losses = values[:, self.names.index("loss")]
         if bool(losses.isfinite().all()):
             return
         index = int((~losses.isfinite()).nonzero()[0])
@@ -178,10 +255,16 @@ class MetricWindow:
         raise NonFiniteLossError(f"the loss is {value} at {step.where}{process}{rows}")
 
     def drain(self) -> dict[str, float]:
-        """The mean over the window's micro-steps, and an empty window. Empty if there were none."""
+        """The mean of each metric over the window's micro-steps that have it, and an empty window.
+
+        Empty if there were none.
+        """
         self.sync()
         steps, self.metrics = self.metrics, []
-        return {key: sum(s[key] for s in steps) / len(steps) for key in steps[0]} if steps else {}
+        found: dict[str, list[float]] = {}
+        for key, value in (item for step in steps for item in step.items()):
+            found.setdefault(key, []).append(value)
+        return {key: sum(values) / len(values) for key, values in found.items()}
 
     def clear(self) -> None:
         self.pending, self.metrics = [], []

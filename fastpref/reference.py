@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,14 @@ def add_reference_adapter(model: Any) -> None:
 
     if REF_ADAPTER in model.peft_config:
         return
-    active = model.active_adapter
-    if not isinstance(active, str):
-        raise ValueError(f"the PEFT model has several active adapters {active}; expected one")
+    if len(model.active_adapters) != 1:
+        several = ", ".join(model.active_adapters) or "none"
+        raise ValueError(f"the PEFT model's active adapters are {several}; expected one of them")
+    (active,) = model.active_adapters
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    state = {k: v.clone() for k, v in get_peft_model_state_dict(model, adapter_name=active).items()}
+    # The embeddings are the base model's: they are not part of an adapter on the output layer.
+    found = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    state = {k: v.clone() for k, v in found.items()}
     model.add_adapter(REF_ADAPTER, copy.deepcopy(model.peft_config[active]))
     set_peft_model_state_dict(model, state, adapter_name=REF_ADAPTER)
     model.set_adapter(active)
@@ -122,12 +125,13 @@ class Reference:
     def _sequence_logps(
         self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
     ) -> Tensor:
+        hidden = align_to_tokens(hidden, labels)
         logps = linear_token_logps(
-            align_to_tokens(hidden, labels),
+            hidden,
             head.weight,
             labels,
             token_indices=token_indices,
-            **head.options(),
+            **head.options(hidden),
             **self.options,
         )
         assert isinstance(logps, Tensor)
@@ -136,10 +140,10 @@ class Reference:
         return sequence_logps(logps, labels)
 
 
-def has_reference(dataset: Any) -> bool:
-    """Whether every row carries its reference log-probs."""
+def has_reference(dataset: Any, names: Sequence[str] = REFERENCE) -> bool:
+    """Whether every row carries its reference log-probs, the columns of these names."""
     columns = dataset.column_names or list(next(iter(dataset), {}))
-    return set(REFERENCE) <= set(columns)
+    return set(names) <= set(columns)
 
 
 def precompute(
@@ -150,17 +154,20 @@ def precompute(
     *,
     batch_size: int,
     name: str,
+    columns: Sequence[str] = REFERENCE,
     num_workers: int = 0,
     disable_tqdm: bool = False,
 ) -> Any:
-    """Add the columns ref_chosen_logps and ref_rejected_logps to a map-style data set.
+    """Add the columns of reference log-probs to a map-style data set.
 
     Args:
         dataset: a tokenised `datasets.Dataset`.
-        logps: takes a batch on the device and returns the reference's sequence log-probs [2P].
+        logps: takes a batch of P rows on the device and returns the reference's sequence log-probs,
+            P for each column, one column after the other.
         collator: makes a batch of rows.
         accelerator: places batches and shares the work among processes.
-        batch_size: pairs per batch and process.
+        batch_size: rows per batch and process.
+        columns: their names, by default ref_chosen_logps and ref_rejected_logps.
 
     Raises:
         ValueError: the data set is a stream.
@@ -175,7 +182,8 @@ def precompute(
             "or set precompute_ref_log_probs=False"
         )
     # Longest first: batches of like lengths have little padding, and the memory peak comes at once.
-    lengths = [len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in dataset]
+    answers = [key for key in dataset.column_names if key.endswith("_ids") and key != "prompt_ids"]
+    lengths = [len(row["prompt_ids"]) + max(len(row[k]) for k in answers) for row in dataset]
     order = np.argsort(-np.array(lengths), kind="stable")
     loader = accelerator.prepare_data_loader(
         DataLoader(
@@ -188,14 +196,14 @@ def precompute(
     parts = []
     bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)
     for batch in bar:
-        sums = logps(batch).view(2, -1).T.contiguous()  # [P, 2], which is gathered pair by pair
+        sums = logps(batch).view(len(columns), -1).T.contiguous()  # to be gathered row by row
         parts.append(accelerator.gather_for_metrics(sums).cpu())
-    values = np.empty((len(order), 2), dtype=np.float32)
+    values = np.empty((len(order), len(columns)), dtype=np.float32)
     values[order] = torch.cat(parts).float().numpy()
     if not np.isfinite(values).all():
         index = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
         row = dataset[index].get("row", index)
         raise ValueError(f"{name} data: the reference's log-probs of row {row} are {values[index]}")
-    for i, column in enumerate(REFERENCE):
+    for i, column in enumerate(columns):
         dataset = dataset.add_column(column, values[:, i])
     return dataset

@@ -142,6 +142,9 @@ def draw_training(axes: Sequence[Any], history: Sequence[Mapping[str, Any]]) -> 
             if steps:
                 label = "held out" if name.startswith("eval_") else "training"
                 axis.plot(steps, values, color=colour, label=label, **style)
+        if not axis.get_lines():  # single answers have no accuracy
+            axis.set_visible(False)
+            continue
         if zero:
             axis.axhline(0, color=NEUTRAL, linewidth=0.8, linestyle=":")
         if bounds:

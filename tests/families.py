@@ -131,12 +131,6 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def logits(hidden: Tensor, head: Head) -> Tensor:
-    """What a head makes of hidden states, in plain torch."""
-    z = _wide(torch.nn.functional.linear(hidden, head.weight, head.bias)) * head.scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-
-
 def log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     rows = _wide(logits).log_softmax(-1)
     picked = rows.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
@@ -147,8 +141,8 @@ def fused(hidden: Tensor, head: Head, aux_loss: Tensor | None, *, labels: Tensor
     """A `head_fn`: token log-probs by the fused operation, and plain logits."""
     hidden = align_to_tokens(hidden, labels)
     with torch.no_grad():
-        plain = logits(hidden, head)
-    return linear_token_logps(hidden, head.weight, labels, **head.options()), plain
+        plain = head.logits(hidden)
+    return linear_token_logps(hidden, head.weight, labels, **head.options(hidden)), plain
 
 
 def own_logits(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -196,4 +190,4 @@ def assert_same(
         torch.testing.assert_close(
             found[name], wanted[name], rtol=10 * rtol, atol=atol + rtol * size
         )
-    return read_head(model)
+    return read_head(model, adapters=True)

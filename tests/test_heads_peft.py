@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: E402
 
 from fastpref.heads import (  # noqa: E402
+    check_head,
     hidden_states,
     install_head_forward,
     read_head,
@@ -180,19 +181,6 @@ def test_experts():
     families.assert_same(lora(base, **config), families.batch())
 
 
-def pieces(hidden, head):
-    """The logits that `HeadAdapter` describes."""
-    z, factor, bias = hidden @ head.weight.T, 1.0, 0.0
-    delta = torch.zeros_like(head.weight)
-    for a in head.adapters:
-        z = z + a.scaling * (hidden @ a.lora_A.T) @ a.lora_B.T
-        delta = delta + a.scaling * a.lora_B @ a.lora_A
-        bias = bias + (0.0 if a.bias is None else a.scaling * a.bias)
-        if a.magnitude is not None:
-            factor = a.magnitude / (head.weight + delta).norm(dim=1).detach()
-    return z * factor + (0.0 if head.bias is None else head.bias) + bias
-
-
 ON_HEAD = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -204,44 +192,62 @@ ON_HEAD = {
 
 @pytest.mark.parametrize("kind", ON_HEAD)
 @pytest.mark.parametrize("name", ["llama", "phi"])  # without and with a bias
-def test_an_adapter_on_the_head_is_refused_and_can_be_read(name, kind):
-    adapted = lora(model(name), target_modules=["lm_head"], lora_alpha=6, **ON_HEAD[kind]).double()
-    with pytest.raises(ValueError, match="output head carries a PEFT adapter"):
-        install_head_forward(adapted)
-    with pytest.raises(ValueError, match="leave 'lm_head' out of target_modules"):
+def test_an_adapter_on_the_head(name, kind):
+    adapted = lora(
+        model(name), target_modules=["q_proj", "lm_head"], lora_alpha=6, **ON_HEAD[kind]
+    ).double()
+    with pytest.raises(ValueError, match="output head carries a PEFT adapter, which would never"):
         read_head(adapted)
     head = read_head(adapted, adapters=True)
-    with pytest.raises(ValueError, match="carries a PEFT adapter"):
+    with pytest.raises(ValueError, match=r"expected them: head.options\(hidden\)"):
         head.options()
-    inputs = families.batch()
-    with adapted.disable_adapter():  # the reference has none
-        install_head_forward(adapted)
+    for padding in ("right", "left"):
+        inputs = families.batch(padding)
+        families.assert_same(adapted, inputs, rtol=1e-9, atol=1e-9)
+    check_head(adapted)
+    with adapted.disable_adapter():
         assert read_head(adapted).adapters == ()
-        hidden = hidden_states(adapted, **inputs)
-    with pytest.raises(ValueError, match="output head carries a PEFT adapter"):
-        hidden_states(adapted, **inputs)
-    own = families.own_logits(adapted, inputs)
-    torch.testing.assert_close(pieces(hidden, head), own, rtol=1e-9, atol=1e-9)
+        families.assert_same(adapted, inputs, rtol=1e-9, atol=1e-9, grads=False)
+        check_head(adapted)
     if kind == "bias" and name == "llama":
         return  # peft itself cannot merge that
     adapted.merge_adapter()
-    families.assert_same(adapted, inputs, grads=False)
+    families.assert_same(adapted, inputs, rtol=1e-9, atol=1e-9, grads=False)
     with adapted.disable_adapter(), pytest.raises(ValueError, match="call unmerge_adapter"):
         read_head(adapted)
 
 
-def test_two_adapters_on_the_head_can_be_read():
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_on_a_head_that_the_embeddings_share(kind):
+    base = model(tie_word_embeddings=True)
+    adapted = lora(base, target_modules=["q_proj", "lm_head"], **ON_HEAD[kind])
+    head = families.assert_same(adapted, families.batch())
+    assert head.tied and not head.weight.requires_grad
+    base.model.embed_tokens.weight.requires_grad_(True)  # and with it the head
+    assert families.assert_same(adapted, families.batch()).weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["gemma2", "granite", "inkling_text"])  # a softcap, scales
+def test_an_adapter_on_a_head_with_a_transform(name, kind):
+    adapted = lora(model(name), target_modules=["lm_head"], **ON_HEAD[kind])
+    families.assert_same(adapted, families.batch())
+    check_head(adapted)
+
+
+def test_two_adapters_on_the_head():
     adapted = lora(target_modules=["lm_head"], lora_dropout=0.25).double()
     adapted.add_adapter("other", LoraConfig(r=2, target_modules=["lm_head"], lora_alpha=5))
     adapted.base_model.set_adapter(["default", "other"])
     trained(adapted)
-    head = read_head(adapted, adapters=True)
+    head = families.assert_same(adapted, families.batch(), rtol=1e-9, atol=1e-9)
     assert [a.lora_A.shape[0] for a in head.adapters] == [4, 2]
     assert [a.dropout for a in head.adapters] == [0.25, 0.0]
-    with adapted.disable_adapter():
-        hidden = hidden_states(adapted, **families.batch())
-    own = families.own_logits(adapted, families.batch())
-    torch.testing.assert_close(pieces(hidden, head), own, rtol=1e-9, atol=1e-9)
+    assert not any(a.training for a in head.adapters)
+    hidden = torch.ones(1, 2, 32, dtype=torch.float64)
+    assert torch.equal(head.logits(hidden), head.logits(hidden))
+    head = read_head(adapted.train(), adapters=True)
+    assert not torch.equal(head.logits(hidden), head.logits(hidden))
 
 
 @pytest.mark.parametrize("method", ["ia3", "loha", "vera", "oft"])

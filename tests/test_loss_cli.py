@@ -70,3 +70,30 @@ def test_training(tmp_path):
 )
 def test_bad_options(tmp_path, options, expected):
     assert expected in complaint(train(tmp_path / "out", *options, code=2))
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["answers", "pairs"])
+def test_answers(tmp_path, pairs):
+    found = demo.read_pairs("train.jsonl")[:12]
+    if not pairs:
+        found = [
+            {"prompt": p["prompt"], "completion": p[key], "label": key == "chosen"}
+            for p in found for key in ("chosen", "rejected")
+        ]  # fmt: skip
+    data = write(tmp_path / "data.jsonl", found)
+    result = train(
+        tmp_path / "out", "--loss", "kto", "--loss-option", "desirable_weight=1.2",
+        "--max-steps", 3, "--eval-split", 0.25, data=data,
+    )  # fmt: skip
+    assert "KTO on" in result.stdout and "reference: precompute" in result.stdout
+    assert "answers" in result.stdout and "reward accuracy" not in result.stdout
+    log = json.loads((tmp_path / "out" / "training_log.json").read_text("utf-8"))
+    first = log["history"][0]
+    assert first["kl"] == 0 and log["options"]["desirable_weight"] == 1.2
+    assert "eval_kl" in {key for h in log["history"] for key in h}
+    text = complaint(train(tmp_path / "b", "--loss", "kto+sft", data=data, code=2))
+    assert "kto or apo_zero_unpaired alone" in text
+    text = complaint(
+        train(tmp_path / "b", "--loss", "kto", "--loss-option", "ld_alpha=1", data=data, code=2)
+    )
+    assert "NAME one of desirable_weight, undesirable_weight" in text

@@ -8,39 +8,53 @@ from typing import Any
 
 from fastpref.loss_options import LOSS_OPTIONS, LossOptions
 from fastpref.loss_table import LOSS_TYPES
+from fastpref.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 
 ALIASES = {"dpo": "sigmoid"}
 OPTIONS = sorted(LOSS_OPTIONS - {"loss_type", "beta"} | {"nll_on_prompt"})
-LOSS_HELP = f"Preference loss: dpo, {', '.join(LOSS_TYPES)}; several, joined by +, are added up."
-OPTION_HELP = f"An option of the loss, such as label_smoothing=0.1: {', '.join(OPTIONS)}."
+UNPAIRED_OPTIONS = ["desirable_weight", "undesirable_weight"]
+LOSS_HELP = (
+    f"Preference loss: dpo, {', '.join(LOSS_TYPES)}; several, joined by +, are added up. Or one of "
+    f"single answers that are labelled desirable or not: {', '.join(UNPAIRED_LOSS_TYPES)}."
+)
+OPTION_HELP = (
+    f"An option of the loss, such as label_smoothing=0.1: {', '.join(OPTIONS)}; of single answers: "
+    f"{', '.join(UNPAIRED_OPTIONS)}."
+)
 
 
 @dataclass(frozen=True)
 class ChosenLoss:
     """What the user asked for, checked.
 
-    title: for people. settings: arguments of `PreferenceConfig`. reference: as that of
-    `LossOptions`.
+    title: for people. settings: arguments of `PreferenceConfig`, or of `UnpairedPreferenceConfig`
+    where unpaired. reference: as that of `LossOptions`.
     """
 
     title: str
     settings: dict[str, Any]
     reference: str
+    unpaired: bool = False
 
 
 def choose_loss(loss: str, beta: float, options: list[str]) -> ChosenLoss:
     """Parse and check both options, before anything is loaded. Raises ValueError."""
     names = [name.strip().lower() for name in loss.split("+")]
+    unpaired = len(names) == 1 and names[0] in UNPAIRED_LOSS_TYPES
     for name in names:
-        if name not in (*ALIASES, *LOSS_TYPES):
-            raise ValueError(f"--loss {loss}: expected {', '.join((*ALIASES, *LOSS_TYPES))}")
-    settings: dict[str, Any] = {"loss_type": [ALIASES.get(name, name) for name in names]}
+        if name not in (*ALIASES, *LOSS_TYPES) and not unpaired:
+            known = ", ".join((*ALIASES, *LOSS_TYPES))
+            alone = " or ".join(UNPAIRED_LOSS_TYPES)
+            raise ValueError(f"--loss {loss}: expected {known}, or {alone} alone")
+    allowed = UNPAIRED_OPTIONS if unpaired else OPTIONS
+    types = [ALIASES.get(name, name) for name in names]
+    settings: dict[str, Any] = {"loss_type": types[0] if unpaired else types}
     for text in options:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or name not in OPTIONS:
+        if not equals or name not in allowed:
             raise ValueError(
-                f"--loss-option {text}: expected NAME=VALUE, NAME one of {', '.join(OPTIONS)}"
+                f"--loss-option {text}: expected NAME=VALUE, NAME one of {', '.join(allowed)}"
             )
         if name in settings:
             raise ValueError(f"--loss-option {name} is given twice")
@@ -49,5 +63,9 @@ def choose_loss(loss: str, beta: float, options: list[str]) -> ChosenLoss:
         except json.JSONDecodeError:  # a word
             settings[name] = value.strip()
     settings["beta"] = beta
+    if unpaired:
+        weights = (settings.get(name, 1.0) for name in UNPAIRED_OPTIONS)
+        check_unpaired_options(settings["loss_type"], beta, *weights)
+        return ChosenLoss(names[0].upper(), settings, "required", unpaired=True)
     checked = LossOptions(**{k: v for k, v in settings.items() if k in LOSS_OPTIONS})
     return ChosenLoss(" + ".join(name.upper() for name in names), settings, checked.reference)

@@ -60,11 +60,10 @@ class ProgressBar(TrainerCallback):
         prefix = "eval_" if "eval_loss" in logs else ""
         if not state.is_world_process_zero or f"{prefix}rewards/margins" not in logs:
             return
-        text = (
-            f"loss {logs[f'{prefix}loss']:.4f}  "
-            f"accuracy {logs[f'{prefix}rewards/accuracies']:.2f}  "
-            f"margin {logs[f'{prefix}rewards/margins']:+.3f}"
-        )
+        text = f"loss {logs[f'{prefix}loss']:.4f}  "
+        if f"{prefix}rewards/accuracies" in logs:  # single answers have none
+            text += f"accuracy {logs[f'{prefix}rewards/accuracies']:.2f}  "
+        text += f"margin {logs[f'{prefix}rewards/margins']:+.3f}"
         if prefix and self.evaluations:
             self.console.print(f"Held out after step {state.global_step}: {text}")
         elif prefix:

@@ -39,7 +39,11 @@ LEARNING_RATES = {False: 1e-6, True: 1e-5}  # full, LoRA: what TRL recommends fo
 def command(
     model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
     data: Annotated[
-        str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
+        str,
+        typer.Option(
+            help="Preference pairs, or labelled answers: .jsonl, .json, .csv, .parquet or a hub "
+            "name."
+        ),
     ],
     loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
     loss_option: Annotated[
@@ -72,7 +76,7 @@ def command(
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: epochs.")] = -1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per device and step.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs or answers per device.")] = 4,
     grad_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 1024,
     precision: Annotated[
@@ -112,7 +116,7 @@ def command(
     ] = 500,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Train a model on preference pairs with DPO, IPO or another loss."""
+    """Train a model on preferences with DPO, IPO, KTO or another loss."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -131,6 +135,11 @@ def command(
     if chosen.reference != "required" and reference is not Reference.auto:
         raise ValueError(f"--reference {reference.value} would not be used by --loss {loss}")
     tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
+    rows = "pairs"
+    if chosen.unpaired:  # whose trainer reads rows in their order
+        from fastpref.unpaired_data import unpair
+
+        rows, train_set = "answers", unpair(train_set).shuffle(seed=seed)
     mode, source = Reference.auto, "none"
     if chosen.reference == "required":
         mode = reference_mode(reference, lora, train_set, eval_set)
@@ -139,20 +148,21 @@ def command(
     if not use_bf16 and precision is Precision.fast:
         raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
     rate = LEARNING_RATES[lora] if lr is None else lr
-    pairs_per_step = batch_size * grad_accumulation
-    steps = max_steps if max_steps > 0 else math.ceil(epochs * len(train_set) / pairs_per_step)
+    rows_per_step = batch_size * grad_accumulation
+    steps = max_steps if max_steps > 0 else math.ceil(epochs * len(train_set) / rows_per_step)
     console.print(
-        f"{chosen.title} on [bold]{escape(model)}[/bold]: {len(train_set)} pairs"
+        f"{chosen.title} on [bold]{escape(model)}[/bold]: {len(train_set)} {rows}"
         + (f", {len(eval_set)} held out" if eval_set is not None else "")
         + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
         f"learning rate {rate:g}, beta {beta:g}, reference: {source}"
     )
 
     from fastpref.cli.progress import ProgressBar
-    from fastpref.config import PreferenceConfig
+    from fastpref.config import PreferenceConfig, UnpairedPreferenceConfig
 
     output.mkdir(parents=True, exist_ok=True)
-    config = PreferenceConfig(
+    config_class: Any = UnpairedPreferenceConfig if chosen.unpaired else PreferenceConfig
+    config = config_class(
         output_dir=str(output),
         **chosen.settings,
         learning_rate=rate,
@@ -309,15 +319,19 @@ def bf16_is_fast() -> bool:
 
 
 def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=None, bar) -> Any:
-    """A `PreferenceTrainer` with our progress bar that also counts the positions of its batches."""
+    """A trainer with our progress bar that also counts the positions of its batches."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from fastpref.cli.progress import CountingCollator
+    from fastpref.config import UnpairedPreferenceConfig
     from fastpref.trainer import PreferenceTrainer
+    from fastpref.unpaired_trainer import UnpairedPreferenceTrainer
 
+    unpaired = isinstance(config, UnpairedPreferenceConfig)
+    trainer_class: Any = UnpairedPreferenceTrainer if unpaired else PreferenceTrainer
     with warnings.catch_warnings():  # peft 0.21 asks transformers under a name that changed since
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        trainer = PreferenceTrainer(
+        trainer = trainer_class(
             model=model,
             args=config,
             train_dataset=train_set,
@@ -362,7 +376,7 @@ def summary_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return ", ".join(f"{value:{form}} {name}" for value, name in values if value is not None)
 
     rate, seconds = facts["tokens_per_second"], facts["seconds"]
-    return [
+    rows = [
         ("steps", f"{facts['steps']}" + (f" in {seconds:.1f} s" if seconds else "")),
         ("loss", trained("loss", ".4f")),
         ("reward accuracy", trained("rewards/accuracies", ".3f")),
@@ -378,3 +392,4 @@ def summary_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"of the largest batch ({facts['batch_positions']:,} positions)",
         ),
     ]
+    return [(name, text) for name, text in rows if text]

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.head_adapters import adapter_options
 from fastpref.head_layers import read_layer
-from fastpref.integrations.adapters import adapter_options
 from fastpref.logps import TokenStats, linear_token_logps
 from fastpref.options import HeadOptions
 
@@ -91,7 +91,7 @@ class FusedLogProbs:
         adapter: dict[str, Any] = {}
         if _layers:
             layer = read_layer(_layers[-1])
-            adapter = adapter_options(hidden, layer)
+            adapter = adapter_options(hidden, layer.weight, layer.bias, layer.adapters)
             weight, bias = layer.weight, adapter.pop("bias")
         if not torch.is_autocast_enabled(kind):  # TRL computes in the hidden states' dtype
             weight = weight.to(hidden.dtype)

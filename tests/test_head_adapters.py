@@ -1,0 +1,184 @@
+"""Adapters and saved copies of the output layer in the trainer: the model's own logits, and TRL."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import families  # noqa: E402
+import oracle  # noqa: E402
+import tiny  # noqa: E402
+from test_trl_parity import KEYS, options  # noqa: E402
+from tiny import history, lora, trainer  # noqa: E402
+
+from fastpref.config import PreferenceConfig  # noqa: E402
+from fastpref.heads import batch_labels, model_inputs  # noqa: E402
+from fastpref.reference import as_reference  # noqa: E402
+from fastpref.trainer import PreferenceTrainer  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    # What tied weights, and an adapter on the layer that shares them, mean to peft.
+    pytest.mark.filterwarnings("ignore:.*tie:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*tied:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning"),
+]
+
+HEAD = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 16}
+KINDS = {
+    "lora": HEAD,
+    "head alone": {"target_modules": ["lm_head"]},
+    "rslora": {**HEAD, "use_rslora": True},
+    "dora": {**HEAD, "use_dora": True},
+    "saved": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+
+
+def move(model):
+    """The weights that train, as they are after some steps."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def own_sums(model, batch):
+    """Log-probs [2P] of the answers from the model's own logits."""
+    labels = batch_labels(batch)
+    return families.log_probs(model(**model_inputs(batch)).logits, labels).sum(1)
+
+
+@pytest.mark.parametrize("given", ["peft_config", "trained adapter"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_equals_plain_torch(tmp_path, kind, tied, given):
+    policy, settings = tiny.model(tie_word_embeddings=tied), {"peft_config": lora(**KINDS[kind])}
+    if given == "trained adapter":  # whose frozen copy is the reference
+        policy = peft.get_peft_model(policy, settings.pop("peft_config"))
+        move(policy)
+    t = trainer(tmp_path, policy, **settings)
+    move(t.model)
+    batch = t._prepare_inputs(next(iter(t.get_train_dataloader())))
+    t.model.train()
+    loss = t.compute_loss(t.model, batch)
+    loss.backward()
+    found = families.gradients(t.model)
+
+    policy = own_sums(t.model, batch)
+    with torch.no_grad(), as_reference(t.model):
+        reference = own_sums(t.model, batch)
+    if given == "trained adapter":
+        assert "ref" in t.model.peft_config
+    ratios = policy - reference
+    assert ratios.abs().max() > 0.1
+    expected = oracle.dpo(*ratios.chunk(2)).mean()
+    expected.backward()
+    wanted = families.gradients(t.model)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert set(found) == set(wanted) and any("lm_head" in name for name in wanted)
+    assert all(gradient.any() for gradient in wanted.values())
+    for name in wanted:
+        size = float(wanted[name].abs().max())
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-5 * max(size, 1))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
+def test_training_and_resuming(tmp_path, kind):
+    whole = trainer(tmp_path / "a", peft_config=lora(**KINDS[kind]), max_steps=4)
+    before = {n: p.clone() for n, p in whole.model.named_parameters()}
+    whole.train()
+    logs = history(whole)
+    assert logs[0]["loss"] == pytest.approx(math.log(2)) and logs[0]["rewards/margins"] == 0
+    assert logs[-1]["rewards/margins"] != 0
+    for name, parameter in whole.model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == parameter.requires_grad, name
+    settings = {"peft_config": lora(**KINDS[kind]), "save_strategy": "steps", "save_steps": 2}
+    half = trainer(tmp_path / "b", **settings, max_steps=4)
+    half.train()
+    again = trainer(tmp_path / "b", **settings, max_steps=4)
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "out" / "checkpoint-2"))
+    tiny.same(logs, history(again), tol=1e-6)
+
+
+def test_dropout_of_the_adapter_is_the_policys_alone(tmp_path):
+    """Where dropout stays on, the adapter drops hidden states in training and not in evaluation."""
+    config = lora(**HEAD, lora_dropout=0.5)
+    t = trainer(tmp_path, peft_config=config, disable_dropout=False)
+    move(t.model)
+    batch = t._prepare_inputs(next(iter(t.get_train_dataloader())))
+    t.model.train()
+    assert t.compute_loss(t.model, batch) != t.compute_loss(t.model, batch)
+    assert torch.equal(*(t.reference_logps(batch) for _ in range(2)))
+    t.model.eval()
+    assert torch.equal(*(t.compute_loss(t.model, batch).detach() for _ in range(2)))
+
+
+def test_what_cannot_work_says_so_at_once(tmp_path):
+    with pytest.raises(ValueError, match="a DoRA adapter with dropout; expected it alone"):
+        config = lora(**KINDS["dora"], lora_dropout=0.5)
+        trainer(tmp_path, peft_config=config, disable_dropout=False)
+    trainer(tmp_path, peft_config=config)  # which switches dropout off
+    with pytest.raises(ValueError, match="adapter of kind ia3.layer.Linear; expected LoRA, DoRA"):
+        config = peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[])
+        trainer(tmp_path, peft_config=config)
+    model = peft.get_peft_model(tiny.model(), lora(**KINDS["dora"]))
+    model.add_adapter("second", lora(**HEAD))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="active adapters are default, second; expected one"):
+        trainer(tmp_path, model)
+    with pytest.raises(ValueError, match="a DoRA adapter with others"):
+        trainer(tmp_path, model, ref_model=tiny.model())
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_trajectory_equals_trl(tmp_path, kind, loss):
+    """TRL alone takes a saved layer; for an adapter on it, it needs the patch."""
+    trl = pytest.importorskip("trl")
+    import contextlib
+
+    import fastpref
+
+    path = str(tmp_path / "model")
+    tiny.model().save_pretrained(path)
+    settings = options(tmp_path / "out", max_steps=5, loss_type=loss, learning_rate=5e-3)
+    logs = []
+    for trainer_class, config_class, patch in (
+        (trl.DPOTrainer, trl.DPOConfig, kind != "saved"),
+        (PreferenceTrainer, PreferenceConfig, False),
+    ):
+        with fastpref.patch_trl() if patch else contextlib.nullcontext():
+            t = trainer_class(
+                model=path,
+                args=config_class(**settings),
+                train_dataset=tiny.data(24),
+                processing_class=tiny.tokenizer(),
+                peft_config=lora(**KINDS[kind]),
+            )
+            t.train()
+        logs.append(history(t))
+    compared = 0
+    for mine, his in zip(*reversed(logs), strict=True):
+        for key in (key for key in KEYS if key in his):
+            # Rewards are differences of sums of about 100 nats, which fp32 holds to 1e-5.
+            absolute = 1e-5 if "rewards" in key else 1e-6 if "logits" in key else 0
+            if key == "rewards/accuracies" and his["step"] == 1:
+                continue  # ties, broken by rounding
+            assert math.isclose(mine[key], his[key], rel_tol=1e-4, abs_tol=absolute), (key, his)
+            compared += 1
+    assert compared >= 50 and logs[1][-1]["rewards/margins"] != 0
