@@ -144,6 +144,32 @@ def trl() -> str:
     )
 
 
+def trl_step() -> str:
+    if not (RESULTS / "trl_step.json").exists():
+        return "`python benchmarks/trl_step.py` measures it.\n"
+    results = _results("trl_step")
+    options, rows = results["options"], []
+    for mode, found in results["modes"].items():
+        both = "TRL", "fastpref"
+        time, memory = found["time"], found["memory"]
+        errors = found["largest_error_of_a_sequence_nat"]
+        rows.append(
+            [
+                MODES[mode],
+                *(f"{time[side]['median_ms']:.0f} ms" for side in both),
+                *(f"{memory[side]['peak_beyond'] / 2**20:.0f} MiB" for side in both),
+                *(f"{_short(errors[side])} nat" for side in both),
+            ]
+        )
+    tokens = next(iter(results["modes"].values()))["tokens"]
+    titles = [f"{what}{who}" for what in ("", "memory, ", "error, ") for who in ("TRL", "patched")]
+    return (
+        f"{options['pairs']} pairs, {tokens['labelled']} labelled of {tokens['positions']} "
+        f"positions, vocabulary {options['vocab']},\nhidden size {options['hidden']}, "
+        f"{options['layers']} layers, {options['dtype']}:\n\n" + _table(["head", *titles], rows)
+    )
+
+
 def liger() -> str:
     return _against("Liger DPO", "Liger 0.8.5")
 
@@ -188,7 +214,7 @@ def train() -> str:
     )
 
 
-BLOCKS = {f.__name__: f for f in (head, fp32, trl, liger, cce, train)}
+BLOCKS = {f.__name__: f for f in (head, fp32, trl, trl_step, liger, cce, train)}
 
 
 def fill(text: str) -> str:
