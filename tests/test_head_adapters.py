@@ -114,6 +114,22 @@ def test_training_and_resuming(tmp_path, kind):
     tiny.same(logs, history(again), tol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
+@pytest.mark.parametrize("how", ["autocast", "model"])
+def test_sixteen_bits(tmp_path, kind, how):
+    policy = tiny.model().bfloat16() if how == "model" else None
+    config = lora(**KINDS[kind])
+    t = trainer(tmp_path, policy, peft_config=config, bf16=how == "autocast", max_steps=2)
+    t.train()
+    first, second = history(t)[:2]
+    if kind == "dora" and how == "model":  # whose first magnitudes peft rounds to bf16
+        assert abs(first["rewards/margins"]) < 0.01
+        assert first["loss"] == pytest.approx(math.log(2), abs=0.01)
+    else:
+        assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(math.log(2))
+    assert second["rewards/margins"] != first["rewards/margins"]
+
+
 def test_dropout_of_the_adapter_is_the_policys_alone(tmp_path):
     """Where dropout stays on, the adapter drops hidden states in training and not in evaluation."""
     config = lora(**HEAD, lora_dropout=0.5)

@@ -58,12 +58,13 @@ class ProgressBar(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         prefix = "eval_" if "eval_loss" in logs else ""
-        if not state.is_world_process_zero or f"{prefix}rewards/margins" not in logs:
+        if not state.is_world_process_zero or f"{prefix}loss" not in logs:
             return
-        text = f"loss {logs[f'{prefix}loss']:.4f}  "
-        if f"{prefix}rewards/accuracies" in logs:  # single answers have none
-            text += f"accuracy {logs[f'{prefix}rewards/accuracies']:.2f}  "
-        text += f"margin {logs[f'{prefix}rewards/margins']:+.3f}"
+        text = f"loss {logs[f'{prefix}loss']:.4f}"
+        # Single answers have no accuracy, and no margin where all are of one kind.
+        for title, key, form in (("accuracy", "accuracies", ".2f"), ("margin", "margins", "+.3f")):
+            if (value := logs.get(f"{prefix}rewards/{key}")) is not None:
+                text += f"  {title} {value:{form}}"
         if prefix and self.evaluations:
             self.console.print(f"Held out after step {state.global_step}: {text}")
         elif prefix:

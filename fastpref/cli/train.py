@@ -136,10 +136,12 @@ def command(
         raise ValueError(f"--reference {reference.value} would not be used by --loss {loss}")
     tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
     rows = "pairs"
-    if chosen.unpaired:  # whose trainer reads rows in their order
+    if chosen.unpaired:  # whose trainer reads rows in order, in batches of both kinds at best
         from fastpref.unpaired_data import unpair
 
         rows, train_set = "answers", unpair(train_set).shuffle(seed=seed)
+        if eval_set is not None:
+            eval_set = unpair(eval_set, "held-out").shuffle(seed=seed)
     mode, source = Reference.auto, "none"
     if chosen.reference == "required":
         mode = reference_mode(reference, lora, train_set, eval_set)
