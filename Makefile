@@ -22,14 +22,14 @@ else
 endif
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/cuda/*)
 	$(BIN)/pip install --quiet -e '.[dev]'
 # Triton's interpreter and compiler need no GPU. Without dependencies, and only where it is packaged.
 	-$(BIN)/pip install --quiet --no-deps 'triton>=3.4'
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*)
-	$(BIN)/pip install --quiet -e '.[train]'
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/cuda/*)
+	$(if $(HAS_GPU),,FASTPREF_CUDA=0) $(BIN)/pip install --quiet -e '.[train]'
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -104,5 +104,5 @@ gpu-bench: gpu-install
 	$(PYTHON) benchmarks/head.py --device cuda $(BENCH_ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so fastpref/_cuda*.so
 	rm -f $(VENV)/.installed $(VENV)/.demo

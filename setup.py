@@ -1,14 +1,25 @@
-"""Builds fastpref._cpu. Needs a C++17 compiler and pybind11; torch is neither included nor linked.
+"""Builds fastpref._cpu, and fastpref._cuda where nvcc is found. Needs a C++17 compiler and
+pybind11; torch is neither included nor linked.
 
-The extension is optional: without a working compiler the package installs all the same, runs on
-the eager backend, and `fastpref doctor` says so.
+The extensions are optional: without a working compiler the package installs all the same, runs on
+the other backends, and `fastpref doctor` says so.
+
+FASTPREF_CUDA=0 leaves _cuda out. FASTPREF_CUDA_ARCH, such as "90;80+PTX", says for which GPUs it
+is.
 """
 
 import os
 import sys
+from pathlib import Path
 
+import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "cuda"))
+import nvcc_build  # noqa: E402
 
 FLAGS, LINK = [], []
 if sys.platform != "win32":
@@ -26,7 +37,7 @@ if os.environ.get("FASTPREF_SANITIZE") == "1":
 
 
 def native(module: str, sources: list[str]) -> Pybind11Extension:
-    """One pybind11 module over the tile contract of csrc/tile.h; `_cuda` will be a second one."""
+    """One pybind11 module over the tile contract of csrc/tile.h."""
     return Pybind11Extension(
         f"fastpref.{module}",
         sources,
@@ -40,9 +51,31 @@ def native(module: str, sources: list[str]) -> Pybind11Extension:
     )
 
 
+class BuildExt(build_ext):
+    """Hands fastpref._cuda to nvcc."""
+
+    def build_extension(self, ext):
+        if ext.name != "fastpref._cuda":
+            super().build_extension(ext)
+            return
+        out = Path(self.get_ext_fullpath(ext.name))
+        scratch = Path(self.build_temp) / "cuda"
+        jobs = int(os.environ.get("FASTPREF_BUILD_JOBS") or min(os.cpu_count() or 1, 8))
+        try:
+            nvcc_build.build(out, scratch, [*ext.include_dirs, *self.include_dirs], jobs)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise CompileError(str(error)) from error
+
+
+def extensions():
+    sources = ["csrc/bind.cpp", "csrc/rows.cpp", "csrc/gemm.cpp", "csrc/pair_loss.cpp"]
+    out = [native("_cpu", sources)]
+    if nvcc_build.wanted() and os.environ.get("FASTPREF_SANITIZE") != "1":
+        files = [f"csrc/cuda/{name}" for name in nvcc_build.SOURCES]
+        include = [pybind11.get_include()]
+        out.append(Extension("fastpref._cuda", files, include_dirs=include, optional=True))
+    return out
+
+
 ParallelCompile("FASTPREF_BUILD_JOBS", default=2).install()
-setup(
-    ext_modules=[
-        native("_cpu", ["csrc/bind.cpp", "csrc/rows.cpp", "csrc/gemm.cpp", "csrc/pair_loss.cpp"])
-    ]
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})

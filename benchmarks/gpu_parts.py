@@ -34,13 +34,18 @@ def row_passes(
     precisions: list[str],
     excluded: dict[str, str],
 ) -> tuple[dict[str, Pass], list[dict[str, Any]]]:
-    """fold and grad of every backend over tiles as large as a step has them, and a copy; and those
-    that cannot run, with the reason. D gets memory of its own, as where all of it is kept."""
+    """fold and grad, and both in one where there is that, of every backend over tiles as large as a
+    step has them, and a copy; and those that cannot run, with the reason. D gets memory of its own,
+    as where all of it is kept."""
+    from fastpref import backends as modules
+
     passes: dict[str, Pass] = {}
     missing = []
     for backend in backends:
         for precision in precisions:
-            for kernel in ("fold", "grad"):
+            for kernel in ("fold", "grad", "fold_grad"):
+                if not hasattr(modules._MODULES[backend], kernel):
+                    continue
                 name = f"{backend} {precision} {kernel}"
                 about = {"backend": backend, "precision": precision, "kernel": kernel}
                 if name in excluded:
@@ -53,11 +58,16 @@ def row_passes(
                     gpu.check(failure(error))
     # As large as a tile, or what a copy of twice the cache is.
     columns = max(p.bytes for p in passes.values()) // 4 if passes else 2**27
-    source = torch.ones(columns, dtype=torch.bfloat16, device=gpu.device)
+    passes[COPY] = copy_pass(gpu, columns)
+    return passes, missing
+
+
+def copy_pass(gpu: Gpu | PretendGpu, numbers: int) -> Pass:
+    """A copy of so many bf16 numbers, which is what the memory can do."""
+    source = torch.ones(numbers, dtype=torch.bfloat16, device=gpu.device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
-    passes[COPY] = Pass({}, moved, lambda: target.copy_(source))
-    return passes, missing
+    return Pass({}, moved, lambda: target.copy_(source))
 
 
 def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
@@ -86,7 +96,11 @@ def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
         return Pass(about, read, lambda: module.fold(tile, labels, 0, stats, transform))
     d = rows(x.dtype)
     lse, logps = stats.lse, stats.logps
-    call = lambda: module.grad(tile, labels, 0, lse, logps, d, transform)  # noqa: E731
+    calls = {
+        "grad": lambda: module.grad(tile, labels, 0, lse, logps, d, transform),
+        "fold_grad": lambda: module.fold_grad(tile, labels, stats, transform, d),
+    }
+    call = calls[about["kernel"]]
     call()
     return Pass(about, read + d.numel() * d.element_size(), call)
 

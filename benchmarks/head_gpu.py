@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import gpu_logits
 import gpu_parts
 import gpu_peers
 import runner
@@ -46,7 +47,8 @@ class Worker:
         import fastpref.backends
 
         self._gpu, self._request, self._say = gpu, request, say
-        self._backends = [b for b in gpu.backends if b in fastpref.backends.NAMES]
+        wanted = request.get("backends") or gpu.backends
+        self._backends = [b for b in wanted if b in fastpref.backends.NAMES]
         self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
         self._shape: Shape | None = None
         self._after = 0  # tasks still to come
@@ -68,9 +70,13 @@ class Worker:
                 self._say({"dropped": task["id"]})
                 continue
             self._say({"doing": task["id"]})
-            kind = {"cell": self._cell, "rows": self._rows, "overhead": self._overhead}[
-                task["kind"]
-            ]
+            kinds = {
+                "cell": self._cell,
+                "rows": self._rows,
+                "logits": self._logits,
+                "overhead": self._overhead,
+            }
+            kind = kinds[task["kind"]]
             begun = time.perf_counter()
             try:
                 result = kind(parse_shape(task["shape"]), task)
@@ -274,6 +280,17 @@ class Worker:
             self._backends,
             self._request["precision"],
             task.get("excluded", {}),
+        )
+        rounds = Rounds(self._gpu, self._request["repeats"], self._request["seconds"])
+        result = gpu_parts.time_passes(self._gpu, rounds, passes, self._teller(task))
+        result["kernels"] += missing
+        return {"size": asdict(shape), **result}
+
+    def _logits(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        problem, _, _ = self._prepare(shape)
+        self._gpu.free()
+        passes, missing = gpu_logits.passes(
+            self._gpu, problem, self._backends, task.get("excluded", {})
         )
         rounds = Rounds(self._gpu, self._request["repeats"], self._request["seconds"])
         result = gpu_parts.time_passes(self._gpu, rounds, passes, self._teller(task))

@@ -49,6 +49,7 @@ def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "failed" in result:
             continue
         make = {"cell": _cell_targets, "rows": _row_targets, "overhead": _small_targets}
+        make["logits"] = _row_targets
         out += make[result["kind"]](result)
     return out
 
@@ -117,6 +118,7 @@ def _row_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
             k.get("of_copy"),
         )
         for k in result["kernels"]
+        if not k.get("peer")
     ]
 
 
@@ -145,6 +147,7 @@ def report(result: dict[str, Any]) -> str:
     if "failed" in result:
         return f"\n{result['id']}: {result['failed']}"
     table = {"cell": _cell_table, "rows": _row_table, "overhead": _small_table}
+    table["logits"] = _row_table
     size = result["size"]
     head = f"\n{result['id']}: N={size['n']} H={size['h']} V={size['v']}"
     if size["softcap"] is not None:

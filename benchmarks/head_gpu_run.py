@@ -42,6 +42,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--small", default=SMALL, help="shapes whose calls are timed on the host")
     parser.add_argument("--modes", default=",".join(MODES), help=f"some of {', '.join(MODES)}")
     parser.add_argument("--precision", default="exact,fast", help="exact, fast or both")
+    parser.add_argument(
+        "--backends", default=None, help="of fastpref's, such as triton,cuda; default: all for GPUs"
+    )
     parser.add_argument("--peers", default=None, help="peers to run beside eager; default: all")
     parser.add_argument("--repeats", type=int, default=10, help="calls of each variant")
     parser.add_argument(
@@ -60,6 +63,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if not set(given) <= set(known):
             parser.error(f"--{name}: got {','.join(given)}, expected some of {','.join(known)}")
         setattr(args, name, [k for k in known if k in given])
+    known = ["cuda", "triton", "native", "eager"]
+    args.backends = None if args.backends is None else args.backends.split(",")
+    if args.backends and not set(args.backends) <= set(known):
+        parser.error(
+            f"--backends: got {','.join(args.backends)}, expected some of {','.join(known)}"
+        )
     known = [e.name for e in gpu_peers.PEERS]
     args.peers = None if args.peers is None else [n for n in args.peers.split(",") if n]
     if args.peers and not set(args.peers) <= set(known):
@@ -88,6 +97,7 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
             out.append({"id": f"{name} {mode}", "kind": "cell", "shape": name, "mode": mode})
         if "/" not in name:
             out.append({"id": f"row kernels of {name}", "kind": "rows", "shape": name})
+            out.append({"id": f"ready logits of {name}", "kind": "logits", "shape": name})
     return out + small
 
 
@@ -130,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         "least_seconds": min(6.0, args.budget / 20),
         "modes": args.modes,
         "precision": args.precision,
+        "backends": args.backends,
         "peers": args.peers,
         "repeats": args.repeats,
         "seconds": args.seconds,

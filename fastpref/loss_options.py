@@ -169,6 +169,15 @@ class LossOptions:
         return name if plain and isinstance(name, str) else None
 
     @property
+    def pair_parameters(self) -> dict[str, float]:
+        """What `pair_loss` is told besides of a loss that has it."""
+        if self.closed_form == "discopop":
+            return {"option": self.discopop_tau}
+        if self.closed_form in ("simpo", "alphapo"):
+            return {"option": self.simpo_gamma, "shape": self.alpha}
+        return {}
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether a loss divides by the answers' lengths."""
         sums = self.ipo_normalization == "sum"

@@ -187,6 +187,7 @@ class PairProblem:
             lengths=lengths,
             weight=inputs.pair_weight,
             margin=inputs.margin,
+            **self.options.pair_parameters,
         )
         loss, sequences, rewards = _PairLoss.apply(
             logps.contiguous(), ids, pairs, inputs.ref_logps, options, module

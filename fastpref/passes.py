@@ -199,13 +199,20 @@ def forward_pass(
         whole = kept.shape[0] == stop - start and tile_type == x.dtype
         tile = kept if whole else buffer[: stop - start]
         _logits(call, block, head, tile)
-        backend.fold(tile, y, 0, rows, call.transform)
-        if tile_type != stats_type:
-            rows.replace_target(_target_logits(call, block, head, y))
-        if u is None and kept.shape[0] == 0:
-            continue
+        exact = None if tile_type == stats_type else _target_logits(call, block, head, y)
         d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
-        _grad(call, tile, (y, 0, rows.lse, rows.logps), d, head)
+        wants_d = u is not None or kept.shape[0] > 0
+        if wants_d and hasattr(backend, "fold_grad"):
+            backend.fold_grad(tile, y, rows, call.transform, d, exact)
+            if head.scale is not None:
+                d *= head.scale
+        else:
+            backend.fold(tile, y, 0, rows, call.transform)
+            if exact is not None:
+                rows.replace_target(exact)
+            if not wants_d:
+                continue
+            _grad(call, tile, (y, 0, rows.lse, rows.logps), d, head)
         if not all_kept:
             project(d, start, stop)
         if kept.shape[0] < stop - start:

@@ -14,7 +14,7 @@ from fastpref import backends
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "few: Triton's interpreter gets each parameter's values once, not every two"
+        "markers", "few: without a GPU, each parameter's values are tried once, not every two"
     )
     if machine.why_not("native") is not None:  # which is then said of every default on a CPU
         said = "ignore:fastpref runs on plain torch:RuntimeWarning"
@@ -27,15 +27,17 @@ def _dtypes(params) -> list[torch.dtype]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Triton's interpreter gets so many cases of a test that each two values of its parameters meet
-    in one, or that each value is in one. On a GPU, and on the other backends, all cases run."""
+    """Triton's interpreter and the emulation of CUDA get so many cases of a test that each two
+    values of its parameters meet in one, or that each value is in one. On a GPU, and on the other
+    backends, all cases run."""
     groups = defaultdict(list)
-    for item in items if machine.INTERPRETED else []:
+    for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        is_triton = "triton" in (params.get("backend"), params.get("tiles"))
-        if is_triton and machine.why_not("triton", _dtypes(params)) is None:
-            groups[item.path, item.originalname].append(item)
-    skip = pytest.mark.skip(reason="interpreter: other cases have these values")
+        given = params.get("backend"), params.get("tiles")
+        for name in machine.slow():
+            if name in given and machine.why_not(name, _dtypes(params)) is None:
+                groups[item.path, item.originalname, name].append(item)
+    skip = pytest.mark.skip(reason="no GPU: other cases have these values")
     for cases in groups.values():
         together = 1 if cases[0].get_closest_marker("few") else 2
         kept = machine.thinned([item.callspec.params for item in cases], together)

@@ -1,7 +1,8 @@
 """What this machine runs of each backend: on which device, in which dtypes, at which sizes.
 
 Triton's kernels run on the GPU if there is one, and in Triton's interpreter otherwise, at about
-10 ms a row: there they get fewer rows (`sized`) and fewer cases (`thinned`).
+10 ms a row: there they get fewer rows (`sized`) and fewer cases (`thinned`). So do those of CUDA in
+their emulation, which takes about a millisecond.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, TypeVar
 
+import cuda_emulated
 import torch
 
 from fastpref import backends
@@ -32,7 +34,7 @@ def backend_of(case: str) -> str:
 
 
 def device_of(case: str) -> torch.device:
-    on_gpu = HAS_GPU and case in ("triton", "eager-cuda")
+    on_gpu = HAS_GPU and case in ("triton", "cuda", "eager-cuda")
     return torch.device("cuda" if on_gpu else "cpu")
 
 
@@ -41,6 +43,10 @@ def why_not(case: str, dtypes: Sequence[torch.dtype] = ()) -> str | None:
     module = backends._MODULES[backend_of(case)]
     if module.NAME == "eager":
         return None
+    if module.NAME == "cuda" and not HAS_GPU:
+        reason = cuda_emulated.install()
+        if reason is not None:
+            return reason
     reasons = (module.why_not(device_of(case), dtype) for dtype in dtypes or [torch.float32])
     return next((reason for reason in reasons if reason is not None), None)
 
@@ -52,8 +58,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def sized(backend: str, full: T, interpreted: T) -> T:
-    """A size for this backend: `interpreted` in Triton's interpreter and `full` elsewhere."""
-    return interpreted if backend == "triton" and INTERPRETED else full
+    """A size for this backend: `interpreted` where a GPU is interpreted or emulated."""
+    return interpreted if backend in slow() else full
+
+
+def slow() -> tuple[str, ...]:
+    """The backends that do not run on what they are made for."""
+    return ("triton",) * INTERPRETED + ("cuda",) * (not HAS_GPU)
 
 
 def thinned(cases: Sequence[dict[str, Any]], together: int) -> list[int]:

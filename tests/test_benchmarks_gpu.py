@@ -15,6 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import gpu  # noqa: E402
+import gpu_logits  # noqa: E402
 import gpu_peers  # noqa: E402
 import head  # noqa: E402
 import head_gpu  # noqa: E402
@@ -66,7 +67,11 @@ def test_zipf_problem_and_its_truth(softcap):
 def _request(**changes):
     tasks = [{"id": mode, "kind": "cell", "shape": SMALL, "mode": mode} for mode in gpu_peers.MODES]
     request = {
-        "tasks": [*tasks, {"id": "rows", "kind": "rows", "shape": SMALL + ",30"}],
+        "tasks": [
+            *tasks,
+            {"id": "rows", "kind": "rows", "shape": SMALL + ",30"},
+            {"id": "logits", "kind": "logits", "shape": SMALL},
+        ],
         "deadline": time.time() + 600,
         "least_seconds": 0.0,
         "modes": list(gpu_peers.MODES),
@@ -124,6 +129,12 @@ def test_every_mode(monkeypatch):
         gpu_peers.Entry("wrong", wrong, products=4),
         gpu_peers.Entry("capless", _raising(RuntimeError), softcap=False),
     )
+    sides = {
+        "eager": lambda: gpu_logits._plain,
+        "absent": _raising(ModuleNotFoundError("No module named 'absent'")),
+        "large": _raising(torch.OutOfMemoryError("no room")),
+    }
+    monkeypatch.setattr(gpu_logits, "PEERS", sides)
     _, results = _work(_request())
     for mode in gpu_peers.MODES:
         rows = {r["variant"]: r for r in results[mode]["variants"]}
@@ -139,7 +150,14 @@ def test_every_mode(monkeypatch):
     kernels = results["rows"]["kernels"]
     assert {k["kernel"] for k in kernels} == {"fold", "grad"}
     assert all(0 < k["of_copy"] for k in kernels) and results["rows"]["copy"]["gb_per_s"] > 0
+    sides = {k["backend"]: k for k in results["logits"]["kernels"]}
+    assert set(sides) == {"fastpref native", "fastpref eager", "eager", "absent", "large"}
+    assert sides["absent"]["missing"].startswith("ModuleNotFoundError")
+    assert sides["large"]["missing"].startswith("out of memory") and sides["large"]["peer"]
+    assert all("gb_per_s" in sides[name] for name in ("fastpref native", "eager"))
     targets = head_gpu_report.targets(list(results.values()))
+    assert [t for t in targets if t["target"].startswith("logits, fastpref native")]
+    assert not [t for t in targets if t["target"].startswith(("logits, eager", "logits, absent"))]
     assert any(t["measured"] is not None for t in targets)
     closing = head_gpu_report.closing(
         {"targets": targets, "results": list(results.values()), "dropped": ["x"], "stops": ["y"]}
@@ -345,14 +363,21 @@ def test_which_mode_runs(monkeypatch):
 
 
 def test_options_and_the_order_of_tasks(capsys):
-    for bad in (["--shapes", "q"], ["--modes", "none"], ["--peers", "x"], ["--precision", "y"]):
+    for bad in (
+        ["--shapes", "q"],
+        ["--modes", "none"],
+        ["--peers", "x"],
+        ["--precision", "y"],
+        ["--backends", "z"],
+    ):
         with pytest.raises(SystemExit):
             head_gpu_run.arguments(bad)
         assert bad[0] in capsys.readouterr().err
     names = [t["id"] for t in head_gpu_run.tasks(head_gpu_run.arguments([]))]
     assert names[:4] == ["a trainable", "a frozen", "a forward-only", "row kernels of a"]
     assert names.index("overhead of d/256") < names.index("a/1024 trainable")
-    assert names[-1] == "d/1024 forward-only" and len(names) == len(set(names)) == 37
+    assert names[-1] == "d/1024 forward-only" and len(names) == len(set(names)) == 42
+    assert head_gpu_run.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
 
 
 def test_the_whole_command(tmp_path, capsys):
@@ -362,6 +387,7 @@ def test_the_whole_command(tmp_path, capsys):
     head.main(options)
     results = json.loads((tmp_path / "out.json").read_text())
     assert (tmp_path / "out.png").stat().st_size > 1000
-    assert [r["id"] for r in results["results"]] == [f"{SMALL} frozen", f"row kernels of {SMALL}"]
+    wanted = [f"{SMALL} frozen", f"row kernels of {SMALL}", f"ready logits of {SMALL}"]
+    assert [r["id"] for r in results["results"]] == wanted
     assert results["machine"]["gpu"].startswith("none") and results["targets"]
     assert "targets: " in capsys.readouterr().out

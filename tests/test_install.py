@@ -77,7 +77,7 @@ def _pip(command: str, *arguments: str, cwd: Path, **environment: str) -> None:
 def _wheel(tree: Path, out: Path, **environment: str) -> Path:
     out.mkdir()
     build = ["--no-build-isolation", "-w", str(out), str(tree)]
-    _pip("wheel", *build, cwd=out, **environment)
+    _pip("wheel", *build, cwd=out, **{"FASTPREF_CUDA": "0", **environment})
     (wheel,) = out.glob("fastpref-*.whl")
     return wheel
 
@@ -124,6 +124,21 @@ def test_without_a_compiler(tree, tmp_path):
     assert "_cpu is not built" in reasons and "compiler" in reasons
 
 
+def test_with_an_nvcc_that_fails(tree, tmp_path):
+    """As without one: the package installs, works, and says what it lacks."""
+    copy, tools = tmp_path / "tree", tmp_path / "cuda" / "bin"
+    shutil.copytree(tree, copy, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    tools.mkdir(parents=True)
+    (tools / "nvcc").write_text("#!/bin/sh\necho no luck; exit 1\n")
+    (tools / "nvcc").chmod(0o755)
+    none = str(tmp_path / "no-such-compiler")
+    given = dict(CC=none, CXX=none, FASTPREF_CUDA="1", CUDA_HOME=str(tools.parent))
+    wheel = _wheel(copy, tmp_path / "wheel", **given)
+    assert not any("_cuda." in n for n in zipfile.ZipFile(wheel).namelist())
+    reasons = _use(wheel, tmp_path / "target", "eager")
+    assert "_cuda is not built" in reasons and "nvcc" in reasons
+
+
 def test_sdist(tree, tmp_path):
     """Holds everything that a build needs."""
     out = tmp_path / "sdist"
@@ -135,6 +150,7 @@ def test_sdist(tree, tmp_path):
         names = {n.split("/", 1)[-1] for n in archive.getnames()}
     needed = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").iterdir() if p.is_file()}
     needed |= {p.relative_to(ROOT).as_posix() for p in ROOT.glob("fastpref/**/*.py")}
+    needed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cuda").glob("*.*")}
     needed |= {*SOURCES, "kernels/__init__.py", "fastpref/py.typed"}
     assert needed <= names, needed - names
     assert not [n for n in names if n.endswith((".so", ".pyc"))]

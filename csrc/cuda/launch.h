@@ -1,0 +1,63 @@
+// The CUDA module: what csrc/cuda/bind.cpp calls. Vectors are float32, labels int64, all on `device`;
+// launches are on `stream` and return at once.
+#pragma once
+#include <cstdint>
+
+#include "tile.h"
+
+namespace fastpref::cuda {
+
+// How z is made of raw: outer tanh(inner raw), or outer raw where inner is 0; slope is the derivative
+// but for the tanh's.
+struct Affine {
+    float inner, outer, slope;
+};
+
+struct Where {
+    int device;
+    uintptr_t stream;
+    int clusters;  // the most thread blocks that can share a row: 8, or 1 where there are no clusters
+};
+
+// Fold and, with `out`, write D as well. exact: null, or the labels' exact logits [rows], which then
+// replace the tile's in the label's log-prob and in the normaliser, as Stats.replace_target does.
+void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact,
+          void* out, Dtype out_dtype, int64_t out_stride, const Where& where);
+
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
+          Dtype out_dtype, int64_t out_stride, const Where& where);
+
+// The losses with a closed form, by their place in the binding's list of names.
+enum class PairForm : int {
+    sigmoid, sigmoid_norm, ipo, hinge, exo_pair, robust, nca_pair, bco_pair, sppo_hard, apo_zero,
+    apo_down, discopop, cpo, simpo, alphapo, orpo
+};
+constexpr const char* PAIR_FORMS[] = {
+    "sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair",
+    "sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"};
+
+struct PairArgs {
+    PairForm form;
+    int64_t tokens, pairs;
+    const float* logps;             // [tokens]
+    const int64_t* sequence_ids;    // [tokens]
+    const float *ref_logps, *lengths;  // [2 * pairs], or null
+    const float *weight, *margin;   // [pairs], or null
+    double beta, label_smoothing;
+    double option, shape;           // discopop's tau; simpo_gamma and alpha
+    float *loss, *sequence_logps, *rewards, *coef;  // as PairLossOut
+    int64_t* starts;                // scratch [2 * pairs + 1]
+    float* slopes;                  // scratch [2 * pairs]
+};
+void pair_loss(const PairArgs& args, const Where& where);
+
+// Whether the kernels can run on a device: null, or the runtime's words; and for which
+// architecture they were compiled (90 for sm_90), which says whether they know clusters.
+struct Ready {
+    const char* error;
+    const char* message;
+    int architecture, runtime, driver;
+};
+Ready ready(int device);
+
+}  // namespace fastpref::cuda
