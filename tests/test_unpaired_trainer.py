@@ -204,6 +204,45 @@ def test_batches_of_one_kind_count_where_they_have_something(tmp_path):
         assert logged[key] == pytest.approx(sum(values) / len(values), rel=1e-6)
 
 
+def test_streams_new_data_and_resuming(tmp_path):
+    stream = Dataset.from_list(tiny.rows(8)).to_iterable_dataset()
+    t = trainer(tmp_path / "a", train=stream, max_steps=2)
+    t.train()
+    assert history(t)[0]["loss"] == pytest.approx(0.5)
+
+    def start():
+        return trainer(
+            tmp_path / "b", precompute_ref_log_probs=True, peft_config=lora(), max_steps=4,
+            save_strategy="steps", save_steps=2, eval_dataset={"a": rows(5, seed=2)},
+        )  # fmt: skip
+
+    whole = start()
+    assert whole.evaluate()["eval_a_loss"] == pytest.approx(0.5)
+    whole.train()
+    assert whole.evaluate(rows(6, seed=4))["eval_loss"] != pytest.approx(0.5)
+    resumed = start()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "out" / "checkpoint-2"))
+    same(history(whole), history(resumed), ("loss", "grad_norm", "kl", "num_tokens"), tol=1e-6)
+
+
+def test_mixture_of_experts_adds_its_balancing_loss(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    moe = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=200, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+            num_experts_per_tok=1, router_aux_loss_coef=0.5, pad_token_id=0, eos_token_id=1,
+            bos_token_id=1,
+        )
+    )  # fmt: skip
+    t = trainer(tmp_path, moe, max_steps=1)
+    t.train()
+    first = history(t)[0]
+    assert first["aux_loss"] > 0
+    assert first["loss"] == pytest.approx(0.5 + 0.5 * first["aux_loss"], rel=1e-5)
+
+
 # ---- TRL ----
 
 CASES = {
