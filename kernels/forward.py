@@ -34,9 +34,11 @@ from fastpref.kernels.forward_config import (
     config,
     has_config,
     launch_tokens,
+    padded_bias,
+    rows_are_aligned,
+    with_aligned_rows,
 )
 from torch import Tensor
-from torch.nn.functional import pad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["SHIPPED", "Case", "Config", "config", "fused_logps", "launch_tokens", "why_not"]
@@ -272,13 +274,9 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)  # triton.cdiv takes microseconds
 
 
-def _aligned(matrix: Tensor) -> bool:
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-
-
 def made_for(weight: Tensor) -> bool:
     """Whether there is a kernel for this GPU and alignment, and not only the one for any."""
-    return _aligned(weight) and has_config(_device(weight.device)[0])
+    return rows_are_aligned(weight) and has_config(_device(weight.device)[0])
 
 
 def why_not(x: Tensor, weight: Tensor, transform) -> str | None:
@@ -317,11 +315,9 @@ def fused_logps(
     if n == 0:
         return
     labels = labels.contiguous()
-    aligned = _aligned(weight)
-    if x.stride(1) != 1 or aligned and not _aligned(x):
-        # Only the weight decides on the kernel: a token's result must not depend on its batch.
-        padded = x.new_empty(n, _blocks(hidden, 8) * 8)[:, :hidden]
-        x = padded.copy_(x)
+    aligned = rows_are_aligned(weight)
+    if x.stride(1) != 1 or aligned:
+        x = with_aligned_rows(x)
     arch, multiprocessors = _device(x.device)
     capped = transform.softcap is not None
     if chosen is None:
@@ -330,10 +326,7 @@ def fused_logps(
     c = (transform.softcap if capped else transform.scale) * LOG2E / transform.temperature
     k = 2 * LOG2E * transform.scale / transform.softcap if capped else 0.0
     tiles = _blocks(vocab, chosen.block_n)
-    padding = tiles * chosen.block_n - vocab
-    if padding or bias is not None:
-        added = x.new_zeros(vocab, dtype=torch.float32) if bias is None else bias.float()
-        bias = pad(added, (0, padding), value=-math.copysign(math.inf, transform.scale))
+    bias = padded_bias(bias, weight, tiles * chosen.block_n, transform.scale)
     shape = {
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": chosen.block_n,

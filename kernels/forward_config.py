@@ -1,12 +1,17 @@
-"""How the fully fused forward pass is compiled on which GPU. Needs no triton."""
+"""How the fully fused forward pass is compiled on which GPU, and what its inputs have to be.
+
+Needs no triton: the CUDA backend's pass shares the inputs.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Per-tile results of one launch: 2^24 pairs of floats, 128 MiB. More tokens take several launches.
@@ -147,3 +152,30 @@ def launch_tokens(chosen: Config, tokens: int, vocab_size: int) -> int:
     """
     most = _MAX_PARTIALS // -(-vocab_size // chosen.block_n)
     return min(tokens, max(most // chosen.block_m, 1) * chosen.block_m)
+
+
+def rows_are_aligned(matrix: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+
+
+def with_aligned_rows(x: Tensor) -> Tensor:
+    """x [N, H], or a copy, with adjacent columns and rows that start at multiples of 16 bytes.
+
+    Only the weight decides on the kernel: a token's result must not depend on its batch.
+    """
+    if x.stride(1) == 1 and rows_are_aligned(x):
+        return x
+    n, hidden = x.shape
+    return x.new_empty(n, -(-hidden // 8) * 8)[:, :hidden].copy_(x)
+
+
+def padded_bias(bias: Tensor | None, weight: Tensor, size: int, scale: float) -> Tensor | None:
+    """bias [V] or zeros as float32 [size], with what makes a logit -inf from V on; None where there
+    is nothing to add. The scale comes after it."""
+    vocab = weight.shape[0]
+    if bias is None and size == vocab:
+        return None
+    added = weight.new_zeros(vocab, dtype=torch.float32) if bias is None else bias.float()
+    value = -math.copysign(math.inf, scale)
+    return torch.nn.functional.pad(added, (0, size - vocab), value=value)

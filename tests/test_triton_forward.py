@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from forward_problem import TRANSFORMS, check, confident, head
 from triton_interpret import DEVICE, INTERPRETED
 
 # isort: split
@@ -43,12 +44,6 @@ CONFIGS = configs()
 SOME = (
     [None, next((c for c in CONFIGS if c and not c.descriptors), None)] if INTERPRETED else CONFIGS
 )
-TRANSFORMS = {
-    "plain": {},
-    "negative scale, temperature": {"scale": -0.7, "temperature": 0.7},
-    "softcap": {"softcap": 30.0},
-    "softcap, negative scale, temperature": {"scale": -2.0, "softcap": 5.0, "temperature": 1.5},
-}
 SENTINEL = 7.0
 
 
@@ -61,26 +56,6 @@ def run(x, weight, labels, bias=None, chosen=None, **transform):
     fused_logps(*moved, Transform(**transform), stats, chosen=chosen)
     assert all((r[n:] == SENTINEL).all() for r in room)
     return stats.logps.cpu(), stats.lse.cpu()
-
-
-def head(n, hidden, vocab, dtype=torch.bfloat16, spread=4.0):
-    """Hidden states and a weight whose logits have this standard deviation, and labels."""
-    x = torch.randn(n, hidden).to(dtype)
-    weight = (torch.randn(vocab, hidden) * spread / hidden**0.5).to(dtype)
-    return x, weight, torch.randint(vocab, (n,))
-
-
-def check(got, x, weight, labels, bias=None, **transform):
-    """Within fp32's rounding of the row's largest logit; labels may be ignored (negative)."""
-    logps, lse = got
-    z = oracle.logits(x, weight, bias, **transform)
-    truth = oracle.token_stats(z, labels.clamp(min=-100).where(labels >= 0, -100))
-    largest = z.abs().where(z.isfinite(), 0.0).amax(1)
-    bound = 3e-6 * (1 + largest)
-    kept = labels >= 0
-    oracle.assert_within(logps[kept], truth.logps[kept], bound[kept])
-    oracle.assert_within(lse, torch.logsumexp(z, 1), bound)
-    assert (logps[kept] <= 0).all()
 
 
 @pytest.mark.parametrize("chosen", CONFIGS, ids=name)
@@ -186,15 +161,6 @@ def test_logits_far_from_zero(shift):
     x, weight, labels = head(20, 64, 300)
     bias = torch.full((300,), shift)
     check(run(x, weight, labels, bias), x, weight, labels, bias)
-
-
-def confident(n, hidden, vocab):
-    """Rows whose label is ahead of all others, by 9 to 30."""
-    x, weight, _ = head(n, hidden, vocab, spread=0.5)
-    weight[:n] = 0
-    weight[:n, :n] = torch.eye(n) * 8
-    x[:, :n] = torch.diag(torch.linspace(9, 30, n) / 8)
-    return x, weight, torch.arange(n)
 
 
 @pytest.mark.parametrize("chosen", SOME, ids=name)
