@@ -200,19 +200,21 @@ def forward_pass(
         tile = kept if whole else buffer[: stop - start]
         _logits(call, block, head, tile)
         exact = None if tile_type == stats_type else _target_logits(call, block, head, y)
-        d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
-        wants_d = u is not None or kept.shape[0] > 0
-        if wants_d and hasattr(backend, "fold_grad"):
+        d = None
+        if u is not None or kept.shape[0] > 0:
+            d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
+        if hasattr(backend, "fold_grad"):
             backend.fold_grad(tile, y, rows, call.transform, d, exact)
-            if head.scale is not None:
+            if d is not None and head.scale is not None:
                 d *= head.scale
         else:
             backend.fold(tile, y, 0, rows, call.transform)
             if exact is not None:
                 rows.replace_target(exact)
-            if not wants_d:
-                continue
-            _grad(call, tile, (y, 0, rows.lse, rows.logps), d, head)
+            if d is not None:
+                _grad(call, tile, (y, 0, rows.lse, rows.logps), d, head)
+        if d is None:
+            continue
         if not all_kept:
             project(d, start, stop)
         if kept.shape[0] < stop - start:

@@ -143,7 +143,7 @@ def test_margins_are_zero_at_step_zero(precision, mode):
     weight = torch.randn(1003, 24, device=DEVICE).bfloat16().requires_grad_(mode != "frozen")
     labels = torch.randint(1003, (4, 9), device=DEVICE)
     labels[0, :4] = -100
-    options = dict(backend="cuda", precision=precision, fused=False)
+    options = dict(backend="cuda", precision=precision, fused=False, softcap=9.0)
     policy = fastpref.linear_token_logps(
         hidden, weight, labels, strategy="auto" if mode == "frozen" else mode, **options
     )
@@ -170,21 +170,22 @@ def test_reads_and_writes_of_ready_logits(monkeypatch):
 
 
 def test_the_passes_over_the_head_use_it(monkeypatch):
-    """One kernel where D is wanted, fold alone where it is not."""
+    """The same kernel whether D is wanted or not: margins are exactly 0 at step 0."""
     calls = []
     real = cuda.fold_grad
-    monkeypatch.setattr(cuda, "fold_grad", lambda *a: (calls.append(a[5]), real(*a)))
+    monkeypatch.setattr(cuda, "fold_grad", lambda *a: (calls.append(a[4:]), real(*a)))
     hidden = torch.randn(40, 8, device=DEVICE).bfloat16().requires_grad_()
     weight = torch.randn(70, 8, device=DEVICE).bfloat16()
     labels = torch.randint(70, (40,), device=DEVICE)
     for precision, given in (("exact", False), ("fast", True)):
         options = dict(backend="cuda", precision=precision, fused=False)
         fastpref.linear_token_logps(hidden, weight, labels, **options)
-        assert calls and all((exact is not None) == given for exact in calls)
-        calls.clear()
+        assert calls and all(d is not None for d, _ in calls)
         with torch.no_grad():
             fastpref.linear_token_logps(hidden, weight, labels, **options)
-        assert not calls
+        assert calls.pop()[0] is None
+        assert all((exact is not None) == given for _, exact in calls)
+        calls.clear()
 
 
 def test_it_says_what_it_is():

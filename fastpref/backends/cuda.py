@@ -237,16 +237,17 @@ def fold_grad(
     labels: Tensor,
     stats: Stats,
     transform: Transform,
-    out: Tensor,
+    out: Tensor | None,
     target: Tensor | None = None,
 ) -> None:
     """`fold` of whole rows [n, V] and `grad` into out [n, V], reading each logit once.
 
-    Its statistics are those of `fold` to the last bit. target [n]: the labels' exact logits, which
-    take the place of the tile's as in `Stats.replace_target`. out may be the tile's own memory, as
-    in `eager.grad`.
+    out may be the tile's own memory, as in `eager.grad`; None leaves `grad` out, and the statistics
+    are the same to the last bit. target [n]: the labels' exact logits, which take the place of the
+    tile's as in `Stats.replace_target`.
     """
-    _fold(tile, labels, 0, stats, transform, target, _rows(out, tile))
+    address = (0, 0, 0) if out is None else _rows(out, tile)
+    _fold(tile, labels, 0, stats, transform, target, address)
 
 
 def grad(
