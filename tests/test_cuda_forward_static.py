@@ -1,0 +1,82 @@
+"""What nvcc makes of the forward pass for Hopper: the instructions that it is made of."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+
+import cuda_emulated  # noqa: F401  puts csrc/cuda on the path
+import nvcc_build
+import pytest
+from test_cuda_static import NVCC, REGISTERS, _cuobjdump
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
+    pytest.mark.slow,
+]
+THREADS = 384
+LOGITS = 128  # of a tile in one thread
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """ptxas's words, and the SASS of each kernel by its (mangled) name."""
+    out = tmp_path_factory.mktemp("forward") / "forward.cubin"
+    assert nvcc_build.architectures_of("forward.cu", ["80", "90", "120+PTX"]) == ["90a"]
+    target = ["-arch=sm_90a", "-cubin", "-Xptxas=-v"]
+    command = nvcc_build.compile_command(NVCC, "forward.cu", out, target)
+    run = subprocess.run([c for c in command if c != "-c"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    tool = _cuobjdump()
+    if tool is None:
+        pytest.skip("cuobjdump is not installed")
+    sass = subprocess.run([tool, "-sass", str(out)], capture_output=True, text=True, check=True)
+    parts = re.split(r"^\s*Function : ", sass.stdout, flags=re.MULTILINE)[1:]
+    return run.stderr, {p.split("\n", 1)[0].strip(): p for p in parts}
+
+
+def _opcodes(sass: str) -> Counter[str]:
+    return Counter(re.findall(r"^\s+/\*\w{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9._a-z]+)", sass, re.M))
+
+
+def test_registers_and_products(compiled):
+    """No spills; and no product waits for the one before (ptxas would say that it serialises)."""
+    log, _ = compiled
+    assert not re.search(r"serializ|serialis", log), log
+    assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", log)) == {"0"}
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == 6 and max(registers) * THREADS <= REGISTERS
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("cap", [0, 1], ids=["plain", "softcap"])
+def test_instructions(compiled, dtype, cap):
+    (sass,) = (
+        s for n, s in compiled[1].items() if f"forward_kernelINS_{len(dtype)}{dtype}ELb{cap}E" in n
+    )
+    codes = _opcodes(sass)
+
+    def count(prefix: str) -> int:
+        return sum(n for code, n in codes.items() if code.startswith(prefix))
+
+    kind = ".BF16" if dtype == "bf16" else ""  # fp16 goes without saying
+    assert codes[f"HGMMA.64x128x16.F32{kind}"] == count("HGMMA") == 2 * 64 // 16
+    assert codes["UTMALDG.2D"] == codes["UTMALDG.2D.MULTICAST"] == 1 and count("UTMALDG") == 2
+    assert count("USETMAXREG") == 2  # the copying warpgroup gives registers to the others
+    for forbidden in ("LDL", "STL", "ATOM", "RED"):  # spills; sums in any order
+        assert not count(forbidden), forbidden
+    # Fences for the whole GPU at the cluster's first and last barrier, and none per tile.
+    assert count("MEMBAR.ALL.GPU") <= 2
+    # With a softcap three special functions a logit, one without it; some more per row.
+    per_row = 4 * 4
+    assert codes["MUFU.EX2"] <= LOGITS * (1 + cap) + per_row
+    assert count("MUFU.RCP") <= LOGITS * cap + per_row
+
+
+def test_elsewhere_it_is_empty(tmp_path):
+    """Other GPUs lack its instructions: there the kernels have no body, and are never launched."""
+    out = tmp_path / "forward.cubin"
+    command = nvcc_build.compile_command(NVCC, "forward.cu", out, ["-arch=sm_80", "-cubin"])
+    run = subprocess.run([c for c in command if c != "-c"], capture_output=True, text=True)
+    assert run.returncode == 0 and "warning" not in run.stderr, run.stderr
