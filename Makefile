@@ -71,8 +71,10 @@ GPU_TEST_PROCESSES ?= 8
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
   $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer))
 
+# fastpref._cuda, where nvcc is found, is built for the GPU that is here.
 gpu-install:
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+	FASTPREF_CUDA_ARCH=$${FASTPREF_CUDA_ARCH-$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)} \
+	  $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 
 # Every step runs, whatever the ones before it gave; plugins that happen to be installed stay out.
 gpu-test: gpu-install

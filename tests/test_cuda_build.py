@@ -201,10 +201,13 @@ def pretend(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.version, "hip", None)
-    for function in (cuda._ready, cuda._clusters):
-        function.cache_clear()
+    _forget()
     yield module
-    for function in (cuda._ready, cuda._clusters):
+    _forget()
+
+
+def _forget():
+    for function in (cuda._ready, cuda._clusters, cuda._machine_problem):
         function.cache_clear()
 
 
@@ -247,7 +250,7 @@ def test_the_next_backend_is_taken_and_said_once(pretend, monkeypatch):
         assert backends.choose(CUDA, torch.float32) is cuda
     assert backends.choose(CUDA, torch.float32) is cuda  # a second warning would be an error
     pretend.answer = ("cudaErrorNoKernelImageForDevice", "no image", 0, 13000, 13000)
-    cuda._ready.cache_clear()
+    _forget()
     with pytest.warns(
         RuntimeWarning, match="plain torch.*pretend; fastpref._cuda was not compiled"
     ):

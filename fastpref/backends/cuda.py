@@ -121,17 +121,20 @@ def _gpu_problem(index: int) -> str | None:
     return f"fastpref._cuda cannot run: {message} ({error})"
 
 
-def problem() -> str | None:
-    """Why the module cannot run on this machine, or None."""
-    if _PROBLEM is not None:
-        return _PROBLEM
-    if _emulated():
-        return None
+@functools.cache
+def _machine_problem() -> str | None:
     if torch.version.hip is not None:
         return "fastpref._cuda is for NVIDIA GPUs; torch is built for AMD's"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     return _gpu_problem(torch.cuda.current_device())
+
+
+def problem() -> str | None:
+    """Why the module cannot run on this machine, or None."""
+    if _PROBLEM is not None:
+        return _PROBLEM
+    return None if _emulated() else _machine_problem()
 
 
 def describe() -> str:
@@ -315,11 +318,7 @@ def pair_loss(
 
 
 def fused_is_fast(weight: Tensor) -> bool:
-    """Whether `linear_logps` has a kernel made for this GPU and for this weight's alignment."""
-    from fastpref.backends import cuda_forward
-
-    if cuda_forward.why_not(weight) is None:
-        return True
+    """As `triton.fused_is_fast`; False where Triton does not run."""
     return triton.why_not(weight.device, weight.dtype) is None and triton.fused_is_fast(weight)
 
 
@@ -331,17 +330,8 @@ def linear_logps(
     stats: Stats,
     transform: Transform,
 ) -> None:
-    """As `triton.linear_logps`, which it is but for Hopper GPUs. ValueError, with the reason, where
-    neither can run."""
-    from fastpref.backends import cuda_forward
-
-    own = cuda_forward.why_not(weight, transform)
-    if own is None:
-        cuda_forward.linear_logps(x, weight, labels, bias, stats, transform)
-        return
+    """As `triton.linear_logps`, which it is. ValueError, with the reason, where that cannot run."""
     reason = triton.why_not(x.device, x.dtype)
     if reason is not None:
-        raise ValueError(
-            f"fused: got True, expected False: {own}; and not in Triton: {reason}"
-        )
+        raise ValueError(f"fused: got True, expected False: one kernel is Triton's, and {reason}")
     triton.linear_logps(x, weight, labels, bias, stats, transform)

@@ -53,7 +53,7 @@ struct Block {
 struct Fiber {
     jmp_buf at;
     ucontext_t context;
-    bool started, done;
+    bool started, done, met;  // met: has waited for the whole cluster
     int thread, rank, parity, ticket;
     const Barrier* barrier;  // waits until its generation is no longer `generation`
     int generation;
@@ -129,7 +129,7 @@ inline void run_cluster(int blocks, int threads, bool backwards) {
         f.context.uc_stack.ss_size = STACK;
         f.context.uc_link = nullptr;
         makecontext(&f.context, enter, 0);
-        f.started = f.done = false;
+        f.started = f.done = f.met = false;
         f.thread = i % threads;
         f.rank = i / threads;
         f.parity = f.ticket = 0;
@@ -182,8 +182,11 @@ inline void cluster_arrive() {
 inline void cluster_started() { cluster_arrive(); }
 inline void cluster_wait() {
     emulate::wait(emulate::machine().cluster, emulate::machine().now->ticket);
+    emulate::machine().now->met = true;
 }
 inline void cluster_store(uint32_t* mine, int rank, uint32_t value) {
+    if (!emulate::machine().now->met)
+        emulate::machine().error = "a store to a block that may not have started";
     auto* base = emulate::block_now().memory;
     auto offset = reinterpret_cast<unsigned char*>(mine) - base;
     *reinterpret_cast<uint32_t*>(emulate::machine().blocks[rank].memory + offset) = value;
