@@ -68,6 +68,20 @@ PYBIND11_MODULE(MODULE, m) {
         cuda::grad(tile, {scale, softcap, inv_temperature}, g, at<void>(out), type, out_stride,
                    {device, stream, clusters});
     });
+    m.attr("forward_tile") = cuda::FORWARD_TILE;
+    m.def("forward_works", &cuda::forward_works);
+    m.def("forward", [](Address x, Address weight, int dtype, int64_t tokens, int64_t vocab, int64_t hidden,
+                        int64_t x_stride, int64_t weight_stride, Address labels, float scale, float softcap,
+                        float inv_temperature, Address bias, Address partial, Address lse, Address logps,
+                        int device, Address stream) {
+        cuda::ForwardCall call{at<void>(x), at<void>(weight), dtype_of(dtype), tokens, vocab, hidden,
+                               x_stride, weight_stride, {scale, softcap, inv_temperature},
+                               at<int64_t>(labels), at<float>(bias), at<float>(partial), at<float>(lse),
+                               at<float>(logps)};
+        if (call.dtype == Dtype::f32) throw std::invalid_argument("dtype code: expected 1 or 2");
+        py::gil_scoped_release release;
+        cuda::forward(call, {device, stream, 1});
+    });
     m.def("pair_loss", [](int form, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,
                           double label_smoothing, double option, double shape, Address loss,

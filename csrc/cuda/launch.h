@@ -51,6 +51,22 @@ struct PairArgs {
 };
 void pair_loss(const PairArgs& args, const Where& where);
 
+// The forward pass without logits, on sm_90. Rows of x and weight start at multiples of 16 bytes. bias:
+// null, or [tiles * FORWARD_TILE] with -inf where scale is positive, +inf where it is negative, from
+// `vocab` on; it must be given where that is less. partial: scratch [(2 * tiles + 1) * tokens].
+constexpr int FORWARD_TILE = 128;
+struct ForwardCall {
+    const void *x, *weight;
+    Dtype dtype;  // of both: bf16 or f16
+    int64_t tokens, vocab, hidden, x_stride, weight_stride;
+    Transform transform;
+    const int64_t* labels;
+    const float* bias;
+    float *partial, *lse, *logps;
+};
+void forward(const ForwardCall& call, const Where& where);
+bool forward_works(int device);
+
 // Whether the kernels can run on a device: null, or the runtime's words; and for which
 // architecture they were compiled (90 for sm_90), which says whether they know clusters.
 struct Ready {

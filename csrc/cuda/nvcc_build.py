@@ -22,6 +22,7 @@ SOURCES = (
     "fold_bf16.cu",
     "fold_f16.cu",
     "rows.cu",
+    "forward.cu",
     "pair_loss.cu",
 )  # the ones that take longest first
 # Code for 8.0 runs on 8.6 and 8.9 as well, that for 10.0 on 10.3, for 12.0 on 12.1; later ones
@@ -74,6 +75,13 @@ def architectures(nvcc: str) -> list[str]:
     return chosen
 
 
+def architectures_of(source: str, names: list[str]) -> list[str]:
+    """Of these, what a source is compiled for: forward.cu is for Hopper alone, with instructions
+    that no other GPU has, and empty elsewhere."""
+    hopper = source == "forward.cu" and any(name.startswith("90") for name in names)
+    return ["90a"] if hopper else names
+
+
 def gencode(names: list[str]) -> list[str]:
     """nvcc's options for these architectures."""
     flags = []
@@ -98,11 +106,11 @@ def build(out: Path, scratch: Path, include_dirs: list[str], jobs: int) -> None:
     out, scratch = out.absolute(), scratch.absolute()
     for folder in (out.parent, scratch):
         folder.mkdir(parents=True, exist_ok=True)
-    targets = gencode(architectures(nvcc))
+    names = architectures(nvcc)
     host = ["-DMODULE=_cuda", *(f"-I{folder}" for folder in include_dirs)]
     commands = {}
     for source in SOURCES:
-        flags = host if source.endswith(".cpp") else targets
+        flags = host if source.endswith(".cpp") else gencode(architectures_of(source, names))
         built = scratch / f"{Path(source).stem}.o"
         commands[built] = compile_command(nvcc, source, built, flags)
     # nvcc links cudart statically unless told otherwise, and knows where it lies.

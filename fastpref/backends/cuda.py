@@ -318,7 +318,11 @@ def pair_loss(
 
 
 def fused_is_fast(weight: Tensor) -> bool:
-    """As `triton.fused_is_fast`; False where Triton does not run."""
+    """Whether `linear_logps` has a kernel made for this GPU and for this weight's alignment."""
+    from fastpref.backends import cuda_forward
+
+    if cuda_forward.why_not(weight) is None:
+        return True
     return triton.why_not(weight.device, weight.dtype) is None and triton.fused_is_fast(weight)
 
 
@@ -330,8 +334,15 @@ def linear_logps(
     stats: Stats,
     transform: Transform,
 ) -> None:
-    """As `triton.linear_logps`, which it is. ValueError, with the reason, where that cannot run."""
+    """As `triton.linear_logps`, which it is but for Hopper GPUs. ValueError, with the reason, where
+    neither can run."""
+    from fastpref.backends import cuda_forward
+
+    own = cuda_forward.why_not(weight, transform)
+    if own is None:
+        cuda_forward.linear_logps(x, weight, labels, bias, stats, transform)
+        return
     reason = triton.why_not(x.device, x.dtype)
     if reason is not None:
-        raise ValueError(f"fused: got True, expected False: one kernel is Triton's, and {reason}")
+        raise ValueError(f"fused: got True, expected False: {own}; and not in Triton: {reason}")
     triton.linear_logps(x, weight, labels, bias, stats, transform)
