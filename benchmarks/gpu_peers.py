@@ -141,8 +141,6 @@ def ours(mode: str, backends: list[str], precisions: list[str]) -> list[Entry]:
             for label, options in given[mode]:
                 if precision == "fast" and label in ("recompute", "one kernel"):
                     continue  # nothing that exact does not show; one kernel is always exact
-                if backend == "cuda" and label == "one kernel":
-                    continue  # it is Triton's
                 options = {"precision": precision, **options}
                 name = f"fastpref {backend} {precision}" + (f", {label}" if label else "")
                 out.append(

@@ -3,7 +3,7 @@
 A loss is one function (loss_functions.py, loss_free.py) of the `Pairs` of a batch, and a line in
 loss_table.py that says which options and inputs it takes. Everything else, checks, weights,
 rewards and the mean, is shared and here. The functions are differentiable by autograd; a backend's
-`pair_loss` has closed forms of DPO and IPO. Losses of single answers are in unpaired.py.
+`pair_loss` has closed forms of some of them. Losses of single answers are in unpaired.py.
 """
 
 from __future__ import annotations

@@ -154,8 +154,6 @@ def cases(names: list[str], few: bool) -> Iterator[Case]:
                 continue
             if options.get("fused") and dtype == torch.float32:
                 continue  # that kernel is for 16-bit inputs
-            if options.get("fused") and backend == "cuda":
-                continue  # that kernel is Triton's
             precision = "fast" if i % 3 == 2 and dtype != torch.float32 else "exact"
             chosen = tuple({**options, "precision": precision}.items())
             yield Case(backend, dtype, vocab, softcap, mode, chosen, bias=i % 4 in (1, 2))
