@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import machine
 import pytest
 import torch
 
@@ -163,6 +164,22 @@ def test_every_mode(monkeypatch):
         {"targets": targets, "results": list(results.values()), "dropped": ["x"], "stops": ["y"]}
     )
     assert "left out: x" in closing and "stopped: y" in closing
+
+
+def test_the_backends_that_are_asked_for(monkeypatch):
+    """CUDA's, emulated: it has fold and grad in one."""
+    reason = machine.why_not("cuda")
+    if reason is not None or machine.HAS_GPU:
+        pytest.skip(reason or "this is for CPUs")
+    monkeypatch.setattr(gpu_logits, "PEERS", {})
+    tasks = _request()["tasks"][-2:]
+    _, results = _work(_request(tasks=tasks, backends=["cuda"], repeats=1))
+    kernels = results["rows"]["kernels"]
+    assert {k["kernel"] for k in kernels} == {"fold", "grad", "fold_grad"}
+    assert all(k["backend"] == "cuda" and "of_copy" in k for k in kernels)
+    moved = {k["kernel"]: k["bytes"] for k in kernels if k["precision"] == "exact"}
+    assert moved["grad"] == moved["fold_grad"] == 1.5 * moved["fold"]
+    assert [k["backend"] for k in results["logits"]["kernels"]] == ["fastpref cuda"]
 
 
 def test_a_shape_with_a_softcap_leaves_out_who_has_none(monkeypatch):

@@ -193,3 +193,15 @@ def test_it_says_what_it_is():
     assert status.works and "CUDA" in status.reason
     assert "meta" in str(cuda.why_not(torch.device("meta"), torch.float32))
     assert "backend='eager'" in str(cuda.why_not(DEVICE, torch.float64))
+
+
+def test_tanh():
+    """To 4e-7 of its size, however small; 1 to the last bit from 8 on; edges as torch has them."""
+    x = torch.cat([torch.linspace(0, 10, 1500), 10 * 2.0 ** torch.linspace(-60, 0, 1500)])
+    x = torch.cat([x, -x, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e30])]).to(DEVICE)
+    stats = _stats(len(x), ())
+    labels = torch.zeros(len(x), dtype=torch.int64, device=DEVICE)
+    cuda.fold(x[:, None].contiguous(), labels, 0, stats, Transform(softcap=1.0))
+    truth = torch.tanh(x.double())
+    torch.testing.assert_close(stats.target.double(), truth, rtol=4e-7, atol=0, equal_nan=True)
+    assert (stats.target[x >= 8] == 1).all() and (stats.target[x <= -8] == -1).all()
