@@ -61,7 +61,7 @@ sanitize: install
 	cp $(SANITIZED)/fastpref/_cpu*.so $(SANITIZED)/package/
 	rm -rf $(SANITIZED)/fastpref && mv $(SANITIZED)/package $(SANITIZED)/fastpref
 	cd $(SANITIZED) && $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
-	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' -k 'not triton' \
+	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' -k 'not triton and not cuda' \
 	  $(addprefix $(CURDIR)/tests/,test_tile.py test_native.py test_logps.py test_losses.py)
 
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
