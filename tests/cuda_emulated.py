@@ -65,6 +65,8 @@ def build() -> Path:
         with ThreadPoolExecutor(2) as pool:
             parts = list(pool.map(compiled, nvcc_build.SOURCES))
         _run([compiler, "-shared", *parts, "-o", f"{scratch}/module.so"])
+        for old in out.parent.glob("cuda_emulated-*.so"):  # of other sources
+            old.unlink(missing_ok=True)
         os.replace(f"{scratch}/module.so", out)  # others may be building it as well
     return out
 
