@@ -65,8 +65,9 @@ def build() -> Path:
         with ThreadPoolExecutor(2) as pool:
             parts = list(pool.map(compiled, nvcc_build.SOURCES))
         _run([compiler, "-shared", *parts, "-o", f"{scratch}/module.so"])
-        for old in out.parent.glob("cuda_emulated-*.so"):  # of other sources
-            old.unlink(missing_ok=True)
+        for old in out.parent.glob("cuda_emulated-*.so"):
+            if old != out:  # of other sources
+                old.unlink(missing_ok=True)
         os.replace(f"{scratch}/module.so", out)  # others may be building it as well
     return out
 
@@ -84,13 +85,13 @@ def install() -> str | None:
         return "the emulation of CUDA needs Linux"
     if importlib.util.find_spec("pybind11") is None or _compiler() is None:
         return "the emulation of CUDA needs a C++ compiler and pybind11"
-    from fastpref.backends import cuda
+    from fastpref.backends import cuda_module
 
     spec = importlib.util.spec_from_file_location("_cuda", build())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    cuda._cuda, cuda._PROBLEM = module, None
-    cuda._ready.cache_clear()
-    cuda._clusters.cache_clear()
+    cuda_module.MODULE, cuda_module.PROBLEM = module, None
+    cuda_module.ready.cache_clear()
+    cuda_module.clusters_of.cache_clear()
     return None

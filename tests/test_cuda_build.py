@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastpref import backends
-from fastpref.backends import cuda, triton
+from fastpref.backends import cuda, cuda_module, triton
 
 CUDA = torch.device("cuda")
 ARCHS = "compute_80\ncompute_90\ncompute_90a\ncompute_100\n"
@@ -160,9 +160,9 @@ def test_it_imports_where_there_is_no_driver_and_says_why_it_cannot_run(built):
 
 
 def test_the_names_of_the_losses():
-    if cuda._cuda is None:
+    if cuda_module.MODULE is None:
         pytest.skip("fastpref._cuda is not built")
-    assert cuda._PAIR_FORMS == cuda._cuda.pair_forms
+    assert cuda._PAIR_FORMS == cuda_module.MODULE.pair_forms
 
 
 # ---- what is said ------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ def pretend(monkeypatch):
             pass
 
     module = Module()
-    monkeypatch.setattr(cuda, "_cuda", module)
-    monkeypatch.setattr(cuda, "_PROBLEM", None)
+    monkeypatch.setattr(cuda_module, "MODULE", module)
+    monkeypatch.setattr(cuda_module, "PROBLEM", None)
     for name, value in {
         "is_available": lambda: True,
         "current_device": lambda: 0,
@@ -207,7 +207,7 @@ def pretend(monkeypatch):
 
 
 def _forget():
-    for function in (cuda._ready, cuda._clusters, cuda._machine_problem):
+    for function in (cuda_module.ready, cuda_module.clusters_of, cuda_module.machine_problem):
         function.cache_clear()
 
 
@@ -234,12 +234,12 @@ def test_a_gpu_that_can(pretend):
     assert cuda.problem() is None and cuda.why_not(CUDA, torch.bfloat16) is None
     assert "no kernels for cpu tensors" in str(cuda.why_not(torch.device("cpu"), torch.float32))
     assert cuda.describe() == "CUDA 13.0 kernels for sm_90 on Some GPU"
-    assert cuda._clusters(0) == 8
+    assert cuda_module.clusters_of(0) == 8
 
 
 def test_older_architectures_have_no_clusters(pretend):
     pretend.answer = (None, None, 80, 13000, 13000)
-    assert cuda._clusters(0) == 1
+    assert cuda_module.clusters_of(0) == 1
 
 
 def test_the_next_backend_is_taken_and_said_once(pretend, monkeypatch):

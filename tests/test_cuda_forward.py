@@ -12,7 +12,7 @@ import pytest
 import torch
 from forward_problem import TRANSFORMS, check, confident, head
 
-from fastpref.backends import cuda, cuda_forward
+from fastpref.backends import cuda_forward, cuda_module
 from fastpref.backends.tile import Stats, Transform
 
 DEVICE = machine.device_of("cuda")
@@ -24,7 +24,7 @@ def _works():
     reason = machine.why_not("cuda", [torch.bfloat16])
     if reason is not None:
         pytest.skip(reason)
-    if machine.HAS_GPU and not cuda._cuda.forward_works(torch.cuda.current_device()):
+    if machine.HAS_GPU and not cuda_module.MODULE.forward_works(torch.cuda.current_device()):
         pytest.skip("it is for sm_90")
 
 

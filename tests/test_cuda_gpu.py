@@ -7,7 +7,7 @@ import machine
 import pytest
 import torch
 
-from fastpref.backends import cuda
+from fastpref.backends import cuda, cuda_module
 from fastpref.backends.tile import Stats, Transform
 
 pytestmark = pytest.mark.skipif(not machine.HAS_GPU, reason="torch finds no GPU")
@@ -43,7 +43,7 @@ def test_two_runtimes():
     """Memory, a stream and events of torch's runtime, a launch by the module's: what one writes the
     other reads, in the order of the stream, back and forth."""
     device = torch.device("cuda", torch.cuda.current_device())
-    error, _, architecture, runtime, driver = cuda._ready(device.index)
+    error, _, architecture, runtime, driver = cuda_module.ready(device.index)
     assert (
         error is None and architecture >= 80 and 0 < runtime and driver // 1000 >= runtime // 1000
     )

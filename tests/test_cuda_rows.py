@@ -9,7 +9,7 @@ import torch
 
 import fastpref
 from fastpref import backends
-from fastpref.backends import cuda, eager
+from fastpref.backends import cuda, cuda_module, eager
 from fastpref.backends.tile import EXTRAS, Stats, Transform
 from fastpref.passes import _in_place
 
@@ -67,7 +67,7 @@ def clusters(request, monkeypatch):
         if request.param != 1:
             return
         pytest.skip("the emulation tries this")
-    monkeypatch.setattr(cuda, "_clusters", lambda index: request.param)
+    monkeypatch.setattr(cuda_module, "clusters_of", lambda index: request.param)
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

@@ -5,31 +5,25 @@ the boundary as addresses, so it links no torch; its launches are on torch's cur
 tensors' device, allocate nothing and wait for nothing. It has a CUDA runtime of its own beside
 torch's: both work in the device's primary context, where addresses and streams mean the same.
 
-The products are torch's. A pass without gradients in one kernel, `linear_logps`, is Triton's.
+The products are torch's.
 """
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastpref.backends import triton
+from fastpref.backends import cuda_forward, triton
+from fastpref.backends.cuda_module import (
+    describe,
+    launch,
+    problem,
+    rows_of,
+    vector,
+    why_not,
+)
 from fastpref.backends.gemm import linear, outer, project, scale_rows
 from fastpref.backends.tile import Stats, Transform
-
-_cuda: Any = None
-_PROBLEM: str | None = None
-try:
-    from fastpref import _cuda  # type: ignore[no-redef]
-except ImportError as error:
-    _PROBLEM = (
-        f"fastpref._cuda is not built ({error}); install the CUDA toolkit, with nvcc, and run "
-        "pip install --force-reinstall --no-deps fastpref"
-    )
 
 NAME = "cuda"
 __all__ = [
@@ -70,132 +64,10 @@ _PAIR_FORMS = (
     "orpo",
 )
 CLOSED_FORMS = frozenset(_PAIR_FORMS)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CLUSTERS_FROM = 90  # the first architecture whose thread blocks can share a row
-_MOST_BLOCKS_TO_A_ROW = 8
-_NOWHERE = nullcontext()
-_REBUILD = "pip install --force-reinstall --no-deps fastpref"
-
-
-def _emulated() -> bool:
-    """Whether the module is the one of the tests, which runs the kernels on the CPU."""
-    return _cuda is not None and _cuda.emulated
-
-
-@functools.cache
-def _ready(index: int) -> tuple[str | None, str | None, int, int, int]:
-    """What the module finds on this GPU: an error and its message, or None; the architecture of the
-    kernels that would run; the versions of its runtime and of the driver."""
-    if _emulated():
-        return _cuda.ready(index)
-    with torch.cuda.device(index):
-        return _cuda.ready(index)
-
-
-def _index(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 0
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _gpu_problem(index: int) -> str | None:
-    """Why this GPU cannot run the kernels, or None."""
-    error, message, _, runtime, driver = _ready(index)
-    if error is None:
-        return None
-    if error in ("cudaErrorInsufficientDriver", "cudaErrorUnsupportedPtxVersion"):
-        return (
-            f"the driver knows CUDA {_version(driver)} and fastpref._cuda was built with "
-            f"{_version(runtime)}; update the driver, or rebuild with an older toolkit: {_REBUILD}"
-        )
-    if error in ("cudaErrorNoKernelImageForDevice", "cudaErrorInvalidDeviceFunction"):
-        major, minor = torch.cuda.get_device_capability(index)
-        return (
-            f"fastpref._cuda was not compiled for {torch.cuda.get_device_name(index)}; rebuild it: "
-            f"FASTPREF_CUDA_ARCH={major}{minor} {_REBUILD}"
-        )
-    return f"fastpref._cuda cannot run: {message} ({error})"
-
-
-@functools.cache
-def _machine_problem() -> str | None:
-    if torch.version.hip is not None:
-        return "fastpref._cuda is for NVIDIA GPUs; torch is built for AMD's"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    return _gpu_problem(torch.cuda.current_device())
-
-
-def problem() -> str | None:
-    """Why the module cannot run on this machine, or None."""
-    if _PROBLEM is not None:
-        return _PROBLEM
-    return None if _emulated() else _machine_problem()
-
-
-def describe() -> str:
-    if _emulated():
-        return "CUDA kernels, emulated on the CPU"
-    index = torch.cuda.current_device()
-    _, _, architecture, runtime, _ = _ready(index)
-    name = torch.cuda.get_device_name(index)
-    return f"CUDA {_version(runtime)} kernels for sm_{architecture} on {name}"
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype cannot run here, or None."""
-    reason = problem()
-    if reason is not None:
-        return reason
-    if device.type != ("cpu" if _emulated() else "cuda"):
-        return f"the cuda backend has no kernels for {device.type} tensors"
-    if dtype not in _DTYPES:
-        return f"the cuda backend has no {str(dtype)[6:]} kernels; use backend='eager'"
-    return None if device.type == "cpu" else _gpu_problem(_index(device))
-
-
-@functools.cache
-def _clusters(index: int) -> int:
-    """The most thread blocks that can share a row, as the kernels that run there were compiled."""
-    return _MOST_BLOCKS_TO_A_ROW if _ready(index)[2] >= _CLUSTERS_FROM else 1
-
-
-def _on(device: torch.device):
-    """The context in which kernels for tensors of this device are launched."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return _NOWHERE
-    return torch.cuda.device(device)
-
-
-def _launch(function: Any, device: torch.device, *args: Any, clusters: bool = True) -> None:
-    """Call the module; the device, its current stream and what a row may take come last."""
-    index = _index(device)
-    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    more = (_clusters(index),) if clusters else ()
-    with _on(device):
-        function(*args, index, stream, *more)
-
-
-def _vector(t: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float32) -> int:
-    if t is None:
-        return 0
-    assert t.dtype == dtype and t.device == like.device and t.is_contiguous()
-    return t.data_ptr()
-
-
-def _rows(t: Tensor, like: Tensor) -> tuple[int, int, int]:
-    """Address, dtype and row stride of a matrix in the tile's shape."""
-    assert t.shape == like.shape and t.device == like.device
-    assert t.stride(1) == 1 or t.shape[1] <= 1
-    return t.data_ptr(), _DTYPES[t.dtype], t.stride(0)
 
 
 def _tile(tile: Tensor, labels: Tensor, col0: int, transform: Transform) -> tuple:
-    address, dtype, stride = _rows(tile, tile)
+    address, dtype, stride = rows_of(tile, tile)
     assert labels.shape[0] == tile.shape[0]
     return (
         address,
@@ -203,7 +75,7 @@ def _tile(tile: Tensor, labels: Tensor, col0: int, transform: Transform) -> tupl
         *tile.shape,
         stride,
         col0,
-        _vector(labels, tile, torch.int64),
+        vector(labels, tile, torch.int64),
         transform.scale,
         transform.softcap or 0.0,
         1.0 / transform.temperature,
@@ -219,13 +91,13 @@ def _fold(
     exact: Tensor | None,
     out: tuple[int, int, int],
 ) -> None:
-    _launch(
-        _cuda.fold,
+    launch(
+        "fold",
         tile.device,
         *_tile(tile, labels, col0, transform),
-        *(_vector(getattr(stats, name), tile) for name in Stats.FIELDS[:-1]),
-        _vector(stats.argmax, tile, torch.int64),
-        _vector(exact, tile),
+        *(vector(getattr(stats, name), tile) for name in Stats.FIELDS[:-1]),
+        vector(stats.argmax, tile, torch.int64),
+        vector(exact, tile),
         *out,
     )
 
@@ -249,7 +121,7 @@ def fold_grad(
     are the same to the last bit. target [n]: the labels' exact logits, which take the place of the
     tile's as in `Stats.replace_target`.
     """
-    address = (0, 0, 0) if out is None else _rows(out, tile)
+    address = (0, 0, 0) if out is None else rows_of(out, tile)
     _fold(tile, labels, 0, stats, transform, target, address)
 
 
@@ -267,12 +139,12 @@ def grad(
 ) -> None:
     """As `eager.grad`."""
     assert (entropy is None) == (entropy_coef is None)
-    _launch(
-        _cuda.grad,
+    launch(
+        "grad",
         tile.device,
         *_tile(tile, labels, col0, transform),
-        *(_vector(t, tile) for t in (lse, logps, coef, entropy, entropy_coef)),
-        *_rows(out, tile),
+        *(vector(t, tile) for t in (lse, logps, coef, entropy, entropy_coef)),
+        *rows_of(out, tile),
     )
 
 
@@ -296,22 +168,22 @@ def pair_loss(
     loss, coef = logps.new_empty(()), torch.empty_like(logps)
     sequences, rewards, slopes = (logps.new_empty(2 * pairs) for _ in range(3))
     starts = sequence_ids.new_empty(2 * pairs + 1)
-    _launch(
-        _cuda.pair_loss,
+    launch(
+        "pair_loss",
         logps.device,
         _PAIR_FORMS.index(loss_type),
         logps.shape[0],
         pairs,
-        _vector(logps, logps),
-        _vector(sequence_ids, logps, torch.int64),
-        *(_vector(t, logps) for t in (ref_logps, lengths, weight, margin)),
+        vector(logps, logps),
+        vector(sequence_ids, logps, torch.int64),
+        *(vector(t, logps) for t in (ref_logps, lengths, weight, margin)),
         beta,
         label_smoothing,
         option,
         shape,
-        *(_vector(t, logps) for t in (loss, sequences, rewards, coef)),
-        _vector(starts, logps, torch.int64),
-        _vector(slopes, logps),
+        *(vector(t, logps) for t in (loss, sequences, rewards, coef)),
+        vector(starts, logps, torch.int64),
+        vector(slopes, logps),
         clusters=False,
     )
     return loss, sequences, rewards, coef
@@ -319,8 +191,6 @@ def pair_loss(
 
 def fused_is_fast(weight: Tensor) -> bool:
     """Whether `linear_logps` has a kernel made for this GPU and for this weight's alignment."""
-    from fastpref.backends import cuda_forward
-
     if cuda_forward.why_not(weight) is None:
         return True
     return triton.why_not(weight.device, weight.dtype) is None and triton.fused_is_fast(weight)
@@ -336,8 +206,6 @@ def linear_logps(
 ) -> None:
     """As `triton.linear_logps`, which it is but for Hopper GPUs. ValueError, with the reason, where
     neither can run."""
-    from fastpref.backends import cuda_forward
-
     own = cuda_forward.why_not(weight, transform)
     if own is None:
         cuda_forward.linear_logps(x, weight, labels, bias, stats, transform)

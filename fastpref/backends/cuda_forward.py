@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref.backends import cuda
+from fastpref.backends import cuda_module
 from fastpref.backends.tile import Stats, Transform
 from fastpref.kernels.forward_config import (
     DTYPES,
@@ -28,7 +28,7 @@ def why_not(weight: Tensor, transform: Transform | None = None) -> str | None:
         return "the weight's rows do not start at multiples of 16 bytes"
     if transform is not None and transform.scale == 0:
         return "the scale is 0"  # 0 * -inf, where the vocabulary is padded
-    if not cuda._cuda.forward_works(cuda._index(weight.device)):
+    if not cuda_module.MODULE.forward_works(cuda_module.index_of(weight.device)):
         return "it is compiled for sm_90a, and this is another GPU"
     return None
 
@@ -45,7 +45,7 @@ def linear_logps(
 
     labels that are negative or V and more give NaN.
     """
-    assert x.dtype == weight.dtype and cuda._cuda.forward_tile == _TILE.block_n
+    assert x.dtype == weight.dtype and cuda_module.MODULE.forward_tile == _TILE.block_n
     (n, hidden), vocab = x.shape, weight.shape[0]
     x, labels = with_aligned_rows(x), labels.contiguous()
     tiles = -(-vocab // _TILE.block_n)
@@ -55,24 +55,24 @@ def linear_logps(
     for start in range(0, n, max(most, 1)):
         rows = slice(start, start + most)
         part = x[rows]
-        cuda._launch(
-            cuda._cuda.forward,
+        cuda_module.launch(
+            "forward",
             x.device,
             part.data_ptr(),
             weight.data_ptr(),
-            cuda._DTYPES[x.dtype],
+            cuda_module.DTYPES[x.dtype],
             part.shape[0],
             vocab,
             hidden,
             x.stride(0),
             weight.stride(0),
-            cuda._vector(labels[rows], x, torch.int64),
+            cuda_module.vector(labels[rows], x, torch.int64),
             transform.scale,
             transform.softcap or 0.0,
             1.0 / transform.temperature,
-            cuda._vector(bias, x),
-            cuda._vector(scratch, x),
-            cuda._vector(stats.lse[rows], x),
-            cuda._vector(stats.logps[rows], x),
+            cuda_module.vector(bias, x),
+            cuda_module.vector(scratch, x),
+            cuda_module.vector(stats.lse[rows], x),
+            cuda_module.vector(stats.logps[rows], x),
             clusters=False,
         )
