@@ -187,6 +187,11 @@ class PreferenceConfig(BaseConfig):
         """The options of the loss, checked; function takes the place of `loss_type`."""
         options = {name: getattr(self, name) for name in LOSS_OPTIONS}
         if function is not None:
+            if self.loss_type != "sigmoid":
+                raise ValueError(
+                    f"loss_type is {self.loss_type!r} and loss_function is given; expected one of "
+                    "the two"
+                )
             options["loss_type"] = function
         checked = LossOptions(**options)
         if self.nll_on_prompt and not checked.needs_nll:

@@ -58,7 +58,8 @@ def adapter_options(
             own = adapter.scaling * adapter.bias.to(weight.dtype)
             bias = own if bias is None else bias + own
         if adapter.magnitude is not None:
-            scale = adapter.magnitude / _lengths(weight, adapter).to(adapter.magnitude.dtype)
+            lengths = _lengths(weight, adapter).to(adapter.magnitude.dtype)
+            scale = adapter.magnitude / lengths.masked_fill(lengths == 0, 1.0)  # rows of zeros: 0
     options: dict[str, Any] = {"bias": bias, "weight_scale": scale}
     if lows:
         options["low_rank"] = torch.cat(lows, -1), torch.cat(ups, -1)

@@ -246,6 +246,12 @@ def check_head(model: Any) -> None:
         for module in training:
             module.training = True
     logits, expected = logits.float().cpu(), expected.float().cpu()
+    if expected.isnan().any() and not logits.isnan().any():
+        raise ValueError(
+            f"{type(model).__name__}'s own logits are not numbers, where its weights are; expected "
+            "finite ones. DoRA does that to rows of zeros, such as a padding token's: use LoRA on "
+            "the output layer, or untie and fill them"
+        )
     same_shape = logits.shape == expected.shape
     gap = torch.tensor(0.0)
     if same_shape:

@@ -114,10 +114,21 @@ def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
             )
         from peft import get_peft_model
 
-        return get_peft_model(model, peft_config)
+        model = get_peft_model(model, peft_config)
+        if not has_ref_model and _starts_elsewhere(model):
+            # PiSSA and its like move part of the weights into the adapter: without it the model is
+            # not the one that it was.
+            add_reference_adapter(model)
+        return model
     if is_peft(model) and not has_ref_model:
         add_reference_adapter(model)
     return model
+
+
+def _starts_elsewhere(model: Any) -> bool:
+    """Whether a new LoRA adapter adds something from the start, as its B is not 0."""
+    added = (p for n, p in model.named_parameters() if ".lora_B." in n or "lora_embedding_B" in n)
+    return any(bool(p.detach().count_nonzero()) for p in added if not p.is_meta)
 
 
 def router_coefficient(model: Any, given: float | None) -> float:

@@ -39,6 +39,11 @@ def add_reference_adapter(model: Any) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    if REF_ADAPTER in model.active_adapters:
+        raise ValueError(
+            f"the PEFT model's adapter {REF_ADAPTER!r}, the name of the frozen reference, is "
+            "active and would be its own reference; expected another name for what trains"
+        )
     if REF_ADAPTER in model.peft_config:
         return
     if len(model.active_adapters) != 1:
@@ -49,7 +54,10 @@ def add_reference_adapter(model: Any) -> None:
     # The embeddings are the base model's: they are not part of an adapter on the output layer.
     found = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     state = {k: v.clone() for k, v in found.items()}
-    model.add_adapter(REF_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    config = copy.deepcopy(model.peft_config[active])
+    if getattr(config, "init_lora_weights", True) is not True:
+        config.init_lora_weights = True  # PiSSA's would change the base's weights once more
+    model.add_adapter(REF_ADAPTER, config)
     set_peft_model_state_dict(model, state, adapter_name=REF_ADAPTER)
     model.set_adapter(active)
     for name, parameter in model.named_parameters():

@@ -49,6 +49,11 @@ def prepare_unpaired_dataset(
         name=name,
         vocab_size=vocab_size,
     )
+    if mismatch is not None and report.rows == 1:
+        raise ValueError(
+            f"{name} data: got a single answer with loss_type 'kto', whose KL term needs answers "
+            "to other prompts; expected at least 2"
+        )
     if mismatch is not None and "KL_completion_ids" not in (dataset.column_names or ()):
         dataset = dataset.map(_mismatch, batched=True, batch_size=mismatch)
     return dataset, report
@@ -61,14 +66,14 @@ def unpair(dataset: Any, name: str = "train") -> Any:
         ValueError: a column of pairs that single answers cannot have, such as margin.
     """
     columns = dataset.column_names or list(next(iter(dataset), {}))
+    for column in (c for c in NUMBERS if c in columns and c not in UNPAIRED.numbers):
+        raise ValueError(
+            f"{name} data: column {column!r} is of pairs, and here are single answers; expected "
+            "data without it"
+        )
     ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(columns)]
     if not ends:
         return dataset
-    for column in (c for c in NUMBERS if c in columns and c not in UNPAIRED.numbers):
-        raise ValueError(
-            f"{name} data: column {column!r} is of pairs, which become single answers here; "
-            "expected data without it"
-        )
     options = {"end": ends[-1], "name": name}
     return dataset.map(_split_pairs, batched=True, fn_kwargs=options, remove_columns=columns)
 

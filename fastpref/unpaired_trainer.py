@@ -30,7 +30,8 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     A drop-in for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names. KTO's KL
     term is estimated, as there, from each prompt with the answer of the row before, within blocks
     of per_device_train_batch_size rows; so with `loss_type="kto"` rows are read in their order, and
-    data whose desirable answers come first should be shuffled before. Everything else, the
+    data whose desirable answers come first should be shuffled before. A last block of one row, as
+    in TRL, estimates the term from that row's own answer. Everything else, the
     reference too, is as in `PreferenceTrainer`.
 
     Args:

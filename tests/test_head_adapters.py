@@ -66,6 +66,8 @@ def own_sums(model, batch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_equals_plain_torch(tmp_path, kind, tied, given):
     policy, settings = tiny.model(tie_word_embeddings=tied), {"peft_config": lora(**KINDS[kind])}
+    if tied:  # the padding token's row is 0, by which DoRA would divide
+        torch.nn.init.normal_(policy.lm_head.weight.data[policy.config.pad_token_id], std=0.02)
     if given == "trained adapter":  # whose frozen copy is the reference
         policy = peft.get_peft_model(policy, settings.pop("peft_config"))
         move(policy)
@@ -158,6 +160,37 @@ def test_what_cannot_work_says_so_at_once(tmp_path):
         trainer(tmp_path, model)
     with pytest.raises(ValueError, match="a DoRA adapter with others"):
         trainer(tmp_path, model, ref_model=tiny.model())
+
+
+@pytest.mark.filterwarnings("ignore:.*PiSSA")
+@pytest.mark.parametrize("init", ["pissa", "olora", False])
+def test_the_reference_is_the_model_that_training_starts_from(tmp_path, init):
+    """Also where an adapter does not start from 0: switched off, it would leave another model."""
+    model = tiny.model().eval()
+    ids = torch.randint(3, 200, (2, 7))
+    before = model(input_ids=ids).logits
+    t = trainer(tmp_path, model, peft_config=lora(**HEAD, init_lora_weights=init), max_steps=1)
+    if init is not False:
+        after = t.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    t.train()
+    (step,) = (h for h in t.state.log_history if "loss" in h)
+    assert math.isclose(step["loss"], math.log(2), rel_tol=1e-6)
+    assert abs(step["rewards/margins"]) < 1e-6
+
+
+def test_an_adapter_that_is_called_as_the_reference(tmp_path):
+    model = peft.get_peft_model(tiny.model(), lora(), adapter_name="ref")
+    with pytest.raises(ValueError, match="'ref', the name of the frozen reference, is active"):
+        trainer(tmp_path, model)
+
+
+def test_dora_on_rows_of_zeros(tmp_path):
+    """PEFT divides 0 by 0 there."""
+    model = tiny.model()
+    model.lm_head.weight.data[3] = 0
+    with pytest.raises(ValueError, match="own logits are not numbers.*DoRA"):
+        trainer(tmp_path, model, peft_config=lora(**KINDS["dora"]))
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own

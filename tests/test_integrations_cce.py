@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import importlib.util
 
 import oracle
@@ -77,7 +78,8 @@ def test_names_and_options_of_cut_cross_entropy():
     positional = ours.linear_cross_entropy(e, c, targets, -100, None, "mean", False, None, "cce")
     assert torch.equal(plain, positional)
     for filter_eps in ("auto", "high", None, 1e-3):
-        for impl in ("cce", "torch_compile", ours.LinearCrossEntropyImpl.CCE):
+        theirs = enum.IntEnum("LinearCrossEntropyImpl", ["CCE", "TORCH_COMPILE"])
+        for impl in ("cce", "torch_compile", ours.LinearCrossEntropyImpl.CCE, theirs.CCE):
             given = ours.linear_cross_entropy(e, c, targets, filter_eps=filter_eps, impl=impl)
             assert torch.equal(given, plain)
     bias = torch.randn(V)

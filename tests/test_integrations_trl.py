@@ -298,6 +298,9 @@ def test_context_managers_nest():
             raise KeyError
         assert names() == first
     assert names() == before
+    with outer:  # again
+        assert names() == first
+    assert names() == before
 
 
 def test_accelerators_that_compile_for_one_shape_keep_every_position():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -123,3 +124,56 @@ def test_adapters_that_cannot_be_fused_stay_refused(tmp_path):
         utils.add_fused_lm_head(model.get_base_model())
         with pytest.raises(ValueError, match="DoRA adapter with dropout"):
             fused_and_own(model, torch.randint(3, 200, (3, 9)))
+
+
+def test_an_adapter_that_comes_later_and_goes():
+    """TRL says to add its head before the model is wrapped with PEFT."""
+    peft = pytest.importorskip("peft")
+    labels = torch.randint(3, 200, (3, 9))
+    with fastpref.patch_trl():
+        base = tiny.model().eval()
+        utils.add_fused_lm_head(base)
+        model = peft.get_peft_model(base, tiny.lora(**HEAD_LORA, init_lora_weights=False))
+        (fused, own), (mine, theirs) = fused_and_own(model, labels)
+        torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
+        assert set(mine) == set(theirs) and any("lm_head" in name for name in mine)
+        merged = model.merge_and_unload()
+        (fused, own), _ = fused_and_own(merged, labels)
+        torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
+    (fused, own), _ = fused_and_own(merged, labels)  # there is nothing left that TRL would ignore
+    torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
+
+
+def test_two_models_in_two_threads():
+    """One is in the middle of its forward pass while the other one's runs."""
+    labels = torch.randint(3, 200, (3, 9))
+    inside, go_on = threading.Event(), threading.Event()
+    found = {}
+
+    def run(name, model):
+        with torch.no_grad():
+            found[name] = fused_and_own(model, labels)[0]
+
+    with fastpref.patch_trl():
+        plain, other = tiny.model().eval(), adapted().eval()
+        utils.add_fused_lm_head(plain)
+        utils.add_fused_lm_head(other.get_base_model())
+        thread = threading.Thread(target=run, args=("adapted", other))
+
+        def wait_inside(*_):
+            inside.set()
+            assert go_on.wait(60)
+
+        def start_the_other(*_):
+            if not thread.ident:
+                thread.start()
+                assert inside.wait(60)
+
+        other.get_base_model().model.norm.register_forward_hook(wait_inside)
+        plain.model.norm.register_forward_hook(start_the_other)
+        run("plain", plain)
+        go_on.set()
+        thread.join()
+    for fused, own in found.values():
+        torch.testing.assert_close(fused, own, rtol=1e-5, atol=1e-5)
+    assert len(found) == 2

@@ -117,6 +117,14 @@ def test_a_loss_of_ones_own(tmp_path):
         t.train()
         runs.append(history(t))
     tiny.same(*runs)
+    with pytest.raises(ValueError, match="loss_type is 'ipo' and loss_function is given"):
+        PreferenceTrainer(
+            tiny.model(),
+            args=config(tmp_path, loss_type="ipo"),
+            train_dataset=tiny.rows(),
+            processing_class=tiny.tokenizer(),
+            loss_function=own,
+        )
 
 
 # ---- TRL's trainers of losses without a reference ----

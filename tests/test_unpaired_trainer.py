@@ -124,6 +124,7 @@ def test_token_ids_weights_and_files(tmp_path):
         ({"prompt": "w1", "completion": "w2", "label": None}, "row 0: label is None"),
         ({"prompt": "w1", "completion": [], "label": True}, "prompt is a str; expected prompt and"),
         ({"prompt": "w1", "chosen": "w2", "rejected": "w3", "margin": 1.0}, "'margin' is of pairs"),
+        ({"prompt": "w1", "completion": "w2", "label": True, "margin": 1.0}, "'margin' is of pai"),
         (
             {"prompt": "w1 w2 w3 ", "completion": "w2", "label": True},
             "none of 1 rows can be used",
@@ -149,6 +150,8 @@ def test_defaults_are_trls_and_bad_options_raise(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **changed)
+    with pytest.raises(ValueError, match="got a single answer with loss_type 'kto'"):
+        trainer(tmp_path, train=rows(1))
     with pytest.raises(ValueError, match="expected an instance of UnpairedP"):
         UnpairedPreferenceTrainer(tiny.model(), args=tiny.config(tmp_path), train_dataset=rows())
     with pytest.raises(ValueError, match="column 'chosen' is missing"):

@@ -80,7 +80,8 @@ def linear_cross_entropy(
             )
     elif filter_eps is not None:
         check_number("filter_eps", filter_eps)
-    if not isinstance(impl, LinearCrossEntropyImpl) and impl not in ("cce", "torch_compile"):
+    named = getattr(impl, "name", impl)  # theirs is another enumeration
+    if not isinstance(named, str) or named.lower() not in ("cce", "torch_compile"):
         raise ValueError(f"impl: got {impl!r}, expected 'cce' or 'torch_compile'")
     by = int(shift)
     _check("e", e, "c", c, "targets", targets, reduction)

@@ -17,6 +17,7 @@ import functools
 import importlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from types import MethodType, ModuleType
 from typing import Any
@@ -59,7 +60,17 @@ _COMPACT_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 Names = dict[tuple[str, str], Any]  # values of (module, attribute)
 _originals: Names = {}
-_layers: list[nn.Module] = []  # the adapted output layer of the model that is running, if it is one
+
+
+class _Running(threading.local):
+    """The output layers of the models whose fused forward pass is running in this thread, the inner
+    one last; None for a layer without an adapter."""
+
+    def __init__(self) -> None:
+        self.layers: list[nn.Module | None] = []
+
+
+_running = _Running()
 
 
 class FusedLogProbs:
@@ -89,8 +100,9 @@ class FusedLogProbs:
         """
         kind = hidden.device.type
         adapter: dict[str, Any] = {}
-        if _layers:
-            layer = read_layer(_layers[-1])
+        adapted = _running.layers[-1] if _running.layers else None
+        if adapted is not None:
+            layer = read_layer(adapted)
             adapter = adapter_options(hidden, layer.weight, layer.bias, layer.adapters)
             weight, bias = layer.weight, adapter.pop("bias")
         if not torch.is_autocast_enabled(kind):  # TRL computes in the hidden states' dtype
@@ -138,12 +150,17 @@ def _gather_in_backward(logps: Tensor, *parameters: Tensor | None) -> None:
 
 
 class TRLPatch:
-    """What `patch_trl` returns: as a context manager it puts back what was there before it."""
+    """What `patch_trl` returns: a context manager that puts back what was there before it, and that
+    may be used again."""
 
-    def __init__(self, before: Names, text: str):
-        self._before, self._text = before, text
+    def __init__(self, before: Names, ours: Names, text: str):
+        self._before, self._ours, self._text = before, ours, text
 
     def __enter__(self) -> TRLPatch:
+        now = _now(self._ours)
+        if now[_FUNCTION] is not self._ours[_FUNCTION]:  # undone, or replaced, since
+            self._before = now
+            _assign(self._ours)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -196,15 +213,20 @@ def patch_trl(
     if not _originals:
         _check_contract(utils, version)
         _originals.update(_find(utils))
-    before = {place: getattr(sys.modules[place[0]], place[1]) for place in _originals}
-    _assign({place: _ours(place, FusedLogProbs(options)) for place in _originals})
+    before, function = _now(_originals), FusedLogProbs(options)
+    ours = {place: _ours(place, function) for place in _originals}
+    _assign(ours)
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "fused")
-    return TRLPatch(before, f"<fastpref in {version}: {shown}>")
+    return TRLPatch(before, ours, f"<fastpref in {version}: {shown}>")
 
 
 def unpatch_trl() -> None:
     """Put TRL's own implementation back; does nothing where `patch_trl` was not called."""
     _assign(_originals)
+
+
+def _now(places: Mapping[tuple[str, str], Any]) -> Names:
+    return {place: getattr(sys.modules[place[0]], place[1]) for place in places}
 
 
 def _assign(values: Mapping[tuple[str, str], Any]) -> None:
@@ -226,7 +248,7 @@ def _find(utils: ModuleType) -> Names:
             places += [
                 (name, attribute) for attribute in (_ADD, _ADAPTED) if hasattr(module, attribute)
             ]
-    return {place: getattr(sys.modules[place[0]], place[1]) for place in places}
+    return _now(dict.fromkeys(places))
 
 
 def _ours(place: tuple[str, str], function: FusedLogProbs) -> Any:
@@ -265,34 +287,46 @@ def _is_adapted(layer: Any) -> bool:
 
 
 def _add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
-    """TRL's own, and for an adapted output layer a forward pass that leaves it where we find it."""
+    """TRL's own, and a forward pass that leaves the output layer, if it is an adapted one, where we
+    find it. Adapters come and go: each call looks."""
     add: Callable[..., None] = _originals[_UTILS, _ADD]
     add(model, *args, **kwargs)
-    if "peft" not in sys.modules or not _is_adapted(model.get_output_embeddings()):
-        return
-    if inspect.signature(add).bind(model, *args, **kwargs).arguments.get("cast_lm_head_to_fp32"):
-        raise ValueError(
-            "cast_lm_head_to_fp32: got True with an adapter on the output layer, which TRL would "
-            "leave out when it generates; expected False"
-        )
+    given = inspect.signature(add).bind(model, *args, **kwargs).arguments
+    cast = bool(given.get("cast_lm_head_to_fp32"))
+    _adapted_head(model, cast)
     inner = model.forward
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return inner(*args, **kwargs)
-        if not isinstance(getattr(sys.modules[_UTILS], _FUNCTION[1]), FusedLogProbs):
+        layer = _adapted_head(self, cast)
+        patched = isinstance(getattr(sys.modules[_UTILS], _FUNCTION[1]), FusedLogProbs)
+        if layer is not None and not patched:
             raise RuntimeError(
                 "the model has an adapter on its output layer, which TRL alone would ignore; "
                 "expected fastpref.patch_trl() to be active while it trains"
             )
-        _layers.append(self.get_output_embeddings())
+        _running.layers.append(layer)
         try:
             return inner(*args, fused_lm_head=True, **kwargs)
         finally:
-            _layers.pop()
+            _running.layers.pop()
 
     model.forward = MethodType(forward, model)
+
+
+def _adapted_head(model: Any, cast: bool) -> nn.Module | None:
+    """The model's output layer if it has an adapter. ValueError if TRL keeps it in float32, too."""
+    layer = model.get_output_embeddings() if "peft" in sys.modules else None
+    if layer is None or not _is_adapted(layer):
+        return None
+    if cast:
+        raise ValueError(
+            "cast_lm_head_to_fp32: got True with an adapter on the output layer, which TRL would "
+            "leave out when it generates; expected False"
+        )
+    return layer
 
 
 def _check_contract(utils: ModuleType, version: str) -> None:
