@@ -81,6 +81,9 @@ gpu-test: gpu-install
 	@failed=; \
 	say() { echo; echo "== $$*"; }; \
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"' || exit 1; \
+	say the backends; \
+	$(PYTHON) -c 'import sys; sys.path.insert(0, "csrc/cuda"); import nvcc_build; from fastpref.backends import cuda; \
+	  sys.exit(nvcc_build.wanted() and cuda.problem() or 0)' || failed="$$failed cuda-backend"; \
 	say a small run; \
 	timeout 90 $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed gpu_smoke"; \
 	say the tests; \

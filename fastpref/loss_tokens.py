@@ -45,7 +45,9 @@ def ld_weights(
     else:
         assert num_sequences is not None
         # Unlabelled tokens go to a sequence of their own, so that they take no position.
-        ids = sequence_ids.masked_fill(~counted, num_sequences)
+        # So do those whose id is out of range, which on a GPU nobody has looked at.
+        outside = ~counted | (sequence_ids < 0) | (sequence_ids >= num_sequences)
+        ids = sequence_ids.masked_fill(outside, num_sequences)
         lengths = ids.new_zeros(num_sequences + 1).index_add(0, ids, torch.ones_like(ids))
         order = ids.argsort(stable=True)
         starts = (lengths.cumsum(0) - lengths).index_select(0, ids.index_select(0, order))

@@ -179,7 +179,9 @@ class PairProblem:
         lengths = inputs.lengths if self.options.needs_lengths else None
         if self.options.needs_lengths and lengths is None:
             ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
-            lengths = logps.new_zeros(2 * pairs).index_add_(0, ids, ones.detach())
+            # An id out of range, which on a GPU nobody has looked at, makes the loss NaN later.
+            known = torch.where((ids >= 0) & (ids < 2 * pairs), ids, 2 * pairs)
+            lengths = logps.new_zeros(2 * pairs + 1).index_add_(0, known, ones.detach())[:-1]
         options = dict(
             loss_type=self.options.closed_form,
             beta=self.options.beta,

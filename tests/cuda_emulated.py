@@ -94,4 +94,5 @@ def install() -> str | None:
     cuda_module.MODULE, cuda_module.PROBLEM = module, None
     cuda_module.ready.cache_clear()
     cuda_module.clusters_of.cache_clear()
+    cuda_module.forward_works.cache_clear()
     return None

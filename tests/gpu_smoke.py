@@ -254,7 +254,9 @@ def other_device(device: torch.device, backend: str) -> None:
     for mode in ("trainable", "frozen", "forward-only"):
         case = _plain(backend, mode)
         p = problem(case, other)
+        current = torch.cuda.current_device()
         check(case, p, run(case, p))
+        assert torch.cuda.current_device() == current, "another GPU is current now"
 
 
 def filters() -> str:
@@ -302,6 +304,8 @@ def main() -> None:
         if name != "eager"
     }
     names = [name for name, why in working.items() if why is None]
+    for name, why in working.items():
+        print(f"{name}: {'works' if why is None else why}")
     if not names:
         raise SystemExit(f"no backend works on {device}: {working}")
     todo = [(str(case), case) for case in cases(names, args.few)]

@@ -206,8 +206,16 @@ def pretend(monkeypatch):
     _forget()
 
 
+CACHES = (
+    cuda_module.ready,
+    cuda_module.clusters_of,
+    cuda_module.forward_works,
+    cuda_module.machine_problem,
+)
+
+
 def _forget():
-    for function in (cuda_module.ready, cuda_module.clusters_of, cuda_module.machine_problem):
+    for function in CACHES:
         function.cache_clear()
 
 

@@ -24,7 +24,7 @@ def _works():
     reason = machine.why_not("cuda", [torch.bfloat16])
     if reason is not None:
         pytest.skip(reason)
-    if machine.HAS_GPU and not cuda_module.MODULE.forward_works(torch.cuda.current_device()):
+    if machine.HAS_GPU and not cuda_module.forward_works(torch.cuda.current_device()):
         pytest.skip("it is for sm_90")
 
 

@@ -3,6 +3,8 @@ process, torch's and the module's own, which meet in the device's primary contex
 
 from __future__ import annotations
 
+import os
+
 import machine
 import pytest
 import torch
@@ -78,7 +80,8 @@ def test_it_allocates_nothing_and_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize(device)
     assert torch.cuda.memory_allocated(device) == before
-    assert torch.cuda.mem_get_info(device)[0] == reserved
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # other processes use the GPU, too
+        assert torch.cuda.mem_get_info(device)[0] == reserved
     _check(*given)
 
 

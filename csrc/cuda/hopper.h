@@ -186,7 +186,8 @@ template <class Args> bool has_own_code(void (*kernel)(Args), int device) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel));
     cudaGetLastError();  // an answer, not an error that a later call should report
-    return error == cudaSuccess && found.binaryVersion == 90 && 10 * major + minor == 90;
+    // Both: code that the driver makes of an older architecture's PTX is for this GPU, and empty.
+    return error == cudaSuccess && found.binaryVersion == 90 && found.ptxVersion == 90 && 10 * major + minor == 90;
 }
 
 }  // namespace fastpref

@@ -135,6 +135,7 @@ void fold(const Tile& t, const Transform& transform, const Stats& stats, const f
     check_columns(t);
     if (t.rows == 0 || t.cols == 0) return;
     const bool cap = transform.softcap > 0, extras = stats.weighted || stats.argmax;
+    if (out && t.col0 > 0) throw std::invalid_argument("fold: D needs whole rows");
     Shape shape = shape_of(int(t.cols), where.clusters, deep_logits(size_of(t.dtype), cap));
     FoldArgs a{t.data, t.labels, t.stride, t.col0, int(t.cols), shape.cluster,
                starts_at_vectors(t.data, t.stride, size_of(t.dtype)),

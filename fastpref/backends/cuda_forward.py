@@ -28,7 +28,7 @@ def why_not(weight: Tensor, transform: Transform | None = None) -> str | None:
         return "the weight's rows do not start at multiples of 16 bytes"
     if transform is not None and transform.scale == 0:
         return "the scale is 0"  # 0 * -inf, where the vocabulary is padded
-    if not cuda_module.MODULE.forward_works(cuda_module.index_of(weight.device)):
+    if not cuda_module.forward_works(cuda_module.index_of(weight.device)):
         return "it is compiled for sm_90a, and this is another GPU"
     return None
 

@@ -113,6 +113,15 @@ def clusters_of(index: int) -> int:
     return _MOST_BLOCKS_TO_A_ROW if ready(index)[2] >= _CLUSTERS_FROM else 1
 
 
+@functools.cache
+def forward_works(index: int) -> bool:
+    """Whether the forward pass for Hopper was compiled for this GPU."""
+    if emulated():
+        return MODULE.forward_works(index)
+    with torch.cuda.device(index):  # the module makes it the current one
+        return MODULE.forward_works(index)
+
+
 def _on(device: torch.device):
     """The context in which kernels for tensors of this device are launched."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():

@@ -6,6 +6,8 @@ GEMM for the inputs' dtype, slices of the operands are widened one at a time: ne
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,8 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
         if bias is None:
             _mm(x, weight.t(), out)
         else:
-            torch.addmm(bias.to(dtype), x, weight.t(), out=out)
+            with _full_sums(x):
+                torch.addmm(bias.to(dtype), x, weight.t(), out=out)
         return
     if _has_wide_gemm(x) and out.dtype == torch.float32:
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
@@ -53,20 +56,28 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
             out[:, a:b] = tile
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, summed in fp32 to the end: by default torch lets a GPU add the parts of
-    a long 16-bit sum in 16 bits."""
+@contextlib.contextmanager
+def _full_sums(a: Tensor):
+    """Products of 16-bit matrices are summed in fp32 to the end: by default torch lets a GPU add
+    the parts of a long sum in 16 bits."""
     if not (a.is_cuda and a.dtype.itemsize == 2):
-        torch.mm(a, b, out=out)
+        yield
         return
     settings = torch.backends.cuda.matmul
     name = f"allow_{'bf16' if a.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
     before = getattr(settings, name)
-    setattr(settings, name, False)
+    split_k = getattr(settings, f"{name}_split_k", None)  # newer torch: the setting's second half
+    more = () if split_k is None else (split_k,)
+    setattr(settings, name, (False, *more) if more else False)
     try:
-        torch.mm(a, b, out=out)
+        yield
     finally:
-        setattr(settings, name, before)
+        setattr(settings, name, (before, *more) if more else before)
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    with _full_sums(a):
+        torch.mm(a, b, out=out)
 
 
 def project(d: Tensor, weight: Tensor, out: Tensor) -> None:

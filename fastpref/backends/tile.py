@@ -85,7 +85,7 @@ class Stats:
             names.remove(name)
             fields[name] = torch.empty((n,), device=device, dtype=dtype)
         vectors = torch.empty((len(names), n), device=device, dtype=dtype)
-        fields.update(zip(names, vectors, strict=True))
+        fields.update(zip(names, vectors.unbind(), strict=True))
         if "is_top1" in extras:
             fields["argmax"] = torch.empty((n,), device=device, dtype=torch.int64)
         return cls(**fields)
