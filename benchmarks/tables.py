@@ -214,7 +214,23 @@ def train() -> str:
     )
 
 
-BLOCKS = {f.__name__: f for f in (head, fp32, trl, trl_step, liger, cce, train)}
+def host_time() -> str:
+    us = {name: found["median"] for name, found in _results("host_time")["us"].items()}
+    parts = "forward", "backward", "log-probs without gradients"
+    forward, backward, logps = (us[f"without kernels, {part}"] for part in parts)
+    ours, eager, trl = (
+        us[f"step, {name}"] for name in ("fastpref exact, stash", "eager", "TRL chunked")
+    )
+    return (
+        "On one core of the machine of benchmarks/results/host_time.json\n"
+        f"a call without its kernels takes {forward:.0f} us forward and {backward:.0f} us "
+        f"backward, `linear_token_logps` without\ngradients {logps:.0f} us. A whole step on a few "
+        f"tokens, where arithmetic is next to nothing, takes {ours:.0f} us;\neager torch's "
+        f"{eager:.0f} us, TRL's chunked function {trl:.0f} us.\n"
+    )
+
+
+BLOCKS = {f.__name__: f for f in (head, fp32, trl, trl_step, liger, cce, train, host_time)}
 
 
 def fill(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -22,20 +24,37 @@ from fastpref.passes import (
     scaled,
 )
 
+# From log-probs [N] to a loss [], outputs without gradients, and last d loss / d log-probs [N].
+Solve = Callable[[Tensor], tuple[Tensor, ...]]
+
 
 class LinearTokenLogps(torch.autograd.Function):
     """hidden [M, H], low [M, r], then a `HeadTensors`, labels [N], index [N] -> TokenStats of [N].
 
     low and parts of the head may be None. index: which rows of hidden and low the labels belong to;
-    None means all, M = N.
+    None means all, M = N. With `solve`, which has its derivative in closed form, the results are
+    its own, without the last: one function where two would take the host longer.
     """
 
     @staticmethod
-    def forward(ctx, hidden, low, weight, bias, up, scale, labels, index, call: LinearCall):
+    def forward(
+        ctx,
+        hidden,
+        low,
+        weight,
+        bias,
+        up,
+        scale,
+        labels,
+        index,
+        call: LinearCall,
+        solve: Solve | None,
+    ):
         states = pick_states(hidden, low, index)
         rest = (None if t is None else t.detach() for t in (bias, up, scale))
         head = HeadTensors(weight.detach(), *rest)
         out, saved = forward_pass(call, states, head, labels)
+        solved = () if solve is None else solve(out.logps)
         again = needs_logits_again(call, states.x.shape[0]) or ctx.needs_input_grad[5]
         ctx.call, ctx.rows, ctx.device_type = call, hidden.shape[0], hidden.device.type
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in head]
@@ -49,8 +68,12 @@ class LinearTokenLogps(torch.autograd.Function):
                 *saved,
                 out.logps,
                 out.entropy,
+                solved[-1] if solved else None,
             )
         ctx.set_materialize_grads(False)
+        if solved:
+            ctx.mark_non_differentiable(*solved[1:-1])
+            return solved[:-1]
         ctx.mark_non_differentiable(*(t for t in out[2:] if t is not None))
         return tuple(out)
 
@@ -58,14 +81,16 @@ class LinearTokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, coef, entropy_coef, *_):
         if coef is None and entropy_coef is None:
-            return (None,) * 9
+            return (None,) * 10
         call: LinearCall = ctx.call
-        x, low, *head, labels, index, u, v, stash, lse, logps, entropy = ctx.saved_tensors
+        x, low, *head, labels, index, u, v, stash, lse, logps, entropy, slope = ctx.saved_tensors
+        if slope is not None:
+            coef = slope * coef
         coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
         if entropy_coef is not None:
             entropy_coef = entropy_coef.contiguous()
         # A backward pass inside the caller's autocast must not round dW to 16 bits.
-        with torch.autocast(ctx.device_type, enabled=False):
+        with without_autocast(ctx.device_type):
             dx, dlow, grads = gradients(
                 call,
                 States(x, low),
@@ -79,7 +104,16 @@ class LinearTokenLogps(torch.autograd.Function):
                 ctx.like,
                 ctx.needs_input_grad[2:6],
             )
-        return unpick(dx, index, ctx.rows), unpick(dlow, index, ctx.rows), *grads, None, None, None
+        dx, dlow = (unpick(t, index, ctx.rows) for t in (dx, dlow))
+        return dx, dlow, *grads, None, None, None, None
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(kind: str):
+    """The context in which autocast is off for this type of device, as it mostly is already."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def pick_states(hidden: Tensor, low: Tensor | None, index: Tensor | None) -> States:

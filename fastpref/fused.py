@@ -119,8 +119,8 @@ def linear_preference_loss(
             )
             ref_tokens = reference.run()
         assert isinstance(ref_tokens, Tensor)
-        inputs = replace(problem.inputs, ref_logps=problem.sums(ref_tokens))
-        problem = replace(problem, inputs=inputs)
+        inputs = problem.inputs._replace(ref_logps=problem.sums(ref_tokens))
+        problem = problem._replace(inputs=inputs)
     return problem.run(policy)
 
 

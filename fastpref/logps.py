@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref import backends
-from fastpref.autograd import LinearTokenLogps, TokenLogps
+from fastpref.autograd import LinearTokenLogps, Solve, TokenLogps, without_autocast
 from fastpref.backends.tile import EXTRAS, Transform
 from fastpref.checks import (
     check_adapter,
@@ -20,7 +21,7 @@ from fastpref.checks import (
     check_labels,
     check_range,
 )
-from fastpref.options import HeadOptions
+from fastpref.options import HEAD_OPTIONS, HeadOptions, checked
 from fastpref.passes import HeadTensors, LinearCall, TokenStats
 from fastpref.plan import plan_head
 
@@ -84,31 +85,31 @@ def linear_token_logps(
         ValueError: shapes, dtypes or devices that do not fit together, a label outside [0, V), an
             unknown option. RuntimeError: a forced backend that cannot run here.
     """
-    options = HeadOptions(
-        scale,
-        softcap,
-        temperature,
-        ignore_index,
-        strategy,
-        memory_budget,
-        precision,
-        fused,
-        backend,
+    given = dict(
+        scale=scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        strategy=strategy,
+        memory_budget=memory_budget,
+        precision=precision,
+        fused=fused,
+        backend=backend,
     )
+    options = checked(HeadOptions, given)
     low, up = (None, None) if low_rank is None else low_rank
     head = HeadTensors(weight, bias, up, weight_scale)
     return prepare(hidden, head, labels, options, extras, token_indices, low).run()
 
 
-@dataclass(frozen=True)
-class PreparedLogps:
+class PreparedLogps(NamedTuple):
     """A checked and planned call of `linear_token_logps`; no kernel has run yet."""
 
     rows: Tensor  # [M, H]
     low: Tensor | None  # [M, r]
     head: HeadTensors
     labels: Tensor  # [N]
-    index: Tensor | None  # [N] which rows the labels belong to
+    positions: Tensor | None  # [N] which rows the labels belong to
     shape: torch.Size
     call: LinearCall
 
@@ -118,16 +119,22 @@ class PreparedLogps:
 
     def compute(self) -> TokenStats:
         """The outputs of the labelled tokens, [N]."""
-        kind = self.rows.device.type
-        args = self.rows, self.low, *self.head, self.labels, self.index, self.call
-        if not torch.is_autocast_enabled(kind):
-            return TokenStats(*LinearTokenLogps.apply(*args))
-        with torch.autocast(kind, enabled=False):
-            return TokenStats(*LinearTokenLogps.apply(*args))
+        return TokenStats(*self._apply(None))
+
+    def compute_loss(self, solve: Solve) -> tuple[Tensor, ...]:
+        """What solve makes of their log-probs, without its last; see `LinearTokenLogps`."""
+        return self._apply(solve)
+
+    def _apply(self, solve: Solve | None) -> tuple:
+        args = self.rows, self.low, *self.head, self.labels, self.positions, self.call
+        with without_autocast(self.rows.device.type):
+            return LinearTokenLogps.apply(*args, solve)
 
     def spread(self, out: TokenStats) -> TokenStats:
         """The outputs at their places among the ignored tokens, shaped like the labels."""
-        logps, *others = (None if t is None else scatter(t, self.index, self.shape) for t in out)
+        logps, *others = (
+            None if t is None else scatter(t, self.positions, self.shape) for t in out
+        )
         assert logps is not None
         return TokenStats(logps, *others)
 
@@ -160,7 +167,7 @@ class CompiledLogps:
             *self.head,
             self.labels.reshape(-1),
             self.token_indices,
-            *astuple(self.options),
+            *(getattr(self.options, name) for name in HEAD_OPTIONS),
             ",".join(self.extras),
             *self.grads,
         )
@@ -251,6 +258,8 @@ def compact(
         index = None if rows.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
     else:
         check_indices(index, flat, options.ignore_index)
+        if index.shape == flat.shape:  # increasing positions: all of them
+            index = None
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, head.weight.shape[0])
     if not backends.may_synchronise(y.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastpref.backends.tile import check_number
 from fastpref.loss_data import F_DIVERGENCES, Pairs
 from fastpref.loss_table import LOSS_TYPES, LOSSES, Loss
+from fastpref.options import checked
 
 IPO_NORMALIZATIONS = ("token_mean", "sum")
 LossType = str | Loss | Callable[[Pairs], Tensor]
@@ -55,6 +56,12 @@ class LossOptions:
             (LD-DPO, Liu et al. 2024, arXiv:2409.06411); None: 1.
         use_weighting: weigh each pair by how likely the policy is to have written it (WPO, Zhou et
             al. 2024, arXiv:2406.11827); see `fastpref.loss_tokens.wpo_weights`.
+        losses, terms: derived; the losses as entries of the table, and with their factors and the
+            NLL that comes with them.
+        closed_form: derived; the loss's name, if it is one alone and without what a backend's
+            `pair_loss` lacks.
+        needs_lengths, needs_nll: derived; whether a loss divides by the answers' lengths, and
+            whether the NLL of the chosen answers is part of it.
 
     Raises:
         ValueError: an unknown loss, a bad value, or an option that the loss does not support.
@@ -74,6 +81,12 @@ class LossOptions:
     nll_weight: float | None = None
     ld_alpha: float | None = None
     use_weighting: bool = False
+    # What follows from the options, once: a training step asks for each of them several times.
+    losses: tuple[Loss, ...] = field(init=False, repr=False, compare=False)
+    terms: tuple[tuple[Loss, float], ...] = field(init=False, repr=False, compare=False)
+    closed_form: str | None = field(init=False, repr=False, compare=False)
+    needs_lengths: bool = field(init=False, repr=False, compare=False)
+    needs_nll: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         names = self.names
@@ -85,6 +98,7 @@ class LossOptions:
                 raise ValueError(
                     f"loss_type: got {name!r}, expected one of {', '.join(LOSS_TYPES)}"
                 )
+        object.__setattr__(self, "losses", tuple(as_loss(name) for name in names))
         self._check_values()
         if self.loss_weights is not None:
             given = self.loss_weights
@@ -112,6 +126,17 @@ class LossOptions:
                 "alpha: got 0 with loss_type 'alphapo', expected another value, such as 0.25; at 0 "
                 "it is 'simpo'"
             )
+        terms, sums = self._terms(), self.ipo_normalization == "sum"
+        plain = self.f_divergence_type == "reverse_kl" and self.ld_alpha is None
+        plain = plain and not self.use_weighting and len(terms) == 1 and terms[0][1] == 1
+        derived = {
+            "terms": terms,
+            "closed_form": names[0] if plain and isinstance(names[0], str) else None,
+            "needs_lengths": any(x.needs_lengths and not (sums and x.sums) for x, _ in terms),
+            "needs_nll": any(loss.needs_nll for loss, _ in terms),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
         for name in ("beta", "discopop_tau"):
@@ -144,29 +169,13 @@ class LossOptions:
         given = self.loss_type
         return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
-    @property
-    def losses(self) -> list[Loss]:
-        """The losses as entries of the table."""
-        return [as_loss(name) for name in self.names]
-
-    @property
-    def terms(self) -> list[tuple[Loss, float]]:
-        """The losses with their factors, and the NLL that comes with them."""
-        losses = self.losses
-        weights = [1.0] * len(losses) if self.loss_weights is None else list(self.loss_weights)
-        terms = list(zip(losses, weights, strict=True))
+    def _terms(self) -> tuple[tuple[Loss, float], ...]:
+        weights = (1.0,) * len(self.losses) if self.loss_weights is None else self.loss_weights
+        terms = tuple(zip(self.losses, weights, strict=True))
         nll = self.nll_weight
         if nll is None:
             nll = sum(weight * loss.nll_weight for loss, weight in terms)
-        return [*terms, (LOSSES["sft"], nll)] if nll else terms
-
-    @property
-    def closed_form(self) -> str | None:
-        """The loss's name, if it is one alone and without what a backend's `pair_loss` lacks."""
-        terms, name = self.terms, self.names[0]
-        plain = self.f_divergence_type == "reverse_kl" and self.ld_alpha is None
-        plain = plain and not self.use_weighting and len(terms) == 1 and terms[0][1] == 1
-        return name if plain and isinstance(name, str) else None
+        return (*terms, (LOSSES["sft"], nll)) if nll else terms
 
     @property
     def pair_parameters(self) -> dict[str, float]:
@@ -176,17 +185,6 @@ class LossOptions:
         if self.closed_form in ("simpo", "alphapo"):
             return {"option": self.simpo_gamma, "shape": self.alpha}
         return {}
-
-    @property
-    def needs_lengths(self) -> bool:
-        """Whether a loss divides by the answers' lengths."""
-        sums = self.ipo_normalization == "sum"
-        return any(loss.needs_lengths and not (sums and loss.sums) for loss, _ in self.terms)
-
-    @property
-    def needs_nll(self) -> bool:
-        """Whether the NLL of the chosen answers is part of the loss."""
-        return any(loss.needs_nll for loss, _ in self.terms)
 
     @property
     def reference(self) -> str:
@@ -227,7 +225,7 @@ class LossOptions:
             )
 
 
-LOSS_OPTIONS = frozenset(field.name for field in fields(LossOptions))
+LOSS_OPTIONS = frozenset(option.name for option in fields(LossOptions) if option.init)
 
 
 def as_loss(name: LossType) -> Loss:
@@ -246,7 +244,7 @@ def take_options(given: dict[str, Any]) -> LossOptions:
         for name in LOSS_OPTIONS & given.keys():
             raise ValueError(f"{name}: got it with loss_options, expected one of the two")
         return ready
-    return LossOptions(**{name: given.pop(name) for name in LOSS_OPTIONS & given.keys()})
+    return checked(LossOptions, {name: given.pop(name) for name in LOSS_OPTIONS & given.keys()})
 
 
 def refuse_unknown(function: str, options: dict[str, Any]) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastpref.fused import PreferenceOutput, linear_preference_loss
 from fastpref.loss_options import LOSS_OPTIONS, LossType, take_options
-from fastpref.options import HeadOptions
+from fastpref.options import HEAD_OPTIONS, HeadOptions
 
-_OPTIONS = (*sorted(LOSS_OPTIONS), *(f.name for f in fields(HeadOptions)), "extras")
+_OPTIONS = (*sorted(LOSS_OPTIONS), *HEAD_OPTIONS, "extras")
 
 
 class FusedLinearPreferenceLoss(nn.Module):

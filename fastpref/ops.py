@@ -76,12 +76,12 @@ def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, 
     options, extras, grads = _split(flat)
     head = HeadTensors(weight, bias, up, scale)
     p = compact(hidden, low, head, labels, options, extras, token_indices, grads)
-    states = pick_states(p.rows, p.low, p.index)
-    n, index = p.labels.shape[0], p.index
+    states = pick_states(p.rows, p.low, p.positions)
+    n, index = p.labels.shape[0], p.positions
     shapes = _shapes(hidden, low, weight, token_indices, options, extras, grads)
     stash = hidden.new_empty(shapes[7][0])
     kept = min(n, stash.shape[0])
-    call = replace(p.call, plan=replace(p.call.plan, stash_tokens=kept))
+    call = p.call._replace(plan=replace(p.call.plan, stash_tokens=kept))
     out, saved = forward_pass(call, states, p.head, p.labels, stash[:kept, : weight.shape[0]])
     given = (
         hidden.new_empty(0, dtype=dtype) if t is None else scatter(t, index, labels.shape)
@@ -128,7 +128,7 @@ def linear_backward(coef, entropy_coef, hidden, low, *rest):
     index = index[:n]
     call = plan_call(hidden, head, n, options, extras, grads)
     kept = min(n, stash.shape[0])
-    call = replace(call, plan=replace(call.plan, stash_tokens=kept))
+    call = call._replace(plan=replace(call.plan, stash_tokens=kept))
     on = grads[0]
     saved = Saved(
         u[:n] if on else None,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+import functools
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
 
 from fastpref.backends.tile import Transform
 from fastpref.plan import check_plan_options
@@ -26,21 +29,36 @@ class HeadOptions:
     fused: bool | None = None
     backend: str | None = None
 
+    transform: Transform = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         check_plan_options(self.strategy, self.memory_budget, self.precision, self.fused)
-        self.transform  # noqa: B018  raises
-
-    @property
-    def transform(self) -> Transform:
-        return Transform(self.scale, self.softcap, self.temperature)
+        transform = Transform(self.scale, self.softcap, self.temperature)
+        object.__setattr__(self, "transform", transform)
 
 
-_HEAD_OPTIONS = frozenset(field.name for field in fields(HeadOptions))
+HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions) if option.init)
+
+_Options = TypeVar("_Options")
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _made(kind: Any, **given: Any) -> Any:
+    return kind(**given)
+
+
+def checked(kind: type[_Options], given: dict[str, Any]) -> _Options:
+    """kind(**given), remembered: every step of a training run gives the same plain values, and
+    checking them anew takes the host as long as several kernels run."""
+    if torch.compiler.is_compiling() or not all(type(value) in _PLAIN for value in given.values()):
+        return kind(**given)
+    return _made(kind, **given)  # type: ignore[arg-type]
 
 
 def take_head_options(function: str, given: dict[str, Any]) -> HeadOptions:
     """The options of the head from keyword arguments; TypeError if there are others."""
     for name in given:
-        if name not in _HEAD_OPTIONS:
+        if name not in HEAD_OPTIONS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return HeadOptions(**given)
+    return checked(HeadOptions, given)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref import backends
+from fastpref.autograd import Solve
 from fastpref.checks import check_extras, check_ids
 from fastpref.logps import PreparedLogps
 from fastpref.loss_tokens import ld_sequence_logps, nll_tokens, wpo_weights
@@ -38,8 +38,7 @@ class PreferenceOutput(NamedTuple):
     nll_loss: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PairInputs:
+class PairInputs(NamedTuple):
     """What comes with each sequence [2P] and with each pair [P]; None where nothing does."""
 
     ref_logps: Tensor | None = None
@@ -50,9 +49,8 @@ class PairInputs:
 
     def like(self, t: Tensor) -> PairInputs:
         """On t's device, in its dtype, contiguous."""
-        given = (getattr(self, field.name) for field in fields(self))
         return PairInputs(
-            *(None if x is None else x.to(t.device, t.dtype).contiguous() for x in given)
+            *(None if x is None else x.to(t.device, t.dtype).contiguous() for x in self)
         )
 
 
@@ -60,23 +58,20 @@ class _PairLoss(torch.autograd.Function):
     """Token log-probs [N] -> loss [], through a backend's closed form; backward is one scaling."""
 
     @staticmethod
-    def forward(ctx, logps, ids, pairs, ref_logps, options, backend):
-        loss, sequences, rewards, coef = backend.pair_loss(logps, ids, pairs, ref_logps, **options)
-        ctx.save_for_backward(coef)
-        ctx.mark_non_differentiable(sequences, rewards)
+    def forward(ctx, logps, solve: Solve):
+        *out, slope = solve(logps)
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
-        return loss, sequences, rewards
+        return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
-        if dloss is None:
-            return (None,) * 6
-        return ctx.saved_tensors[0] * dloss, None, None, None, None, None
+        return None if dloss is None else ctx.saved_tensors[0] * dloss, None
 
 
-@dataclass(frozen=True)
-class PairProblem:
+class PairProblem(NamedTuple):
     """What is left to do once the token log-probs are there; checked before any of them is."""
 
     labels: Tensor
@@ -117,13 +112,15 @@ class PairProblem:
     def run(self, call: PreparedLogps | Any) -> PreferenceOutput:
         """From the prepared head to the output."""
         if isinstance(call, PreparedLogps):
-            module = self._closed_form_backend(call.rows)
+            module = self._closed_form_backend(call.rows, call.call.backend)
             if module is not None:
                 # The ignored tokens are not put back for a sum that drops them again.
+                solve = self._closed_form(call.positions, call.labels.shape[0], None, module)
+                if not self.wants_stats:
+                    return self._output(call.compute_loss(solve), call.labels.shape[0])
                 stats = call.compute()
-                ids = self._ids(call.index, call.labels.shape[0])
-                out = self._closed_form(stats.logps, ids, None, module)
-                return out._replace(stats=call.spread(stats) if self.wants_stats else None)
+                out = self._output(_PairLoss.apply(stats.logps, solve), call.labels.shape[0])
+                return out._replace(stats=call.spread(stats))
         result = call.run()
         stats = result if isinstance(result, TokenStats) else TokenStats(result)
         shown = stats
@@ -139,15 +136,18 @@ class PairProblem:
         counted = self.labels != self.segments["ignore_index"]
         module = self._closed_form_backend(logps)
         if module is not None:
-            ids = self._ids(None, logps.numel())
-            out = self._closed_form(logps.reshape(-1), ids, counted.reshape(-1), module)
+            solve = self._closed_form(None, logps.numel(), counted.reshape(-1), module)
+            flat = logps.reshape(-1).contiguous()
+            out = self._output(_PairLoss.apply(flat, solve), logps.numel())
         else:
             out = self._autograd(logps, counted, stats.log_sum_sq_probs)
         # Without a labelled token there is nothing to learn; the graph stays connected.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype))
 
-    def _closed_form_backend(self, t: Tensor) -> ModuleType | None:
-        """The backend whose `pair_loss` has this loss in closed form, or None."""
+    def _closed_form_backend(
+        self, t: Tensor, module: ModuleType | None = None
+    ) -> ModuleType | None:
+        """The backend, if its `pair_loss` has this loss in closed form; module: t's, if known."""
         if torch.compiler.is_compiling():  # which fuses the few operations on [2P] itself
             return None
         given = self.inputs
@@ -155,7 +155,7 @@ class PairProblem:
         learned = (given.ref_logps, given.lengths, given.pair_weight, given.margin)
         if name is None or any(t is not None and t.requires_grad for t in learned):
             return None
-        module = backends.choose(t.device, t.dtype, self.backend)
+        module = module or backends.choose(t.device, t.dtype, self.backend)
         return module if name in module.CLOSED_FORMS else None
 
     @property
@@ -172,33 +172,43 @@ class PairProblem:
         return index.div(max(self.labels.shape[1], 1), rounding_mode="floor")
 
     def _closed_form(
-        self, logps: Tensor, ids: Tensor, counted: Tensor | None, module: ModuleType
-    ) -> PreferenceOutput:
-        """Of logps [N] with their sequences ids [N]; counted [N], None if every one of them is."""
-        pairs, inputs = self.pairs, self.inputs.like(logps)
-        lengths = inputs.lengths if self.options.needs_lengths else None
-        if self.options.needs_lengths and lengths is None:
-            ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
-            # An id out of range, which on a GPU nobody has looked at, makes the loss NaN later.
-            known = torch.where((ids >= 0) & (ids < 2 * pairs), ids, 2 * pairs)
-            lengths = logps.new_zeros(2 * pairs + 1).index_add_(0, known, ones.detach())[:-1]
-        options = dict(
-            loss_type=self.options.closed_form,
-            beta=self.options.beta,
-            label_smoothing=self.options.label_smoothing,
-            lengths=lengths,
-            weight=inputs.pair_weight,
-            margin=inputs.margin,
-            **self.options.pair_parameters,
-        )
-        loss, sequences, rewards = _PairLoss.apply(
-            logps.contiguous(), ids, pairs, inputs.ref_logps, options, module
-        )
-        if logps.shape[0] == 0:
-            loss = loss * 0.0 + logps.sum()
-        return PreferenceOutput(
-            loss, sequences[:pairs], sequences[pairs:], rewards[:pairs], rewards[pairs:]
-        )
+        self, index: Tensor | None, tokens: int, counted: Tensor | None, module: ModuleType
+    ) -> Solve:
+        """The loss of the log-probs [N] of the tokens at these positions, None: of all of them;
+        counted [N]: which of them count, None: every one."""
+        pairs, options = self.pairs, self.options
+
+        def solve(logps: Tensor) -> tuple[Tensor, ...]:
+            ids, inputs = self._ids(index, tokens), self.inputs.like(logps)
+            lengths = inputs.lengths if options.needs_lengths else None
+            if options.needs_lengths and lengths is None:
+                ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
+                # An id out of range, which on a GPU nobody has looked at, makes the loss NaN later.
+                known = torch.where((ids >= 0) & (ids < 2 * pairs), ids, 2 * pairs)
+                lengths = logps.new_zeros(2 * pairs + 1).index_add_(0, known, ones)[:-1]
+            return module.pair_loss(
+                logps,
+                ids,
+                pairs,
+                inputs.ref_logps,
+                loss_type=options.closed_form,
+                beta=options.beta,
+                label_smoothing=options.label_smoothing,
+                lengths=lengths,
+                weight=inputs.pair_weight,
+                margin=inputs.margin,
+                **options.pair_parameters,
+            )
+
+        return solve
+
+    def _output(self, solved: tuple[Tensor, ...], tokens: int) -> PreferenceOutput:
+        """From a closed form's loss, sequences [2P] and rewards [2P] of so many tokens."""
+        loss, sequences, rewards = solved
+        # Without a token there is nothing to learn; the graph stays connected.
+        loss = loss if tokens else loss * 0.0
+        chosen, rejected = sequences.chunk(2)
+        return PreferenceOutput(loss, chosen, rejected, *rewards.chunk(2))  # type: ignore[arg-type]
 
     def _nll(self, logps: Tensor) -> tuple[Tensor, Tensor]:
         """The NLL of each chosen answer, and how many tokens it counts, [P]."""

@@ -11,7 +11,6 @@ of the vocabulary, is DoRA's. Neither is ever merged into a copy of the weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -37,8 +36,7 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class LinearCall:
+class LinearCall(NamedTuple):
     """What one call of the linear function needs besides its tensors."""
 
     plan: HeadPlan
@@ -64,11 +62,16 @@ class HeadTensors(NamedTuple):
     up: Tensor | None = None
     scale: Tensor | None = None
 
-    def part(self, a: int, b: int, dtype: torch.dtype) -> HeadTensors:
-        """The vocabulary entries [a, b), in the compute dtype: a copy only under autocast."""
-        weight, bias, up, scale = (None if t is None else t[a:b] for t in self)
-        assert weight is not None
-        return HeadTensors(weight.to(dtype), bias, None if up is None else up.to(dtype), scale)
+    def part(self, a: int, b: int) -> HeadTensors:
+        """The vocabulary entries [a, b)."""
+        return HeadTensors(*(None if t is None else t[a:b] for t in self))  # type: ignore[arg-type]
+
+    def to(self, dtype: torch.dtype) -> HeadTensors:
+        """With its matrices in the compute dtype: a copy only under autocast."""
+        if self.weight.dtype == dtype and self.up is None:
+            return self
+        up = None if self.up is None else self.up.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), up=up)
 
 
 class HeadGrads(NamedTuple):
@@ -115,15 +118,6 @@ def _logits(call: LinearCall, states: States, head: HeadTensors, tile: Tensor) -
             tile += head.bias
 
 
-def _grad(
-    call: LinearCall, tile: Tensor, rows: tuple, d: Tensor, head: HeadTensors, *factors
-) -> None:
-    """Write D, which may overwrite the logits; rows: labels, first column, lse, log-probs."""
-    call.backend.grad(tile, *rows, d, call.transform, *factors)
-    if head.scale is not None:
-        d *= head.scale
-
-
 def _target_logits(call: LinearCall, states: States, head: HeadTensors, labels: Tensor) -> Tensor:
     """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
     inside = labels.clamp(0, head.weight.shape[0] - 1)
@@ -144,7 +138,15 @@ def padded_rows(n: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(padded_rows(n, columns, dtype), dtype=dtype)[:, :columns]
+    shape = padded_rows(n, columns, dtype)
+    rows = x.new_empty(shape, dtype=dtype)
+    return rows if shape[1] == columns else rows[:, :columns]
+
+
+def _block(t: Tensor, a: int, b: int) -> Tensor:
+    """Rows [a, b). With a small batch they are all of them, and a view takes the host as long as
+    the launch of a kernel."""
+    return t if a == 0 and b == t.shape[0] else t[a:b]
 
 
 def _in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,7 +170,7 @@ def forward_pass(
     plan, extras, backend = call.plan, call.extras, call.backend
     x, low = states
     n, vocab = x.shape[0], head.weight.shape[0]
-    head = head.part(0, vocab, x.dtype)
+    head = head.to(x.dtype)
     tile_type = tile_dtype(x.dtype, plan.precision)
     stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = Stats.empty(n, x.device, stats_type, extras)
@@ -184,20 +186,20 @@ def forward_pass(
 
     def project(d: Tensor, start: int, stop: int) -> None:
         if u is not None:
-            backend.project(d, head.weight, u[start:stop])
+            backend.project(d, head.weight, _block(u, start, stop))
         if v is not None and head.up is not None:
-            backend.project(d, head.up, v[start:stop])
+            backend.project(d, head.up, _block(v, start, stop))
 
-    rows_of_buffer = 0 if all_kept and tile_type == x.dtype else min(plan.block_tokens, n)
-    buffer = _rows(x, rows_of_buffer, vocab, tile_type)
+    in_stash = all_kept and tile_type == x.dtype  # and so without a tile of its own
+    buffer = stash if in_stash else _rows(x, min(plan.block_tokens, n), vocab, tile_type)
     for start in range(0, n, plan.block_tokens):
         stop = min(start + plan.block_tokens, n)
-        rows, y = stats.rows(start, stop), labels[start:stop]
-        block = States(x[start:stop], None if low is None else low[start:stop])
-        kept = stash[start : min(stop, plan.stash_tokens)]
+        rows, y = stats.rows(start, stop), _block(labels, start, stop)
+        block = States(_block(x, start, stop), None if low is None else _block(low, start, stop))
+        kept = _block(stash, start, min(stop, plan.stash_tokens))
         # D overwrites the logits, in the stash itself where the two have the same width.
         whole = kept.shape[0] == stop - start and tile_type == x.dtype
-        tile = kept if whole else buffer[: stop - start]
+        tile = kept if whole else _block(buffer, 0, stop - start)
         _logits(call, block, head, tile)
         exact = None if tile_type == stats_type else _target_logits(call, block, head, y)
         d = None
@@ -205,16 +207,16 @@ def forward_pass(
             d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
         if hasattr(backend, "fold_grad"):
             backend.fold_grad(tile, y, rows, call.transform, d, exact)
-            if d is not None and head.scale is not None:
-                d *= head.scale
         else:
             backend.fold(tile, y, 0, rows, call.transform)
             if exact is not None:
                 rows.replace_target(exact)
             if d is not None:
-                _grad(call, tile, (y, 0, rows.lse, rows.logps), d, head)
+                backend.grad(tile, y, 0, rows.lse, rows.logps, d, call.transform)
         if d is None:
             continue
+        if head.scale is not None:
+            d *= head.scale
         if not all_kept:
             project(d, start, stop)
         if kept.shape[0] < stop - start:
@@ -254,9 +256,18 @@ def _logits_again(call: LinearCall, states: States, head: HeadTensors, kept: int
     for a, b in _slices(call):
         width = padded_rows(n, b - a, dtype)[1]
         tile = buffer[: n * width].view(n, width)[:, : b - a]
-        part = head.part(a, b, x.dtype)
+        part = head.part(a, b).to(x.dtype)
         _logits(call, rest, part, tile[kept:])
         yield a, b, tile, part
+
+
+def _grad_again(
+    call: LinearCall, tile: Tensor, rows: tuple, d: Tensor, head: HeadTensors, *factors
+) -> None:
+    """Write D over the logits; rows: labels, first column, lse, log-probs."""
+    call.backend.grad(tile, *rows, d, call.transform, *factors)
+    if head.scale is not None:
+        d *= head.scale
 
 
 def head_grads(
@@ -283,7 +294,7 @@ def head_grads(
     for a, b, tile, part in _logits_again(call, states, head, kept):
         d = _in_place(tile, states.x.dtype)
         rows = labels[kept:], a, saved.lse[kept:], logps[kept:]
-        _grad(call, tile[kept:], rows, d[kept:], part)
+        _grad_again(call, tile[kept:], rows, d[kept:], part)
         d[:kept].copy_(stash[:, a:b])
         _products(call, d, times_c, grads, a, b)
         _sums(call, d, times_c, head, coef, grads, a, b)
@@ -361,7 +372,7 @@ def both_grads(
     for a, b, tile, part in _logits_again(call, states, head, 0):
         d = _in_place(tile, states.x.dtype)
         rows = labels, a, saved.lse, logps
-        _grad(call, tile, rows, d, part, coef, entropy, entropy_coef)
+        _grad_again(call, tile, rows, d, part, coef, entropy, entropy_coef)
         for total, other in zip(sums, (part.weight, part.up), strict=True):
             if total is not None:
                 piece = torch.empty_like(total)

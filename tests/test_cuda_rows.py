@@ -42,14 +42,14 @@ def _rows(n, vocab, dtype, shift=0):
 
 def _stats(n, extras=EXTRAS):
     stats = Stats.empty(n, DEVICE, torch.float32, extras)
-    for name in Stats.FIELDS:
+    for name in Stats._fields:
         if getattr(stats, name) is not None:
             getattr(stats, name).fill_(-7 if name == "argmax" else torch.nan)
     return stats
 
 
 def _same_stats(a: Stats, b: Stats, rows):
-    for name in Stats.FIELDS:
+    for name in Stats._fields:
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None) == (y is None), name
         if x is not None:
@@ -125,7 +125,7 @@ def test_an_exact_target(clusters, transform, extras):
     cuda.fold_grad(tile, labels, stats, transform, out, target)
     eager.fold(tile, labels, 0, wanted, transform)
     wanted.replace_target(target)
-    for name in Stats.FIELDS[:-1]:
+    for name in Stats._fields[:-1]:
         got, want = getattr(stats, name), getattr(wanted, name)
         if want is not None:
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True, msg=name)

@@ -32,7 +32,7 @@ def backend(request):
 
 def _fold(backend, tile, labels, transform=Transform(), extras=EXTRAS, cuts=None) -> Stats:  # noqa: B008
     stats = Stats.empty(tile.shape[0], tile.device, torch.float32, extras)
-    for name in Stats.FIELDS:  # whatever the memory held before
+    for name in Stats._fields:  # whatever the memory held before
         if getattr(stats, name) is not None:
             getattr(stats, name).fill_(-7 if name == "argmax" else math.nan)
     for a, b in cuts or [(0, tile.shape[1])]:

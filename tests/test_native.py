@@ -103,7 +103,7 @@ def test_threads(threads, dtype):
         out = torch.full_like(tile, torch.nan)
         args = stats.lse, stats.logps, out, Transform(softcap=9.0), torch.ones(n)
         native.grad(tile, labels, 0, *args, stats.entropy(), torch.ones(n))
-        results.append([getattr(stats, name) for name in Stats.FIELDS] + [out])
+        results.append([*stats, out])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

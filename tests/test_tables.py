@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastpref.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,3 +36,18 @@ def test_a_stale_figure_is_replaced_and_nothing_else(tables):
     block = "<!-- benchmarks/tables.py fp32 -->\n{}<!-- end -->"
     new = tables.fill("before " + block.format("3x\n") + " after")
     assert new == "before " + block.format(tables.fp32()) + " after"
+
+
+def test_host_time_runs(tables, tmp_path):
+    import host_time
+
+    out = tmp_path / "host_time.json"
+    before, threads = native.fold, torch.get_num_threads()
+    try:
+        host_time.main(["--repeats", "3", "--warm-up", "1", "--output", str(out)])
+    finally:
+        torch.set_num_threads(threads)
+    assert native.fold is before
+    us = json.loads(out.read_text())["us"]
+    assert len([name for name in us if name.startswith("without kernels")]) == 3
+    assert all(found["median"] > 0 for found in us.values())

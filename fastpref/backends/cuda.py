@@ -95,7 +95,7 @@ def _fold(
         "fold",
         tile.device,
         *_tile(tile, labels, col0, transform),
-        *(vector(getattr(stats, name), tile) for name in Stats.FIELDS[:-1]),
+        *(vector(t, tile) for t in stats[:-1]),
         vector(stats.argmax, tile, torch.int64),
         vector(exact, tile),
         *out,

@@ -47,7 +47,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
     shift = shift.masked_fill(stats.max == -math.inf, -math.inf)  # -inf - -inf is not a number
     rescale = shift.exp()
     if stats.total is not None:
-        stats.total += z.sum(1)
+        stats.total.add_(z.sum(1))
     # A tile of nothing but -inf adds nothing; it must not become -inf - -inf.
     z = z - new_max.masked_fill(new_max == -math.inf, 0.0)[:, None]
     e = z.exp()

@@ -87,7 +87,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
     """As `eager.fold`."""
     _cpu.fold(
         *_tile(tile, labels, col0, transform),
-        *(_vector(getattr(stats, name)) for name in Stats.FIELDS[:-1]),
+        *map(_vector, stats[:-1]),
         _vector(stats.argmax, torch.int64),
         torch.get_num_threads(),
     )

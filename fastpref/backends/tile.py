@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Transform:
         return (z / self.temperature if self.temperature != 1.0 else z), tanh
 
 
-class Stats:
+class Stats(NamedTuple):
     """Running statistics of n rows, folded from tiles of their logits z, left to right.
 
     max, sum: the running maximum m and the sum of exp(z - m).
@@ -59,43 +60,34 @@ class Stats:
     The memory is not initialised: the tile that starts at column 0 does that.
     """
 
-    FIELDS = ("max", "sum", "target", "lse", "logps", "weighted", "total", "squared", "argmax")
-
-    def __init__(self, **fields: Tensor | None):
-        self.max: Tensor
-        self.sum: Tensor
-        self.target: Tensor
-        self.lse: Tensor
-        self.logps: Tensor
-        self.weighted: Tensor | None
-        self.total: Tensor | None
-        self.squared: Tensor | None
-        self.argmax: Tensor | None
-        for name in self.FIELDS:
-            setattr(self, name, fields[name])
+    max: Tensor
+    sum: Tensor
+    target: Tensor
+    lse: Tensor
+    logps: Tensor
+    weighted: Tensor | None = None
+    total: Tensor | None = None
+    squared: Tensor | None = None
+    argmax: Tensor | None = None
 
     @classmethod
     def empty(cls, n: int, device: torch.device, dtype: torch.dtype, extras=()) -> Stats:
         sums = any(name in extras for name in ("entropy", "mean_logit", "log_sum_sq_probs"))
-        fields: dict[str, Tensor | None] = dict.fromkeys(cls.FIELDS)
-        names = [name for name in cls.FIELDS[:8] if sums or name not in cls.FIELDS[5:]]
         # lse and logps leave the call, so they are tensors of their own. The others share one
         # allocation: on a GPU each takes longer than what it is for.
-        for name in ("lse", "logps"):
-            names.remove(name)
-            fields[name] = torch.empty((n,), device=device, dtype=dtype)
-        vectors = torch.empty((len(names), n), device=device, dtype=dtype)
-        fields.update(zip(names, vectors.unbind(), strict=True))
-        if "is_top1" in extras:
-            fields["argmax"] = torch.empty((n,), device=device, dtype=torch.int64)
-        return cls(**fields)
+        shared = torch.empty((6 if sums else 3, n), device=device, dtype=dtype)
+        high, total, target, *rest = shared.unbind()
+        lse = torch.empty((n,), device=device, dtype=dtype)
+        argmax = torch.empty_like(lse, dtype=torch.int64) if "is_top1" in extras else None
+        weighted, both, squared = rest if sums else (None, None, None)
+        logps = torch.empty_like(lse)
+        return cls(high, total, target, lse, logps, weighted, both, squared, argmax)
 
     def rows(self, start: int, stop: int) -> Stats:
         """A view of the rows [start, stop)."""
         if start == 0 and stop == self.max.shape[0]:
             return self
-        fields = {name: getattr(self, name) for name in self.FIELDS}
-        return Stats(**{k: None if v is None else v[start:stop] for k, v in fields.items()})
+        return Stats(*(None if t is None else t[start:stop] for t in self))  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Write lse and logps from max, sum and target."""
@@ -124,7 +116,7 @@ class Stats:
             self.weighted.copy_(rescale * (weighted + shift * others) + new_e * new)
             squared = (self.squared - old_e * old_e).clamp_min(0)
             self.squared.copy_(rescale * rescale * squared + new_e * new_e)
-            self.total += target - self.target
+            self.total.add_(target - self.target)
         self.sum.copy_(rescale * others + new_e)
         self.max.copy_(base)
         self.target.copy_(target)

@@ -1,0 +1,159 @@
+"""What a call costs the host: a DPO loss of a few tokens and a tiny head, where Python takes longer
+than arithmetic. On a GPU this is what small batches wait for.
+
+    python benchmarks/host_time.py
+
+One process, one thread, the steps of all variants by turns, medians. Then "without kernels":
+fastpref with row kernels, products and pair loss that do nothing; what is left is checks, plan,
+allocations and autograd. Writes a JSON to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peers
+import problem
+import runner
+import torch
+
+import fastpref
+from fastpref.backends import native
+
+KERNELS = ("fold", "grad", "linear", "project", "outer", "scale_rows")
+OURS = "fastpref exact, stash"
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """The native backend with nothing behind it, and the checks that a GPU is spared left out."""
+
+    def pair_loss(logps, ids, pairs, ref_logps, **_):
+        two = logps.new_empty(2 * pairs), logps.new_empty(2 * pairs)
+        return logps.new_empty(()), *two, torch.empty_like(logps)
+
+    replaced: list[tuple[Any, str, Any]] = [(native, "pair_loss", pair_loss)]
+    replaced += [(native, name, lambda *a, **k: None) for name in KERNELS]
+    replaced.append((fastpref.backends, "may_synchronise", lambda device: False))
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, function in replaced:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def parts(p: problem.HeadProblem) -> dict[str, Callable[[], float]]:
+    """Seconds of each part of a call without kernels."""
+    index = torch.arange(p.labels.numel())
+
+    def loss() -> torch.Tensor:
+        given = p.hidden, p.weight, p.labels, p.ref_logps
+        return fastpref.linear_dpo_loss(*given, token_indices=index).loss
+
+    def forward() -> float:
+        start = time.perf_counter()
+        loss()
+        return time.perf_counter() - start
+
+    def backward() -> float:
+        out = loss()
+        start = time.perf_counter()
+        out.backward()
+        return time.perf_counter() - start
+
+    def reference() -> float:
+        with torch.no_grad():
+            start = time.perf_counter()
+            fastpref.linear_token_logps(p.hidden, p.weight, p.labels, token_indices=index)
+            return time.perf_counter() - start
+
+    return {"forward": forward, "backward": backward, "log-probs without gradients": reference}
+
+
+def by_turns(
+    calls: dict[str, Callable[[], float]], clear: Callable[[], None], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Median and quartiles of each, in microseconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, names = random.Random(0), list(calls)
+    for i in range(args.repeats + args.warm_up):
+        order.shuffle(names)
+        for name in names:
+            clear()
+            took = calls[name]()
+            if i >= args.warm_up:
+                seconds[name].append(1e6 * took)
+    return {
+        name: {
+            "median": round(statistics.median(us), 1),
+            "quartiles": [round(q, 1) for q in statistics.quantiles(us, n=4)[::2]],
+        }
+        for name, us in seconds.items()
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    p = problem.make_problem(args.tokens, args.hidden, args.vocab, torch.float32)
+    calls: dict[str, Callable[[], float]] = {}
+    missing = {}
+    for variant in peers.variants(True, torch.float32, ["exact"], [peers.TRL]):
+        if variant.ours and variant.name != OURS:
+            continue
+        try:
+            step = variant.make()
+            step(p)
+        except ImportError as error:
+            missing[variant.name] = runner.one_line(error)
+            continue
+
+        def call(step=step) -> float:
+            start = time.perf_counter()
+            step(p)
+            return time.perf_counter() - start
+
+        calls[f"step, {variant.name}"] = call
+    us = by_turns(calls, p.clear, args)
+    with without_kernels():  # apart: replacing functions makes Python forget what it knew of them
+        empty = {f"without kernels, {name}": part for name, part in parts(p).items()}
+        us.update(by_turns(empty, p.clear, args))
+    return {"missing": missing, "us": us}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--tokens", type=int, default=96)
+    add("--hidden", type=int, default=8)
+    add("--vocab", type=int, default=16)
+    add("--repeats", type=int, default=2000)
+    add("--warm-up", type=int, default=200)
+    add("--output", default="host_time", help="name of the file in results/, or a path")
+    args = parser.parse_args(argv)
+    options = {k: v for k, v in vars(args).items() if k != "output"}
+    results = {"machine": runner.machine(), "options": options, **measure(args)}
+    path = Path(args.output)
+    if path.suffix != ".json":
+        path = runner.RESULTS / f"{args.output}.json"
+    runner.write_json(path, results)
+    rows = [
+        [name, f"{found['median']:.0f} us", "{:.0f} to {:.0f}".format(*found["quartiles"])]
+        for name, found in results["us"].items()
+    ]
+    print(runner.table(["", "median", "quartiles"], rows))
+
+
+if __name__ == "__main__":
+    main()
