@@ -83,7 +83,9 @@ class LinearTokenLogps(torch.autograd.Function):
         if coef is None and entropy_coef is None:
             return (None,) * 10
         call: LinearCall = ctx.call
-        x, low, *head, labels, index, u, v, stash, lse, logps, entropy, slope = ctx.saved_tensors
+        x, low, *head, labels, index, u, v, stash, lse, factor, logps, entropy, slope = (
+            ctx.saved_tensors
+        )
         if slope is not None:
             coef = slope * coef
         coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
@@ -96,7 +98,7 @@ class LinearTokenLogps(torch.autograd.Function):
                 States(x, low),
                 HeadTensors(*head),
                 labels,
-                Saved(u, v, stash, lse),
+                Saved(u, v, stash, lse, factor),
                 logps,
                 coef,
                 entropy,
@@ -160,10 +162,11 @@ def gradients(
         given = labels, saved, logps, coef, entropy, entropy_coef
         dx, dlow = both_grads(call, states, head, *given, grads)
     else:
+        own = coef if saved.factor is None else coef * saved.factor
         if saved.u is not None:
-            dx = scaled(call, saved.u, coef)
+            dx = scaled(call, saved.u, own)
         if saved.v is not None:
-            dlow = scaled(call, saved.v, coef)
+            dlow = scaled(call, saved.v, own)
         if any(wanted):
             head_grads(call, states, head, labels, saved, logps, coef, grads)
     pairs = zip(grads, kinds, strict=True)

@@ -21,7 +21,7 @@ from fastpref.checks import (
     check_labels,
     check_range,
 )
-from fastpref.options import HEAD_OPTIONS, HeadOptions, checked
+from fastpref.options import HeadOptions, checked, flat_options
 from fastpref.passes import HeadTensors, LinearCall, TokenStats
 from fastpref.plan import plan_head
 
@@ -40,7 +40,7 @@ def linear_token_logps(
     strategy: str = "auto",
     memory_budget: int | None = None,
     precision: str = "exact",
-    fused: bool | None = None,
+    fused: bool | str | None = None,
     backend: str | None = None,
     token_indices: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
@@ -66,9 +66,10 @@ def linear_token_logps(
         strategy, memory_budget (bytes): see `fastpref.plan.plan_head`, which chooses.
         precision: "exact" keeps the logits of 16-bit inputs in fp32; "fast" rounds them to the
             inputs' dtype, all but the label's, which is exact there and in the normaliser.
-        fused: whether a pass without gradients may run in one kernel that holds no logits at all,
-            where the backend has one; None lets `plan_head` decide. False keeps the tiles, and with
-            them every bit of the log-probs of a pass that has gradients.
+        fused: whether the product keeps its logits to itself, where the backend has one that can:
+            without gradients there is then no N x V memory, with gradients there is that of D. None
+            takes the faster way, False a tile of logits, and "match" the way of the same call with
+            gradients, whose log-probs it then has to the last bit.
         backend: "native", "triton", "eager" or None for the fastest that works.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the
             caller knows them; saves a synchronisation on a GPU.
@@ -117,6 +118,10 @@ class PreparedLogps(NamedTuple):
     def has_grads(self) -> bool:
         return self.call.hidden_grad or self.call.weight_grad
 
+    @property
+    def fused(self) -> bool:
+        return self.call.plan.fused
+
     def compute(self) -> TokenStats:
         """The outputs of the labelled tokens, [N]."""
         return TokenStats(*self._apply(None))
@@ -160,6 +165,11 @@ class CompiledLogps:
     def has_grads(self) -> bool:
         return any(self.grads)
 
+    @property
+    def fused(self) -> bool:
+        """Whether it may be: which kernel runs is not known yet."""
+        return self.options.fused is not False and self.head.up is None and self.head.scale is None
+
     def run(self) -> Tensor | TokenStats:
         out = torch.ops.fastpref.linear_token_logps(
             self.hidden,
@@ -167,7 +177,7 @@ class CompiledLogps:
             *self.head,
             self.labels.reshape(-1),
             self.token_indices,
-            *(getattr(self.options, name) for name in HEAD_OPTIONS),
+            *flat_options(self.options),
             ",".join(self.extras),
             *self.grads,
         )
@@ -191,9 +201,21 @@ def plan_call(
 ) -> LinearCall:
     """The backend and the plan for so many labelled tokens."""
     module = backends.choose(hidden.device, hidden.dtype, options.backend)
-    plain = not extras and head.up is None and head.scale is None and options.scale != 0
-    fused = options.fused if plain and hasattr(module, "linear_logps") else False
-    if fused is None and not module.fused_is_fast(head.weight):
+    plain = head.up is None and head.scale is None and options.scale != 0
+    # Under autocast a copy of the weight is multiplied; of no rows it says as much.
+    weight = head.weight
+    weight = weight if weight.dtype == hidden.dtype else weight[:0].to(hidden.dtype)
+    # Where the product keeps its logits in a pass with gradients it does the extras, too.
+    keeps = plain and hasattr(module, "linear_grad")
+    keeps = keeps and module.keeps_logits(weight, options.transform)
+    fused: bool | None = None
+    if any(grads) or options.fused == "match":
+        fused = keeps and options.fused is not False
+    elif not (keeps or (plain and not extras and hasattr(module, "linear_logps"))):
+        fused = False
+    elif options.fused is not None:
+        fused = bool(options.fused)
+    elif not module.fused_is_fast(weight):
         fused = False
     plan = plan_head(
         tokens,

@@ -17,7 +17,7 @@ from fastpref.autograd import gradients, logits_backward, logits_forward, pick_s
 from fastpref.backends import choose
 from fastpref.backends.tile import Transform
 from fastpref.logps import adjacent_head, compact, plan_call, scatter
-from fastpref.options import HeadOptions
+from fastpref.options import HeadOptions, from_flat
 from fastpref.passes import HeadTensors, Saved, TokenStats, forward_pass, padded_rows
 from fastpref.plan import stash_room
 
@@ -25,20 +25,20 @@ _INPUTS = (
     "Tensor hidden, Tensor? low, Tensor weight, Tensor? bias, Tensor? up, Tensor? scale, "
     "Tensor labels, Tensor? token_indices"
 )
-# HeadOptions field by field, then the extras (joined by commas) and who needs a gradient.
+# As `flat_options`, then the extras (joined by commas) and who needs a gradient.
 _OPTIONS = (
     "float logit_scale, float? softcap, float temperature, SymInt ignore_index, str strategy, "
-    "SymInt? memory_budget, str precision, bool? fused, str? backend, "
+    "SymInt? memory_budget, str precision, SymInt fused, str? backend, "
     "str extras, bool hidden_grad, bool weight_grad"
 )
-_STATE = "Tensor u, Tensor v, Tensor stash, Tensor lse, Tensor index, Tensor count"
+_STATE = "Tensor u, Tensor v, Tensor stash, Tensor lse, Tensor factor, Tensor index, Tensor count"
 _OUT = "Tensor logps, Tensor entropy, Tensor mean_logit, Tensor is_top1, Tensor log_sum_sq_probs"
 
 
 def _split(flat: tuple) -> tuple[HeadOptions, tuple[str, ...], tuple[bool, bool]]:
     *options, extras, hidden_grad, weight_grad = flat
     names = tuple(extras.split(",")) if extras else ()
-    return HeadOptions(*options), names, (hidden_grad, weight_grad)
+    return from_flat(options), names, (hidden_grad, weight_grad)
 
 
 def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, grads):
@@ -63,6 +63,7 @@ def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, gr
         ((tokens if grads[0] else 0, rank), hidden.dtype),
         (padded_rows(torch.sym_min(tokens, room), vocab, hidden.dtype), hidden.dtype),
         ((tokens,), wide),
+        ((tokens if any(grads) else 0,), wide),
         ((tokens,), torch.int64),
     )
 
@@ -103,8 +104,9 @@ def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, 
 
     # The count stays on the host: the backward pass needs it there to know its shapes.
     count = torch.tensor(n, device="cpu")
-    state = fill(saved.u, 5), fill(saved.v, 6), stash, fill(saved.lse, 8), fill(index, 9), count
-    return *given, *state
+    factor = torch.ones_like(saved.lse) if saved.factor is None else saved.factor
+    vectors = fill(saved.lse, 8), fill(factor if any(grads) else None, 9), fill(index, 10)
+    return *given, fill(saved.u, 5), fill(saved.v, 6), stash, *vectors, count
 
 
 @linear_forward.register_fake
@@ -122,7 +124,7 @@ def _(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
 )
 def linear_backward(coef, entropy_coef, hidden, low, *rest):
     head, (labels, _, logps, entropy) = HeadTensors(*rest[:4]), rest[4:8]
-    (u, v, stash, lse, index, count), flat, wanted = rest[8:14], rest[14:-1], rest[-1]
+    (u, v, stash, lse, factor, index, count), flat, wanted = rest[8:15], rest[15:-1], rest[-1]
     options, extras, grads = _split(flat)
     n, vocab = int(count), head.weight.shape[0]
     index = index[:n]
@@ -135,6 +137,7 @@ def linear_backward(coef, entropy_coef, hidden, low, *rest):
         v[:n] if on and low is not None else None,
         stash[:kept, :vocab],
         lse[:n],
+        factor[:n],
     )
     like = [None if t is None else (t.shape, t.dtype) for t in head]
     dx, dlow, out = gradients(

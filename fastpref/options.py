@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 
 from fastpref.backends.tile import Transform
-from fastpref.plan import check_plan_options
+from fastpref.plan import FUSED, check_plan_options
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class HeadOptions:
     strategy: str = "auto"
     memory_budget: int | None = None
     precision: str = "exact"
-    fused: bool | None = None
+    fused: bool | str | None = None
     backend: str | None = None
 
     transform: Transform = field(init=False, repr=False, compare=False)
@@ -38,6 +39,18 @@ class HeadOptions:
 
 
 HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions) if option.init)
+
+
+def flat_options(options: HeadOptions) -> tuple[Any, ...]:
+    """What `from_flat` makes the options of again, of the types that an operator can take."""
+    values = {name: getattr(options, name) for name in HEAD_OPTIONS}
+    return (*(values | {"fused": FUSED.index(options.fused)}).values(),)
+
+
+def from_flat(values: Sequence[Any]) -> HeadOptions:
+    given = dict(zip(HEAD_OPTIONS, values, strict=True))
+    return HeadOptions(**given | {"fused": FUSED[given["fused"]]})
+
 
 _Options = TypeVar("_Options")
 _PLAIN = frozenset({str, int, float, bool, type(None)})

@@ -87,13 +87,15 @@ class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass.
 
     D is the gradient of the log-prob in x W^T, [N, V]. stash [S, V]: D of the first S tokens.
-    u [N, H] = D W and v [N, r] = D up, or None. lse [N].
+    u [N, H] = D W and v [N, r] = D up, or None. lse [N]. factor [N], if there is one, has still to
+    go on the rows of all three.
     """
 
     u: Tensor | None
     v: Tensor | None
     stash: Tensor
     lse: Tensor
+    factor: Tensor | None = None
 
 
 def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) -> TokenStats:
@@ -171,15 +173,18 @@ def forward_pass(
     x, low = states
     n, vocab = x.shape[0], head.weight.shape[0]
     head = head.to(x.dtype)
-    tile_type = tile_dtype(x.dtype, plan.precision)
+    with_grads = call.hidden_grad or call.weight_grad
+    # A product that keeps its logits writes D right away, but for a factor of each row.
+    tile_type = x.dtype if plan.fused else tile_dtype(x.dtype, plan.precision)
     stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = Stats.empty(n, x.device, stats_type, extras)
     u = torch.empty_like(x) if call.hidden_grad else None
     v = torch.empty_like(low) if call.hidden_grad and low is not None else None
     if stash is None:
         stash = _rows(x, plan.stash_tokens, vocab, x.dtype)
-    saved = Saved(u, v, stash, stats.lse)
-    if plan.fused:
+    factor = torch.empty_like(stats.lse) if plan.fused and with_grads else None
+    saved = Saved(u, v, stash, stats.lse, factor)
+    if plan.fused and not with_grads:
         backend.linear_logps(x, head.weight, labels, head.bias, stats, call.transform)
         return _outputs(stats, labels, vocab, extras), saved
     all_kept = plan.stash_tokens == n
@@ -200,23 +205,19 @@ def forward_pass(
         # D overwrites the logits, in the stash itself where the two have the same width.
         whole = kept.shape[0] == stop - start and tile_type == x.dtype
         tile = kept if whole else _block(buffer, 0, stop - start)
-        _logits(call, block, head, tile)
-        exact = None if tile_type == stats_type else _target_logits(call, block, head, y)
         d = None
         if u is not None or kept.shape[0] > 0:
             d = kept if kept.shape[0] == stop - start else _in_place(tile, x.dtype)
-        if hasattr(backend, "fold_grad"):
-            backend.fold_grad(tile, y, rows, call.transform, d, exact)
+        if factor is None:
+            _logits_to_d(call, block, head, y, tile, rows, d)
         else:
-            backend.fold(tile, y, 0, rows, call.transform)
-            if exact is not None:
-                rows.replace_target(exact)
-            if d is not None:
-                backend.grad(tile, y, 0, rows.lse, rows.logps, d, call.transform)
+            given = block.x, head.weight, y, head.bias, rows, call.transform
+            if d is None:
+                backend.linear_logps(*given)
+            else:
+                backend.linear_grad(*given, d, _block(factor, start, stop))
         if d is None:
             continue
-        if head.scale is not None:
-            d *= head.scale
         if not all_kept:
             project(d, start, stop)
         if kept.shape[0] < stop - start:
@@ -225,6 +226,31 @@ def forward_pass(
     if all_kept:
         project(stash, 0, n)  # one tall product is faster than many flat ones
     return _outputs(stats, labels, vocab, extras), saved
+
+
+def _logits_to_d(
+    call: LinearCall,
+    block: States,
+    head: HeadTensors,
+    labels: Tensor,
+    tile: Tensor,
+    rows: Stats,
+    d: Tensor | None,
+) -> None:
+    """Write the logits, fold them into the rows' statistics and write D over them, if wanted."""
+    backend = call.backend
+    _logits(call, block, head, tile)
+    exact = None if tile.dtype == rows.lse.dtype else _target_logits(call, block, head, labels)
+    if hasattr(backend, "fold_grad"):
+        backend.fold_grad(tile, labels, rows, call.transform, d, exact)
+    else:
+        backend.fold(tile, labels, 0, rows, call.transform)
+        if exact is not None:
+            rows.replace_target(exact)
+        if d is not None:
+            backend.grad(tile, labels, 0, rows.lse, rows.logps, d, call.transform)
+    if d is not None and head.scale is not None:
+        d *= head.scale
 
 
 def needs_logits_again(call: LinearCall, tokens: int) -> bool:
@@ -284,6 +310,8 @@ def head_grads(
     kept; only then, and for the gradient of its scale, is the head itself read."""
     stash = saved.stash
     kept, vocab = stash.shape
+    if saved.factor is not None:  # which the D of other tokens, made again, does not need
+        coef = torch.cat([coef[:kept] * saved.factor[:kept], coef[kept:]])
     times_c = _times_c(call, states, coef, grads)
     if kept == states.x.shape[0]:
         _products(call, stash, times_c, grads, 0, vocab)

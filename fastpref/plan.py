@@ -18,6 +18,7 @@ import torch
 
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
 PRECISIONS = ("exact", "fast")
+FUSED = (None, True, False, "match")
 
 # Bytes of the logits tile per vocabulary entry, the same for every strategy, so that policy and
 # reference see the same tiles. 480 is 120 fp32 rows or 240 bf16 rows: on two Zen 5 cores the bf16
@@ -51,7 +52,7 @@ class HeadPlan:
     block_tokens: int  # rows of a forward tile, which is block_tokens x vocab_size
     block_vocab: int  # columns of a backward tile, which is tokens x block_vocab
     stash_tokens: int  # tokens whose D is kept for the backward pass
-    fused: bool  # whether the pass may run in one kernel with no tile, where a backend has that
+    fused: bool  # whether the product keeps its logits to itself: there is no tile of them
     flops: int  # predicted, forward and backward together
     extra_bytes: int  # predicted peak beyond the inputs and the returned gradients
 
@@ -84,7 +85,7 @@ def tile_dtype(compute: torch.dtype, precision: str) -> torch.dtype:
 
 
 def check_plan_options(
-    strategy: str, memory_budget: int | None, precision: str, fused: bool | None
+    strategy: str, memory_budget: int | None, precision: str, fused: bool | str | None
 ) -> None:
     """Raise ValueError for a value that `plan_head` does not know."""
     if strategy not in STRATEGIES:
@@ -95,8 +96,8 @@ def check_plan_options(
         raise ValueError(
             f"memory_budget: got {memory_budget!r}, expected a number of bytes above 0"
         )
-    if fused not in (None, True, False):
-        raise ValueError(f"fused: got {fused!r}, expected None, True or False")
+    if fused not in FUSED:
+        raise ValueError(f"fused: got {fused!r}, expected None, True, False or 'match'")
 
 
 def _tile_budget(vocab_size: int, kind: str, budget: int) -> int:
@@ -154,8 +155,8 @@ def plan_head(
     memory_budget: bytes for the tile and the stash; None is `default_memory_budget(device)`.
     strategy: "auto", or one to force. Forcing matters for a trainable head only: without one the
         call is forward-only or frozen whatever is asked for.
-    fused: whether a forward-only pass may run in one kernel without a tile; None decides by the
-        hidden size, on a GPU.
+    fused: whether the product keeps its logits to itself, as some backends can. None: a pass
+        without gradients does, on a GPU, up to a hidden size; one with gradients does not.
 
     Raises ValueError for an unknown strategy or precision, a budget that is not positive, and a
     strategy that cannot give the gradients that are needed.
@@ -197,7 +198,7 @@ def _plan(
     tile_budget: int,
 ) -> HeadPlan:
     """`plan_head` with its defaults filled in."""
-    tile_size, item = tile_dtype(dtype, precision).itemsize, dtype.itemsize
+    item = dtype.itemsize
     chosen, stash = ("frozen" if hidden_grad else "forward-only"), 0
     if weight_grad:
         fits = _room(v * item, strategy, budget - tile_budget)
@@ -209,20 +210,27 @@ def _plan(
         if chosen == "mixed" and stash == n and strategy == "mixed":
             stash = n // 2  # asked for by name although all of D would fit
 
-    rows = max(1, min(n, max(tile_budget // max(tile_size * v, 1), _MIN_ROWS)))
+    if fused is None:
+        fused = chosen == "forward-only" and kind == "cuda" and h <= _FUSED_HIDDEN_SIZE
+    fused = fused and item == 2
+    # A product that keeps its logits rounds none, and so must the tiles of the backward pass not.
+    precision = "exact" if fused else precision
+    tile_size = tile_dtype(dtype, precision).itemsize
+    forward_item = item if fused else tile_size  # that product writes D
+    in_stash = weight_grad and stash == n and forward_item == item  # no tile beside it
+    rows = max(1, min(n, max(tile_budget // max(forward_item * v, 1), _MIN_ROWS)))
     if kind == "cuda" and rows < n:
         rows = _even_rows(rows, n)
-    if fused is None:
-        fused = kind == "cuda" and item == 2 and h <= _FUSED_HIDDEN_SIZE
-    fused = fused and chosen == "forward-only" and item == 2
-    in_stash = weight_grad and stash == n and tile_size == item  # no tile beside it
+    if fused and in_stash:
+        rows = max(n, 1)
     # Half a tile in backward, where c X stands beside it.
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
     if columns < v:
         columns -= columns % _COLUMNS_STEP
-    tile_bytes = 0 if in_stash else rows * v * tile_size
+    tile_bytes = 0 if in_stash else rows * v * forward_item
     if fused:  # two numbers for each token and each 128 entries of the vocabulary, in launches
-        tile_bytes = min(8 * n * -(-v // 128), _FUSED_BYTES)
+        tile_bytes = tile_bytes if hidden_grad or weight_grad else 0
+        tile_bytes += min(8 * n * -(-v // 128), _FUSED_BYTES)
     states = n * h * item  # of the hidden states, and of everything in their shape
     u_bytes = states if hidden_grad else 0
     gemms = 2 + (2 if hidden_grad else 0)

@@ -187,7 +187,7 @@ def test_the_operators_keep_their_contract(device, weight_grad, known):
         "auto",
         None,
         "exact",
-        None,
+        0,
         None,
         "entropy",
         True,

@@ -72,13 +72,18 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("forward_works", &cuda::forward_works);
     m.def("forward", [](Address x, Address weight, int dtype, int64_t tokens, int64_t vocab, int64_t hidden,
                         int64_t x_stride, int64_t weight_stride, Address labels, float scale, float softcap,
-                        float inv_temperature, Address bias, Address partial, Address lse, Address logps,
-                        int device, Address stream) {
+                        float inv_temperature, Address bias, Address partial, Address sum, Address lse,
+                        Address logps, Address weighted, Address total, Address squared, Address argmax,
+                        Address d, int64_t d_stride, Address factor, int device, Address stream) {
         cuda::ForwardCall call{at<void>(x), at<void>(weight), dtype_of(dtype), tokens, vocab, hidden,
                                x_stride, weight_stride, {scale, softcap, inv_temperature},
-                               at<int64_t>(labels), at<float>(bias), at<float>(partial), at<float>(lse),
-                               at<float>(logps)};
+                               at<int64_t>(labels), at<float>(bias), at<float>(partial),
+                               {nullptr, at<float>(sum), nullptr, at<float>(lse), at<float>(logps),
+                                at<float>(weighted), at<float>(total), at<float>(squared),
+                                at<int64_t>(argmax)},
+                               at<void>(d), d_stride, at<float>(factor)};
         if (call.dtype == Dtype::f32) throw std::invalid_argument("dtype code: expected 1 or 2");
+        if (d && call.dtype != Dtype::bf16) throw std::invalid_argument("dtype code: expected 1 with d");
         py::gil_scoped_release release;
         cuda::forward(call, {device, stream, 1});
     });

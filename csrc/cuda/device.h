@@ -84,6 +84,10 @@ DEVICE Vector load_vector(const void* p) {
 DEVICE void store_vector(void* p, const Vector& v) {
     *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
+// What is not read again soon: it leaves the cache before what is.
+DEVICE void store_vector_and_forget(void* p, const Vector& v) {
+    __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+}
 DEVICE void store_pair(void* p, uint32_t a, uint32_t b) {
     *static_cast<uint2*>(p) = make_uint2(a, b);
 }

@@ -7,10 +7,16 @@
 // turns: while one reduces its tile in registers, the other one multiplies. Nothing but (max, sum) of
 // a token and a tile, and the label's logit, goes to memory; `combine` then folds those in the
 // vocabulary's order. A token's result depends on no other token, nor on how many there are.
+//
+// A pass with gradients also needs D, whose entries are -exp(z - lse) but for the label's. The
+// exponentials are in the registers; lse is not known before the row's last tile, but it is one number
+// per row. So they are written relative to a base that a row has from the start, in bf16, whose
+// precision does not depend on their size: d. D = factor d, and factor goes on vectors of tokens that
+// the products' other operands are multiplied by anyway. See forward_rows.h for the base.
 #include <algorithm>
 
+#include "forward_tile.h"
 #include "hopper.h"
-#include "launch.h"
 
 namespace fastpref::cuda {
 namespace {
@@ -20,28 +26,16 @@ constexpr int STAGES = 3;
 #else
 constexpr int STAGES = 6;
 #endif
-constexpr int ROWS = 128, COLUMNS = FORWARD_TILE, DEPTH = 64;
+constexpr int ROWS = 128, DEPTH = 64;
 constexpr int TILE_BYTES = ROWS * DEPTH * 2, STAGE_BYTES = 2 * TILE_BYTES;
 constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + 1024;  // the tiles start at a multiple of 1024
 constexpr int WARPGROUP = 128, THREADS = 3 * WARPGROUP;
-constexpr float LN2 = 0.6931471805599453f;
 
-struct KernelArgs {
+struct KernelArgs : TileArgs {
     TensorMap x, weight;
-    const int64_t* labels;
     const float* bias;
-    float* partial;  // max and sum [tiles, tokens] each, in units of log2, then the labels' logits [tokens]
-    int tokens, vocab, depths, tiles, pairs, group;
-    bool negative;
-    float c, k;
+    int depths, pairs, group;
 };
-
-// The logit in units of log2, less base. Monotonic in raw; it falls if c or k is negative.
-template <bool CAP> DEVICE float exponent(float raw, float c, float k, float base) {
-    if (CAP) return fmaf(reciprocal(1.f + exp2_(raw * k)), -2.f * c, c - base);
-    return fmaf(raw, c, -base);
-}
-DEVICE float finite_base(float max) { return max == -INF ? 0.f : max; }  // -inf - -inf is no number
 
 #if defined(FASTPREF_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 struct Place {
@@ -129,50 +123,9 @@ DEVICE void product(const Ring& ring, Turn turn, int depths, uint64_t* done, flo
     results(acc[1]);
 }
 
-// Max, sum and perhaps the label's logit of one row, of which four lanes hold 32 entries each:
-// acc[4 i + j] and the next one, at columns 8 i and 8 i + 1 from `first` on.
-template <bool CAP>
-DEVICE void reduce_row(const KernelArgs& a, const Place& p, int row, int first, const float (&acc)[64], int j) {
-    const bool inside = row < a.tokens;
-    const int64_t label = inside ? a.labels[row] : -1;
-    const int64_t y = label - int64_t(p.tile) * COLUMNS;
-    if (0 <= y && y < COLUMNS) {
-        float* to = a.partial + int64_t(2 * a.tiles) * a.tokens + row;
-        UNROLL for (int i = 0; i < 16; ++i) {
-            if (y == first + 8 * i) *to = acc[4 * i + j];
-            if (y == first + 8 * i + 1) *to = acc[4 * i + j + 1];
-        }
-    }
-    float extreme = acc[j];
-    UNROLL for (int i = 0; i < 16; ++i)
-        UNROLL for (int e = 0; e < 2; ++e) {
-            const float v = acc[4 * i + j + e];
-            extreme = a.negative ? fminf(extreme, v) : fmaxf(extreme, v);
-        }
-    UNROLL for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = shuffle_xor(extreme, mask);
-        extreme = a.negative ? fminf(extreme, other) : fmaxf(extreme, other);
-    }
-    const float high = exponent<CAP>(extreme, a.c, a.k, 0.f), base = finite_base(high);
-    float sum = 0.f;
-    UNROLL for (int i = 0; i < 16; ++i)
-        UNROLL for (int e = 0; e < 2; ++e) sum += exp2_(exponent<CAP>(acc[4 * i + j + e], a.c, a.k, base));
-    UNROLL for (int mask = 1; mask < 4; mask *= 2) sum += shuffle_xor(sum, mask);
-    if (CAP) {
-        // The cap has lifted the padding from -inf to -softcap. No logit is below that, so its share
-        // of the whole sum is at most its share of the columns: taking it out again is harmless.
-        const int padding = (p.tile + 1) * COLUMNS - a.vocab;
-        if (padding > 0) sum -= float(padding) * exp2_(a.c - base - 2.f * a.c);
-    }
-    if (inside && lane() % 4 == 0) {
-        a.partial[int64_t(p.tile) * a.tokens + row] = high;
-        a.partial[int64_t(a.tiles + p.tile) * a.tokens + row] = sum;
-    }
-}
-
-template <class T, bool CAP>
+template <class T, bool CAP, bool D, bool EXTRAS>
 DEVICE void take_tiles(const KernelArgs& a, const Ring& ring, int cluster, int clusters, int rank, int group) {
-    const int warp = thread() % WARPGROUP / 32, first = lane() % 4 * 2;
+    const int warp = thread() % WARPGROUP / 32;
     float acc[2][64];
     int at = group * a.depths;  // the ring holds the tiles of both, by turns
     uint32_t parity = group ^ 1;  // the first turn of group 0 is there from the start
@@ -182,7 +135,7 @@ DEVICE void take_tiles(const KernelArgs& a, const Ring& ring, int cluster, int c
         product<T>(ring, Turn(at), a.depths, ring.turns + (group ^ 1), acc);
         const Place p = place(a, item);
         if (a.bias) {
-            const float* bias = a.bias + int64_t(p.tile) * COLUMNS + first;
+            const float* bias = a.bias + int64_t(p.tile) * COLUMNS + lane() % 4 * 2;
             UNROLL for (int i = 0; i < 64; ++i) {
                 const float b = bias[i / 4 * 8 + i % 2];
                 acc[0][i] += b;
@@ -191,13 +144,15 @@ DEVICE void take_tiles(const KernelArgs& a, const Ring& ring, int cluster, int c
         }
         const int row = (2 * p.pair + rank) * ROWS + warp * 16 + lane() / 4;
         UNROLL for (int half = 0; half < 2; ++half)
-            UNROLL for (int j = 0; j < 4; j += 2)
-                reduce_row<CAP>(a, p, row + half * 64 + j * 4, first, acc[half], j);
+            UNROLL for (int j = 0; j < 4; j += 2) {
+                reduce_row<CAP, D, EXTRAS>(a, p.tile, row + half * 64 + j * 4, acc[half], j);
+                if (D) write_row(a, p.tile, row + half * 64 + j * 4, acc[half], j);
+            }
     }
 }
 #endif
 
-template <class T, bool CAP> KERNEL(THREADS, 1) forward_kernel(const BY_ADDRESS KernelArgs a) {
+template <class T, bool CAP, bool D, bool EXTRAS> KERNEL(THREADS, 1) forward_kernel(const BY_ADDRESS KernelArgs a) {
 #if defined(FASTPREF_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const Ring ring = make_ring();
     const int cluster = int(block() / 2), clusters = int(blocks() / 2), rank = int(block() % 2);
@@ -218,7 +173,7 @@ template <class T, bool CAP> KERNEL(THREADS, 1) forward_kernel(const BY_ADDRESS 
         if (thread() == 2 * WARPGROUP) copy_tiles(a, ring, cluster, clusters, rank);
     } else {
         take_registers<232>();
-        take_tiles<T, CAP>(a, ring, cluster, clusters, rank, group);
+        take_tiles<T, CAP, D, EXTRAS>(a, ring, cluster, clusters, rank, group);
     }
     reconverge();
     cluster_arrive();  // nobody leaves while the other block may still write to its shared memory
@@ -226,61 +181,22 @@ template <class T, bool CAP> KERNEL(THREADS, 1) forward_kernel(const BY_ADDRESS 
 #endif
 }
 
-struct CombineArgs {
-    const float* partial;
-    const int64_t* labels;
-    float *lse, *logps;
-    int tokens, vocab, tiles;
-    float c, k;
-};
-constexpr int SLICES = 8;
-
-// Fold the tiles' max and sum, in the vocabulary's order, into lse and the label's log-prob. A warp
-// takes 32 tokens and an eighth of the tiles.
-template <bool CAP> KERNEL(32 * SLICES, 1) combine_kernel(const CombineArgs a) {
-    SHARED(float, highs, 32 * SLICES);
-    SHARED(double, totals, 32 * SLICES);
-    const int slice = thread() / 32, row = int(block()) * 32 + lane();
-    const bool inside = row < a.tokens;
-    float high = -INF;
-    double total = 0;  // next to a confident token's 1 the others are tiny
-    const int stop = int(int64_t(a.tiles) * (slice + 1) / SLICES);
-    for (int tile = int(int64_t(a.tiles) * slice / SLICES); inside && tile < stop; ++tile) {
-        const float h = a.partial[int64_t(tile) * a.tokens + row];
-        const float s = a.partial[int64_t(a.tiles + tile) * a.tokens + row];
-        const float higher = fmaxf(high, h), base = finite_base(higher);
-        total = total * exp2_(high - base) + s * exp2_(h - base);
-        high = higher;
-    }
-    highs[thread()] = high;
-    totals[thread()] = total;
-    sync();
-    if (slice != 0 || !inside) return;
-    high = -INF;
-    for (int i = 0; i < SLICES; ++i) high = fmaxf(high, highs[32 * i + lane()]);
-    const float base = finite_base(high);
-    total = 0;
-    for (int i = 0; i < SLICES; ++i) total += totals[32 * i + lane()] * exp2_(highs[32 * i + lane()] - base);
-    const float log_total = log2f(float(total));
-    const int64_t label = a.labels[row];
-    const bool known = 0 <= label && label < a.vocab;
-    const float target = known ? a.partial[int64_t(2 * a.tiles) * a.tokens + row] : NAN;
-    const float logp = (exponent<CAP>(target, a.c, a.k, base) - log_total) * LN2;
-    a.lse[row] = (high + log_total) * LN2;
-    a.logps[row] = logp > 0 ? 0.f : logp;
-}
-
 using ForwardKernel = void (*)(KernelArgs);
 
-ForwardKernel kernel_for(bool is_bf16, bool cap) {
-    if (is_bf16) return cap ? forward_kernel<bf16, true> : forward_kernel<bf16, false>;
-    return cap ? forward_kernel<f16, true> : forward_kernel<f16, false>;
+template <class T, bool D> ForwardKernel kernel_for(bool cap, bool extras) {
+    if (extras) return cap ? forward_kernel<T, true, D, true> : forward_kernel<T, false, D, true>;
+    return cap ? forward_kernel<T, true, D, false> : forward_kernel<T, false, D, false>;
+}
+
+template <bool D> auto combine_for(bool cap, bool extras) {
+    if (extras) return cap ? combine_kernel<true, D, true> : combine_kernel<false, D, true>;
+    return cap ? combine_kernel<true, D, false> : combine_kernel<false, D, false>;
 }
 
 }  // namespace
 
 bool forward_works(int device) {
-    return has_own_code(forward_kernel<bf16, false>, device);
+    return has_own_code(forward_kernel<bf16, false, false, false>, device);
 }
 
 void forward(const ForwardCall& f, const Where& where) {
@@ -293,18 +209,28 @@ void forward(const ForwardCall& f, const Where& where) {
     // 16 MiB of hidden states stay in the cache while the weight streams by.
     const int64_t fits = (int64_t(1) << 24) / (f.hidden * 2 * 2 * ROWS);
     const int group = int(std::clamp<int64_t>(fits, 2, 16));
-    const bool is_bf16 = f.dtype == Dtype::bf16;
-    KernelArgs a{tensor_map(f.x, is_bf16, f.tokens, f.hidden, f.x_stride, ROWS),
+    const bool is_bf16 = f.dtype == Dtype::bf16, extras = f.stats.sum != nullptr;
+    float* target = f.partial + int64_t(extras ? 6 : 2) * tiles * f.tokens;
+    RowArgs rows{f.labels, f.partial, target, target + f.tokens, static_cast<bf16*>(f.d), f.d_stride,
+                 int(f.tokens), int(f.vocab), tiles, c, k};
+    if (f.d) {
+        BaseArgs b{rows, static_cast<const bf16*>(f.x), static_cast<const bf16*>(f.weight), f.x_stride,
+                   f.weight_stride, f.bias, int(f.hidden)};
+        launch("forward", cap ? base_kernel<true> : base_kernel<false>, b, (f.tokens + BASE_ROWS - 1) / BASE_ROWS,
+               32 * BASE_ROWS, 1, where.device, where.stream);
+    }
+    KernelArgs a{{rows, f.transform.scale < 0},
+                 tensor_map(f.x, is_bf16, f.tokens, f.hidden, f.x_stride, ROWS),
                  tensor_map(f.weight, is_bf16, f.vocab, f.hidden, f.weight_stride, COLUMNS / 2),
-                 f.labels, f.bias, f.partial, int(f.tokens), int(f.vocab),
-                 int((f.hidden + DEPTH - 1) / DEPTH), tiles, pairs, group, f.transform.scale < 0, c, k};
-    ForwardKernel kernel = kernel_for(is_bf16, cap);
+                 f.bias, int((f.hidden + DEPTH - 1) / DEPTH), pairs, group};
+    ForwardKernel kernel = f.d ? kernel_for<bf16, true>(cap, extras)
+                           : is_bf16 ? kernel_for<bf16, false>(cap, extras) : kernel_for<f16, false>(cap, extras);
     const int clusters = std::min<int64_t>(int64_t(pairs) * tiles,
                                            most_clusters(kernel, 2, THREADS, SHARED_BYTES, where.device));
     launch("forward", kernel, a, 2 * clusters, THREADS, 2, where.device, where.stream, SHARED_BYTES);
-    CombineArgs b{f.partial, f.labels, f.lse, f.logps, int(f.tokens), int(f.vocab), tiles, c, k};
-    launch("forward", cap ? combine_kernel<true> : combine_kernel<false>, b, (f.tokens + 31) / 32, 32 * SLICES, 1,
-           where.device, where.stream);
+    CombineArgs b{rows, f.stats, f.factor, f.transform.scale * f.transform.inv_temperature};
+    launch("forward", f.d ? combine_for<true>(cap, extras) : combine_for<false>(cap, extras), b,
+           (f.tokens + COMBINE_ROWS - 1) / COMBINE_ROWS, COMBINE_ROWS * SLICES, 1, where.device, where.stream);
 }
 
 }  // namespace fastpref::cuda

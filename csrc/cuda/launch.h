@@ -53,7 +53,10 @@ void pair_loss(const PairArgs& args, const Where& where);
 
 // The forward pass without logits, on sm_90. Rows of x and weight start at multiples of 16 bytes. bias:
 // null, or [tiles * FORWARD_TILE] with -inf where scale is positive, +inf where it is negative, from
-// `vocab` on; it must be given where that is less. partial: scratch [(2 * tiles + 1) * tokens].
+// `vocab` on; it must be given where that is less. stats: lse and logps; sum, and perhaps weighted, squared,
+// total and argmax, if the extras are wanted. partial: scratch [(2 * tiles + 2) * tokens], with extras 6 for
+// the first 2. d: null, or [tokens, vocab], bf16 as x and weight are then, with rows as theirs: D = factor d,
+// factor [tokens].
 constexpr int FORWARD_TILE = 128;
 struct ForwardCall {
     const void *x, *weight;
@@ -62,7 +65,11 @@ struct ForwardCall {
     Transform transform;
     const int64_t* labels;
     const float* bias;
-    float *partial, *lse, *logps;
+    float* partial;
+    Stats stats;
+    void* d;
+    int64_t d_stride;
+    float* factor;
 };
 void forward(const ForwardCall& call, const Where& where);
 bool forward_works(int device);

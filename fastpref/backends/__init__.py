@@ -1,7 +1,8 @@
 """Which implementation of the tile primitives runs, and why.
 
 A backend is a module with NAME, fold, grad, linear, project, outer, and pair_loss for the losses in
-its CLOSED_FORMS; it may have fold_grad, which is both at once, and linear_logps. `choose` picks the
+its CLOSED_FORMS; it may have fold_grad, which is both at once, and products that keep the logits to
+themselves: linear_logps (see fused_is_fast) and linear_grad (see keeps_logits). `choose` picks the
 fastest one that works for a tensor; FASTPREF_BACKEND or `backend=` forces one.
 """
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import cuda_forward, triton
+from fastpref.backends.cuda_forward import linear_grad
 from fastpref.backends.cuda_module import (
     describe,
     launch,
@@ -34,7 +35,9 @@ __all__ = [
     "fold_grad",
     "fused_is_fast",
     "grad",
+    "keeps_logits",
     "linear",
+    "linear_grad",
     "linear_logps",
     "outer",
     "pair_loss",
@@ -214,3 +217,8 @@ def linear_logps(
     if reason is not None:
         raise ValueError(f"fused: got True, expected False: {own}; and not in Triton: {reason}")
     triton.linear_logps(x, weight, labels, bias, stats, transform)
+
+
+def keeps_logits(weight: Tensor, transform: Transform) -> bool:
+    """Whether `linear_grad` takes this head; `linear_logps` then has its bits, and the extras."""
+    return cuda_forward.why_no_grad(weight, transform) is None

@@ -1,4 +1,4 @@
-"""The forward pass without logits of the cuda backend: csrc/cuda/forward.cu, for Hopper (sm_90)."""
+"""The product that keeps its logits to itself: csrc/cuda/forward.cu, for Hopper (sm_90)."""
 
 from __future__ import annotations
 
@@ -41,20 +41,58 @@ def linear_logps(
     stats: Stats,
     transform: Transform,
 ) -> None:
-    """As `triton.linear_logps`, where `why_not` has no reason.
-
-    labels that are negative or V and more give NaN.
+    """As `triton.linear_logps`, where `why_not` has no reason; and what the extras need of stats,
+    where it has room for that. labels that are negative or V and more give NaN.
     """
+    _forward(x, weight, labels, bias, stats, transform, None, None)
+
+
+def why_no_grad(weight: Tensor, transform: Transform) -> str | None:
+    """Why this head's gradient cannot come from the kernel, or None."""
+    if weight.dtype == torch.float16:
+        return "the weight is float16, whose numbers do not reach far enough"
+    return why_not(weight, transform)
+
+
+def linear_grad(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    stats: Stats,
+    transform: Transform,
+    out: Tensor,
+    factor: Tensor,
+) -> None:
+    """`linear_logps`, to the last bit, and D [N, V] of `eager.grad` as factor [N] times out [N, V],
+    whose rows start at multiples of 16 bytes; where `why_no_grad` has no reason."""
+    assert out.dtype == x.dtype and out.shape == (x.shape[0], weight.shape[0])
+    assert rows_are_aligned(out) and (out.stride(1) == 1 or out.shape[1] == 1)
+    _forward(x, weight, labels, bias, stats, transform, out, factor)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    stats: Stats,
+    transform: Transform,
+    out: Tensor | None,
+    factor: Tensor | None,
+) -> None:
     assert x.dtype == weight.dtype and cuda_module.MODULE.forward_tile == _TILE.block_n
     (n, hidden), vocab = x.shape, weight.shape[0]
     x, labels = with_aligned_rows(x), labels.contiguous()
     tiles = -(-vocab // _TILE.block_n)
     bias = padded_bias(bias, weight, tiles * _TILE.block_n, transform.scale)
-    most = launch_tokens(_TILE, n, vocab)
-    scratch = torch.empty((2 * tiles + 1) * most, device=x.device, dtype=torch.float32)
+    extras = stats.weighted is not None or stats.argmax is not None
+    numbers = 6 if extras else 2  # of each token and tile
+    most = launch_tokens(_TILE, n, vocab * numbers // 2)
+    scratch = torch.empty((numbers * tiles + 2) * most, device=x.device, dtype=torch.float32)
     for start in range(0, n, max(most, 1)):
         rows = slice(start, start + most)
-        part = x[rows]
+        part, part_of = x[rows], stats.rows(start, min(start + most, n))
         cuda_module.launch(
             "forward",
             x.device,
@@ -72,7 +110,11 @@ def linear_logps(
             1.0 / transform.temperature,
             cuda_module.vector(bias, x),
             cuda_module.vector(scratch, x),
-            cuda_module.vector(stats.lse[rows], x),
-            cuda_module.vector(stats.logps[rows], x),
+            cuda_module.vector(part_of.sum, x) if extras else 0,
+            *(cuda_module.vector(t, x) for t in part_of[3:-1]),
+            cuda_module.vector(part_of.argmax, x, torch.int64),
+            0 if out is None else out[rows].data_ptr(),
+            0 if out is None else out.stride(0),
+            0 if factor is None else cuda_module.vector(factor[rows], x),
             clusters=False,
         )

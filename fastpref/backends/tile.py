@@ -85,7 +85,7 @@ class Stats(NamedTuple):
 
     def rows(self, start: int, stop: int) -> Stats:
         """A view of the rows [start, stop)."""
-        if start == 0 and stop == self.max.shape[0]:
+        if start == 0 and stop == self.lse.shape[0]:
             return self
         return Stats(*(None if t is None else t[start:stop] for t in self))  # type: ignore[arg-type]
 

@@ -84,8 +84,8 @@ class LigerLoss(nn.Module):
             _, ref_weight, bias = policy
             ref_bias = bias if ref_bias is None else ref_bias
         with torch.no_grad():
-            # fused=False: the policy's kernels, so that equal models give margins of exactly 0.
-            tokens = self._tokens(ref_input, ref_weight, target, ref_bias, fused=False)
+            # The policy's kernels, so that equal models give margins of exactly 0.
+            tokens = self._tokens(ref_input, ref_weight, target, ref_bias, fused="match")
         return self._sums(tokens, target, average)
 
     @torch.no_grad()

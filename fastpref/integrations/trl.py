@@ -200,7 +200,7 @@ def patch_trl(
         precision=precision, strategy=strategy, memory_budget=memory_budget, backend=backend
     )
     # A reference without gradients takes the same kernels as the policy: the first margins are 0.
-    options["fused"] = False
+    options["fused"] = "match"
     HeadOptions(**options)
     try:
         trl = importlib.import_module("trl")

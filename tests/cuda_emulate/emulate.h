@@ -31,7 +31,7 @@
 namespace fastpref {
 namespace emulate {
 
-constexpr int MAX_BLOCKS = 8, MAX_THREADS = 1024, STACK = 64 << 10, SHARED_BYTES = 128 << 10;
+constexpr int MAX_BLOCKS = 8, MAX_THREADS = 1024, STACK = 64 << 10, SHARED_BYTES = 256 << 10;
 
 struct Barrier {
     int size = 0, count = 0, generation = 0;
@@ -228,6 +228,7 @@ inline void store_vector(void* p, const Vector& v) {
     must_be_aligned(p, 16);
     std::memcpy(p, &v, 16);
 }
+inline void store_vector_and_forget(void* p, const Vector& v) { store_vector(p, v); }
 inline void store_pair(void* p, uint32_t a, uint32_t b) {
     must_be_aligned(p, 8);
     std::memcpy(p, &a, 4);
