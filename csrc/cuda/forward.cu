@@ -212,7 +212,7 @@ void forward(const ForwardCall& f, const Where& where) {
     const bool is_bf16 = f.dtype == Dtype::bf16, extras = f.stats.sum != nullptr;
     float* target = f.partial + int64_t(extras ? 6 : 2) * tiles * f.tokens;
     RowArgs rows{f.labels, f.partial, target, target + f.tokens, static_cast<bf16*>(f.d), f.d_stride,
-                 int(f.tokens), int(f.vocab), tiles, c, k};
+                 int(f.tokens), int(f.vocab), tiles, cap ? -2.f * c : c, cap ? c : 0.f, k};
     if (f.d) {
         BaseArgs b{rows, static_cast<const bf16*>(f.x), static_cast<const bf16*>(f.weight), f.x_stride,
                    f.weight_stride, f.bias, int(f.hidden)};

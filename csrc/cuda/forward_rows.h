@@ -1,5 +1,7 @@
 // What the forward pass does to whole rows, before and after the kernel that multiplies (forward.cu).
-// Logits are in units of log2 throughout.
+//
+// A logit in units of log2 is unit part + offset: of a raw logit, or with a cap of past_cap. Differences
+// are taken between parts, which are the same numbers where logits are: a confident token's is exactly 0.
 #pragma once
 #include "launch.h"
 #include "logits.h"
@@ -18,26 +20,26 @@ constexpr float OFFSET = 56.f, LIMIT = 64.f;
 DEVICE bool has_own_base(float max, float base) { return max - base > LIMIT; }
 DEVICE float to_base(float max, float base) { return has_own_base(max, base) ? 1.f : exp2_(max - base); }
 
-// 1 / (1 + exp(2 scale raw / softcap)): tanh is 1 - 2 of that, its derivative 4 of that by 1 - that.
-DEVICE float past_cap(float raw, float k) { return reciprocal(1.f + exp2_(raw * k)); }
-DEVICE float slope_of_cap(float part) { return 4.f * part * (1.f - part); }
-
-// The logit, less base, from raw or past_cap(raw). Monotonic in raw; it falls if c or k is negative.
-template <bool CAP> DEVICE float exponent(float part, float c, float base) {
-    return CAP ? fmaf(part, -2.f * c, c - base) : fmaf(part, c, -base);
-}
-DEVICE float finite_base(float max) { return max == -INF ? 0.f : max; }  // -inf - -inf is no number
+// 1 / (1 + growth), growth = exp(2 scale raw / softcap): tanh is 1 - 2 of that. Its derivative is 4 of that
+// by 1 - that, which is growth times that, and exact so however small.
+DEVICE float growth(float raw, float k) { return exp2_(raw * k); }
+DEVICE float past_cap(float growth) { return reciprocal(1.f + growth); }
+DEVICE float slope_of_cap(float growth, float part) { return 4.f * part * (fminf(growth, 0x1p100f) * part); }
 
 // partial: of each tile of each row the maximum and the sum of exponentials, and for the extras the sum of
-// exponentials times logits, both less the maximum, of their squares, of the raw logits (with a cap 0.5 -
-// past_cap of them) and the argmax: two or six times [tiles, tokens]. target [tokens]: the labels' raw logits.
+// exponentials times logits, both less the maximum, of their squares, of the parts (with a cap of 0.5 less
+// the part) and the argmax: two or six times [tiles, tokens]. target [tokens]: the labels' raw logits.
 struct RowArgs {
     const int64_t* labels;
     float *partial, *target, *base;
     bf16* d;
     int64_t d_stride;
     int tokens, vocab, tiles;
-    float c, k;
+    float unit, offset, k;  // growth's k
+    template <bool CAP> DEVICE float part_of(float raw) const { return CAP ? past_cap(growth(raw, k)) : raw; }
+    DEVICE float logit(float part) const { return fmaf(part, unit, offset); }
+    DEVICE bool is_above(float part, float other) const { return (part - other) * unit > 0; }
+    DEVICE float finite(float part) const { return part * unit == -INF ? 0.f : part; }  // -inf - -inf is no number
     DEVICE float* at(int number, int tile, int row) const {
         return partial + (int64_t(number) * tiles + tile) * tokens + row;
     }
@@ -68,11 +70,11 @@ template <bool CAP> KERNEL(32 * BASE_ROWS, 1) base_kernel(const BaseArgs a) {
     sum = warp_sum(sum);
     if (lane() != 0) return;
     if (a.bias && known) sum += a.bias[label];
-    const float z = exponent<CAP>(CAP ? past_cap(sum, a.k) : sum, a.c, -OFFSET);
+    const float z = a.logit(a.part_of<CAP>(sum)) + OFFSET;
     a.base[row] = known && fabsf(z) < INF ? z : 0.f;
 }
 
-// What is known of a row from some of its tiles.
+// What is known of a row from some of its tiles. high: the part of its largest logit.
 struct RowPart {
     float high;
     int argmax;
@@ -80,15 +82,17 @@ struct RowPart {
 };
 
 // Add what comes from later tiles.
-template <bool EXTRAS> DEVICE void join(RowPart& to, const RowPart& from) {
-    const float higher = fmaxf(to.high, from.high), base = finite_base(higher);
-    const float a = to.high - base, b = from.high - base, left = exp2_(a), right = exp2_(b);
+template <bool EXTRAS> DEVICE void join(const RowArgs& row, RowPart& to, const RowPart& from) {
+    const bool later = row.is_above(from.high, to.high);
+    const float higher = later ? from.high : to.high, base = row.finite(higher);
+    const float a = (to.high - base) * row.unit, b = (from.high - base) * row.unit;
+    const float left = exp2_(a), right = exp2_(b);
     if (EXTRAS) {
         to.weighted = (left > 0 ? left * (to.weighted + to.sum * a) : 0) +
                       (right > 0 ? right * (from.weighted + from.sum * b) : 0);
         to.squared = to.squared * left * left + from.squared * right * right;
         to.total += from.total;
-        if (from.high > to.high) to.argmax = from.argmax;  // the first of equal maxima wins
+        if (later) to.argmax = from.argmax;  // the first of equal maxima wins
     }
     to.sum = to.sum * left + from.sum * right;
     to.high = higher;
@@ -113,7 +117,7 @@ template <bool CAP> DEVICE void write_extras(const CombineArgs& a, int row, cons
     if (s.weighted) {
         s.weighted[row] = float(p.weighted * double(LN2));
         s.squared[row] = float(p.squared);
-        s.total[row] = float(p.total * (CAP ? 2 : 1) * a.c * double(LN2));
+        s.total[row] = float(p.total * double(CAP ? -a.unit : a.unit) * double(LN2));
     }
     if (s.argmax) s.argmax[row] = p.argmax;
 }
@@ -122,7 +126,7 @@ template <bool CAP> DEVICE void write_extras(const CombineArgs& a, int row, cons
 DEVICE void rescale(const CombineArgs& a, int row, float normaliser) {
     const float base = a.base[row];
     for (int column = lane(); column < a.vocab; column += 32) {
-        const float max = *a.at(0, column / FORWARD_TILE, row);
+        const float max = a.logit(*a.at(0, column / FORWARD_TILE, row));
         bf16* at = a.d + row * a.d_stride + column;
         const float gain = exp2_((has_own_base(max, base) ? max : base) - normaliser);
         at->bits = uint16_t(pack_bf16(read(at) * gain, 0.f));
@@ -136,10 +140,10 @@ template <bool CAP, bool D, bool EXTRAS> KERNEL(COMBINE_ROWS* SLICES, 1) combine
     SHARED(float, normalisers, COMBINE_ROWS);  // of the rows that have to be rescaled, else infinity
     const int slice = thread() / 32, first = int(block()) * COMBINE_ROWS, row = first + lane();
     const bool inside = row < a.tokens;
-    RowPart p{-INF, 0, 0, 0, 0, 0};
+    RowPart p{a.unit > 0 ? -INF : INF, 0, 0, 0, 0, 0};
     const int stop = int(int64_t(a.tiles) * (slice + 1) / SLICES);
     for (int tile = int(int64_t(a.tiles) * slice / SLICES); inside && tile < stop; ++tile)
-        join<EXTRAS>(p, tile_part<EXTRAS>(a, tile, row));
+        join<EXTRAS>(a, p, tile_part<EXTRAS>(a, tile, row));
     parts[thread()] = p;
     sync();
     const bool writes = slice == 0 && inside;
@@ -147,24 +151,25 @@ template <bool CAP, bool D, bool EXTRAS> KERNEL(COMBINE_ROWS* SLICES, 1) combine
     float at_label = 0.f, moves_to = INF;
     if (writes) {
         p = parts[lane()];
-        for (int i = 1; i < SLICES; ++i) join<EXTRAS>(p, parts[32 * i + lane()]);
-        const float log_sum = log2f(float(p.sum)), normaliser = p.high + log_sum;
+        for (int i = 1; i < SLICES; ++i) join<EXTRAS>(a, p, parts[32 * i + lane()]);
+        // The sum is at least 1, and a confident token's little more.
+        const float log_sum = log1pf(float(p.sum - 1)) * LOG2E, high = a.logit(p.high), normaliser = high + log_sum;
         label = a.labels[row];
         const bool known = 0 <= label && label < a.vocab;
-        const float raw = known ? a.target[row] : NAN, part = CAP ? past_cap(raw, a.k) : raw;
-        float logp = (exponent<CAP>(part, a.c, finite_base(p.high)) - log_sum) * LN2;
+        const float raw = known ? a.target[row] : NAN, part = a.part_of<CAP>(raw);
+        float logp = ((part - a.finite(p.high)) * a.unit - log_sum) * LN2;
         logp = logp > 0 ? 0.f : logp;
         a.stats.lse[row] = normaliser * LN2;
         a.stats.logps[row] = logp;
         if (EXTRAS) write_extras<CAP>(a, row, p);
         if (D) {
-            const bool moves = has_own_base(p.high, a.base[row]);
+            const bool moves = has_own_base(high, a.base[row]);
             const float gap = moves ? 0.f : a.base[row] - normaliser;
             if (moves) moves_to = normaliser;
             // An unknown label spoils its row, as it does the log-prob.
             a.factor[row] = known ? a.slope * exp2_(gap) : NAN;
             // The label's own entry is that of its log-prob, to which a difference of probabilities is not.
-            at_label = -expm1f(logp) * (CAP ? slope_of_cap(part) : 1.f) * exp2_(-gap);
+            at_label = -expm1f(logp) * (CAP ? slope_of_cap(growth(raw, a.k), part) : 1.f) * exp2_(-gap);
             if (!known) label = -1;
         }
     }

@@ -34,16 +34,17 @@ DEVICE void reduce_row(const TileArgs& a, int tile, int row, float (&acc)[64], i
     float extreme = acc[j];
     UNROLL for (int i = 0; i < 16; ++i)
         UNROLL for (int e = 0; e < 2; ++e) extreme = more_extreme(a, extreme, acc[4 * i + j + e]);
-    UNROLL for (int mask = 1; mask < 4; mask *= 2) extreme = more_extreme(a, extreme, shuffle_xor(extreme, mask));
-    const float largest = CAP ? past_cap(extreme, a.k) : extreme;
-    const float high = exponent<CAP>(largest, a.c, 0.f), base = finite_base(high);
-    const float gain = D && inside ? to_base(base, a.base[row]) : 0.f;
+    UNROLL for (int mask = 1; mask < 4; mask *= 2)
+        extreme = more_extreme(a, extreme, shuffle_xor(extreme, mask));
+    const float largest = a.part_of<CAP>(extreme), base = a.finite(largest);
+    const float gain = D && inside ? to_base(a.logit(base), a.base[row]) : 0.f;
     float sum = 0.f, weighted = 0.f, squared = 0.f, total = 0.f;
     int argmax = COLUMNS;
     UNROLL for (int i = 15; i >= 0; --i)  // backwards, so that the first of equal maxima is found last
         UNROLL for (int e = 1; e >= 0; --e) {
             float& v = acc[4 * i + j + e];
-            const float part = CAP ? past_cap(v, a.k) : v, z = exponent<CAP>(part, a.c, base), p = exp2_(z);
+            const float grown = CAP ? growth(v, a.k) : 0.f, part = CAP ? past_cap(grown) : v;
+            const float z = (part - base) * a.unit, p = exp2_(z);
             sum += p;
             if (EXTRAS) {
                 weighted = fmaf(p, fmaxf(z, -1e30f), weighted);  // a logit of -inf adds 0, not 0 * -inf
@@ -51,7 +52,7 @@ DEVICE void reduce_row(const TileArgs& a, int tile, int row, float (&acc)[64], i
                 total += 8 * i + e < columns - first ? (CAP ? 0.5f - part : part) : 0.f;
                 if (part == largest) argmax = first + 8 * i + e;
             }
-            if (D) v = -gain * p * (CAP ? slope_of_cap(part) : 1.f);
+            if (D) v = -gain * p * (CAP ? slope_of_cap(grown, part) : 1.f);
         }
     sum = sum_of_four(sum);
     if (EXTRAS) {
@@ -66,13 +67,13 @@ DEVICE void reduce_row(const TileArgs& a, int tile, int row, float (&acc)[64], i
     if (CAP && columns < COLUMNS) {
         // The cap has lifted the padding from -inf to -softcap. No logit is below that, so its share
         // of the whole sum is at most its share of the columns: taking it out again is harmless.
-        const float z = exponent<CAP>(1.f, a.c, base), p = exp2_(z), padding = float(COLUMNS - columns);
+        const float z = (1.f - base) * a.unit, p = exp2_(z), padding = float(COLUMNS - columns);
         sum -= padding * p;
         weighted -= padding * p * z;
         squared -= padding * p * p;
     }
     if (!inside || lane() % 4 != 0) return;
-    const float words[6] = {high, sum, weighted, squared, total, bits_to_float(uint32_t(argmax))};
+    const float words[6] = {largest, sum, weighted, squared, total, bits_to_float(uint32_t(argmax))};
     UNROLL for (int i = 0; i < (EXTRAS ? 6 : 2); ++i) *a.at(i, tile, row) = words[i];
 }
 
