@@ -129,7 +129,10 @@ def _fastpref(backend: str, options: dict[str, Any]) -> Side:
 
 
 def ours(mode: str, backends: list[str], precisions: list[str]) -> list[Entry]:
-    """fastpref's strategies for a mode."""
+    """fastpref's strategies for a mode. Where a backend's product keeps its logits in a pass with
+    gradients, too, that is measured beside the tiles; it is always exact."""
+    from fastpref import backends as known
+
     given: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "trainable": [("stash", {"strategy": "stash"}), ("recompute", {"strategy": "recompute"})],
         "frozen": [("", {})],
@@ -138,7 +141,13 @@ def ours(mode: str, backends: list[str], precisions: list[str]) -> list[Entry]:
     out = []
     for backend in backends:
         for precision in precisions:
-            for label, options in given[mode]:
+            ways = list(given[mode])
+            if mode != "forward-only" and hasattr(known._MODULES[backend], "linear_grad"):
+                label, options = ways[0]
+                tiles = (f"{label}, tiles".removeprefix(", "), {**options, "fused": False})
+                ways[:1] = [(label, {**options, "fused": True}), tiles]
+                ways = ways if precision == "exact" else [tiles]
+            for label, options in ways:
                 if precision == "fast" and label in ("recompute", "one kernel"):
                     continue  # nothing that exact does not show; one kernel is always exact
                 options = {"precision": precision, **options}
