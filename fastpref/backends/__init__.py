@@ -28,7 +28,8 @@ _MODULES: dict[str, ModuleType] = {
 # In the order in which they are tried. Bytes that a step moves per logit beside the products, with
 # an fp32 tile, of which D takes two: predicted, for neither has been measured on a GPU yet.
 #   triton  10   fold reads 4, grad reads 4 and writes 2
-#   cuda     6   both in one kernel, which reads 4 and writes 2; on GPUs older than sm_90 as triton
+#   cuda     6   both in one kernel, which reads 4 and writes 2; on GPUs older than sm_90 as triton;
+#            0   on sm_90 in bf16, where the product itself writes D, with no tile before it
 # Triton comes first until a GPU has been seen.
 _PREFERRED: dict[str, tuple[ModuleType, ...]] = {"cpu": (native,), "cuda": (triton, cuda)}
 
