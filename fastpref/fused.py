@@ -112,7 +112,8 @@ def linear_preference_loss(
         with torch.no_grad():
             # The same kernels on both sides: where the two models agree, so do all bits.
             if policy.has_grads:
-                head = replace(head, fused="match" if policy.fused else False)
+                way = True if head.fused is True else "match"
+                head = replace(head, fused=way if policy.fused else False)
             ref_head = HeadTensors(ref_weight, ref_bias)
             reference = prepare(
                 ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"

@@ -68,8 +68,8 @@ def linear_token_logps(
             inputs' dtype, all but the label's, which is exact there and in the normaliser.
         fused: whether the product keeps its logits to itself, where the backend has one that can:
             without gradients there is then no N x V memory, with gradients there is that of D. None
-            takes the faster way, False a tile of logits, and "match" the way of the same call with
-            gradients, whose log-probs it then has to the last bit.
+            takes the faster way, False a tile of logits, and "match" the way that None takes in the
+            same call with gradients, whose log-probs it then has to the last bit.
         backend: "native", "triton", "eager" or None for the fastest that works.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the
             caller knows them; saves a synchronisation on a GPU.
@@ -205,12 +205,13 @@ def plan_call(
     # Under autocast a copy of the weight is multiplied; of no rows it says as much.
     weight = head.weight
     weight = weight if weight.dtype == hidden.dtype else weight[:0].to(hidden.dtype)
-    # Where the product keeps its logits in a pass with gradients it does the extras, too.
+    # Where the product keeps its logits in a pass with gradients, so it does in one without.
     keeps = plain and hasattr(module, "linear_grad")
-    keeps = keeps and module.keeps_logits(weight, options.transform)
+    keeps = keeps and module.keeps_logits(weight, options.transform, extras)
     fused: bool | None = None
     if any(grads) or options.fused == "match":
-        fused = keeps and options.fused is not False
+        fused = keeps and (options.fused is True or module.KEEPS_LOGITS)
+        fused = fused and options.fused is not False
     elif not (keeps or (plain and not extras and hasattr(module, "linear_logps"))):
         fused = False
     elif options.fused is not None:

@@ -64,10 +64,12 @@ class Config:
 _WIDE = Config(True, 128, 256, 64, warps=8, stages=4)
 _WIDE_FLAT = Config(True, 128, 256, 64, warps=8, stages=4, flatten=True)
 _NARROW = Config(True, 128, 128, 64, warps=8, stages=3, per_sm=2, registers=128)
+_NARROW_CAP = Config(True, 128, 128, 64, warps=8, stages=4)
 _TMEM = Config(True, 128, 256, 64, warps=8, stages=4, halves=False)
 _TMEM_FLAT = Config(True, 128, 256, 64, warps=8, stages=4, flatten=True, halves=False)
 _TMEM_BIAS = Config(True, 128, 128, 64, warps=8, stages=4, flatten=True, halves=False)
 _POINTERS = Config(False, 128, 128, 32, warps=4, stages=4)
+_POINTERS_CAP = Config(False, 128, 64, 32, warps=4, stages=4)
 _CDNA = Config(False, 256, 128, 64, warps=8, stages=2, halves=False)
 _ANY = Config(False, 64, 64, 32, warps=4, stages=2, halves=False)  # for any GPU and alignment
 
@@ -110,6 +112,20 @@ def config(
             return _TMEM_BIAS
         return _TMEM if softcap else _TMEM_FLAT
     return _POINTERS
+
+
+def grad_config(arch: str, *, hidden_size: int, softcap: bool) -> Config | None:
+    """The configuration for a pass that writes D too, or None where none is good: on sm_100 the
+    part of a tile that a thread holds does not fit its registers beside D's."""
+    if arch.startswith("gfx"):
+        return _CDNA if has_config(arch) else None
+    if arch == "sm_90":
+        if hidden_size < 1024 or softcap:  # a softcap takes registers
+            return _NARROW_CAP if softcap else _NARROW
+        return _WIDE_FLAT
+    if arch in ("sm_100", "sm_103"):
+        return None
+    return _POINTERS_CAP if softcap else _POINTERS
 
 
 class Case(NamedTuple):

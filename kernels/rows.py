@@ -55,7 +55,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _minus_expm1(x):
+def minus_expm1(x):
     """1 - exp(x) for x <= 0 within 2 units in the last place: what a label's probability lacks."""
     x = tl.where(x < -30.0, -30.0, x)  # 1 from there on; a comparison lets NaN through
     k = tl.floor(x * _LOG2E + 0.5)
@@ -343,7 +343,7 @@ def grad(
             gain = slope * tl.load(coef + row)
         # The label's own entry comes from its log-prob, which may be more exact than its logit.
         logp = tl.load(logps + row)
-        lacking = _minus_expm1(logp)
+        lacking = minus_expm1(logp)
         at_label = gain * lacking
         h = entropy
         entropy_gain = entropy_coef

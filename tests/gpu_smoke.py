@@ -139,11 +139,12 @@ def check(case: Case, p: Problem, result: tuple[Tensor, list[Tensor]]) -> None:
 def cases(names: list[str], few: bool) -> Iterator[Case]:
     """With few, every option and every dtype once or twice; else their combinations."""
     ways: list[tuple[str, dict[str, Any]]] = [
-        ("trainable", {"strategy": "stash"}),
+        ("trainable", {"strategy": "stash", "fused": False}),
         ("trainable", {"strategy": "recompute"}),
         ("trainable", {"strategy": "mixed"}),
-        ("trainable", {"strategy": "stash", "fused": False}),
-        ("frozen", {}),
+        ("trainable", {"strategy": "stash", "fused": True}),
+        ("frozen", {"fused": False}),
+        ("frozen", {"fused": True}),
         ("forward-only", {"fused": False}),
         ("forward-only", {"fused": True}),
     ]

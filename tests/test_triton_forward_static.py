@@ -7,9 +7,17 @@ import itertools
 import pytest
 import torch
 import triton_static
-from fastpref.kernels.forward_config import SHIPPED, TESTED, Case, Config, config, launch_tokens
+from fastpref.kernels.forward_config import (
+    SHIPPED,
+    TESTED,
+    Case,
+    Config,
+    config,
+    grad_config,
+    launch_tokens,
+)
 
-KERNEL = "fastpref.kernels.forward:"
+KERNEL = "fastpref.kernels.forward_kernels:"
 
 
 def name(case: Case) -> str:
@@ -20,18 +28,26 @@ def name(case: Case) -> str:
     return "-".join(words + [k for k, on in flags.items() if on] + ["unaligned"][case.aligned :])
 
 
-def job(case: Case, arch: str | None = None, dtype: str = "bf16", **flags) -> triton_static.Job:
+def job(
+    case: Case, arch: str | None = None, dtype: str = "bf16", d: bool = False, **flags
+) -> triton_static.Job:
     c = case.config
     signature = {"labels_ptr": "*i64", "partial_ptr": "*fp32", "c": "fp32", "k": "fp32"}
-    signature |= dict.fromkeys(("N", "V", "H"), "i32")
+    signature |= dict.fromkeys(("N", "V", "H", "stride_d"), "i32")
     shape = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": 16}
     shape |= {"SOFTCAP": case.softcap, "NEGATIVE": False, "HALVES": c.halves}
-    divisible = ["labels_ptr", "partial_ptr"]
+    divisible = ["labels_ptr", "partial_ptr", "stride_d"]
+    if d:
+        signature["d_ptr"] = "*bf16"
+        divisible += ["d_ptr"]
+    else:
+        shape["d_ptr"] = None
     if case.additive:
         signature["bias_ptr"] = "*fp32"
         divisible += ["bias_ptr"]
     else:
         shape["bias_ptr"] = None
+    if d or not case.additive:  # d is written 16 bytes at a time where the vocabulary allows it
         divisible += ["V"]
     if c.descriptors:
         signature["x_desc"] = f"tensordesc<{dtype}[{c.block_m}, {c.block_k}]>"
@@ -45,8 +61,8 @@ def job(case: Case, arch: str | None = None, dtype: str = "bf16", **flags) -> tr
         if case.aligned:
             divisible += ["x_ptr", "weight_ptr", "stride_x", "stride_w", "H"]
     return triton_static.Job(
-        name=name(case) + "".join(f"-{word}" for word in (arch, *flags) if word),
-        kernel=KERNEL + ("_by_descriptor" if c.descriptors else "_by_pointer"),
+        name=name(case) + "".join(f"-{word}" for word in (arch, d and "d", *flags) if word),
+        kernel=KERNEL + ("by_descriptor" if c.descriptors else "by_pointer"),
         signature=signature,
         constexprs=shape | flags,
         arch=arch or case.arch,
@@ -58,14 +74,38 @@ def job(case: Case, arch: str | None = None, dtype: str = "bf16", **flags) -> tr
 def combine(arch: str) -> triton_static.Job:
     return triton_static.Job(
         name=f"combine-{arch}",
-        kernel=KERNEL + "_combine",
+        kernel=KERNEL + "combine",
         signature={"partial_ptr": "*fp32", "labels_ptr": "*i64"}
         | {"lse_ptr": "*fp32", "logps_ptr": "*fp32", "c": "fp32", "k": "fp32"}
         | dict.fromkeys(("N", "V", "num_n"), "i32"),
-        constexprs={"ROWS": 32, "TILES": 64, "SOFTCAP": True},
+        constexprs={"ROWS": 32, "TILES": 64, "SOFTCAP": True, "KEEP": True},
         arch=arch,
         options={"num_warps": 4},
         divisible=["partial_ptr", "labels_ptr", "lse_ptr", "logps_ptr"],
+    )
+
+
+def row_kernel(kernel: str, arch: str) -> triton_static.Job:
+    """What a pass that writes d does to whole rows, before and after."""
+    pointers = dict.fromkeys(("partial_ptr", "logps_ptr", "factor_ptr"), "*fp32")
+    pointers |= {"labels_ptr": "*i64", "d_ptr": "*bf16"}
+    signature = pointers | dict.fromkeys(("stride_d", "N", "V", "num_n"), "i32")
+    signature |= {"slope": "fp32", "k": "fp32"}
+    shape: dict[str, object] = {"BLOCK_N": 128, "BLOCK": 1024, "SOFTCAP": True}
+    if kernel == "bases":
+        pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "labels_ptr": "*i64"}
+        pointers |= {"bias_ptr": "*fp32", "base_ptr": "*fp32"}
+        signature = pointers | dict.fromkeys(("N", "V", "H", "stride_x", "stride_w"), "i32")
+        signature |= {"c": "fp32", "k": "fp32"}
+        shape = {"ROWS": 4, "BLOCK": 256, "SOFTCAP": True}
+    return triton_static.Job(
+        name=f"{kernel}-{arch}",
+        kernel=KERNEL + kernel,
+        signature=signature,
+        constexprs=shape,
+        arch=arch,
+        options={"num_warps": 4},
+        divisible=list(pointers),
     )
 
 
@@ -78,11 +118,18 @@ def first(arch: str, **wanted) -> Case:
 # The slow kernel for unaligned weights is small: its largest variant stands for all four.
 CASES = {name(c): c for c in SHIPPED if c.aligned or (c.softcap and c.additive)}
 ALL = [job(case) for case in CASES.values()]
+GRADS = [
+    job(Case(arch, chosen, softcap, additive, aligned=True), d=True)
+    for arch, hidden in (("sm_80", 4096), ("sm_90", 4096), ("sm_90", 576), ("gfx942", 4096))
+    for softcap, additive in itertools.product((False, True), repeat=2)
+    if (chosen := grad_config(arch, hidden_size=hidden, softcap=softcap)) is not None
+]
 # A negative scale changes an instruction; sm_120 takes the kernel of sm_80.
 MORE = [job(first("sm_90"), NEGATIVE=True)]
 MORE += [job(first("sm_80", softcap=True, additive=True), "sm_120")]
 COMBINE = [combine(arch) for arch in ("sm_90", "gfx942")]
-JOBS = {j.name: j for j in ALL + MORE + COMBINE}
+ROWS = [row_kernel(kernel, arch) for kernel in ("bases", "finish") for arch in ("sm_90", "gfx942")]
+JOBS = {j.name: j for j in ALL + MORE + GRADS + COMBINE + ROWS}
 nvidia = [n for n, j in JOBS.items() if j.arch.startswith("sm_")]
 amd = [n for n, j in JOBS.items() if j.arch.startswith("gfx")]
 
@@ -131,7 +178,7 @@ def test_no_atomics_and_no_serialized_products(built, kernel):
     assert not found["serialized"], found["warnings"]
 
 
-@pytest.mark.parametrize("kernel", [j.name for j in ALL + MORE])
+@pytest.mark.parametrize("kernel", [j.name for j in ALL + MORE + GRADS])
 def test_runs_on_the_tensor_cores(built, kernel):
     found, ops = built[kernel], built[kernel]["ops"]
     if found["arch"] == "sm_90":
@@ -164,6 +211,19 @@ def test_exponentials_per_logit(built, kernel):
     count = found["ops"]["MUFU.EX2" if "MUFU.EX2" in found["ops"] else "v_exp"]
     copies = 2 if case.arch == "sm_100" and case.config.flatten else 1  # the last tile has its own
     assert logits <= count <= 1.2 * logits * copies * (2 if case.softcap else 1) + 2
+
+
+@pytest.mark.parametrize("kernel", [j.name for j in GRADS])
+def test_d_costs_no_exponential_and_leaves_in_wide_stores(built, kernel):
+    found, job = built[kernel], JOBS[kernel]
+    shape, ops = job.constexprs, found["ops"]
+    logits = shape["BLOCK_M"] * shape["BLOCK_N"] / found["threads"]
+    count = ops["MUFU.EX2" if "MUFU.EX2" in ops else "v_exp"]
+    assert logits <= count <= 1.2 * logits * (2 if shape["SOFTCAP"] else 1) + 4
+    if job.arch.startswith("sm_"):
+        assert ops["STG.128"] >= logits / 8
+    else:
+        assert ops["global_store"] <= logits / 2 + 20
 
 
 def test_config_returns_only_what_is_shipped():

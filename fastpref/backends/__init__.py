@@ -2,8 +2,9 @@
 
 A backend is a module with NAME, fold, grad, linear, project, outer, and pair_loss for the losses in
 its CLOSED_FORMS; it may have fold_grad, which is both at once, and products that keep the logits to
-themselves: linear_logps (see fused_is_fast) and linear_grad (see keeps_logits). `choose` picks the
-fastest one that works for a tensor; FASTPREF_BACKEND or `backend=` forces one.
+themselves: linear_logps (see fused_is_fast) and linear_grad (see keeps_logits; KEEPS_LOGITS says
+whether it is taken without being asked for). `choose` picks the fastest one that works for a
+tensor; FASTPREF_BACKEND or `backend=` forces one.
 """
 
 from __future__ import annotations

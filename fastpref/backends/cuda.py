@@ -27,8 +27,10 @@ from fastpref.backends.gemm import linear, outer, project, scale_rows
 from fastpref.backends.tile import Stats, Transform
 
 NAME = "cuda"
+KEEPS_LOGITS = True
 __all__ = [
     "CLOSED_FORMS",
+    "KEEPS_LOGITS",
     "NAME",
     "describe",
     "fold",
@@ -219,6 +221,6 @@ def linear_logps(
     triton.linear_logps(x, weight, labels, bias, stats, transform)
 
 
-def keeps_logits(weight: Tensor, transform: Transform) -> bool:
+def keeps_logits(weight: Tensor, transform: Transform, extras: tuple[str, ...] = ()) -> bool:
     """Whether `linear_grad` takes this head; `linear_logps` then has its bits, and the extras."""
     return cuda_forward.why_no_grad(weight, transform) is None

@@ -21,15 +21,19 @@ from fastpref.backends.tile import Stats, Transform
 
 NAME = "triton"
 CLOSED_FORMS = frozenset({"sigmoid", "ipo"})
+KEEPS_LOGITS = False  # unless it is asked to: until a GPU has shown that it is faster
 
 __all__ = [
     "CLOSED_FORMS",
+    "KEEPS_LOGITS",
     "NAME",
     "describe",
     "fold",
     "fused_is_fast",
     "grad",
+    "keeps_logits",
     "linear",
+    "linear_grad",
     "linear_logps",
     "outer",
     "pair_loss",
@@ -329,3 +333,26 @@ def linear_logps(
     are never in memory. ValueError, with the reason, for a head that the kernel does not take."""
     with _on(x.device):
         _kernels().forward.fused_logps(x, weight, labels, bias, transform, stats)
+
+
+def keeps_logits(weight: Tensor, transform: Transform, extras: tuple[str, ...]) -> bool:
+    """Whether `linear_grad` takes this head; the statistics of the extras it does not have."""
+    return not extras and _kernels().forward.why_no_grad(weight, transform) is None
+
+
+def linear_grad(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    stats: Stats,
+    transform: Transform,
+    out: Tensor,
+    factor: Tensor,
+) -> None:
+    """`linear_logps`, and D [N, V] of `eager.grad` as factor [N] times out [N, V], whose rows start
+    at multiples of 16 bytes; where `keeps_logits`."""
+    assert out.dtype == x.dtype and _aligned(out, 8)
+    with _on(x.device):
+        fused = _kernels().forward.fused_logps
+        fused(x, weight, labels, bias, transform, stats, out=out, factor=factor)
