@@ -1,4 +1,5 @@
-"""Fixtures of all tests: seeds, threads, backends on their devices, and poisoned memory."""
+"""Fixtures of all tests: seeds, threads, backends on their devices, poisoned memory, and TRL
+without the patch."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import machine
 import pytest
 import torch
 
+import fastpref
 from fastpref import backends
 
 
@@ -116,3 +118,11 @@ def tiles(request):
     """The module of each backend, with its tile primitives; otherwise as `backend`."""
     with _ready(request):
         yield backends._MODULES[machine.backend_of(request.param)]
+
+
+@pytest.fixture
+def unpatched():
+    """TRL as it is installed, before the test and after it, which may fail while it is patched."""
+    fastpref.unpatch_trl()
+    yield
+    fastpref.unpatch_trl()

@@ -1,9 +1,17 @@
-"""Heads for the tests of the forward pass without logits, and what its results have to be."""
+"""Heads for the tests of the forward pass without logits, what runs it, and what its results have
+to be."""
 
 from __future__ import annotations
 
+import warnings
+from typing import Any, NamedTuple
+
+import machine
 import oracle
 import torch
+
+from fastpref.backends import cuda_forward, cuda_module
+from fastpref.backends.tile import Stats, Transform
 
 TRANSFORMS = {
     "plain": {},
@@ -11,6 +19,7 @@ TRANSFORMS = {
     "softcap": {"softcap": 30.0},
     "softcap, negative scale, temperature": {"scale": -2.0, "softcap": 5.0, "temperature": 1.5},
 }
+SENTINEL = 7.0
 
 
 def head(n, hidden, vocab, dtype=torch.bfloat16, spread=4.0):
@@ -18,6 +27,42 @@ def head(n, hidden, vocab, dtype=torch.bfloat16, spread=4.0):
     x = torch.randn(n, hidden).to(dtype)
     weight = (torch.randn(vocab, hidden) * spread / hidden**0.5).to(dtype)
     return x, weight, torch.randint(vocab, (n,))
+
+
+class Forward(NamedTuple):
+    """The pass of a backend for GPUs. chosen: how Triton's is compiled, if not as it chooses."""
+
+    backend: str
+    chosen: Any = None
+
+    def why_not(self) -> str | None:
+        """Why it cannot run here, or None. Without a GPU it is interpreted or emulated."""
+        reason = machine.why_not(self.backend, [torch.bfloat16])
+        if reason is None and self.backend == "cuda" and machine.HAS_GPU:
+            if not cuda_module.forward_works(torch.cuda.current_device()):
+                reason = "it is for sm_90"
+        return reason
+
+    def __call__(self, x, weight, labels, bias=None, **transform):
+        """(logps, lse) on the CPU; nothing may be written beside them."""
+        n, device, transform = x.shape[0], machine.device_of(self.backend), Transform(**transform)
+        room = [torch.full((n + 300,), SENTINEL, device=device) for _ in range(2)]
+        stats = Stats(*[None] * 3, lse=room[1][:n], logps=room[0][:n])
+        x, weight, *rest = (None if t is None else t.to(device) for t in (x, weight, labels, bias))
+        if self.backend == "cuda":
+            assert cuda_forward.why_not(weight, transform) is None
+            cuda_forward.linear_logps(x, weight, *rest, stats, transform)
+        else:
+            # Not before it is known that there is triton: the tests of CUDA alone need none.
+            from fastpref.kernels.forward import fused_logps
+
+            with warnings.catch_warnings():
+                # numpy, in the interpreter, says where it divides by zero or subtracts infinities;
+                # the results are what is tested.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                fused_logps(x, weight, *rest, transform, stats, chosen=self.chosen)
+        assert all((r[n:] == SENTINEL).all() for r in room)
+        return stats.logps.cpu(), stats.lse.cpu()
 
 
 def check(got, x, weight, labels, bias=None, **transform):

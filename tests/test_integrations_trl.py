@@ -20,17 +20,13 @@ from trl.trainer import utils  # noqa: E402
 import fastpref  # noqa: E402
 from fastpref.integrations import trl as ours  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own warnings
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # TRL's own warnings
+    pytest.mark.usefixtures("unpatched"),
+]
 
 N, H, V = 64, 32, 128
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-@pytest.fixture(autouse=True)
-def unpatched():
-    fastpref.unpatch_trl()
-    yield
-    fastpref.unpatch_trl()
 
 
 @pytest.fixture

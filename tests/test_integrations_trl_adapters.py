@@ -17,14 +17,10 @@ from trl_runs import trained  # noqa: E402
 
 import fastpref  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own warnings
-
-
-@pytest.fixture(autouse=True)
-def unpatched():
-    fastpref.unpatch_trl()
-    yield
-    fastpref.unpatch_trl()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # TRL's own warnings
+    pytest.mark.usefixtures("unpatched"),
+]
 
 
 HEAD_LORA = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 16}

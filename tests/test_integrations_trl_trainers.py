@@ -15,14 +15,10 @@ from trl_runs import TRAINERS, assert_same, trained  # noqa: E402
 import fastpref  # noqa: E402
 from fastpref.integrations import trl as ours  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own warnings
-
-
-@pytest.fixture(autouse=True)
-def unpatched():
-    fastpref.unpatch_trl()
-    yield
-    fastpref.unpatch_trl()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # TRL's own warnings
+    pytest.mark.usefixtures("unpatched"),
+]
 
 
 @pytest.mark.parametrize("name", TRAINERS)

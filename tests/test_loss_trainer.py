@@ -146,32 +146,20 @@ def test_trajectory_equals_trl(tmp_path, loss, monkeypatch):
         pytest.importorskip("trl", exc_type=ImportError)
         from trl.experimental.cpo import CPOConfig, CPOTrainer
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+        from trl_runs import options
     trainers = (ORPOTrainer, ORPOConfig) if loss == "orpo" else (CPOTrainer, CPOConfig)
     theirs, ours = EXPERIMENTAL[loss]
     if loss != "orpo":
         theirs = {**theirs, "loss_type": "sigmoid" if loss == "cpo" else loss}
-    shared = {
-        "output_dir": str(tmp_path),
-        "max_steps": 3,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "max_length": 64,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
+    shared = options(tmp_path, max_steps=3, per_device_train_batch_size=2, max_length=64)
     runs = []
-    for (trainer_class, config_class), options in (
+    for (trainer_class, config_class), own in (
         (trainers, theirs),
         ((PreferenceTrainer, PreferenceConfig), {"loss_type": loss, **ours}),
     ):
         t = trainer_class(
             model=tiny.model(),
-            args=config_class(**shared, **options),
+            args=config_class(**shared, **own),
             train_dataset=tiny.data(50),
             processing_class=tiny.tokenizer(),
         )

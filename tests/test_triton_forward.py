@@ -1,4 +1,5 @@
-"""The fused forward pass against the float64 oracle: on a GPU, or in Triton's interpreter."""
+"""What tests/test_gpu_forward.py leaves of Triton's forward pass: what it takes, how it is compiled
+and its accuracy. On a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,65 +9,17 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
-from forward_problem import TRANSFORMS, check, confident, head
+from forward_problem import Forward, check, head
 from triton_interpret import DEVICE, INTERPRETED
 
 # isort: split
 # After the import that skips this file where triton is missing.
 from fastpref.kernels import forward, forward_config
-from fastpref.kernels.forward import SHIPPED, config, fused_logps, why_not
+from fastpref.kernels.forward import config, fused_logps, why_not
 
 from fastpref.backends.tile import Transform
 
-# numpy says where it divides by zero or subtracts infinities; the results are what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-def configs():
-    """On a GPU what it ships with; the interpreter knows no warps, stages or loop flattening."""
-    if not INTERPRETED:
-        arch = forward._device(DEVICE)[0]
-        return list(dict.fromkeys(c.config for c in SHIPPED if c.arch == arch)) or [None]
-    sizes = ("descriptors", "block_m", "block_n", "block_k", "halves")
-    return list({tuple(getattr(c.config, k) for k in sizes): c.config for c in SHIPPED}.values())
-
-
-def name(chosen):
-    if chosen is None:
-        return "default"
-    words = ["descriptors" if chosen.descriptors else "pointers"]
-    words += [f"{chosen.block_m}x{chosen.block_n}x{chosen.block_k}"]
-    return "-".join(words + ["flat"] * chosen.flatten + ["halves"] * chosen.halves)
-
-
-CONFIGS = configs()
-# Some descriptors and some pointers, where every configuration would take the interpreter long.
-SOME = (
-    [None, next((c for c in CONFIGS if c and not c.descriptors), None)] if INTERPRETED else CONFIGS
-)
-SENTINEL = 7.0
-
-
-def run(x, weight, labels, bias=None, chosen=None, **transform):
-    """(logps, lse) on the CPU; nothing may be written beside them."""
-    n = x.shape[0]
-    room = [torch.full((n + 300,), SENTINEL, device=DEVICE) for _ in range(2)]
-    stats = SimpleNamespace(logps=room[0][:n], lse=room[1][:n])
-    moved = [None if t is None else t.to(DEVICE) for t in (x, weight, labels, bias)]
-    fused_logps(*moved, Transform(**transform), stats, chosen=chosen)
-    assert all((r[n:] == SENTINEL).all() for r in room)
-    return stats.logps.cpu(), stats.lse.cpu()
-
-
-@pytest.mark.parametrize("chosen", CONFIGS, ids=name)
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_matches_the_oracle(chosen, transform):
-    x, weight, labels = head(37, 72, 300)
-    labels[:4] = torch.tensor([0, 299, -100, -1])
-    bias = torch.randn(300).bfloat16()
-    for b in (None, bias):
-        given = (x, weight, labels, b)
-        check(run(*given, chosen=chosen, **transform), *given, **transform)
+run = Forward("triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -91,12 +44,6 @@ def test_any_hidden_size(hidden):
     check(run(*given), *given)
 
 
-@pytest.mark.parametrize("chosen", SOME, ids=name)
-def test_no_tokens(chosen):
-    logps, lse = run(*head(0, 64, 300), chosen=chosen)
-    assert logps.shape == lse.shape == (0,)
-
-
 def test_rows_of_larger_tensors():
     wide_x, wide_w, labels = head(20, 96, 300)
     for start in (0, 8, 3):  # 3 elements are 6 bytes: no descriptors
@@ -118,60 +65,11 @@ def test_the_layout_of_hidden_does_not_matter(hidden):
         assert torch.equal(got[0], logps) and torch.equal(got[1], lse)
 
 
-@pytest.mark.parametrize("chosen", SOME, ids=name)
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_labels_out_of_range_are_nan(chosen, softcap):
-    x, weight, labels = head(12, 64, 300)
-    # 300 and 511 lie in the padding of the last tile.
-    labels[:5] = torch.tensor([300, 511, 512, 2**33 + 5, 2**62])
-    logps, lse = run(x, weight, labels, chosen=chosen, softcap=softcap)
-    assert logps[:5].isnan().all() and lse.isfinite().all()
-    check((logps[5:], lse[5:]), x[5:], weight, labels[5:], softcap=softcap)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_broken_row_spoils_only_itself(bad):
-    x, weight, labels = head(20, 64, 300)
-    clean = run(x, weight, labels)
-    x[3, 5] = bad
-    logps, lse = run(x, weight, labels)
-    assert logps[3].isnan() and not lse[3].isfinite()
-    others = torch.arange(20) != 3
-    assert torch.equal(logps[others], clean[0][others])
-    assert torch.equal(lse[others], clean[1][others])
-
-
-@pytest.mark.parametrize("chosen", CONFIGS, ids=name)
-def test_logits_of_minus_infinity(chosen):
-    """A bias of -inf takes entries out of the vocabulary, whole tiles of them too."""
-    x, weight, labels = head(20, 64, 500)
-    bias = torch.zeros(500)
-    bias[:300] = -math.inf
-    labels[:10], labels[10:] = 300 + labels[:10] % 200, labels[10:] % 300
-    logps, lse = run(x, weight, labels, bias, chosen=chosen)
-    check((logps[:10], lse[:10]), x[:10], weight[300:], labels[:10] - 300)
-    assert (logps[10:] == -math.inf).all()
-    check((logps[:10], lse[:10]), x[:10], weight, labels[:10], bias)
-    capped = run(x, weight, labels, bias, chosen=chosen, softcap=5.0)  # -inf becomes -softcap
-    check(capped, x, weight, labels, bias, softcap=5.0)
-
-
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
 def test_logits_far_from_zero(shift):
     x, weight, labels = head(20, 64, 300)
     bias = torch.full((300,), shift)
     check(run(x, weight, labels, bias), x, weight, labels, bias)
-
-
-@pytest.mark.parametrize("chosen", SOME, ids=name)
-def test_confident_tokens(chosen):
-    """p from 0.9 to 1 - 1e-10: log p <= 0, its error what the sum in fp32 loses next to 1."""
-    x, weight, labels = confident(32, 64, 600)
-    logps, _ = run(x, weight, labels, chosen=chosen)
-    truth = oracle.linear_logps(x, weight, labels)
-    assert (truth > -0.1).all() and (truth > -1e-9).any()
-    assert (logps <= 0).all()
-    oracle.assert_within(logps, truth, 4e-6 + 1e-5 * truth.abs())
 
 
 def test_long_sequences_are_within_a_thousandth_of_a_nat():
@@ -187,27 +85,6 @@ def test_no_worse_than_eager():
     truth = oracle.linear_logps(x, weight, labels)
     eager = oracle.eager_logps(x, weight, labels)
     oracle.assert_no_worse(logps, eager, truth, torch.float32)
-
-
-@pytest.mark.parametrize("chosen", SOME, ids=name)
-def test_a_tokens_result_does_not_depend_on_the_batch(chosen):
-    x, weight, labels = head(150, 64, 300)
-    logps, lse = run(x, weight, labels, chosen=chosen)
-    # numpy's product, unlike a GPU's, depends on where in the tile a row is.
-    for rows in (slice(0, 1), slice(0, 70), slice(128 if INTERPRETED else 77, 150)):
-        some = run(x[rows], weight, labels[rows], chosen=chosen)
-        assert torch.equal(some[0], logps[rows]) and torch.equal(some[1], lse[rows])
-
-
-@pytest.mark.parametrize("chosen", SOME, ids=name)
-def test_several_launches(chosen, monkeypatch):
-    """More tokens than the scratch memory takes at once."""
-    given = head(300, 64, 300)
-    whole = run(*given, chosen=chosen)
-    monkeypatch.setattr(forward_config, "_MAX_PARTIALS", 1)
-    parts = run(*given, chosen=chosen)
-    assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
-    check(parts, *given)
 
 
 @pytest.mark.parametrize("n", [1, 64, 500])

@@ -1,4 +1,5 @@
-"""TRL's five trainers on a tiny model, for the tests that run them with and without the patch."""
+"""TRL's five trainers on a tiny model, for the tests that run them with and without the patch, and
+the options of those that are held to another trainer."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from trl import (
 
 
 def options(tmp_path, **kwargs):
+    """What every trainer is given, and PreferenceTrainer where it is held to one of them."""
     return {
         "output_dir": str(tmp_path),
         "max_steps": 2,
