@@ -105,7 +105,9 @@ def _from_logps(logps: Callable[[HeadProblem], Tensor]) -> Side:
 def _fastpref(backend: str, options: dict[str, Any]) -> Side:
     import fastpref
     from fastpref import backends
+    from fastpref.backends.tile import Transform
 
+    module: Any = backends._MODULES[backend]
     indices: dict[int, Tensor] = {}
 
     def given(p: HeadProblem) -> dict[str, Any]:
@@ -115,6 +117,10 @@ def _fastpref(backend: str, options: dict[str, Any]) -> Side:
         return dict(backend=backend, softcap=p.softcap, token_indices=indices[n], **options)
 
     def loss(p: HeadProblem) -> Output:
+        if options.get("fused") and not module.keeps_logits(
+            p.weight, Transform(1.0, p.softcap), ()
+        ):
+            raise RuntimeError(f"the {backend} backend keeps no logits on this GPU")
         out = fastpref.linear_dpo_loss(
             p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **given(p)
         )
@@ -123,7 +129,7 @@ def _fastpref(backend: str, options: dict[str, Any]) -> Side:
     def logps(p: HeadProblem) -> Tensor:
         return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
 
-    if options.get("fused") and not hasattr(backends._MODULES[backend], "linear_logps"):
+    if options.get("fused") and not hasattr(module, "linear_logps"):
         raise RuntimeError(f"the {backend} backend has no pass in one kernel")
     return Side(loss, logps)
 

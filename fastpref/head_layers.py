@@ -50,12 +50,16 @@ class HeadAdapter:
 
 @dataclass(frozen=True)
 class Layer:
-    """The matrix [V, H] and the bias [V] or None of an output layer, and the module they are of."""
+    """The matrix [V, H] and the bias [V] or None of an output layer, and the module they are of.
+
+    adapters: those that are active; adapted: whether it has any, active or not.
+    """
 
     module: nn.Module
     weight: Tensor
     bias: Tensor | None
     adapters: tuple[HeadAdapter, ...] = ()
+    adapted: bool = False
 
 
 def read_layer(module: nn.Module) -> Layer:
@@ -71,12 +75,13 @@ def read_layer(module: nn.Module) -> Layer:
     adapters: tuple[HeadAdapter, ...] = ()
     weight: Any = None
     bias: Any = None
+    adapted = isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
     if "peft" in sys.modules:  # nothing is a PEFT layer before that
         module, weight, adapters = _inside_peft(module)
     if weight is None:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     _check_weight(weight, module)
-    return Layer(module, weight, bias, adapters)
+    return Layer(module, weight, bias, adapters, adapted)
 
 
 def is_sharded(weight: Any) -> bool:

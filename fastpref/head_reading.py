@@ -30,6 +30,7 @@ class Head:
             `resize_token_embeddings(pad_to_multiple_of=64)`, counts here too.
         adapters: LoRA and DoRA adapters that are active on the layer. The head that a `head_fn`
             gets has them, and that of `read_head(model, adapters=True)`.
+        adapted: whether the layer has such adapters at all, active or not.
     """
 
     weight: Tensor
@@ -39,6 +40,13 @@ class Head:
     tied: bool = False
     padding: int = 0
     adapters: tuple[HeadAdapter, ...] = ()
+    adapted: bool = False
+
+    @property
+    def fused(self) -> bool | str:
+        """The `fused` of the `linear_*` functions with which a policy and its reference, which may
+        be the same model with its adapters switched off, take the same kernels."""
+        return False if self.adapted else "match"
 
     @property
     def vocab_size(self) -> int:
@@ -143,7 +151,16 @@ def read_head(model: Any, *, adapters: bool = False) -> Head:
     if kept < rows:
         weight, bias = weight[:kept], None if bias is None else bias[:kept]
         active = tuple(adapter.rows(kept) for adapter in active)
-    return Head(weight, bias, **transform, tied=tied, padding=rows - kept, adapters=active)
+    padding = rows - kept
+    return Head(
+        weight,
+        bias,
+        **transform,
+        tied=tied,
+        padding=padding,
+        adapters=active,
+        adapted=layer.adapted,
+    )
 
 
 def _embeddings(model: Any) -> Any:

@@ -25,6 +25,8 @@ from fastpref.options import HeadOptions, checked, flat_options
 from fastpref.passes import HeadTensors, LinearCall, TokenStats
 from fastpref.plan import plan_head
 
+_WIDEST_CAP = 100.0  # where the error of a logit is 1e-5; models have 30 to 50
+
 
 def linear_token_logps(
     hidden: Tensor,
@@ -191,6 +193,13 @@ class CompiledLogps:
         return TokenStats(out[0].view(shape), *given)
 
 
+def _is_plain(transform: Transform) -> bool:
+    """Whether a product that keeps its logits has them as exactly as a tile. Their tanh is one less
+    a number near 1, which under a wide cap is most of them."""
+    cap = transform.softcap
+    return transform.scale != 0 and (cap is None or cap / transform.temperature <= _WIDEST_CAP)
+
+
 def plan_call(
     hidden: Tensor,
     head: HeadTensors,
@@ -201,10 +210,12 @@ def plan_call(
 ) -> LinearCall:
     """The backend and the plan for so many labelled tokens."""
     module = backends.choose(hidden.device, hidden.dtype, options.backend)
-    plain = head.up is None and head.scale is None and options.scale != 0
-    # Under autocast a copy of the weight is multiplied; of no rows it says as much.
+    plain = head.up is None and head.scale is None and _is_plain(options.transform)
     weight = head.weight
-    weight = weight if weight.dtype == hidden.dtype else weight[:0].to(hidden.dtype)
+    if (
+        weight.dtype != hidden.dtype
+    ):  # under autocast a copy is multiplied, whose rows lie like this
+        weight = weight.new_empty((0, weight.shape[1]), dtype=hidden.dtype)
     # Where the product keeps its logits in a pass with gradients, so it does in one without.
     keeps = plain and hasattr(module, "linear_grad")
     keeps = keeps and module.keeps_logits(weight, options.transform, extras)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -81,12 +81,12 @@ class LossOptions:
     nll_weight: float | None = None
     ld_alpha: float | None = None
     use_weighting: bool = False
-    # What follows from the options, once: a training step asks for each of them several times.
-    losses: tuple[Loss, ...] = field(init=False, repr=False, compare=False)
-    terms: tuple[tuple[Loss, float], ...] = field(init=False, repr=False, compare=False)
-    closed_form: str | None = field(init=False, repr=False, compare=False)
-    needs_lengths: bool = field(init=False, repr=False, compare=False)
-    needs_nll: bool = field(init=False, repr=False, compare=False)
+    if TYPE_CHECKING:  # what follows from the options, once: a training step asks for it often
+        losses: tuple[Loss, ...] = field(init=False)
+        terms: tuple[tuple[Loss, float], ...] = field(init=False)
+        closed_form: str | None = field(init=False)
+        needs_lengths: bool = field(init=False)
+        needs_nll: bool = field(init=False)
 
     def __post_init__(self) -> None:
         names = self.names
@@ -225,7 +225,7 @@ class LossOptions:
             )
 
 
-LOSS_OPTIONS = frozenset(option.name for option in fields(LossOptions) if option.init)
+LOSS_OPTIONS = frozenset(option.name for option in fields(LossOptions))
 
 
 def as_loss(name: LossType) -> Loss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -30,7 +30,8 @@ class HeadOptions:
     fused: bool | str | None = None
     backend: str | None = None
 
-    transform: Transform = field(init=False, repr=False, compare=False)
+    if TYPE_CHECKING:  # made once
+        transform: Transform = field(init=False)
 
     def __post_init__(self) -> None:
         check_plan_options(self.strategy, self.memory_budget, self.precision, self.fused)
@@ -38,7 +39,7 @@ class HeadOptions:
         object.__setattr__(self, "transform", transform)
 
 
-HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions) if option.init)
+HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions))
 
 
 def flat_options(options: HeadOptions) -> tuple[Any, ...]:

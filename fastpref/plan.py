@@ -96,7 +96,7 @@ def check_plan_options(
         raise ValueError(
             f"memory_budget: got {memory_budget!r}, expected a number of bytes above 0"
         )
-    if fused not in FUSED:
+    if not (fused is None or isinstance(fused, bool) or fused == "match"):
         raise ValueError(f"fused: got {fused!r}, expected None, True, False or 'match'")
 
 

@@ -139,6 +139,7 @@ class Reference:
             head.weight,
             labels,
             token_indices=token_indices,
+            fused=head.fused,  # the policy's kernels: margins are 0 as long as the models agree
             **head.options(hidden),
             **self.options,
         )

@@ -132,6 +132,7 @@ class PreferenceTrainer(BaseTrainer):
             head.weight,
             labels,
             **inputs,  # type: ignore[arg-type]
+            fused=head.fused,
             **head.options(hidden),
             **self._head_options,
             loss_options=self._loss_options,

@@ -134,12 +134,7 @@ class BaseTrainer(Trainer):
             self.ref_model = self._prepare_reference_model(ref_model)
         silence = not args.disable_dropout
         self._policy_reference = refs.Reference(
-            # The policy's kernels, so that margins are exactly 0 as long as the models agree.
-            self.model,
-            adapter,
-            {**self._head_options, "fused": "match"},
-            silence,
-            self.ld_alpha,
+            self.model, adapter, self._head_options, silence, self.ld_alpha
         )
         self.reference = self._policy_reference if adapter and wanted else None
         if self.ref_model is not None:

@@ -119,6 +119,7 @@ class UnpairedPreferenceTrainer(BaseTrainer):
             labels,
             desirable,
             **inputs,
+            fused=head.fused,
             **head.options(hidden),
             **self._loss_options,
             **self._head_options,

@@ -327,7 +327,9 @@ def bases(
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + tl.where(known, label, 0))
     z = _exponent(raw, c, k, 0.0, SOFTCAP)
-    z = tl.where(known & (tl.abs(z) < float("inf")), z + OFFSET, 0.0)
+    # Every tile has a base of its own where the label's logit is none.
+    z = tl.where(tl.abs(z) < float("inf"), z + OFFSET, float("-inf"))
+    z = tl.where(known, z, 0.0)
     tl.store(base_ptr + rows, z, mask=rows < N)
 
 
@@ -365,6 +367,8 @@ def finish(
             tl.store(d + at, value.to(tl.bfloat16), mask=at < V)
         tl.debug_barrier()  # the label's cell belongs to another thread, which has now written it
     gap = tl.where(moves, 0.0, start - normaliser)
+    # Where logits are so large that two ways of adding them are far apart it may be anything.
+    gap = tl.where(gap > 90.0, 90.0, gap)
     label = tl.load(labels_ptr + row)
     known = (label >= 0) & (label < V)
     # An unknown label spoils its row, as it does the log-prob.

@@ -372,3 +372,18 @@ def test_sums_with_an_id_out_of_range(bad):
 def test_bad_input_of_sequence_logps(name, arguments):
     with pytest.raises(ValueError, match=f"^{name}: .*expected"):
         sequence_logps(**arguments)
+
+
+@pytest.mark.parametrize("columns", [72, 70, 81])
+def test_autocast_of_a_part_of_a_weight(backend, columns):
+    """The copy that is multiplied lies otherwise than the weight: its alignment is what counts."""
+    device = torch.get_default_device()
+    hidden = torch.randn(9, columns)
+    weight = torch.randn(40, columns + 10)[:, :columns].requires_grad_()
+    labels = torch.randint(40, (9,))
+    with torch.autocast(device.type, torch.bfloat16):
+        logps = linear_token_logps(hidden, weight, labels, backend=backend)
+    truth = oracle.linear_logps(hidden.bfloat16(), weight.bfloat16(), labels)
+    oracle.assert_within(logps, truth, 1e-3)
+    logps.sum().backward()
+    assert weight.grad.isfinite().all()

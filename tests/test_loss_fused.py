@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
+
 import loss_formulas
 import oracle
 import pytest
@@ -19,6 +23,7 @@ from fastpref import (
 )
 from fastpref.loss_tokens import ld_sequence_logps, ld_weights, wpo_weights
 from fastpref.losses import LOSS_TYPES, Loss, Pairs
+from fastpref.options import checked
 
 P, T, H, V = 3, 7, 8, 23
 OWN = {"exo_pair": {"label_smoothing": 0.01}, "alphapo": {"alpha": 0.25}}
@@ -381,3 +386,34 @@ def test_wpo_weights_are_public():
     truth = loss_formulas.wpo(oracle.token_stats(z, labels).logps, z.softmax(-1), labels)
     torch.testing.assert_close(got, truth)
     assert not got.requires_grad
+
+
+def test_loss_options_survive_what_dataclasses_do_to_them():
+    options = LossOptions(["sigmoid", "sft"], loss_weights=[1.0, 0.5], beta=0.3)
+    others = [
+        LossOptions(**dataclasses.asdict(options)),
+        pickle.loads(pickle.dumps(options)),
+        copy.deepcopy(options),
+        dataclasses.replace(options),
+    ]
+    for other in others:
+        assert other == options and other.terms == options.terms and other.needs_nll
+    changed = dataclasses.replace(options, loss_type="ipo", loss_weights=None)
+    assert changed.closed_form == "ipo" and not changed.needs_nll and options.closed_form is None
+
+
+def test_options_are_remembered_by_their_types():
+    assert checked(LossOptions, {"beta": 1}) is checked(LossOptions, {"beta": 1})
+    assert type(checked(LossOptions, {"beta": 1}).beta) is int
+    assert type(checked(LossOptions, {"beta": 1.0}).beta) is float
+    for _ in range(2):  # a bad value is not remembered
+        with pytest.raises(ValueError, match="beta: got True"):
+            checked(LossOptions, {"beta": True})
+    own = lambda pairs: pairs.advantage()  # noqa: E731
+    assert checked(LossOptions, {"loss_type": own}) is not checked(LossOptions, {"loss_type": own})
+
+
+@pytest.mark.parametrize("fused", [0, 1, "yes", 0.0])
+def test_fused_is_one_of_four(fused):
+    with pytest.raises(ValueError, match="fused: got"):
+        linear_preference_loss(*batch(), fused=fused)

@@ -83,6 +83,7 @@ PYBIND11_MODULE(MODULE, m) {
                                 at<int64_t>(argmax)},
                                at<void>(d), d_stride, at<float>(factor)};
         if (call.dtype == Dtype::f32) throw std::invalid_argument("dtype code: expected 1 or 2");
+        if (d && !factor) throw std::invalid_argument("factor: expected it with d");
         if (d && call.dtype != Dtype::bf16) throw std::invalid_argument("dtype code: expected 1 with d");
         py::gil_scoped_release release;
         cuda::forward(call, {device, stream, 1});

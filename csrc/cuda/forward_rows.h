@@ -71,7 +71,8 @@ template <bool CAP> KERNEL(32 * BASE_ROWS, 1) base_kernel(const BaseArgs a) {
     if (lane() != 0) return;
     if (a.bias && known) sum += a.bias[label];
     const float z = a.logit(a.part_of<CAP>(sum)) + OFFSET;
-    a.base[row] = known && fabsf(z) < INF ? z : 0.f;
+    // Every tile has a base of its own where the label's logit is none.
+    a.base[row] = !known ? 0.f : fabsf(z) < INF ? z : -INF;
 }
 
 // What is known of a row from some of its tiles. high: the part of its largest logit.
@@ -164,7 +165,9 @@ template <bool CAP, bool D, bool EXTRAS> KERNEL(COMBINE_ROWS* SLICES, 1) combine
         if (EXTRAS) write_extras<CAP>(a, row, p);
         if (D) {
             const bool moves = has_own_base(high, a.base[row]);
-            const float gap = moves ? 0.f : a.base[row] - normaliser;
+            // Where logits are so large that two ways of adding them are far apart it may be anything.
+            float gap = moves ? 0.f : a.base[row] - normaliser;
+            gap = gap > 90.f ? 90.f : gap;
             if (moves) moves_to = normaliser;
             // An unknown label spoils its row, as it does the log-prob.
             a.factor[row] = known ? a.slope * exp2_(gap) : NAN;

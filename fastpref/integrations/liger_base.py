@@ -41,12 +41,11 @@ class LigerLoss(nn.Module):
         self.compiled, self.chunk_size = compiled, chunk_size
 
     def _tokens(
-        self, _input: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, **head: Any
+        self, _input: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
     ) -> Tensor:
-        options = {**self.head, **head}
-        out = linear_token_logps(
-            _input, weight, labels, bias, ignore_index=self.ignore_index, **options
-        )
+        # The same kernels for policy and reference, so that equal models give margins of exactly 0.
+        options = {"ignore_index": self.ignore_index, "fused": "match", **self.head}
+        out = linear_token_logps(_input, weight, labels, bias, **options)
         assert isinstance(out, Tensor)
         return out
 
@@ -84,8 +83,7 @@ class LigerLoss(nn.Module):
             _, ref_weight, bias = policy
             ref_bias = bias if ref_bias is None else ref_bias
         with torch.no_grad():
-            # The policy's kernels, so that equal models give margins of exactly 0.
-            tokens = self._tokens(ref_input, ref_weight, target, ref_bias, fused="match")
+            tokens = self._tokens(ref_input, ref_weight, target, ref_bias)
         return self._sums(tokens, target, average)
 
     @torch.no_grad()

@@ -105,6 +105,9 @@ class FusedLogProbs:
             layer = read_layer(adapted)
             adapter = adapter_options(hidden, layer.weight, layer.bias, layer.adapters)
             weight, bias = layer.weight, adapter.pop("bias")
+            adapter["fused"] = (
+                False  # nor does the reference, without its adapter, take another way
+            )
         if not torch.is_autocast_enabled(kind):  # TRL computes in the hidden states' dtype
             weight = weight.to(hidden.dtype)
         if bias is not None:
@@ -121,8 +124,7 @@ class FusedLogProbs:
             temperature=temperature,
             extras=tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs),
             token_indices=every,
-            **adapter,
-            **self.options,
+            **{**self.options, **adapter},
         )
         stats = out if isinstance(out, TokenStats) else TokenStats(out)
         if hasattr(weight, "ds_status") and not torch.compiler.is_compiling():
