@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test lint bench sanitize gpu-install gpu-test gpu-bench clean
+.PHONY: install demo test lint bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -104,6 +104,26 @@ gpu-test: gpu-install
 	    $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed racecheck"; \
 	fi; \
 	if [ -n "$$failed" ]; then say "failed:$$failed"; exit 1; fi; say all passed
+
+# Longer looks with tools of the CUDA toolkit. The sanitizer's four tools over the small run; then what
+# the kernels over rows and the products move and how long they take, in benchmarks/results/ncu.csv.
+gpu-sanitize: gpu-install
+	@failed=; filters=$$($(PYTHON) tests/gpu_smoke.py --filters) || exit 1; \
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  echo; echo "== $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 $(or $(SANITIZER),compute-sanitizer) --tool $$tool \
+	    --error-exitcode 9 $$filters $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed $$tool"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi; echo "== all passed"
+
+NCU ?= ncu
+gpu-profile: gpu-install
+	mkdir -p build
+	$(NCU) --csv --log-file benchmarks/results/ncu.csv \
+	  --kernel-name 'regex:fold|grad|forward|combine|by_descriptor|by_pointer' --launch-count 60 \
+	  --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,launch__registers_per_thread \
+	  $(PYTHON) benchmarks/head.py --device cuda --shapes b --modes trainable,frozen --peers '' --budget 120 \
+	  --output build/profiled.json
 
 gpu-bench: gpu-install
 	$(PYTHON) benchmarks/head.py --device cuda $(BENCH_ARGS)

@@ -11,18 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref.backends.tile import Stats, Transform
-from fastpref.passes import (
-    HeadGrads,
-    HeadTensors,
-    LinearCall,
-    Saved,
-    States,
-    both_grads,
-    forward_pass,
-    head_grads,
-    needs_logits_again,
-    scaled,
-)
+from fastpref.backward import both_grads, head_grads, needs_logits_again, scaled
+from fastpref.passes import HeadGrads, HeadTensors, LinearCall, Saved, States, forward_pass
 
 # From log-probs [N] to a loss [], outputs without gradients, and last d loss / d log-probs [N].
 Solve = Callable[[Tensor], tuple[Tensor, ...]]

@@ -280,6 +280,7 @@ def filters() -> str:
     names = sorted(sources.keys() - called)
     if backends.cuda.problem() is None:
         names += ["fold_kernel", "grad_kernel", "pair_loss_kernel"]
+        names += ["base_kernel", "forward_kernel", "combine_kernel"]
         names += ["forward_kernel", "combine_kernel"]
     return " ".join(f"--kernel-name kns={name}" for name in names)
 

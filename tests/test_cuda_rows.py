@@ -11,7 +11,7 @@ import fastpref
 from fastpref import backends
 from fastpref.backends import cuda, cuda_module, eager
 from fastpref.backends.tile import EXTRAS, Stats, Transform
-from fastpref.passes import _in_place
+from fastpref.passes import in_place
 
 EPS = torch.finfo(torch.float32).eps
 ALL = Transform(scale=-0.7, softcap=11.0, temperature=1.3)
@@ -99,7 +99,7 @@ def test_fold_grad(clusters, vocab):
         oracle.assert_within(out.cpu(), wanted, bound)
         if out_dtype.itemsize <= dtype.itemsize:
             start = (8 + shift) * dtype.itemsize // out_dtype.itemsize
-            inplace = _in_place(memory, out_dtype)[:, start : start + vocab]
+            inplace = in_place(memory, out_dtype)[:, start : start + vocab]
             if inplace.shape[1] == vocab:
                 cuda.fold_grad(tile, labels, _stats(n, extras), transform, inplace)
                 assert torch.equal(inplace, out)

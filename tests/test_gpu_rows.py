@@ -13,7 +13,7 @@ import torch
 
 from fastpref import backends
 from fastpref.backends.tile import EXTRAS, Stats, Transform
-from fastpref.passes import _in_place
+from fastpref.passes import in_place
 
 EPS = torch.finfo(torch.float32).eps
 ALL = Transform(scale=-0.7, softcap=11.0, temperature=1.3)
@@ -96,7 +96,7 @@ def test_blocks(backend, vocab, dtype, aligned):
             assert torch.equal(wide.isnan(), margin)
             copy = memory.clone()
             start = 8 if aligned else 3
-            inplace = _in_place(copy, out_dtype)[:, start * dtype.itemsize // out_dtype.itemsize :]
+            inplace = in_place(copy, out_dtype)[:, start * dtype.itemsize // out_dtype.itemsize :]
             inplace = inplace[:, :vocab]
             copied = copy[:, start : start + vocab]
             backend.grad(copied, labels, 0, stats.lse, stats.logps, inplace, transform, coef, *args)
@@ -187,7 +187,7 @@ def test_no_thread_writes_over_what_another_one_reads(backend, n, vocab):
         backend.grad(tile, labels, 0, stats.lse, stats.logps, out, transform)
         for _ in range(20):
             memory = tile.clone()
-            inplace = _in_place(memory, torch.bfloat16)
+            inplace = in_place(memory, torch.bfloat16)
             backend.grad(memory, labels, 0, stats.lse, stats.logps, inplace, transform)
             assert torch.equal(inplace, out)
 

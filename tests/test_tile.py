@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpref.backends.tile import EXTRAS, Stats, Transform
-from fastpref.passes import _in_place
+from fastpref.passes import in_place
 
 SHAPES = [(1, 1, 1), (7, 5, 3), (70, 4001, 64)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -146,7 +146,7 @@ def test_grad(tiles, n, vocab, _, dtype, out_dtype, transform, with_entropy):
     if out_dtype.itemsize <= dtype.itemsize:
         memory = torch.zeros(n, vocab + 3, dtype=dtype)
         memory[:, :vocab] = tile
-        inplace = _in_place(memory[:, :vocab], out_dtype)
+        inplace = in_place(memory[:, :vocab], out_dtype)
         tiles.grad(memory[:, :vocab], labels, 0, lse, logps, inplace, *args)
         assert torch.equal(inplace, out)
         assert (memory[:, vocab:] == 0).all()  # nothing beyond the rows was touched
