@@ -33,7 +33,7 @@ def _call_tanh(x, value, slope, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _callminus_expm1(x, out, SIZE: tl.constexpr):
+def _call_minus_expm1(x, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     tl.store(out + i, rows.minus_expm1(tl.load(x + i)))
 
@@ -60,15 +60,15 @@ def test_tanh():
     torch.testing.assert_close(value[:8], torch.tanh(edges[:8]), equal_nan=True)
 
 
-def testminus_expm1():
+def test_minus_expm1():
     x = -_points(100.0)
     out = torch.empty_like(x)
-    _callminus_expm1[(1,)](x, out, len(x), num_warps=8, enable_fp_fusion=False)
+    _call_minus_expm1[(1,)](x, out, len(x), num_warps=8, enable_fp_fusion=False)
     truth = -torch.expm1(x.double())
     oracle.assert_within(out, truth, 2 * EPS * truth)
     edges = torch.tensor([0.0, -0.0, -math.inf, math.nan], device=DEVICE)
     with backend._on(DEVICE):
-        _callminus_expm1[(1,)](edges, out, 4, num_warps=1, enable_fp_fusion=False)
+        _call_minus_expm1[(1,)](edges, out, 4, num_warps=1, enable_fp_fusion=False)
     assert out[:3].tolist() == [0, 0, 1] and out[3].isnan()
 
 

@@ -1,0 +1,41 @@
+"""One call of each of fastpref's variants between the profiler's marks, for ncu (make gpu-profile):
+what its kernels move and how long they take.
+
+    ncu --profile-from-start off --clock-control none ... python benchmarks/gpu_profile.py
+"""
+
+from __future__ import annotations
+
+import sys
+
+import gpu_peers
+import torch
+from gpu_shapes import DTYPE, parse_shape
+from problem import zipf_problem
+
+from fastpref import backends
+
+
+def main() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    shape = parse_shape(sys.argv[1] if len(sys.argv) > 1 else "b")
+    p = zipf_problem(shape.n, shape.h, shape.v, DTYPE, device, shape.softcap)
+    working = [n for n in ("cuda", "triton") if backends._MODULES[n].why_not(device, DTYPE) is None]
+    for mode in ("trainable", "frozen"):
+        p.set_trainable(mode == "trainable")
+        for entry in gpu_peers.ours(mode, working, ["exact", "fast"]):
+            run = gpu_peers.step(entry.make(), mode)
+            for _ in range(2):  # the first call compiles
+                p.clear()
+                run(p)
+            p.clear()
+            torch.cuda.synchronize()
+            print(f"{mode}, {entry.name}", flush=True)
+            torch.cuda.profiler.start()
+            run(p)
+            torch.cuda.synchronize()
+            torch.cuda.profiler.stop()
+
+
+if __name__ == "__main__":
+    main()
