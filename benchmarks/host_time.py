@@ -16,7 +16,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import peers
@@ -144,10 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     options = {k: v for k, v in vars(args).items() if k != "output"}
     results = {"machine": runner.machine(), "options": options, **measure(args)}
-    path = Path(args.output)
-    if path.suffix != ".json":
-        path = runner.RESULTS / f"{args.output}.json"
-    runner.write_json(path, results)
+    runner.write_json(runner.results_path(args.output), results)
     rows = [
         [name, f"{found['median']:.0f} us", "{:.0f} to {:.0f}".format(*found["quartiles"])]
         for name, found in results["us"].items()

@@ -282,6 +282,12 @@ def target_table(targets: list[dict]) -> str:
     return table(["target", "wanted", "measured", ""], rows)
 
 
+def results_path(output: str) -> Path:
+    """Where --output says: a path that ends in .json, or the name of a file in results/."""
+    path = Path(output)
+    return path if path.suffix == ".json" else RESULTS / f"{output}.json"
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

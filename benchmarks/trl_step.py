@@ -20,7 +20,6 @@ import random
 import sys
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import runner
@@ -256,10 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     results = {"machine": runner.machine(), "device": device, "options": options}
     results["modes"] = {mode: measure(args, mode) for mode in args.modes}
-    path = Path(args.output)
-    if path.suffix != ".json":
-        path = runner.RESULTS / f"{args.output}.json"
-    runner.write_json(path, results)
+    runner.write_json(runner.results_path(args.output), results)
     table = [
         [
             mode,

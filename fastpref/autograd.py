@@ -158,7 +158,10 @@ def gradients(
         if saved.v is not None:
             dlow = scaled(call, saved.v, own)
         if any(wanted):
-            head_grads(call, states, head, labels, saved, logps, coef, grads)
+            kept = saved.stash.shape[0]
+            if saved.factor is not None and kept < coef.shape[0]:  # what is made again needs none
+                own = torch.cat([own[:kept], coef[kept:]])
+            head_grads(call, states, head, labels, saved, logps, own, grads)
     pairs = zip(grads, kinds, strict=True)
     return dx, dlow, [None if g is None or t is None else g.to(t[1]) for g, t in pairs]
 

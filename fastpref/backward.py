@@ -75,11 +75,10 @@ def head_grads(
     grads: HeadGrads,
 ) -> None:
     """Write the head's gradients from the stashed D, and from D computed again where it was not
-    kept; only then, and for the gradient of its scale, is the head itself read."""
+    kept; only then, and for the gradient of its scale, is the head itself read. coef [N]: with D's
+    factor, where what is stashed lacks one."""
     stash = saved.stash
     kept, vocab = stash.shape
-    if saved.factor is not None:  # which the D of other tokens, made again, does not need
-        coef = torch.cat([coef[:kept] * saved.factor[:kept], coef[kept:]])
     times_c = _times_c(call, states, coef, grads)
     if kept == states.x.shape[0]:
         _products(call, stash, times_c, grads, 0, vocab)

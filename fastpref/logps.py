@@ -212,17 +212,16 @@ def plan_call(
     module = backends.choose(hidden.device, hidden.dtype, options.backend)
     plain = head.up is None and head.scale is None and _is_plain(options.transform)
     weight = head.weight
-    if (
-        weight.dtype != hidden.dtype
-    ):  # under autocast a copy is multiplied, whose rows lie like this
+    if weight.dtype != hidden.dtype:
+        # Under autocast a copy is multiplied, whose rows lie like this.
         weight = weight.new_empty((0, weight.shape[1]), dtype=hidden.dtype)
     # Where the product keeps its logits in a pass with gradients, so it does in one without.
     keeps = plain and hasattr(module, "linear_grad")
     keeps = keeps and module.keeps_logits(weight, options.transform, extras)
     fused: bool | None = None
     if any(grads) or options.fused == "match":
-        fused = keeps and (options.fused is True or module.KEEPS_LOGITS)
-        fused = fused and options.fused is not False
+        asked = options.fused if isinstance(options.fused, bool) else None
+        fused = keeps and (module.KEEPS_LOGITS if asked is None else asked)
     elif not (keeps or (plain and not extras and hasattr(module, "linear_logps"))):
         fused = False
     elif options.fused is not None:

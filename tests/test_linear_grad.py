@@ -10,10 +10,10 @@ import machine
 import oracle
 import pytest
 import torch
-from forward_problem import TRANSFORMS, check, head
+from forward_problem import TRANSFORMS, Forward, check, head
 
 from fastpref import backends, linear_dpo_loss, linear_token_logps
-from fastpref.backends import cuda, cuda_module, eager, triton
+from fastpref.backends import cuda, eager, triton
 from fastpref.backends.tile import EXTRAS, Stats, Transform
 
 SENTINEL = 7.0
@@ -22,14 +22,10 @@ BF16 = 2**-8  # half of the distance from 1 to the next number
 
 @pytest.fixture(params=["cuda", "triton"])
 def backend(request):
-    name = request.param
-    reason = machine.why_not(name, [torch.bfloat16])
+    reason = Forward(request.param).why_not()
     if reason is not None:
         pytest.skip(reason)
-    if name == "cuda" and machine.HAS_GPU:
-        if not cuda_module.forward_works(torch.cuda.current_device()):
-            pytest.skip("it is for sm_90")
-    return backends._MODULES[name]
+    return backends._MODULES[request.param]
 
 
 def extras_of(backend):

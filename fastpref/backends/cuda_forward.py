@@ -33,20 +33,6 @@ def why_not(weight: Tensor, transform: Transform | None = None) -> str | None:
     return None
 
 
-def linear_logps(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    stats: Stats,
-    transform: Transform,
-) -> None:
-    """As `triton.linear_logps`, where `why_not` has no reason; and what the extras need of stats,
-    where it has room for that. labels that are negative or V and more give NaN.
-    """
-    _forward(x, weight, labels, bias, stats, transform, None, None)
-
-
 def why_no_grad(weight: Tensor, transform: Transform) -> str | None:
     """Why this head's gradient cannot come from the kernel, or None."""
     if weight.dtype == torch.float16:
@@ -54,33 +40,25 @@ def why_no_grad(weight: Tensor, transform: Transform) -> str | None:
     return why_not(weight, transform)
 
 
-def linear_grad(
+def linear_logps(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     stats: Stats,
     transform: Transform,
-    out: Tensor,
-    factor: Tensor,
+    out: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> None:
-    """`linear_logps`, to the last bit, and D [N, V] of `eager.grad` as factor [N] times out [N, V],
-    whose rows start at multiples of 16 bytes; where `why_no_grad` has no reason."""
-    assert out.dtype == x.dtype and out.shape == (x.shape[0], weight.shape[0])
-    assert rows_are_aligned(out) and (out.stride(1) == 1 or out.shape[1] == 1)
-    _forward(x, weight, labels, bias, stats, transform, out, factor)
+    """As `triton.linear_logps`, where `why_not` has no reason; and what the extras need of stats,
+    where it has room for that. labels that are negative or V and more give NaN.
 
-
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    stats: Stats,
-    transform: Transform,
-    out: Tensor | None,
-    factor: Tensor | None,
-) -> None:
+    With out [N, V], whose rows start at multiples of 16 bytes, and factor [N] the same to the last
+    bit, and D of `eager.grad` as factor out; where `why_no_grad` has no reason.
+    """
+    if out is not None:
+        assert out.dtype == x.dtype and out.shape == (x.shape[0], weight.shape[0])
+        assert rows_are_aligned(out) and (out.stride(1) == 1 or out.shape[1] == 1)
     assert x.dtype == weight.dtype and cuda_module.MODULE.forward_tile == _TILE.block_n
     (n, hidden), vocab = x.shape, weight.shape[0]
     x, labels = with_aligned_rows(x), labels.contiguous()

@@ -105,9 +105,8 @@ class FusedLogProbs:
             layer = read_layer(adapted)
             adapter = adapter_options(hidden, layer.weight, layer.bias, layer.adapters)
             weight, bias = layer.weight, adapter.pop("bias")
-            adapter["fused"] = (
-                False  # nor does the reference, without its adapter, take another way
-            )
+            # The reference, without its adapter, must not take another way.
+            adapter["fused"] = False
         if not torch.is_autocast_enabled(kind):  # TRL computes in the hidden states' dtype
             weight = weight.to(hidden.dtype)
         if bias is not None:
