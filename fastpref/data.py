@@ -8,8 +8,6 @@ follow TRL 1.16. Rows are numbered from 0 everywhere, lines of a file from 1.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +17,22 @@ from .collate import PreferenceCollator, check_truncation, truncate
 from .data_files import (
     PAIRS,
     Form,
-    check_columns,
     check_label,
     check_number,
     check_token_ids,
-    describe,
-    is_messages,
     load_preference_data,
+    origin,
 )
+from .data_layouts import (
+    Layout,
+    arrange_batch,
+    extract_prompt,
+    find_layout,
+    has_no_prompt,
+    row_numbers,
+    sample,
+)
+from .data_tokens import RowTokenizer
 
 __all__ = [
     "DataReport",
@@ -37,6 +43,7 @@ __all__ = [
 ]
 
 IDENTICAL, TOO_LONG, NOT_PREFIX, TRUNCATED, UNLABELLED = 1, 2, 4, 8, 16  # bits of flags
+NULLS, NO_PROMPT = 32, 64
 DROPPED = IDENTICAL | TOO_LONG | UNLABELLED
 FLAG_NAMES = {
     "identical": IDENTICAL,
@@ -44,6 +51,7 @@ FLAG_NAMES = {
     "unlabelled": UNLABELLED,
     "not_prefix": NOT_PREFIX,
     "truncated": TRUNCATED,
+    "nulls": NULLS,
 }
 
 
@@ -62,6 +70,9 @@ class DataReport:
     unlabelled: int = 0  # dropped: no answer has a token that another one precedes
     not_prefix: int = 0  # kept: the prompt's tokens are not a prefix of prompt + answer
     truncated: int = 0  # kept: at least one answer is cut by max_length
+    nulls: int = 0  # kept: nulls inside tool calls, tools or content parts are left out
+    unread: tuple[str, ...] = ()  # columns that nothing reads
+    implicit: bool = False  # there is no column of prompts: they are inside the answers
     max_length: int | None = None
     examples: dict[str, list[int]] = field(default_factory=dict)  # first row numbers of each kind
 
@@ -76,8 +87,16 @@ class DataReport:
             "not_prefix": "have a prompt whose tokens are not a prefix of prompt + answer: the "
             "answer starts where they diverge and the end of the prompt is left out",
             "truncated": f"have an answer that is cut at {limit}",
+            "nulls": "have nulls inside tool calls, tools or content parts, which Arrow puts where "
+            "rows have different keys: they are left out; give the rows as a list or a JSON file "
+            "to keep nulls of their own",
         }
         out = []
+        if self.unread:
+            names = ", ".join(map(repr, self.unread))
+            inside = "; the prompt is the text that chosen and rejected start with"
+            said = f"{self.name} data: nothing reads the columns {names}"
+            out.append(said + (inside if self.implicit else ""))
         for key, text in texts.items():
             if count := getattr(self, key):
                 rows = ", ".join(map(str, self.examples[key]))
@@ -151,23 +170,20 @@ def tokenise(
     check_truncation(max_length, truncation_mode)
     report = DataReport(name, max_length=max_length)
     streaming = isinstance(dataset, datasets.IterableDataset)
-    if streaming:
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(f"{name} data has no rows")
-        columns = list(first)
-    else:
-        columns = dataset.column_names
-        if len(dataset) == 0:
-            raise ValueError(f"{name} data has no rows")
+    first = sample(dataset)
+    if not first:
+        raise ValueError(f"{name} data has no rows")
+    columns = list(dataset.column_names or first[0])
     if "row" in columns and set(form.ids) <= set(columns) <= form.prepared:
         return dataset, report
-    check_columns(columns, name, form)
-    if not set(form.ids) <= set(columns) and tokenizer is None:
+    layout = find_layout(dataset, first, name, form)
+    report.unread, report.implicit = layout.unread, layout.prompt is None
+    is_text = not set(form.ids) <= set(columns)
+    if is_text and tokenizer is None:
         raise ValueError(f"{name} data is text; a tokenizer is needed")
     ids = datasets.Sequence(datasets.Value("int32"))
     features = {**dict.fromkeys(form.ids, ids), "row": datasets.Value("int64")}
-    features["flags"] = datasets.Value("int8")
+    features["flags"] = datasets.Value("int16")
     features.update({k: datasets.Value("float64") for k in form.numbers if k in columns})
     features.update({k: datasets.Value("bool") for k in form.labels})
     encode = {
@@ -179,24 +195,31 @@ def tokenise(
         "fn_kwargs": {
             "tokenizer": tokenizer,
             "form": form,
+            "layout": layout,
             "max_length": max_length,
             "keep_start": truncation_mode == "keep_start",
-            "name": name,
+            "data": origin(dataset, name),
             "vocab_size": vocab_size,
         },
     }
     if streaming:
+        if is_text:
+            arranged = arrange_batch(_columns(first), layout, form, origin(dataset, name))
+            empty = sum(has_no_prompt(row, layout) for row, _ in arranged)
+            _check_prompts(empty, len(first), layout, name)
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
 
     encoded = dataset.map(**encode, num_proc=num_proc, desc=f"Tokenising {name} data")
-    flags = np.asarray(encoded.with_format("numpy")["flags"][:])
+    table = encoded.with_format("numpy")
+    flags, rows = np.asarray(table["flags"][:]), np.asarray(table["row"][:])
     dropped = (flags & DROPPED) > 0
     report.rows, report.kept = len(flags), int((~dropped).sum())
     for key, bit in FLAG_NAMES.items():
         hits = np.flatnonzero((flags & bit > 0) & ((bit & DROPPED > 0) | ~dropped))
         setattr(report, key, len(hits))
-        report.examples[key] = hits[:5].tolist()
+        report.examples[key] = rows[hits[:5]].tolist()
+    _check_prompts(int((flags & NO_PROMPT > 0).sum()), len(flags), layout, name)
     if report.kept == 0:
         same = f"in {report.identical} chosen and rejected are identical, "
         raise ValueError(
@@ -210,8 +233,26 @@ def tokenise(
     return encoded.remove_columns("flags"), report
 
 
+def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
+    """Raise a ValueError if no row has a prompt: it may be in a column that nobody reads."""
+    if empty < rows:
+        return
+    why = f"the column {layout.prompt!r} is empty in all of them"
+    if layout.prompt is None:
+        why = "there is no column 'prompt', and chosen and rejected do not start with the same text"
+    unread = f"; not read: {', '.join(map(repr, layout.unread))}" if layout.unread else ""
+    raise ValueError(
+        f"{name} data: all of {rows} rows have an empty prompt, since {why}{unread}; rename the "
+        "column with the prompt to 'prompt'"
+    )
+
+
 def _is_kept(row: dict) -> bool:
     return row["flags"] & DROPPED == 0
+
+
+def _columns(rows: list[dict]) -> dict[str, list]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def _encode_batch(
@@ -219,44 +260,53 @@ def _encode_batch(
     rows: list[int],
     tokenizer: Any,
     form: Form,
+    layout: Layout,
     max_length: int | None,
     keep_start: bool,
-    name: str,
+    data: str,
     vocab_size: int | None,
 ) -> dict[str, list]:
-    out: dict[str, list] = {key: [] for key in (*form.ids, "row", "flags")}
-    out.update({key: [] for key in (*form.numbers, *form.labels) if key in batch})
-    for i, index in enumerate(rows):
-        row = {key: values[i] for key, values in batch.items()}
-        where = f"{name} data: row {index}"
-        ids, flags = _encode_row(row, tokenizer, form, where)
+    numbers, labels = (
+        [key for key in keys if key in batch] for keys in (form.numbers, form.labels)
+    )
+    out: dict[str, list] = {key: [] for key in (*form.ids, *numbers, *form.labels, "row", "flags")}
+    rows = row_numbers(batch, rows)
+    if form.ids[1] in batch:
+        encoded = [([batch[key][i] for key in form.ids], 0) for i in range(len(rows))]
+    else:
+        tokens = RowTokenizer(tokenizer, form.answers)
+        arranged = arrange_batch(batch, layout, form, data, rows)
+        encoded = [
+            _encode_row(row, tokens, layout, found, f"{data}: row {index}")
+            for index, (row, found) in zip(rows, arranged, strict=True)
+        ]
+    for i, (index, (ids, flags)) in enumerate(zip(rows, encoded, strict=True)):
+        where = f"{data}: row {index}"
         for key, value in zip(form.ids, ids, strict=True):
             check_token_ids(value, key, where, vocab_size)
+            out[key].append(value)
         if not flags & IDENTICAL:
             flags |= _length_flags(ids, max_length, keep_start)
-        for key, value in zip(form.ids, ids, strict=True):
-            out[key].append(value)
-        for key in form.numbers:
-            if key in row:
-                out[key].append(check_number(row[key], key, where))
+        for key in numbers:
+            out[key].append(check_number(batch[key][i], key, where))
         for key in form.labels:
-            out[key].append(check_label(row[key], key, where))
+            out[key].append(check_label(batch[key][i], key, where))
         out["row"].append(index)
         out["flags"].append(flags)
     return out
 
 
-def _encode_row(row: dict, tokenizer: Any, form: Form, where: str) -> tuple[list[list], int]:
-    if form.ids[1] in row:
-        return [row[key] for key in form.ids], 0
-    first, *others = (row[key] for key in form.answers)
-    if first is not None and first in others:
-        return [[] for _ in form.ids], IDENTICAL
-    if "prompt" not in row:
-        row = {**row, **extract_prompt(row, where)}
-    prompt, *answers = _tokenize(row, tokenizer, ("prompt", *form.answers), where)
+def _encode_row(
+    row: dict, tokens: RowTokenizer, layout: Layout, found_nulls: bool, where: str
+) -> tuple[list[list[int]], int]:
+    flags = (NULLS if found_nulls else 0) | (NO_PROMPT if has_no_prompt(row, layout) else 0)
+    first, *others = (row[key] for key in tokens.answers)
+    if first in others:
+        return [[] for _ in ("prompt", *tokens.answers)], flags | IDENTICAL
+    prompt, *answers = tokens(row, where)
     split = min(_common_prefix(prompt, answer) for answer in answers)
-    flags = NOT_PREFIX if split < len(prompt) else 0
+    if split < len(prompt):
+        flags |= NOT_PREFIX
     return [prompt[:split], *(answer[split:] for answer in answers)], flags
 
 
@@ -276,69 +326,6 @@ def _length_flags(ids: list[list], max_length: int | None, keep_start: bool) -> 
     return flags if labelled else flags | UNLABELLED
 
 
-def _tokenize(row: dict, tokenizer: Any, keys: tuple[str, ...], where: str) -> list[list[int]]:
-    """The tokens of the prompt, and of the prompt with each answer."""
-    for key in keys:
-        if row[key] is None:
-            raise ValueError(f"{where}: {key} is missing; expected a string or a message list")
-    prompt, *answers = (row[key] for key in keys)
-    if all(isinstance(value, str) for value in (prompt, *answers)):
-        eos = tokenizer.eos_token
-        if eos is None:
-            raise ValueError("the tokenizer has no EOS token, which must end plain-text answers")
-        answers = [a if a.endswith(eos) else a + eos for a in answers]
-        return [tokenizer(text=t)["input_ids"] for t in (prompt, *(prompt + a for a in answers))]
-    for key in keys:
-        if not is_messages(row[key]):
-            raise ValueError(
-                f"{where}: {key} is {describe(row[key])}; expected {', '.join(keys[:-1])} and "
-                f"{keys[-1]} to be all strings or all lists of messages with role and content"
-            )
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the data is conversational but the tokenizer has no chat template; set "
-            f"tokenizer.chat_template or give {', '.join(keys[:-1])} and {keys[-1]} as strings"
-        )
-    options = {"tools": _decoded(row.get("tools")), **_template_options(row)}
-    options.update(tokenize=True, return_dict=True)
-    conversations = [(prompt, True), *((prompt + answer, False) for answer in answers)]
-    out = []
-    for messages, generate in conversations:
-        extra = {"add_generation_prompt": True, **options} if generate else options
-        out.append(tokenizer.apply_chat_template(messages, **extra)["input_ids"])
-    return out
-
-
-def extract_prompt(row: Mapping, where: str = "data") -> dict[str, Any]:
-    """Split chosen and rejected that both start with the prompt (strings or message lists).
-
-    The prompt is their longest common prefix of characters or messages; a space right before the
-    point where they part goes to the answers. Chosen and rejected must differ.
-    """
-    chosen, rejected = row["chosen"], row["rejected"]
-    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
-        raise ValueError(
-            f"{where}: chosen is {describe(chosen)} and rejected is {describe(rejected)}; "
-            "expected two strings or two message lists"
-        )
-    shorter = min(len(chosen), len(rejected))
-    if shorter == 0:
-        raise ValueError(f"{where}: chosen or rejected is empty and there is no prompt")
-    cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
-    if chosen[cut] != rejected[cut] and cut > 0 and chosen[cut - 1] == " ":
-        cut -= 1
-    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-
-
 def _common_prefix(a: list[int], b: list[int]) -> int:
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def _decoded(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
-
-
-def _template_options(row: dict) -> dict[str, Any]:
-    options = _decoded(row.get("chat_template_kwargs")) or {}
-    return {key: value for key, value in options.items() if value is not None}

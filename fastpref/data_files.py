@@ -27,6 +27,8 @@ NUMBERS = (*REFERENCE, *PER_PAIR)
 # The same of single answers: of their own log-probs and of mismatched answers', for KTO's KL.
 UNPAIRED_REFERENCE = ("ref_logps", "ref_KL_logps")
 UNPAIRED_NUMBERS = (*UNPAIRED_REFERENCE, "weight")
+# What a chat template takes beside the messages; JSON text, or the object itself.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,19 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
     if path.stat().st_size == 0:
         raise ValueError(f"data file {source} is empty")
     if kinds[-1] == ".parquet":
-        return _load_parquet(path)
+        return _named(_load_parquet(path), path)
     try:
         rows = list(READERS[kinds[-1]](path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 text: {error}") from None
     except (gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{source} is not a complete gzip file: {error}") from None
-    return _from_rows(rows, source)
+    return _named(_from_rows(rows, source), path)
+
+
+def _named(dataset: Any, path: Path) -> Any:
+    dataset.info.dataset_name = path.name
+    return dataset
 
 
 def _load_hub(name: str, split: str, streaming: bool) -> Any:
@@ -231,8 +238,7 @@ READERS[".parquet"] = None  # read as columns, not row by row
 
 
 def _from_rows(rows: list, name: str) -> Any:
-    import pyarrow
-    from datasets import Dataset
+    from .data_json import dataset_of
 
     if not rows:
         raise ValueError(f"{name} has no rows")
@@ -242,10 +248,7 @@ def _from_rows(rows: list, name: str) -> Any:
     columns: dict[str, list] = {key: [] for row in rows for key in row}
     for key, values in columns.items():
         values.extend(row.get(key) for row in rows)
-        # Arrow would merge the keys of all rows into each; as JSON they stay what they were.
-        if key in ("tools", "chat_template_kwargs"):
-            columns[key] = [v if v is None or isinstance(v, str) else json.dumps(v) for v in values]
-        elif key in (*TEXT, *UNPAIRED.answers):
+        if key in (*TEXT, *UNPAIRED.answers):
             kinds = [type(value) for value in values]
             odd = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
             if odd is not None:
@@ -253,29 +256,10 @@ def _from_rows(rows: list, name: str) -> Any:
                     f"{name}: row {odd}: {key} is a {kinds[odd].__name__} but in row 0 it is a "
                     f"{kinds[0].__name__}; all rows must have the same form"
                 )
-    try:
-        return Dataset.from_dict(columns)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise ValueError(f"{name}: a column holds values of different types: {error}") from None
+    return dataset_of(columns, name)
 
 
 # ---- checks ------------------------------------------------------------------------------------
-
-
-def check_columns(columns: list[str], name: str, form: Form = PAIRS) -> None:
-    """Raise a ValueError unless a data set has the columns of one of the forms that are read."""
-    found = f"found columns {sorted(columns)}; {form.expected}"
-    if {"image", "images"} & set(columns):
-        raise ValueError(f"{name} data has images, which are not supported; {found}")
-    wanted = form.ids if set(form.ids) & set(columns) else form.answers
-    if form is UNPAIRED and wanted is form.answers:
-        wanted = ("prompt", *wanted)  # a pair's may be inside its answers
-    for column in (*wanted, *form.labels):
-        if column not in columns:
-            raise ValueError(f"{name} data: column {column!r} is missing; {found}")
-    given = [column for column in REFERENCE if column in columns]
-    if len(given) == 1:
-        raise ValueError(f"{name} data has {given[0]} but not the other of {REFERENCE}")
 
 
 def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) -> None:
@@ -314,3 +298,20 @@ def describe(value: Any) -> str:
     if value is None:
         return "missing"
     return "a message list" if value and is_messages(value) else f"a {type(value).__name__}"
+
+
+def check_encodable(text: str, where: str) -> None:
+    """Raise a ValueError if the text has a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has the lone surrogate U+{ord(text[error.start]):04X}, half of a character; "
+            "expected text that UTF-8 can hold"
+        ) from None
+
+
+def origin(dataset: Any, name: str) -> str:
+    """What errors call a data set: its file's or its hub name, and what it is for."""
+    source = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return f"{source}: {name} data" if source else f"{name} data"

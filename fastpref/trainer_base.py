@@ -161,7 +161,7 @@ class BaseTrainer(Trainer):
                 name=name,
                 vocab_size=self._vocab_size,
             )
-        if args.process_index == 0 and report.rows is not None:
+        if args.process_index == 0:
             for sentence in report.warnings():
                 logger.warning(sentence)
         self.reports[name] = report

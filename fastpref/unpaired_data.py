@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from .data import DataReport, extract_prompt, tokenise
-from .data_files import NUMBERS, UNPAIRED
+from .data import DataReport, tokenise
+from .data_files import NUMBERS, PAIRS, UNPAIRED, origin
+from .data_layouts import Layout, arrange_batch, find_layout, row_numbers, sample
 
 
 def prepare_unpaired_dataset(
@@ -74,23 +76,54 @@ def unpair(dataset: Any, name: str = "train") -> Any:
     ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(columns)]
     if not ends:
         return dataset
-    options = {"end": ends[-1], "name": name}
-    return dataset.map(_split_pairs, batched=True, fn_kwargs=options, remove_columns=columns)
+    from datasets import Features, IterableDataset, Sequence, Value
+
+    from .data_json import FreeForm
+
+    given = dataset.features
+    if ends[-1] == "_ids":
+        options: dict[str, Any] = {"function": _split_ids}
+        left = [c for c in columns if c not in ("chosen_ids", "rejected_ids")]
+        made = {"completion_ids": Sequence(Value("int32"))}
+    else:
+        layout = find_layout(dataset, sample(dataset), name, PAIRS)
+        options = {"function": _split_texts, "with_indices": True}
+        used = {layout.prompt, layout.context, layout.system, *PAIRS.answers}
+        left = [c for c in columns if c not in used]
+        stored = not isinstance(dataset, IterableDataset)  # its `map` writes values as they come
+        options["fn_kwargs"] = {
+            "layout": layout, "left": left, "data": origin(dataset, name), "stored": stored
+        }  # fmt: skip
+        made = {"prompt": FreeForm(), "completion": FreeForm()}
+    if given is not None:
+        kept = {key: given[key] for key in left}
+        options["features"] = Features({**kept, **made, "label": Value("bool")})
+    return dataset.map(**options, batched=True, remove_columns=columns)
 
 
-def _split_pairs(batch: dict[str, list], end: str, name: str) -> dict[str, list]:
-    chosen, rejected = f"chosen{end}", f"rejected{end}"
-    size = len(batch[chosen])
-    if not end and "prompt" not in batch:
-        parts = [
-            extract_prompt({"chosen": a, "rejected": b}, f"{name} data: row {i} of {size}")
-            for i, (a, b) in enumerate(zip(batch[chosen], batch[rejected], strict=True))
-        ]
-        batch = {**batch, **{key: [part[key] for part in parts] for key in parts[0]}}
-    out = {key: values * 2 for key, values in batch.items() if key not in (chosen, rejected)}
-    out[f"completion{end}"] = batch[chosen] + batch[rejected]
-    out["label"] = [True] * size + [False] * size
-    return out
+def _split_ids(batch: dict[str, list]) -> dict[str, list]:
+    out = {k: v * 2 for k, v in batch.items() if k not in ("chosen_ids", "rejected_ids")}
+    size = len(batch["chosen_ids"])
+    out["completion_ids"] = batch["chosen_ids"] + batch["rejected_ids"]
+    return {**out, "label": [True] * size + [False] * size}
+
+
+def _split_texts(
+    batch: dict[str, list],
+    rows: list[int],
+    layout: Layout,
+    left: list[str],
+    data: str,
+    stored: bool,
+) -> dict[str, list]:
+    """Prompt, completion and label of a batch of pairs; as JSON where they are stored."""
+    rows = row_numbers(batch, rows)
+    pairs = [row for row, _ in arrange_batch(batch, layout, PAIRS, data, rows)]
+    out = {key: batch[key] * 2 for key in left}
+    as_is = json.dumps if stored else lambda value: value
+    out["prompt"] = [as_is(row["prompt"]) for row in pairs] * 2
+    out["completion"] = [as_is(row[key]) for key in PAIRS.answers for row in pairs]
+    return {**out, "label": [True] * len(pairs) + [False] * len(pairs)}
 
 
 def _mismatch(batch: dict[str, list]) -> dict[str, list]:

@@ -257,6 +257,9 @@ def load(model: str, data: str, eval_data: str | None, fraction: float, seed: in
     if fraction > 0:
         if len(train_set) < 2:
             raise ValueError(f"--eval-split needs at least 2 pairs, but {data} has 1")
+        if "row" not in train_set.column_names and "prompt_ids" not in train_set.column_names:
+            # A row keeps its number in the file, which warnings and errors name.
+            train_set = train_set.add_column("row", list(range(len(train_set))))
         parts = train_set.train_test_split(fraction, seed=seed)
         train_set, eval_set = parts["train"], parts["test"]
     from transformers import AutoTokenizer
