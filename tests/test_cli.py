@@ -55,6 +55,9 @@ def train(output, *arguments, data=ASSETS / "train.jsonl", model=ASSETS, code=0)
     )  # fmt: skip
 
 
+ROLES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+
+
 def complaint(result):
     """The one line on stderr."""
     assert result.stderr.startswith("fastpref: ") and result.stderr.count("\n") == 1, result.stderr
@@ -205,6 +208,21 @@ def test_bad_model(tmp_path):
 )
 def test_bad_options(tmp_path, options, expected):
     assert expected in complaint(train(tmp_path / "out", *options, code=2))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_errors_name_the_file_and_its_row_after_splits_and_shuffles(tmp_path, pairs, loss):
+    chat = [
+        {**row, **{key: [{"role": role, "content": row[key]}] for key, role in ROLES.items()}}
+        for row in pairs
+    ]
+    chat[7]["rejected"] = []
+    data = write(tmp_path / "chat.jsonl", chat)
+    result = train(tmp_path / "out", "--eval-split", 0.3, "--loss", loss, data=data, code=2)
+    assert "chat.jsonl: " in complaint(result)
+    assert "data: row 7: rejected is an empty" in complaint(result).replace(
+        "completion", "rejected"
+    )
 
 
 def test_a_backend_that_cannot_run_is_found_first(tmp_path, monkeypatch):

@@ -252,19 +252,23 @@ def load(model: str, data: str, eval_data: str | None, fraction: float, seed: in
 
     if eval_data is not None and fraction > 0:
         raise ValueError("--eval-data and --eval-split exclude each other; give one of them")
-    train_set = load_preference_data(data)
-    eval_set = None if eval_data is None else load_preference_data(eval_data)
+    train_set = numbered(load_preference_data(data))
+    eval_set = None if eval_data is None else numbered(load_preference_data(eval_data))
     if fraction > 0:
         if len(train_set) < 2:
             raise ValueError(f"--eval-split needs at least 2 pairs, but {data} has 1")
-        if "row" not in train_set.column_names and "prompt_ids" not in train_set.column_names:
-            # A row keeps its number in the file, which warnings and errors name.
-            train_set = train_set.add_column("row", list(range(len(train_set))))
         parts = train_set.train_test_split(fraction, seed=seed)
         train_set, eval_set = parts["train"], parts["test"]
     from transformers import AutoTokenizer
 
     return from_pretrained(AutoTokenizer, model), train_set, eval_set
+
+
+def numbered(dataset: Any) -> Any:
+    """The data with each row's number, which errors name, also once it is split and shuffled."""
+    if {"row", "prompt_ids"} & set(dataset.column_names):
+        return dataset
+    return dataset.add_column("row", list(range(len(dataset))))
 
 
 def check_options(epochs: float, max_steps: int, adapter_options: list[str]) -> None:
