@@ -11,6 +11,16 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file, find_adapter_config_file
 
+# What peft raises for a configuration or weights that do not fit.
+_UNLOADABLE = (
+    OSError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    UserWarning,
+    ValueError,
+    SafetensorError,
+)
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _OF_THE_ADAPTER = ("revision", "subfolder")  # these name it, and not its base
 _WHOLE = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -100,7 +110,7 @@ def load_adapter(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             return PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub)
-    except (OSError, ValueError, RuntimeError, UserWarning, SafetensorError) as error:
+    except _UNLOADABLE as error:
         text = " ".join(str(error).split())[:500]
         raise ValueError(
             f"the adapter {name!r} could not be put on its base model {base!r}: {text}"
