@@ -109,6 +109,8 @@ def load_adapter(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
+            # peft asks transformers under a name that changed since.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub)
     except _UNLOADABLE as error:
         text = " ".join(str(error).split())[:500]
