@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
+from yaml import YAMLError
 
 from .head_reading import unwrap
 from .reference import is_peft
 
+logger = logging.getLogger("fastpref")
 MARK = "<!-- written by fastpref -->"
 SHOWN = (
     "loss_type",
@@ -78,7 +81,11 @@ class CardTrainer(Trainer):
             "license": license,
             "datasets": _listed(dataset_tags) or names or None,
         }
-        before = ModelCard.load(path) if path.is_file() else None
+        try:
+            before = ModelCard.load(path) if path.is_file() else None
+        except (ValueError, YAMLError) as error:  # no reason to lose the run's weights
+            logger.warning(f"{path} is left as it is, because its metadata cannot be read: {error}")
+            return
         kept = _listed(before.data.tags) if before is not None else []
         all_tags = sorted({*kept, *_listed(tags), *self._tag_names})
         if before is not None and not _generated(before.text):

@@ -326,6 +326,7 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
 
     def evaluation_data(self, source: Any, name: str) -> Any:
         dataset = self._prepare_data(source, name)
+        check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
         if self.precompute and (self.reference is not None or self.state.global_step == 0):
             dataset = self._precompute(dataset, name)
         return dataset

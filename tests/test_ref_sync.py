@@ -157,3 +157,11 @@ def test_what_it_does_not_go_with(tmp_path, options, message):
         options["train"] = [{**row, **ref} for row in tiny.rows(4)]
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options)
+
+
+def test_new_data_with_references_of_its_own(tmp_path):
+    ref = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -1.0}
+    t = trainer(tmp_path, **SYNC)
+    for method in (t.evaluate, t.predict):
+        with pytest.raises(ValueError, match="columns of reference log-probs, which do not move"):
+            method([{**row, **ref} for row in tiny.rows(2)])

@@ -205,7 +205,7 @@ def test_saved_models_have_a_card(tmp_path, adapter, monkeypatch):
     assert "# Named" in found.text and "c/d" in found.text and "a/b" in found.text
 
 
-def test_cards_of_single_answers_and_of_others(tmp_path):
+def test_cards_of_single_answers_and_of_others(tmp_path, caplog):
     t = unpaired.trainer(tmp_path, max_steps=1)
     assert {"fastpref", "kto"} <= set(t.model.model_tags)
     written = "---\ntags:\n- precious\n---\n\n# By hand\n"
@@ -215,6 +215,11 @@ def test_cards_of_single_answers_and_of_others(tmp_path):
     found = card(tmp_path / "end")
     assert "# By hand" in found.text and "fastpref," not in found.text
     assert {"fastpref", "kto", "precious"} <= set(found.data.tags)
+    odd = "---\ntags: [\n---\n"
+    (tmp_path / "end" / "README.md").write_text(odd)
+    t.save_model(str(tmp_path / "end"))
+    assert (tmp_path / "end" / "README.md").read_text() == odd
+    assert "is left as it is, because its metadata cannot be read" in caplog.text
 
 
 def test_a_hub_name_is_the_base_and_a_directory_is_not(tmp_path):
