@@ -38,18 +38,23 @@ def load_model(name: str, dtype: torch.dtype) -> Any:
         return _load_whole(name, {"dtype": dtype})
     path = str(Path(name).expanduser())
     try:
-        return load_adapter(path, adapter, {"dtype": dtype}, _load_whole, trainable=True)
+        return load_adapter(path, adapter, {"dtype": dtype}, _load_base, trainable=True)
     except ValueError as error:
         raise ValueError(f"--model {name}: {error}") from error
 
 
-def _load_whole(name: str, options: dict[str, Any]) -> Any:
+def _load_base(name: str, options: dict[str, Any]) -> Any:
+    return _load_whole(name, options, "base")
+
+
+def _load_whole(name: str, options: dict[str, Any], said: str = "--model") -> Any:
     from transformers import AutoModelForCausalLM
 
     from fastpref.loading import check_loaded
 
-    model, info = from_pretrained(AutoModelForCausalLM, name, output_loading_info=True, **options)
-    check_loaded(model, info, f"--model {name}")
+    options = {**options, "output_loading_info": True}
+    model, info = from_pretrained(AutoModelForCausalLM, name, said, **options)
+    check_loaded(model, info, f"{said} {name}")
     return model
 
 
@@ -64,27 +69,30 @@ def load_tokenizer(name: str) -> Any:
         return from_pretrained(AutoTokenizer, name)
     base = adapter.get("base_model_name_or_path")
     if tokenizer_of(path, {}) is None and base:
-        return from_pretrained(AutoTokenizer, base)
+        return from_pretrained(AutoTokenizer, base, f"--model {name}: base")
     return AutoTokenizer.from_pretrained(path)
 
 
-def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence."""
+def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any) -> Any:
+    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence.
+
+    said: what the name is called there.
+    """
     from safetensors import SafetensorError
 
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"--model {name} is a directory without config.json, so no model")
+            raise ValueError(f"{said} {name} is a directory without config.json, so no model")
         name = str(path)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"--model {name} is not a directory")
+        raise ValueError(f"{said} {name} is not a directory")
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(" .:")
         what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
-        raise ValueError(f"--model {name}: no {what} could be loaded ({first})") from error
+        raise ValueError(f"{said} {name}: no {what} could be loaded ({first})") from error
 
 
 def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:
