@@ -48,6 +48,16 @@ class BaseConfig(TrainingArguments):
         None, "Weight of a mixture of experts' load-balancing loss; the model's own by default."
     )
     disable_dropout: bool = _option(True, "Switch dropout off in the model and the reference.")
+    pad_token: str | None = _option(
+        None, "Token that pads batches; by default the tokenizer's, or else its EOS token."
+    )
+    sync_ref_model: bool = _option(
+        False, "Move the reference towards the policy during training (TR-DPO)."
+    )
+    ref_model_mixup_alpha: float = _option(
+        0.6, "Share of the policy in the moved reference; the rest is the reference before."
+    )
+    ref_model_sync_steps: int = _option(512, "Optimiser steps between two such moves.")
 
     # The data
     dataset_num_proc: int | None = _option(None, "Processes that tokenise the data.")
@@ -59,7 +69,9 @@ class BaseConfig(TrainingArguments):
             "choices": ["keep_start", "keep_end"],
         },
     )
-    pad_to_multiple_of: int | None = _option(None, "Pad batches to a multiple of this length.")
+    pad_to_multiple_of: int | str | None = _option(
+        None, "Pad batches to a multiple of this length; 'auto', as TRL's default, does not."
+    )
     precompute_ref_log_probs: bool = _option(
         False, "Compute the reference log-probs of all data once, before training."
     )
@@ -92,6 +104,9 @@ class BaseConfig(TrainingArguments):
             old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
             given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
             setattr(self, new if renamed else old, given[0] if given else default)
+        self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _without_liger_head(self.liger_kernel_config)
         super().__post_init__()
 
     @classmethod
@@ -120,6 +135,27 @@ class BaseConfig(TrainingArguments):
         }
 
 
+def _multiple(given: Any) -> int | None:
+    """The length that `pad_to_multiple_of` says, which a command line gives as text."""
+    if given is None or (isinstance(given, str) and given.lower() in ("auto", "none")):
+        return None
+    value = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"pad_to_multiple_of is {given!r}; expected at least 1, 'auto' or None")
+    return value
+
+
+def _without_liger_head(given: Any) -> dict[str, Any]:
+    """Liger's layers without its head, which would take the place of the fused one."""
+    config = dict(given or {})
+    if config.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config has fused_linear_cross_entropy=True, which replaces the head that "
+            "these trainers compute themselves; leave it out"
+        )
+    return {**config, "fused_linear_cross_entropy": False}
+
+
 @dataclass
 class PreferenceConfig(BaseConfig):
     """Options of `PreferenceTrainer`: transformers' `TrainingArguments` and those below.
@@ -139,7 +175,11 @@ class PreferenceConfig(BaseConfig):
         nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
         max_length: tokens kept of prompt + answer; None keeps all.
         truncation_mode: "keep_start" or "keep_end".
+        pad_token: token that pads batches.
         precompute_ref_log_probs: compute the reference log-probs once, before training.
+        sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha: every so many optimiser steps
+            the reference becomes alpha * policy + (1 - alpha) * reference; see
+            `fastpref.ref_sync.ReferenceSync`.
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
             `linear_token_logps`.

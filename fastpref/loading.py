@@ -17,6 +17,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from .adapter_loading import find_adapter, load_adapter, tokenizer_of
 from .config import BaseConfig
 from .heads import unwrap
 from .reference import add_reference_adapter, is_peft
@@ -24,18 +25,69 @@ from .reference import add_reference_adapter, is_peft
 logger = logging.getLogger("fastpref")
 
 
-def load_model(model: Any, args: BaseConfig) -> Any:
-    """The model itself, or the one of that name, in float32 by default."""
+def check_models(
+    model: Any, ref_model: Any, args: BaseConfig, quantization_config: Any, peft_config: Any
+) -> None:
+    """Refuse arguments of a trainer that exclude each other, before anything is loaded."""
+    if model is ref_model and not isinstance(model, str):
+        raise ValueError("ref_model is model itself; leave it out to have a copy made")
+    if not isinstance(model, str):
+        if args.model_init_kwargs is not None:
+            raise ValueError("model_init_kwargs is given but the model is already loaded")
+        if quantization_config is not None:
+            raise ValueError(
+                "quantization_config is given but the model is already loaded; expected a model by "
+                "name, or one that was loaded with that quantization_config"
+            )
+        return
+    options = _options(args, quantization_config)
+    if peft_config is not None and find_adapter(model, options) is not None:
+        raise ValueError(
+            f"model is the adapter {model!r} and peft_config is given; merge the adapter into its "
+            "base model first, or leave peft_config out to go on training it"
+        )
+
+
+def load_model(
+    model: Any, args: BaseConfig, quantization_config: Any = None, *, trainable: bool = True
+) -> Any:
+    """The model itself, or the one of that name, in float32 by default.
+
+    An adapter's name gives a PeftModel: its base with the adapter on it.
+    """
     if not isinstance(model, str):
         return model
+    options = _options(args, quantization_config)
+    adapter = find_adapter(model, options)
+    if adapter is not None:
+        return load_adapter(model, adapter, options, _load_whole, trainable=trainable)
+    return _load_whole(model, options)
+
+
+def _options(args: BaseConfig, quantization_config: Any = None) -> dict[str, Any]:
+    """The arguments of from_pretrained."""
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-    options.update(_init_kwargs(args), output_loading_info=True)
+    given = _init_kwargs(args)
+    if quantization_config is not None:
+        if given.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config is given, and in model_init_kwargs as well; expected it in "
+                "one of the two"
+            )
+        options["quantization_config"] = quantization_config
+    return {**options, **given}
+
+
+def _load_whole(name: str, options: dict[str, Any]) -> Any:
     try:
-        pair: Any = _auto_class(model, options).from_pretrained(model, **options)
+        loader = _auto_class(name, options)
+        loaded, info = loader.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model {model!r} could not be loaded: {error}") from error
-    loaded, info = pair
-    check_loaded(loaded, info, f"model {model!r}")
+        raise ValueError(f"model {name!r} could not be loaded: {error}") from error
+    except ImportError as error:  # a quantisation whose library is not here
+        text = " ".join(str(error).split())
+        raise ImportError(f"model {name!r} could not be loaded: {text}") from error
+    check_loaded(loaded, info, f"model {name!r}")
     return loaded
 
 
@@ -76,15 +128,27 @@ def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
         )
 
 
-def load_tokenizer(model: Any, tokenizer: Any, args: BaseConfig) -> tuple[Any, int]:
-    """The tokenizer, by default the model's, with a pad token; and the id to pad with."""
+def load_tokenizer(
+    model: Any, tokenizer: Any, args: BaseConfig, name: str | None = None
+) -> tuple[Any, int]:
+    """The tokenizer, by default the model's, with a pad token; and the id to pad with.
+
+    name: what the model was loaded from. An adapter's own tokenizer goes before its base's.
+    """
     config = unwrap(model).config.get_text_config()
     if isinstance(tokenizer, ProcessorMixin):
         raise ValueError("processing_class is a multimodal processor; expected a tokenizer")
-    if tokenizer is None and (name := getattr(unwrap(model).config, "_name_or_path", "")):
+    base = getattr(unwrap(model).config, "_name_or_path", "")
+    if tokenizer is None and (name or base):
         options = {k: v for k, v in _init_kwargs(args).items() if k in ("revision", "token")}
+        if name is not None and is_peft(model):
+            name = tokenizer_of(name, options)
+            if name is None:  # the revision is the adapter's
+                options.pop("revision", None)
         options["trust_remote_code"] = args.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name or base, **options)
+    if args.pad_token is not None:
+        _set_pad_token(tokenizer, args.pad_token)
     if tokenizer is None:  # enough for data that is tokenised already
         known = [i for i in (config.pad_token_id, config.eos_token_id) if i is not None]
         return None, known[0] if known else 0
@@ -102,6 +166,17 @@ def load_tokenizer(model: Any, tokenizer: Any, args: BaseConfig) -> tuple[Any, i
     if getattr(unwrap(model), "generation_config", None) is not None:
         unwrap(model).generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, tokenizer.pad_token_id
+
+
+def _set_pad_token(tokenizer: Any, token: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"pad_token is {token!r} but there is no tokenizer; pass processing_class")
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"pad_token is {token!r}, which is not in the tokenizer's vocabulary; expected one of "
+            "its tokens"
+        )
+    tokenizer.pad_token = token
 
 
 def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:

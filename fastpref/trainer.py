@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 from .batches import loss_inputs
 from .collate import PreferenceCollator
@@ -35,15 +41,19 @@ class PreferenceTrainer(BaseTrainer):
 
     Args:
         model: a name or directory (loaded in float32 unless `model_init_kwargs` says otherwise), a
-            PreTrainedModel or a PeftModel.
+            PreTrainedModel or a PeftModel. That of an adapter is loaded on its base model, and the
+            adapter is trained on.
         ref_model: the reference; a model, a name or None.
         args: a `PreferenceConfig`.
         data_collator: replaces `PreferenceCollator`; must return input_ids, attention_mask and
             completion_mask as that does.
         train_dataset: anything that `load_preference_data` reads.
         eval_dataset: likewise, or a dict of them by name.
-        processing_class: the tokenizer; by default the model's.
+        processing_class: the tokenizer; by default the adapter's, where it has one, or the model's.
+        compute_metrics: takes an `EvalPrediction` of the rows' rewards, [rows, 2] chosen and
+            rejected, and labels of 0, as `predict` returns them; there are no logits.
         callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: as in from_pretrained, for a model that is given by name.
         peft_config: adapter to add, such as `peft.LoraConfig`.
         loss_function: a loss of your own in place of `args.loss_type`; see docs/losses.md.
 
@@ -57,6 +67,7 @@ class PreferenceTrainer(BaseTrainer):
     args: PreferenceConfig
     config_class = PreferenceConfig
     columns = (*PAIRS.ids, *PAIRS.numbers, "row")
+    _tag_names = ["fastpref", "dpo"]
 
     def __init__(
         self,
@@ -67,8 +78,10 @@ class PreferenceTrainer(BaseTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
         loss_function: Callable[[Pairs], Tensor] | None = None,
     ) -> None:
@@ -81,8 +94,10 @@ class PreferenceTrainer(BaseTrainer):
             train_dataset,
             eval_dataset,
             processing_class,
+            compute_metrics,
             callbacks,
             optimizers,
+            quantization_config,
             peft_config,
         )
 
@@ -125,7 +140,7 @@ class PreferenceTrainer(BaseTrainer):
         attention_mask: Tensor,
         labels: Tensor,
         **inputs: Tensor | None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         hidden = align_to_tokens(hidden, labels)
         out = linear_preference_loss(
             hidden,
@@ -139,7 +154,16 @@ class PreferenceTrainer(BaseTrainer):
             extras=EXTRAS,
         )
         loss = self.add_aux_loss(out.loss, aux_loss)
-        return {"loss": loss, "sums": micro_step_sums(out, loss, aux_loss, labels, attention_mask)}
+        sums = micro_step_sums(out, loss, aux_loss, labels, attention_mask)
+        return {
+            "loss": loss,
+            "sums": sums,
+            "rewards": (out.chosen_rewards, out.rejected_rewards),
+        }
+
+    def row_labels(self, inputs: dict[str, Any]) -> Tensor:
+        rows = len(inputs["input_ids"]) // 2
+        return inputs["input_ids"].new_zeros(rows, dtype=torch.int64)  # chosen is column 0
 
     def window_options(self) -> dict[str, Any]:
         return {"has_nll": self._loss_options.needs_nll}

@@ -11,12 +11,13 @@ import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import (
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import PredictionOutput
 
 from . import reference as refs
 from .config import BaseConfig
@@ -30,18 +31,28 @@ from .heads import (
     read_head,
     unwrap,
 )
-from .loading import add_adapter, each, load_model, load_tokenizer, router_coefficient
+from .loading import (
+    add_adapter,
+    check_models,
+    each,
+    load_model,
+    load_tokenizer,
+    router_coefficient,
+)
 from .metrics import (
     MetricWindow,
     TokenCount,
     check_grad_norm,
     check_weights,
 )
+from .model_card import CardTrainer
+from .predictions import PredictingTrainer
+from .ref_sync import SyncingTrainer, check_sync_columns, check_sync_options
 
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
     """What `PreferenceTrainer` and `UnpairedPreferenceTrainer` share: all but data and loss.
 
     A trainer derived from it says what its configuration, its rows and its loss are.
@@ -62,8 +73,10 @@ class BaseTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
         args = self.config_class.of(args)
@@ -71,14 +84,14 @@ class BaseTrainer(Trainer):
             raise ValueError("train_dataset is None; expected preference data")
         self._head_options = args.head_options()
         self.needs_reference = self.set_loss(args)
+        check_sync_options(args, self.needs_reference)
         set_seed(args.seed)  # before an adapter draws its weights
-        if model is ref_model and not isinstance(model, str):
-            raise ValueError("ref_model is model itself; leave it out to have a copy made")
-        if args.model_init_kwargs is not None and not isinstance(model, str):
-            raise ValueError("model_init_kwargs is given but the model is already loaded")
-        model = load_model(model, args)
-        ref_model = None if ref_model is None else load_model(ref_model, args)
-        tokenizer, pad_id = load_tokenizer(model, processing_class, args)
+        check_models(model, ref_model, args, quantization_config, peft_config)
+        name = model if isinstance(model, str) else None
+        model = load_model(model, args, quantization_config)
+        if ref_model is not None:
+            ref_model = load_model(ref_model, args, quantization_config, trainable=False)
+        tokenizer, pad_id = load_tokenizer(model, processing_class, args, name)
         model = add_adapter(model, peft_config, ref_model is not None)
         self._vocab_size = read_head(model, adapters=True).vocab_size
         self.reports: dict[str, DataReport] = {}
@@ -98,6 +111,7 @@ class BaseTrainer(Trainer):
         check_adapters(read_head(model, adapters=True).adapters, training=True)
         datasets = [train_dataset, *each(eval_dataset)]
         given = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
+        check_sync_columns(args, given)
         self.check_data(datasets, any(given) or ref_model is not None)
         wanted = not all(given) and self.needs_reference
         self.precompute = args.precompute_ref_log_probs and wanted
@@ -115,6 +129,7 @@ class BaseTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -125,6 +140,8 @@ class BaseTrainer(Trainer):
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         check_head(self.model)  # here, as the model is on its device by now
         self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
+        self.aux_loss_enabled = self._router_coef != 0
+        unwrap(model).add_model_tags(self._tag_names)
         self._windows = {mode: self._new_window() for mode in ("train", "eval")}
         self.add_callback(TokenCount(self._windows["train"]))
         self._eval_prefix: str | None = None
@@ -137,6 +154,8 @@ class BaseTrainer(Trainer):
             self.model, adapter, self._head_options, silence, self.ld_alpha
         )
         self.reference = self._policy_reference if adapter and wanted else None
+        if args.sync_ref_model:
+            self.start_sync(ref_model)
         if self.ref_model is not None:
             self.reference = replace(self._policy_reference, model=self.ref_model, adapter=False)
         if self.precompute:
@@ -237,13 +256,17 @@ class BaseTrainer(Trainer):
         """The loss of one micro-batch; its metrics are kept on the device until they are logged."""
         if return_outputs:
             raise ValueError("return_outputs=True asks for logits, which this trainer never builds")
+        return self._forward(model, inputs)["loss"]
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What `loss_head` returns for a micro-batch, whose metrics go to the window."""
         kwargs, head_inputs = self.step_inputs(model, inputs)
-        if self._router_coef:
+        if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         out = model(**kwargs, head_fn=self.loss_head, head_inputs=head_inputs)
         window = self._windows["train" if model.training else "eval"]
         window.add(out["sums"], inputs.get("rows"), self._where(model.training))
-        return out["loss"]
+        return out
 
     def _where(self, training: bool) -> str:
         if not training:
@@ -259,11 +282,16 @@ class BaseTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The evaluation loss of one batch; there are no logits to return."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The evaluation loss of one batch; its rows' rewards and labels in place of logits."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+            out = self._forward(model, inputs)
+        if prediction_loss_only:
+            return out["loss"].detach(), None, None
+        rewards = out["rewards"]  # of pairs, those of each side
+        rewards = torch.stack(rewards, 1) if isinstance(rewards, tuple) else rewards
+        return out["loss"].detach(), rewards, self.row_labels(inputs)
 
     # ---- evaluation, logging, checkpoints ----
 
@@ -288,9 +316,7 @@ class BaseTrainer(Trainer):
                 metrics.update(self.evaluate(part, ignore_keys, prefix))
             return metrics
         if eval_dataset is not None and not known:
-            eval_dataset = self._prepare_data(eval_dataset, metric_key_prefix)
-            if self.precompute and (self.reference is not None or self.state.global_step == 0):
-                eval_dataset = self._precompute(eval_dataset, metric_key_prefix)
+            eval_dataset = self.evaluation_data(eval_dataset, metric_key_prefix)
         self._windows["eval"].clear()
         self._eval_prefix = metric_key_prefix
         try:
@@ -298,13 +324,31 @@ class BaseTrainer(Trainer):
         finally:
             self._eval_prefix = None
 
+    def evaluation_data(self, source: Any, name: str) -> Any:
+        dataset = self._prepare_data(source, name)
+        check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
+        if self.precompute and (self.reference is not None or self.state.global_step == 0):
+            dataset = self._precompute(dataset, name)
+        return dataset
+
+    def predict_rows(
+        self, dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
+    ) -> PredictionOutput:
+        self._windows["eval"].clear()
+        output = super().predict_rows(dataset, ignore_keys, metric_key_prefix)
+        metrics = self._drained("eval", f"{metric_key_prefix}_")
+        return output._replace(metrics={**(output.metrics or {}), **metrics})
+
+    def _drained(self, mode: str, prefix: str) -> dict[str, float]:
+        metrics = self._windows[mode].drain()
+        if metrics:
+            metrics["num_tokens"] = self._windows["train"].total_tokens
+        return {prefix + key: value for key, value in metrics.items()}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's metrics to a log line; the only place where they leave the device."""
         prefix = "" if self._eval_prefix is None else f"{self._eval_prefix}_"
-        metrics = self._windows["eval" if prefix else "train"].drain()
-        if metrics:
-            metrics["num_tokens"] = self._windows["train"].total_tokens
-        logs.update({prefix + key: value for key, value in metrics.items()})
+        logs.update(self._drained("eval" if prefix else "train", prefix))
         if not self.args.fp16:  # there the scaler skips steps without a finite gradient
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
@@ -328,7 +372,7 @@ class BaseTrainer(Trainer):
             self.accelerator.gather,
             self.accelerator.num_processes,
             self.accelerator.process_index,
-            has_aux_loss=self._router_coef != 0,
+            has_aux_loss=self.aux_loss_enabled,
             **self.window_options(),
         )
 
@@ -367,8 +411,12 @@ class BaseTrainer(Trainer):
 
     def loss_head(
         self, hidden: Tensor, head: Head, aux_loss: Tensor | None, **inputs: Any
-    ) -> dict[str, Tensor]:
-        """The `head_fn` of a training step: the loss and the vector of metric sums."""
+    ) -> dict[str, Any]:
+        """The `head_fn` of a step: the loss, the vector of metric sums, the rows' rewards."""
+        raise NotImplementedError
+
+    def row_labels(self, inputs: dict[str, Any]) -> Tensor:
+        """int64, one for each row of a batch: what `compute_metrics` compares with its rewards."""
         raise NotImplementedError
 
     def window_options(self) -> dict[str, Any]:

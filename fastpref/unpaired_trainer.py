@@ -39,8 +39,10 @@ class UnpairedPreferenceTrainer(BaseTrainer):
             `fastpref.unpaired_data.prepare_unpaired_dataset`.
         args: an `UnpairedPreferenceConfig`.
         data_collator: replaces `UnpairedCollator`.
-        model, ref_model, processing_class, callbacks, optimizers, peft_config: as in
-            `PreferenceTrainer`.
+        compute_metrics: takes an `EvalPrediction` of the rows' rewards, [rows], and labels, 1 for a
+            desirable answer and 0 for another, as `predict` returns them.
+        model, ref_model, processing_class, callbacks, optimizers, quantization_config, peft_config:
+            as in `PreferenceTrainer`.
 
     Raises:
         ValueError: as `PreferenceTrainer`; KTO with one answer per batch, whose KL term would be
@@ -50,6 +52,7 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     args: UnpairedPreferenceConfig
     config_class = UnpairedPreferenceConfig
     columns = (*UNPAIRED.ids, *UNPAIRED.numbers, *UNPAIRED.labels, *UNPAIRED.extra, "row")
+    _tag_names = ["fastpref", "kto"]
 
     def set_loss(self, args: UnpairedPreferenceConfig) -> bool:
         self._loss_options = args.loss_options()
@@ -111,7 +114,7 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         labels: Tensor,
         desirable: Tensor,
         **inputs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         hidden = align_to_tokens(hidden, labels)
         out = linear_kto_loss(
             hidden,
@@ -127,7 +130,10 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         )
         loss = self.add_aux_loss(out.loss, aux_loss)
         sums = unpaired_sums(out, loss, aux_loss, desirable, labels, attention_mask)
-        return {"loss": loss, "sums": sums}
+        return {"loss": loss, "sums": sums, "rewards": out.rewards}
+
+    def row_labels(self, inputs: dict[str, Any]) -> Tensor:
+        return inputs["label"].long()
 
     def window_options(self) -> dict[str, Any]:
         return {"names": UNPAIRED_SUMS, "metrics_of": unpaired_metrics}

@@ -129,6 +129,42 @@ def test_train_ipo_lora_and_resume(tmp_path):
         assert resumed["summary"][key] == pytest.approx(whole["summary"][key], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft, here
+def test_train_on_from_an_adapter(tmp_path, pairs):
+    from peft import AutoPeftModelForCausalLM
+
+    data = write(tmp_path / "pairs.jsonl", pairs)
+    options = ("--max-steps", 3, "--lr", 1e-2)
+    train(tmp_path / "first", *options, "--lora", "--lora-r", 4, data=data)
+    adapter = tmp_path / "first"
+    result = train(tmp_path / "second", *options, data=data, model=adapter)
+    said = " ".join(result.stdout.split())
+    assert "LoRA" in said and "reference: adapter as it is now" in said
+    history = json.loads((tmp_path / "second" / "training_log.json").read_text())["history"]
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert history[0]["rewards/margins"] == 0 and history[1]["rewards/margins"] != 0
+    ids, close = torch.arange(5, 15)[None], {"rtol": 1e-3, "atol": 1e-3}
+    tuned = [
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("first", "second")
+    ]
+    with torch.no_grad():
+        first, second = (model(input_ids=ids).logits for model in tuned)
+        torch.testing.assert_close(
+            tuned[1].merge_and_unload()(input_ids=ids).logits, second, **close
+        )
+    assert (first - second).abs().max() > 1e-3
+    kept = train(tmp_path / "c", *options, "--lora-r", 8, data=data, model=adapter, code=2)
+    assert "--lora-r would do nothing: --model" in complaint(kept)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (adapter / name).unlink()  # the base's is taken
+    train(tmp_path / "d", "--max-steps", 1, "--lora", data=data, model=adapter)
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(ASSETS), str(tmp_path / "moved")))
+    lost = train(tmp_path / "e", *options, data=data, model=adapter, code=2)
+    assert "moved is not a directory" in complaint(lost)
+
+
 def test_train_with_reference_columns(tmp_path, pairs):
     rows = [{**row, "ref_chosen_logps": -30.0, "ref_rejected_logps": -30.0} for row in pairs]
     data = write(tmp_path / "pairs.jsonl", rows)

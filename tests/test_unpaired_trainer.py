@@ -42,7 +42,7 @@ def config(tmp_path, **kwargs):
 
 
 def trainer(tmp_path, model=None, train=None, **kwargs):
-    own = ("ref_model", "eval_dataset", "callbacks", "peft_config")
+    own = ("ref_model", "eval_dataset", "callbacks", "peft_config", "compute_metrics")
     own = {key: kwargs.pop(key) for key in own if key in kwargs}
     return UnpairedPreferenceTrainer(
         model=tiny.model() if model is None else model,

@@ -103,7 +103,14 @@ def config(tmp_path, **kwargs):
 
 def trainer(tmp_path, policy=None, train=None, **kwargs):
     """A trainer; its own arguments and a PreferenceConfig's go in together."""
-    own = ("ref_model", "eval_dataset", "callbacks", "peft_config", "data_collator")
+    own = (
+        "ref_model",
+        "eval_dataset",
+        "callbacks",
+        "peft_config",
+        "data_collator",
+        "compute_metrics",
+    )
     own = {key: kwargs.pop(key) for key in own if key in kwargs}
     return PreferenceTrainer(
         model=model() if policy is None else policy,

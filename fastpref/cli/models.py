@@ -8,33 +8,91 @@ from typing import Any
 import torch
 
 
+def adapter_of(name: str) -> dict[str, Any] | None:
+    """The adapter_config.json of an adapter's directory or hub name; None for another model's."""
+    from fastpref.adapter_loading import find_adapter
+
+    try:
+        return find_adapter(str(Path(name).expanduser()), {})
+    except ValueError as error:
+        raise ValueError(f"--model {name}: {error}") from error
+
+
+def continues(name: str, options: list[str]) -> bool:
+    """Whether --model is an adapter to train on. options: those given that shape a new one."""
+    if adapter_of(name) is None:
+        return False
+    if options:
+        raise ValueError(
+            f"{' and '.join(options)} would do nothing: --model {name} is an adapter, which is "
+            "trained on as it is; merge it into its base model to train a new one"
+        )
+    return True
+
+
 def load_model(name: str, dtype: torch.dtype) -> Any:
+    from fastpref.adapter_loading import load_adapter
+
+    adapter = adapter_of(name)
+    if adapter is None:
+        return _load_whole(name, {"dtype": dtype})
+    path = str(Path(name).expanduser())
+    try:
+        return load_adapter(path, adapter, {"dtype": dtype}, _load_base, trainable=True)
+    except ValueError as error:
+        raise ValueError(f"--model {name}: {error}") from error
+
+
+def _load_base(name: str, options: dict[str, Any]) -> Any:
+    return _load_whole(name, options, "base")
+
+
+def _load_whole(name: str, options: dict[str, Any], said: str = "--model") -> Any:
     from transformers import AutoModelForCausalLM
 
     from fastpref.loading import check_loaded
 
-    model, info = from_pretrained(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
-    check_loaded(model, info, f"--model {name}")
+    options = {**options, "output_loading_info": True}
+    model, info = from_pretrained(AutoModelForCausalLM, name, said, **options)
+    check_loaded(model, info, f"{said} {name}")
     return model
 
 
-def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence."""
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, or of an adapter or else of its base."""
+    from transformers import AutoTokenizer
+
+    from fastpref.adapter_loading import tokenizer_of
+
+    adapter, path = adapter_of(name), str(Path(name).expanduser())
+    if adapter is None:
+        return from_pretrained(AutoTokenizer, name)
+    base = adapter.get("base_model_name_or_path")
+    if tokenizer_of(path, {}) is None and base:
+        return from_pretrained(AutoTokenizer, base, f"--model {name}: base")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any) -> Any:
+    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence.
+
+    said: what the name is called there.
+    """
     from safetensors import SafetensorError
 
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"--model {name} is a directory without config.json, so no model")
+            raise ValueError(f"{said} {name} is a directory without config.json, so no model")
         name = str(path)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"--model {name} is not a directory")
+        raise ValueError(f"{said} {name} is not a directory")
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(" .:")
         what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
-        raise ValueError(f"--model {name}: no {what} could be loaded ({first})") from error
+        raise ValueError(f"{said} {name}: no {what} could be loaded ({first})") from error
 
 
 def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:

@@ -16,7 +16,13 @@ import typer
 
 from fastpref import report
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP, choose_loss
-from fastpref.cli.models import from_pretrained, latest_checkpoint, load_model, lora_config
+from fastpref.cli.models import (
+    continues,
+    latest_checkpoint,
+    load_model,
+    load_tokenizer,
+    lora_config,
+)
 
 
 class Precision(str, Enum):
@@ -37,7 +43,12 @@ LEARNING_RATES = {False: 1e-6, True: 1e-5}  # full, LoRA: what TRL recommends fo
 
 
 def command(
-    model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Directory or hub name of a causal model, or of a LoRA adapter to train on."
+        ),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -93,8 +104,8 @@ def command(
         Reference,
         typer.Option(
             help="Where reference log-probs come from: a second model, the model with its adapter "
-            "off, a pass before training, or columns of the data. auto: columns where the data has "
-            "them, else adapter with --lora, else precompute."
+            "off (or as it is now, if --model is one), a pass before training, or columns of the "
+            "data. auto: columns where the data has them, else adapter with LoRA, else precompute."
         ),
     ] = Reference.auto,
     gradient_checkpointing: Annotated[
@@ -124,7 +135,10 @@ def command(
     if not console.is_terminal:  # bars are for people
         hide_library_bars()
     adapter = {"--lora-r": lora_r, "--lora-alpha": lora_alpha, "--lora-targets": lora_targets}
-    check_options(epochs, max_steps, [] if lora else [k for k, v in adapter.items() if v])
+    given = [k for k, v in adapter.items() if v]
+    continued = continues(model, given)
+    check_options(epochs, max_steps, [] if lora else given)
+    lora = lora or continued
     if eval_steps and eval_data is None and not eval_split:
         raise ValueError("--eval-steps needs held-out pairs; add --eval-data or --eval-split")
     if resume == "latest":
@@ -146,6 +160,8 @@ def command(
     if chosen.reference == "required":
         mode = reference_mode(reference, lora, train_set, eval_set)
         source = reference_text(mode, train_set, eval_set)
+        if continued:
+            source = source.replace("adapter", "adapter as it is now")
     use_bf16 = bf16_is_fast() if bf16 is None else bf16
     if not use_bf16 and precision is Precision.fast:
         raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
@@ -197,7 +213,7 @@ def command(
             tokenizer,
             train_set,
             eval_set,
-            peft_config=lora_config(*adapter.values()) if lora else None,
+            peft_config=lora_config(*adapter.values()) if lora and not continued else None,
             bar=bar,
         )
         try:
@@ -259,9 +275,7 @@ def load(model: str, data: str, eval_data: str | None, fraction: float, seed: in
             raise ValueError(f"--eval-split needs at least 2 pairs, but {data} has 1")
         parts = train_set.train_test_split(fraction, seed=seed)
         train_set, eval_set = parts["train"], parts["test"]
-    from transformers import AutoTokenizer
-
-    return from_pretrained(AutoTokenizer, model), train_set, eval_set
+    return load_tokenizer(model), train_set, eval_set
 
 
 def numbered(dataset: Any) -> Any:
