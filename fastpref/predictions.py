@@ -61,6 +61,8 @@ class PredictingTrainer(Trainer):
         source = load_preference_data(test_dataset)
         if not has_length(source):
             source = load_preference_data(list(source))
+        if "row" in source.column_names and "prompt_ids" not in source.column_names:
+            source = source.remove_columns("row")  # here a row's number is its place in the output
         self.reports.pop(metric_key_prefix, None)
         dataset = self.evaluation_data(source, metric_key_prefix)
         output = self.predict_rows(dataset, ignore_keys, metric_key_prefix)
