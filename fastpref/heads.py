@@ -22,6 +22,7 @@ from .data_files import NUMBERS
 from .head_layers import HeadAdapter, is_sharded, read_layer
 from .head_probe import accepted, verify
 from .head_reading import Head, read_head, unwrap
+from .modes import evaluating
 from .router import load_balancing_loss
 
 __all__ = [
@@ -236,15 +237,10 @@ def check_head(model: Any) -> None:
     ids = torch.tensor([[token % head.vocab_size for token in (5, 6, 7)]])
     ids = ids.to(next(model.parameters()).device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         hidden = hidden_states(model, **inputs)
         expected = model(**inputs, **accepted(type(model).forward, {"use_cache": False})).logits
         logits = read_head(model, adapters=True).logits(hidden.to(head.weight))
-    finally:
-        for module in training:
-            module.training = True
     logits, expected = logits.float().cpu(), expected.float().cpu()
     if expected.isnan().any() and not logits.isnan().any():
         raise ValueError(

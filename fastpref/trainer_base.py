@@ -37,6 +37,8 @@ from .metrics import (
     check_grad_norm,
     check_weights,
 )
+from .modes import same_weights_trained
+from .training_checks import check_optimizer, check_trains
 
 logger = logging.getLogger("fastpref")
 
@@ -96,11 +98,14 @@ class BaseTrainer(Trainer):
         if args.disable_dropout:
             disable_dropout(model)
         check_adapters(read_head(model, adapters=True).adapters, training=True)
+        check_optimizer(model, optimizers[0])
         datasets = [train_dataset, *each(eval_dataset)]
         given = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
         self.check_data(datasets, any(given) or ref_model is not None)
         wanted = not all(given) and self.needs_reference
         self.precompute = args.precompute_ref_log_probs and wanted
+        if self.precompute:  # hours of work ahead of a training that cannot be
+            check_trains(model)
         adapter = refs.is_peft(model) and ref_model is None
         if wanted and adapter:
             refs.check_adapter_reference(model)
@@ -132,9 +137,8 @@ class BaseTrainer(Trainer):
         self.ref_model: Any = None
         if ref_model is not None:
             self.ref_model = self._prepare_reference_model(ref_model)
-        silence = not args.disable_dropout
         self._policy_reference = refs.Reference(
-            self.model, adapter, self._head_options, silence, self.ld_alpha
+            self.model, adapter, self._head_options, self.ld_alpha
         )
         self.reference = self._policy_reference if adapter and wanted else None
         if self.ref_model is not None:
@@ -183,23 +187,18 @@ class BaseTrainer(Trainer):
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
         reference = self.reference or self._policy_reference
-        was_training = reference.model.training
-        reference.model.eval()
-        try:
-            with self.accelerator.autocast():
-                return refs.precompute(
-                    dataset,
-                    lambda batch: self.reference_sums(reference, batch),
-                    self.data_collator,
-                    self.accelerator,
-                    batch_size=args.precompute_ref_batch_size or size,
-                    name=name,
-                    columns=self.reference_columns(),
-                    num_workers=args.dataloader_num_workers,
-                    disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
-                )
-        finally:
-            reference.model.train(was_training)
+        with self.accelerator.autocast():
+            return refs.precompute(
+                dataset,
+                lambda batch: self.reference_sums(reference, batch),
+                self.data_collator,
+                self.accelerator,
+                batch_size=args.precompute_ref_batch_size or size,
+                name=name,
+                columns=self.reference_columns(),
+                num_workers=args.dataloader_num_workers,
+                disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
+            )
 
     # ---- loss ----
 
@@ -308,6 +307,19 @@ class BaseTrainer(Trainer):
         if not self.args.fp16:  # there the scaler skips steps without a finite gradient
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, unless there is nothing to train (`ValueError`)."""
+        check_trains(self.model)
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with same_weights_trained(self.model):  # PEFT loads an adapter as trainable as a whole
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with same_weights_trained(self.model):
+            super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Nothing is written over or next to the last good checkpoint unless all is finite.

@@ -87,7 +87,9 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         assert reference is not None
         kl = None
         if self.estimates_kl:
-            policy = replace(self._policy_reference, model=model, adapter=False, dropout=False)
+            # In the policy's own mode: the rewards, which the estimate is held against, are of
+            # the policy with its dropout and its noise, and both would be off without in one.
+            policy = replace(self._policy_reference, model=model, adapter=False, own_mode=True)
             with self.accelerator.autocast():
                 ratios = policy.logps(_sequences(inputs, "KL_")) - reference[size:]
             kl = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
