@@ -55,6 +55,7 @@ def _backbone(model: Any) -> nn.Module:
 
 
 HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
+RouterFunction = Callable[[Any, Any, Tensor | None], Tensor]  # (model, outputs, attention_mask)
 
 # Arguments of a causal model's forward that concern its logits and what they have to be.
 _OF_LOGITS: dict[str, tuple[Any, ...]] = {
@@ -71,9 +72,11 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
 
     `hidden` is the last hidden state [B, T, H] on the head's device, `head` a `Head`, `aux_loss`
     the load-balancing loss of a mixture of experts when `output_router_logits=True` was passed and
-    None otherwise. The model's own forward is asked once, with stand-ins for its backbone and its
-    output layer, whether the head is what `read_head` says. Install before the model is wrapped for
-    distributed training; installing twice changes nothing. `uninstall_head_forward` undoes it.
+    None otherwise; `router_fn=g` puts `g(model, outputs, attention_mask)` in its place, as
+    `fastpref.router.router_rows` does. The model's own forward is asked once, with stand-ins for
+    its backbone and its output layer, whether the head is what `read_head` says. Install before the
+    model is wrapped for distributed training; installing twice changes nothing.
+    `uninstall_head_forward` undoes it.
 
     Args:
         model: a causal language model, wrapped or not.
@@ -113,6 +116,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         *args: Any,
         head_fn: HeadFunction | None = None,
         head_inputs: Mapping[str, Any] | None = None,
+        router_fn: RouterFunction = load_balancing_loss,
         **kwargs: Any,
     ) -> Any:
         if head_fn is None:
@@ -121,7 +125,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         outputs = _backbone(self)(**kwargs)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = load_balancing_loss(self, outputs, kwargs.get("attention_mask"))
+            aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
         head = read_head(self, adapters=True)
         return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
 

@@ -183,8 +183,9 @@ def precompute(
         ValueError: the data set is a stream.
     """
     from datasets import Dataset
-    from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
+
+    from .loaders import make_loader
 
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -195,13 +196,9 @@ def precompute(
     answers = [key for key in dataset.column_names if key.endswith("_ids") and key != "prompt_ids"]
     lengths = [len(row["prompt_ids"]) + max(len(row[k]) for k in answers) for row in dataset]
     order = np.argsort(-np.array(lengths), kind="stable")
-    loader = accelerator.prepare_data_loader(
-        DataLoader(
-            dataset.select(order),
-            batch_size=batch_size,
-            collate_fn=collator,
-            num_workers=num_workers,
-        )
+    longest_first = dataset.select(order)
+    loader = make_loader(
+        longest_first, collator, accelerator, batch_size=batch_size, num_workers=num_workers
     )
     parts = []
     bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)

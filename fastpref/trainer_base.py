@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     set_seed,
 )
@@ -38,12 +37,13 @@ from .metrics import (
     check_weights,
 )
 from .modes import same_weights_trained
+from .trainer_evaluation import EvaluatingTrainer
 from .training_checks import check_optimizer, check_trains
 
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(EvaluatingTrainer):
     """What `PreferenceTrainer` and `UnpairedPreferenceTrainer` share: all but data and loss.
 
     A trainer derived from it says what its configuration, its rows and its loss are.
@@ -88,8 +88,9 @@ class BaseTrainer(Trainer):
         self.args = args
         train_dataset = self._prepare_data(train_dataset, "train")
         eval_dataset = self._prepare_eval_data(eval_dataset)
-        if not hasattr(train_dataset, "__len__"):  # processes read streams by themselves
-            settings: Any = args.accelerator_config
+        settings: Any = args.accelerator_config
+        self._dispatches = bool(settings.dispatch_batches)
+        if settings.dispatch_batches is None:  # processes read streams, too, by themselves
             settings.dispatch_batches = False
         if data_collator is None:
             data_collator = self.make_collator(
@@ -130,9 +131,15 @@ class BaseTrainer(Trainer):
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         check_head(self.model)  # here, as the model is on its device by now
         self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
-        self._windows = {mode: self._new_window() for mode in ("train", "eval")}
-        self.add_callback(TokenCount(self._windows["train"]))
-        self._eval_prefix: str | None = None
+        self._window = MetricWindow(
+            self.accelerator.gather,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            has_aux_loss=self._router_coef != 0,
+            **self.window_options(),
+        )
+        self.add_callback(TokenCount(self._window))
+        self._evaluates = False
         self._micro_step = (0, 0)
         self.ref_model: Any = None
         if ref_model is not None:
@@ -240,29 +247,15 @@ class BaseTrainer(Trainer):
         if self._router_coef:
             kwargs["output_router_logits"] = True
         out = model(**kwargs, head_fn=self.loss_head, head_inputs=head_inputs)
-        window = self._windows["train" if model.training else "eval"]
-        window.add(out["sums"], inputs.get("rows"), self._where(model.training))
+        if model.training:
+            self._window.add(out["sums"], inputs.get("rows"), self._where())
         return out["loss"]
 
-    def _where(self, training: bool) -> str:
-        if not training:
-            return f"evaluation after step {self.state.global_step}"
+    def _where(self) -> str:
         step = self.state.global_step + 1
         micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 1
         self._micro_step = (step, micro)
         return f"step {step}, micro-batch {micro} of {self.args.gradient_accumulation_steps}"
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        """The evaluation loss of one batch; there are no logits to return."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
 
     # ---- evaluation, logging, checkpoints ----
 
@@ -290,20 +283,18 @@ class BaseTrainer(Trainer):
             eval_dataset = self._prepare_data(eval_dataset, metric_key_prefix)
             if self.precompute and (self.reference is not None or self.state.global_step == 0):
                 eval_dataset = self._precompute(eval_dataset, metric_key_prefix)
-        self._windows["eval"].clear()
-        self._eval_prefix = metric_key_prefix
+        self._evaluates = True
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
-            self._eval_prefix = None
+            self._evaluates = False
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's metrics to a log line; the only place where they leave the device."""
-        prefix = "" if self._eval_prefix is None else f"{self._eval_prefix}_"
-        metrics = self._windows["eval" if prefix else "train"].drain()
+        """Add the window's metrics to a log line of training; there they leave the device."""
+        metrics = {} if self._evaluates else self._window.drain()
         if metrics:
-            metrics["num_tokens"] = self._windows["train"].total_tokens
-        logs.update({prefix + key: value for key, value in metrics.items()})
+            metrics["num_tokens"] = self._window.total_tokens
+        logs.update(metrics)
         if not self.args.fp16:  # there the scaler skips steps without a finite gradient
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
@@ -323,10 +314,10 @@ class BaseTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Nothing is written over or next to the last good checkpoint unless all is finite.
-        self._windows["train"].sync()
+        self._window.sync()
         check_weights(model, self.state.global_step)
         saved: Any = self.state.stateful_callbacks
-        saved[TokenCount.KEY] = {"num_tokens": self._windows["train"].total_tokens}
+        saved[TokenCount.KEY] = {"num_tokens": self._window.total_tokens}
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -334,15 +325,6 @@ class BaseTrainer(Trainer):
         if not _internal_call:  # a checkpoint has been checked already
             check_weights(self.model, self.state.global_step)
         super().save_model(output_dir, _internal_call)
-
-    def _new_window(self) -> MetricWindow:
-        return MetricWindow(
-            self.accelerator.gather,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            has_aux_loss=self._router_coef != 0,
-            **self.window_options(),
-        )
 
     def add_aux_loss(self, loss: Tensor, aux_loss: Tensor | None) -> Tensor:
         """The loss with that of a mixture of experts' router, where there is one."""
@@ -372,10 +354,6 @@ class BaseTrainer(Trainer):
     def reference_sums(self, reference: refs.Reference, batch: dict[str, Any]) -> Tensor:
         """The reference's log-probs of a batch, by column one after the other."""
         return reference.logps(batch)
-
-    def step_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict, dict]:
-        """The arguments of the model, and of `loss_head` after its first three, for a batch."""
-        raise NotImplementedError
 
     def loss_head(
         self, hidden: Tensor, head: Head, aux_loss: Tensor | None, **inputs: Any
