@@ -33,9 +33,10 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     A drop-in for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names. KTO's KL
     term is estimated, as there, from each prompt with the answer of the row before, within blocks
     of per_device_train_batch_size rows; so with `loss_type="kto"` rows are read in their order, and
-    data whose desirable answers come first should be shuffled before. A last block of one row, as
-    in TRL, estimates the term from that row's own answer. Everything else, the
-    reference too, is as in `PreferenceTrainer`.
+    data whose desirable answers come first should be shuffled before. Where that row has the same
+    prompt, or a block is one row, whose own answer TRL would take, an answer to another prompt
+    takes its place. An evaluation estimates the term once, from all of its rows. Everything else,
+    the reference too, is as in `PreferenceTrainer`.
 
     Args:
         train_dataset, eval_dataset: rows of prompt, completion and label, or pairs; see
