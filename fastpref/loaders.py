@@ -1,4 +1,5 @@
-"""Loaders of evaluation data, whose rows are known again, and of data that one process dispatches.
+"""Loaders: of evaluation data, whose rows are known again, of data that one process dispatches, of
+rows by their length.
 
 accelerate's dispatcher reads batches in the first process, joins them on dimension 0 and cuts it
 into as many pieces as there are processes. A batch [chosen; rejected] would be torn apart, and flat
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 POSITION = "position"  # of a row in its data set; also the batch's key of all of them
 _FLAT = "token_indices"  # ends the keys of positions in flattened labels
@@ -97,6 +99,48 @@ def _stack(tensors: list[Tensor], key: str) -> Tensor:
         wide[:, : t.shape[1]] = t
         padded.append(wide)
     return torch.stack(padded)
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """The tokens of each row of tokenised data: its prompt with its longest answer."""
+    answers = [key for key in dataset.column_names if key.endswith("_ids") and key != "prompt_ids"]
+    return [len(row["prompt_ids"]) + max(len(row[key]) for key in answers) for row in dataset]
+
+
+class LengthSampler(Sampler):
+    """Rows of like lengths in the same batches, in another order in every pass.
+
+    Args:
+        lengths: of the rows.
+        batch_size: rows per step.
+        seed: with the number of the pass it determines the order.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        self.epoch += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which pass is next."""
+        self.epoch = epoch
+
+
+def set_sampler_epoch(loader: Any, epoch: int) -> None:
+    """Say which pass is next to the sampler under however many batch samplers."""
+    batches = getattr(loader, "batch_sampler", None)
+    while batches is not None:
+        sampler: Any = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        batches = getattr(batches, "batch_sampler", None)
 
 
 def own_part(batch: Any) -> Any:

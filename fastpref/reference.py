@@ -185,7 +185,7 @@ def precompute(
     from datasets import Dataset
     from tqdm.auto import tqdm
 
-    from .loaders import make_loader
+    from .loaders import make_loader, row_lengths
 
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -193,9 +193,7 @@ def precompute(
             "or set precompute_ref_log_probs=False"
         )
     # Longest first: batches of like lengths have little padding, and the memory peak comes at once.
-    answers = [key for key in dataset.column_names if key.endswith("_ids") and key != "prompt_ids"]
-    lengths = [len(row["prompt_ids"]) + max(len(row[k]) for k in answers) for row in dataset]
-    order = np.argsort(-np.array(lengths), kind="stable")
+    order = np.argsort(-np.array(row_lengths(dataset)), kind="stable")
     longest_first = dataset.select(order)
     loader = make_loader(
         longest_first, collator, accelerator, batch_size=batch_size, num_workers=num_workers
