@@ -64,8 +64,9 @@ class NumberedCollator:
     collator: Collator
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        positions = [example.pop(POSITION) for example in examples]
-        return {**self.collator(examples), POSITION: torch.tensor(positions)}
+        positions = [example[POSITION] for example in examples]
+        rows = [{k: v for k, v in example.items() if k != POSITION} for example in examples]
+        return {**self.collator(rows), POSITION: torch.tensor(positions)}
 
 
 @dataclass
