@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .head_layers import Layer
+from .modes import evaluating
 
 _TOKENS = (5, 6, 7)
 
@@ -174,9 +175,7 @@ def _observe(
         asked.append(True)
         return _Outputs(hidden)
 
-    training = [m for m in model.modules() if m.training]
-    model.eval()  # where the stand-in is not asked, dropout would run
-    try:
+    with evaluating(model):  # where the stand-in is not asked, dropout would run
         with _forward_of(module, logits_of), _forward_of(backbone, hidden_of):
             out = forward(**inputs)
         if not asked:  # its forward reaches into the backbone; then both have to be run
@@ -184,9 +183,6 @@ def _observe(
             calls.clear()
             with _forward_of(module, logits_of):
                 out = forward(**inputs)
-    finally:
-        for m in training:
-            m.training = True
     logits = out.logits if hasattr(out, "logits") else out[0]
     if len(calls) != 1:
         raise _Unusual(

@@ -22,6 +22,7 @@ from .data_files import NUMBERS
 from .head_layers import HeadAdapter, is_sharded, read_layer
 from .head_probe import accepted, verify
 from .head_reading import Head, read_head, unwrap
+from .modes import evaluating
 from .router import load_balancing_loss
 
 __all__ = [
@@ -54,6 +55,7 @@ def _backbone(model: Any) -> nn.Module:
 
 
 HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
+RouterFunction = Callable[[Any, Any, Tensor | None], Tensor]  # (model, outputs, attention_mask)
 
 # Arguments of a causal model's forward that concern its logits and what they have to be.
 _OF_LOGITS: dict[str, tuple[Any, ...]] = {
@@ -70,9 +72,11 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
 
     `hidden` is the last hidden state [B, T, H] on the head's device, `head` a `Head`, `aux_loss`
     the load-balancing loss of a mixture of experts when `output_router_logits=True` was passed and
-    None otherwise. The model's own forward is asked once, with stand-ins for its backbone and its
-    output layer, whether the head is what `read_head` says. Install before the model is wrapped for
-    distributed training; installing twice changes nothing. `uninstall_head_forward` undoes it.
+    None otherwise; `router_fn=g` puts `g(model, outputs, attention_mask)` in its place, as
+    `fastpref.router.router_rows` does. The model's own forward is asked once, with stand-ins for
+    its backbone and its output layer, whether the head is what `read_head` says. Install before the
+    model is wrapped for distributed training; installing twice changes nothing.
+    `uninstall_head_forward` undoes it.
 
     Args:
         model: a causal language model, wrapped or not.
@@ -112,6 +116,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         *args: Any,
         head_fn: HeadFunction | None = None,
         head_inputs: Mapping[str, Any] | None = None,
+        router_fn: RouterFunction = load_balancing_loss,
         **kwargs: Any,
     ) -> Any:
         if head_fn is None:
@@ -120,7 +125,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         outputs = _backbone(self)(**kwargs)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = load_balancing_loss(self, outputs, kwargs.get("attention_mask"))
+            aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
         head = read_head(self, adapters=True)
         return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
 
@@ -236,15 +241,10 @@ def check_head(model: Any) -> None:
     ids = torch.tensor([[token % head.vocab_size for token in (5, 6, 7)]])
     ids = ids.to(next(model.parameters()).device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         hidden = hidden_states(model, **inputs)
         expected = model(**inputs, **accepted(type(model).forward, {"use_cache": False})).logits
         logits = read_head(model, adapters=True).logits(hidden.to(head.weight))
-    finally:
-        for module in training:
-            module.training = True
     logits, expected = logits.float().cpu(), expected.float().cpu()
     if expected.isnan().any() and not logits.isnan().any():
         raise ValueError(

@@ -238,8 +238,12 @@ class MetricWindow:
             total[:, i] /= self.world_size
         for row in total.tolist():
             sums = dict(zip(self.names, row, strict=True))
-            self.metrics.append(self.metrics_of(sums, self.has_aux_loss, self.has_nll))
+            self.metrics.append(self.metrics_from(sums))
             self.total_tokens += int(sums["num_tokens"])
+
+    def metrics_from(self, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics of a batch from its sums over all processes."""
+        return self.metrics_of(sums, self.has_aux_loss, self.has_nll)
 
     def _check(self, values: Tensor, steps: list[_Step], rank: int) -> None:
         losses = values[:, self.names.index("loss")]
@@ -265,9 +269,6 @@ class MetricWindow:
         for key, value in (item for step in steps for item in step.items()):
             found.setdefault(key, []).append(value)
         return {key: sum(values) / len(values) for key, values in found.items()}
-
-    def clear(self) -> None:
-        self.pending, self.metrics = [], []
 
 
 class TokenCount(TrainerCallback):

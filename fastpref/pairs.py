@@ -140,7 +140,7 @@ class PairProblem(NamedTuple):
             flat = logps.reshape(-1).contiguous()
             out = self._output(_PairLoss.apply(flat, solve), logps.numel())
         else:
-            out = self._autograd(logps, counted, stats.log_sum_sq_probs)
+            out = self._autograd(stats)
         # Without a labelled token there is nothing to learn; the graph stays connected.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype))
 
@@ -217,39 +217,43 @@ class PairProblem(NamedTuple):
         nll, lengths = (sequence_logps(t, labels, **self.segments) for t in (-logps, ones))
         return nll[: self.pairs], lengths[: self.pairs]
 
-    def _autograd(
-        self, logps: Tensor, counted: Tensor, log_sum_sq_probs: Tensor | None
-    ) -> PreferenceOutput:
-        inputs, mean = self.inputs.like(logps), None
+    def per_pair(self, stats: TokenStats) -> tuple[dict[str, Tensor | None], Tensor | None]:
+        """What the loss compares, as `make_pairs` takes it, [P] each; and WPO's weights [P]."""
+        logps, inputs = stats.logps, self.inputs.like(stats.logps)
         lengths = inputs.lengths
         if lengths is None and self._wants_lengths:
-            lengths = sequence_logps(counted.to(logps.dtype), self.labels, **self.segments)
+            counted = (self.labels != self.segments["ignore_index"]).to(logps.dtype)
+            lengths = sequence_logps(counted, self.labels, **self.segments)
         nll, nll_lengths = self._nll(logps) if self.options.needs_nll else (None, None)
-        if nll is not None and nll_lengths is not None:
-            mean = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
         weight = None
         if self.options.use_weighting:
-            assert log_sum_sq_probs is not None
-            weight = wpo_weights(logps, log_sum_sq_probs, self.labels, **self.segments)
+            assert stats.log_sum_sq_probs is not None
+            weight = wpo_weights(logps, stats.log_sum_sq_probs, self.labels, **self.segments)
         chosen, rejected = self._halves(self.sums(logps))
         ref_chosen, ref_rejected = self._halves(inputs.ref_logps)
         chosen_lengths, rejected_lengths = self._halves(lengths)
-        assert chosen is not None and rejected is not None
-        data = make_pairs(
-            self.options,
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            chosen_lengths=chosen_lengths,
-            rejected_lengths=rejected_lengths,
-            margin=inputs.margin,
-            soft_labels=inputs.soft_labels,
-            chosen_nll=nll,
-            nll_lengths=nll_lengths,
-        )
-        out = evaluate(data, inputs.pair_weight, weight)
-        both = chosen.detach(), rejected.detach()
+        values = {
+            "chosen_logps": chosen,
+            "rejected_logps": rejected,
+            "ref_chosen_logps": ref_chosen,
+            "ref_rejected_logps": ref_rejected,
+            "chosen_lengths": chosen_lengths,
+            "rejected_lengths": rejected_lengths,
+            "margin": inputs.margin,
+            "soft_labels": inputs.soft_labels,
+            "chosen_nll": nll,
+            "nll_lengths": nll_lengths,
+        }
+        return values, weight
+
+    def _autograd(self, stats: TokenStats) -> PreferenceOutput:
+        values, weight = self.per_pair(stats)
+        nll, nll_lengths, mean = values["chosen_nll"], values["nll_lengths"], None
+        if nll is not None and nll_lengths is not None:
+            mean = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
+        data = make_pairs(self.options, **values)  # type: ignore[arg-type]
+        out = evaluate(data, self.inputs.like(stats.logps).pair_weight, weight)
+        both = data.chosen_logps.detach(), data.rejected_logps.detach()
         rewards = out.chosen_rewards, out.rejected_rewards
         return PreferenceOutput(out.loss, *both, *rewards, nll_loss=mean)
 

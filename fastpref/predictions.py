@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import PredictionOutput, has_length
 
 from .data import DataReport, load_preference_data
-
-# What would leave rows out or change their order, and its value while predicting.
-_IN_ORDER = {
-    "dataloader_drop_last": False,
-    "dataloader_in_order": True,
-    "train_sampling_strategy": "sequential",
-}
+from .trainer_evaluation import EvaluatingTrainer
 
 
-class PredictingTrainer(Trainer):
+class PredictingTrainer(EvaluatingTrainer):
     """A trainer whose `predict` takes raw rows and returns the rewards of each."""
 
     reports: dict[str, DataReport]
@@ -65,8 +56,8 @@ class PredictingTrainer(Trainer):
             source = source.remove_columns("row")  # here a row's number is its place in the output
         self.reports.pop(metric_key_prefix, None)
         dataset = self.evaluation_data(source, metric_key_prefix)
-        output = self.predict_rows(dataset, ignore_keys, metric_key_prefix)
-        predictions, labels = _joined(output.predictions), _joined(output.label_ids)
+        output = super().predict(dataset, ignore_keys, metric_key_prefix)
+        predictions, labels = output.predictions, output.label_ids
         report = self.reports[metric_key_prefix]
         if predictions is not None and report.rows != report.kept:
             numbers, rows = np.asarray(dataset["row"]), report.rows or 0
@@ -74,24 +65,9 @@ class PredictingTrainer(Trainer):
             labels = _spread(labels, numbers, rows, -100)
         return PredictionOutput(predictions, labels, output.metrics)
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        with _set(self.args, _IN_ORDER):
-            return super().get_test_dataloader(test_dataset)
-
-    def predict_rows(
-        self, dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> PredictionOutput:
-        """What `transformers.Trainer` predicts for prepared data."""
-        return super().predict(dataset, ignore_keys, metric_key_prefix)
-
     def evaluation_data(self, source: Any, name: str) -> Any:
         """Data of any form that the trainer takes, prepared for an evaluation."""
         raise NotImplementedError
-
-
-def _joined(values: Any) -> Any:
-    """One array of those of all batches, which `eval_do_concat_batches=False` leaves apart."""
-    return np.concatenate(values) if isinstance(values, list) else values
 
 
 def _spread(values: Any, numbers: np.ndarray, rows: int, fill: float) -> np.ndarray:
@@ -99,16 +75,3 @@ def _spread(values: Any, numbers: np.ndarray, rows: int, fill: float) -> np.ndar
     out = np.full((rows, *values.shape[1:]), fill, values.dtype)
     out[numbers] = values
     return out
-
-
-@contextlib.contextmanager
-def _set(owner: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Within it, those attributes of owner that exist have these values."""
-    before = {name: getattr(owner, name) for name in values if hasattr(owner, name)}
-    for name in before:
-        setattr(owner, name, values[name])
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)

@@ -16,6 +16,7 @@ from .data_files import REFERENCE
 from .heads import Head, align_to_tokens, batch_labels, model_inputs, unwrap
 from .logps import linear_token_logps
 from .loss_tokens import ld_sequence_logps
+from .modes import evaluating, same_weights_trained
 from .sequences import sequence_logps
 
 REF_ADAPTER = "ref"
@@ -50,33 +51,35 @@ def add_reference_adapter(model: Any) -> None:
         several = ", ".join(model.active_adapters) or "none"
         raise ValueError(f"the PEFT model's active adapters are {several}; expected one of them")
     (active,) = model.active_adapters
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     # The embeddings are the base model's: they are not part of an adapter on the output layer.
     found = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     state = {k: v.clone() for k, v in found.items()}
     config = copy.deepcopy(model.peft_config[active])
     if getattr(config, "init_lora_weights", True) is not True:
         config.init_lora_weights = True  # PiSSA's would change the base's weights once more
-    model.add_adapter(REF_ADAPTER, config)
-    set_peft_model_state_dict(model, state, adapter_name=REF_ADAPTER)
-    model.set_adapter(active)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
+    with same_weights_trained(model):
+        model.add_adapter(REF_ADAPTER, config)
+        set_peft_model_state_dict(model, state, adapter_name=REF_ADAPTER)
+        model.set_adapter(active)  # and nothing of the new one is trained
 
 
 @contextlib.contextmanager
 def as_reference(model: Any) -> Iterator[None]:
-    """Within it, a PeftModel is its own reference: its "ref" adapter, or no adapter at all."""
-    if REF_ADAPTER not in model.peft_config:
-        with model.disable_adapter():
+    """Within it, a PeftModel is its own reference: its "ref" adapter, or no adapter at all.
+
+    Afterwards the same weights are trainable as before.
+    """
+    with same_weights_trained(model):
+        if REF_ADAPTER not in model.peft_config:
+            with model.disable_adapter():
+                yield
+            return
+        active = model.active_adapter
+        model.set_adapter(REF_ADAPTER)
+        try:
             yield
-        return
-    active = model.active_adapter
-    model.set_adapter(REF_ADAPTER)
-    try:
-        yield
-    finally:
-        model.set_adapter(active)
+        finally:
+            model.set_adapter(active)
 
 
 def check_adapter_reference(model: Any) -> None:
@@ -99,36 +102,34 @@ def check_adapter_reference(model: Any) -> None:
 class Reference:
     """Something that gives the reference's log-probs of a batch.
 
+    The model is in evaluation mode meanwhile, so that nothing that belongs to training, such as
+    dropout, NEFTune's noise or a router's jitter, is in them.
+
     Args:
         model: a second model; or the policy, which is its own reference within `as_reference` or,
             as long as it has not been trained, as it is.
         adapter: the policy is a PeftModel that shares its weights with the reference.
         options: strategy, precision, backend ... of `linear_token_logps`.
-        dropout: the model has dropout, to be switched off here.
         ld_alpha: weight of the tokens past the pair's shorter answer (LD-DPO); None: 1.
+        own_mode: leave the model in the mode that it is in.
     """
 
     model: Any
     adapter: bool
     options: dict[str, Any]
-    dropout: bool = False
     ld_alpha: float | None = None
+    own_mode: bool = False
 
     def logps(self, batch: dict[str, Any]) -> Tensor:
         """The log-probability of each sequence's completion, [2P]."""
-        silence = self.dropout and self.model.training
-        context = as_reference(self.model) if self.adapter else contextlib.nullcontext()
+        nothing = contextlib.nullcontext()
+        adapter = as_reference(self.model) if self.adapter else nothing
+        mode = nothing if self.own_mode else evaluating(self.model)
         inputs = {"labels": batch_labels(batch), "token_indices": batch.get("token_indices")}
-        with torch.no_grad(), context:
-            if silence:
-                self.model.eval()
-            try:
-                return self.model(
-                    **model_inputs(batch), head_fn=self._sequence_logps, head_inputs=inputs
-                )
-            finally:
-                if silence:
-                    self.model.train()
+        with torch.no_grad(), adapter, mode:
+            return self.model(
+                **model_inputs(batch), head_fn=self._sequence_logps, head_inputs=inputs
+            )
 
     def _sequence_logps(
         self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
@@ -182,8 +183,9 @@ def precompute(
         ValueError: the data set is a stream.
     """
     from datasets import Dataset
-    from torch.utils.data import DataLoader
     from tqdm.auto import tqdm
+
+    from .loaders import make_loader, row_lengths
 
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -191,16 +193,10 @@ def precompute(
             "or set precompute_ref_log_probs=False"
         )
     # Longest first: batches of like lengths have little padding, and the memory peak comes at once.
-    answers = [key for key in dataset.column_names if key.endswith("_ids") and key != "prompt_ids"]
-    lengths = [len(row["prompt_ids"]) + max(len(row[k]) for k in answers) for row in dataset]
-    order = np.argsort(-np.array(lengths), kind="stable")
-    loader = accelerator.prepare_data_loader(
-        DataLoader(
-            dataset.select(order),
-            batch_size=batch_size,
-            collate_fn=collator,
-            num_workers=num_workers,
-        )
+    order = np.argsort(-np.array(row_lengths(dataset)), kind="stable")
+    longest_first = dataset.select(order)
+    loader = make_loader(
+        longest_first, collator, accelerator, batch_size=batch_size, num_workers=num_workers
     )
     parts = []
     bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)

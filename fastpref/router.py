@@ -6,9 +6,11 @@ import inspect
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ROUTED = "routed"  # names `router_rows` among the figures of a row
 _CHOSEN = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "top_k")
 
 
@@ -28,6 +30,15 @@ def load_balancing_loss(model: Any, outputs: Any, attention_mask: Tensor | None)
     Raises:
         ValueError: there are no router logits, or the family's loss is of a form of its own.
     """
+    logits, experts, chosen, function = _routed(model, outputs)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, -outputs[0].shape[1] :]
+    loss: Any = function(logits, experts, chosen, attention_mask)
+    return loss
+
+
+def _routed(model: Any, outputs: Any) -> tuple[Any, int, int, Any]:
+    """The routers' logits by layer, the numbers of experts and of chosen ones, and the loss."""
     name = type(model).__name__
     hint = "leave output_router_logits out (router_aux_loss_coef=0)"
     logits = getattr(outputs, "router_logits", None)
@@ -44,10 +55,7 @@ def load_balancing_loss(model: Any, outputs: Any, attention_mask: Tensor | None)
             f"output_router_logits: got True but {name} balances its experts in a way of its own "
             f"(router logits of shape {tuple(logits[0].shape)}, {experts} experts); {hint}"
         )
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, -outputs[0].shape[1] :]
-    loss: Any = function(logits, experts, chosen, attention_mask)
-    return loss
+    return logits, experts, chosen, function
 
 
 def _setting(model: Any, config: Any, names: tuple[str, ...]) -> int | None:
@@ -67,3 +75,32 @@ def _function(model: Any) -> Any:
             usual = list(inspect.signature(load_balancing_loss_func).parameters)
             return own if list(inspect.signature(own).parameters) == usual else None
     return load_balancing_loss_func
+
+
+def router_rows(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    """What the loss of many sequences is made of, of each [B, 2 E + 1]; see `balance`.
+
+    Arguments and errors: those of `load_balancing_loss`. The columns are, summed over layers and
+    the tokens that count, how often each expert is chosen, its probability, and how many there are.
+    """
+    logits, experts, chosen, _ = _routed(model, outputs)
+    batch, length = outputs[0].shape[:2]
+    mask = torch.ones(batch, length, device=logits[0].device)
+    if attention_mask is not None:
+        mask = attention_mask[:, -length:].to(mask)
+    total = mask.new_zeros(batch, 2 * experts + 1)
+    for layer in logits:
+        weights = layer.to(mask.device).float().softmax(-1)
+        picked = torch.zeros_like(weights).scatter_(-1, weights.topk(chosen, -1).indices, 1.0)
+        ones = torch.ones_like(weights[..., :1])
+        each = torch.cat([picked, weights, ones], -1).view(batch, length, -1)
+        total += (each * mask[..., None]).sum(1)
+    return total
+
+
+def balance(sums: Tensor) -> Tensor:
+    """`load_balancing_loss` of the sequences whose `router_rows` add up to these sums."""
+    experts = (len(sums) - 1) // 2
+    chosen, probability = sums[:experts], sums[experts : 2 * experts]
+    tokens = sums[-1].clamp(min=1)
+    return experts * (chosen / tokens * (probability / tokens)).sum()

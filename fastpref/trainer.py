@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     EvalPrediction,
@@ -19,10 +18,13 @@ from .collate import PreferenceCollator
 from .config import PreferenceConfig
 from .data import DataReport, prepare_dataset
 from .data_files import PAIRS, PER_PAIR, REFERENCE
+from .evaluation import Rows, Scored, pair_rows, score_pairs
 from .fused import linear_preference_loss
 from .heads import Head, align_to_tokens, model_inputs
+from .logps import TokenStats, linear_token_logps
 from .losses import LossOptions, Pairs
 from .metrics import EXTRAS, micro_step_sums
+from .pairs import PairInputs, pair_problem
 from .trainer_base import BaseTrainer
 
 
@@ -124,7 +126,9 @@ class PreferenceTrainer(BaseTrainer):
     def reference_columns(self) -> tuple[str, ...]:
         return REFERENCE
 
-    def step_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict, dict]:
+    def step_inputs(
+        self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
+    ) -> tuple[dict, dict]:
         reference = self.reference_logps(inputs)
         return model_inputs(inputs), {
             "attention_mask": inputs["attention_mask"],
@@ -155,15 +159,43 @@ class PreferenceTrainer(BaseTrainer):
         )
         loss = self.add_aux_loss(out.loss, aux_loss)
         sums = micro_step_sums(out, loss, aux_loss, labels, attention_mask)
-        return {
-            "loss": loss,
-            "sums": sums,
-            "rewards": (out.chosen_rewards, out.rejected_rewards),
-        }
+        return {"loss": loss, "sums": sums}
 
-    def row_labels(self, inputs: dict[str, Any]) -> Tensor:
-        rows = len(inputs["input_ids"]) // 2
-        return inputs["input_ids"].new_zeros(rows, dtype=torch.int64)  # chosen is column 0
+    def rows_head(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        head: Head,
+        router: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        token_indices: Tensor | None,
+        nll_labels: Tensor | None = None,
+        **inputs: Tensor | None,
+    ) -> Rows:
+        hidden = align_to_tokens(hidden, labels)
+        problem = pair_problem(
+            labels,
+            self._loss_options,
+            PairInputs(**inputs),
+            has_reference=inputs["ref_logps"] is not None,
+            nll_labels=nll_labels,
+        )
+        stats = linear_token_logps(
+            hidden,
+            head.weight,
+            problem.head_labels,
+            token_indices=token_indices,
+            fused=head.fused,
+            extras=problem.head_extras(EXTRAS),
+            **head.options(hidden),
+            **self._head_options,
+        )
+        assert isinstance(stats, TokenStats)
+        return pair_rows(problem, stats, router)
+
+    def score(self, rows: Rows) -> Scored:
+        return score_pairs(rows, self._loss_options, self._router_coef)
 
     def window_options(self) -> dict[str, Any]:
         return {"has_nll": self._loss_options.needs_nll}

@@ -17,7 +17,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import PredictionOutput
 
 from . import reference as refs
 from .config import BaseConfig
@@ -46,8 +45,10 @@ from .metrics import (
     check_weights,
 )
 from .model_card import CardTrainer
+from .modes import same_weights_trained
 from .predictions import PredictingTrainer
 from .ref_sync import SyncingTrainer, check_sync_columns, check_sync_options
+from .training_checks import check_optimizer, check_trains
 
 logger = logging.getLogger("fastpref")
 
@@ -99,8 +100,9 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         self.args = args
         train_dataset = self._prepare_data(train_dataset, "train")
         eval_dataset = self._prepare_eval_data(eval_dataset)
-        if not hasattr(train_dataset, "__len__"):  # processes read streams by themselves
-            settings: Any = args.accelerator_config
+        settings: Any = args.accelerator_config
+        self._dispatches = bool(settings.dispatch_batches)
+        if settings.dispatch_batches is None:  # processes read streams, too, by themselves
             settings.dispatch_batches = False
         if data_collator is None:
             data_collator = self.make_collator(
@@ -109,12 +111,15 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         if args.disable_dropout:
             disable_dropout(model)
         check_adapters(read_head(model, adapters=True).adapters, training=True)
+        check_optimizer(model, optimizers[0])
         datasets = [train_dataset, *each(eval_dataset)]
         given = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
         check_sync_columns(args, given)
         self.check_data(datasets, any(given) or ref_model is not None)
         wanted = not all(given) and self.needs_reference
         self.precompute = args.precompute_ref_log_probs and wanted
+        if self.precompute:  # hours of work ahead of a training that cannot be
+            check_trains(model)
         adapter = refs.is_peft(model) and ref_model is None
         if wanted and adapter:
             refs.check_adapter_reference(model)
@@ -142,16 +147,21 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
         self.aux_loss_enabled = self._router_coef != 0
         unwrap(model).add_model_tags(self._tag_names)
-        self._windows = {mode: self._new_window() for mode in ("train", "eval")}
-        self.add_callback(TokenCount(self._windows["train"]))
-        self._eval_prefix: str | None = None
+        self._window = MetricWindow(
+            self.accelerator.gather,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            has_aux_loss=self.aux_loss_enabled,
+            **self.window_options(),
+        )
+        self.add_callback(TokenCount(self._window))
+        self._evaluates = False
         self._micro_step = (0, 0)
         self.ref_model: Any = None
         if ref_model is not None:
             self.ref_model = self._prepare_reference_model(ref_model)
-        silence = not args.disable_dropout
         self._policy_reference = refs.Reference(
-            self.model, adapter, self._head_options, silence, self.ld_alpha
+            self.model, adapter, self._head_options, self.ld_alpha
         )
         self.reference = self._policy_reference if adapter and wanted else None
         if args.sync_ref_model:
@@ -202,23 +212,18 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
         reference = self.reference or self._policy_reference
-        was_training = reference.model.training
-        reference.model.eval()
-        try:
-            with self.accelerator.autocast():
-                return refs.precompute(
-                    dataset,
-                    lambda batch: self.reference_sums(reference, batch),
-                    self.data_collator,
-                    self.accelerator,
-                    batch_size=args.precompute_ref_batch_size or size,
-                    name=name,
-                    columns=self.reference_columns(),
-                    num_workers=args.dataloader_num_workers,
-                    disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
-                )
-        finally:
-            reference.model.train(was_training)
+        with self.accelerator.autocast():
+            return refs.precompute(
+                dataset,
+                lambda batch: self.reference_sums(reference, batch),
+                self.data_collator,
+                self.accelerator,
+                batch_size=args.precompute_ref_batch_size or size,
+                name=name,
+                columns=self.reference_columns(),
+                num_workers=args.dataloader_num_workers,
+                disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
+            )
 
     # ---- loss ----
 
@@ -256,42 +261,19 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         """The loss of one micro-batch; its metrics are kept on the device until they are logged."""
         if return_outputs:
             raise ValueError("return_outputs=True asks for logits, which this trainer never builds")
-        return self._forward(model, inputs)["loss"]
-
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What `loss_head` returns for a micro-batch, whose metrics go to the window."""
         kwargs, head_inputs = self.step_inputs(model, inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
         out = model(**kwargs, head_fn=self.loss_head, head_inputs=head_inputs)
-        window = self._windows["train" if model.training else "eval"]
-        window.add(out["sums"], inputs.get("rows"), self._where(model.training))
-        return out
+        if model.training:
+            self._window.add(out["sums"], inputs.get("rows"), self._where())
+        return out["loss"]
 
-    def _where(self, training: bool) -> str:
-        if not training:
-            return f"evaluation after step {self.state.global_step}"
+    def _where(self) -> str:
         step = self.state.global_step + 1
         micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 1
         self._micro_step = (step, micro)
         return f"step {step}, micro-batch {micro} of {self.args.gradient_accumulation_steps}"
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The evaluation loss of one batch; its rows' rewards and labels in place of logits."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            out = self._forward(model, inputs)
-        if prediction_loss_only:
-            return out["loss"].detach(), None, None
-        rewards = out["rewards"]  # of pairs, those of each side
-        rewards = torch.stack(rewards, 1) if isinstance(rewards, tuple) else rewards
-        return out["loss"].detach(), rewards, self.row_labels(inputs)
 
     # ---- evaluation, logging, checkpoints ----
 
@@ -317,12 +299,11 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
             return metrics
         if eval_dataset is not None and not known:
             eval_dataset = self.evaluation_data(eval_dataset, metric_key_prefix)
-        self._windows["eval"].clear()
-        self._eval_prefix = metric_key_prefix
+        self._evaluates = True
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
-            self._eval_prefix = None
+            self._evaluates = False
 
     def evaluation_data(self, source: Any, name: str) -> Any:
         dataset = self._prepare_data(source, name)
@@ -331,34 +312,35 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
             dataset = self._precompute(dataset, name)
         return dataset
 
-    def predict_rows(
-        self, dataset: Any, ignore_keys: list[str] | None, metric_key_prefix: str
-    ) -> PredictionOutput:
-        self._windows["eval"].clear()
-        output = super().predict_rows(dataset, ignore_keys, metric_key_prefix)
-        metrics = self._drained("eval", f"{metric_key_prefix}_")
-        return output._replace(metrics={**(output.metrics or {}), **metrics})
-
-    def _drained(self, mode: str, prefix: str) -> dict[str, float]:
-        metrics = self._windows[mode].drain()
-        if metrics:
-            metrics["num_tokens"] = self._windows["train"].total_tokens
-        return {prefix + key: value for key, value in metrics.items()}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's metrics to a log line; the only place where they leave the device."""
-        prefix = "" if self._eval_prefix is None else f"{self._eval_prefix}_"
-        logs.update(self._drained("eval" if prefix else "train", prefix))
+        """Add the window's metrics to a log line of training; there they leave the device."""
+        metrics = {} if self._evaluates else self._window.drain()
+        if metrics:
+            metrics["num_tokens"] = self._window.total_tokens
+        logs.update(metrics)
         if not self.args.fp16:  # there the scaler skips steps without a finite gradient
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer.train`, unless there is nothing to train (`ValueError`)."""
+        check_trains(self.model)
+        return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with same_weights_trained(self.model):  # PEFT loads an adapter as trainable as a whole
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with same_weights_trained(self.model):
+            super()._load_best_model()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Nothing is written over or next to the last good checkpoint unless all is finite.
-        self._windows["train"].sync()
+        self._window.sync()
         check_weights(model, self.state.global_step)
         saved: Any = self.state.stateful_callbacks
-        saved[TokenCount.KEY] = {"num_tokens": self._windows["train"].total_tokens}
+        saved[TokenCount.KEY] = {"num_tokens": self._window.total_tokens}
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -366,15 +348,6 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         if not _internal_call:  # a checkpoint has been checked already
             check_weights(self.model, self.state.global_step)
         super().save_model(output_dir, _internal_call)
-
-    def _new_window(self) -> MetricWindow:
-        return MetricWindow(
-            self.accelerator.gather,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            has_aux_loss=self.aux_loss_enabled,
-            **self.window_options(),
-        )
 
     def add_aux_loss(self, loss: Tensor, aux_loss: Tensor | None) -> Tensor:
         """The loss with that of a mixture of experts' router, where there is one."""
@@ -405,18 +378,10 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         """The reference's log-probs of a batch, by column one after the other."""
         return reference.logps(batch)
 
-    def step_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict, dict]:
-        """The arguments of the model, and of `loss_head` after its first three, for a batch."""
-        raise NotImplementedError
-
     def loss_head(
         self, hidden: Tensor, head: Head, aux_loss: Tensor | None, **inputs: Any
-    ) -> dict[str, Any]:
-        """The `head_fn` of a step: the loss, the vector of metric sums, the rows' rewards."""
-        raise NotImplementedError
-
-    def row_labels(self, inputs: dict[str, Any]) -> Tensor:
-        """int64, one for each row of a batch: what `compute_metrics` compares with its rewards."""
+    ) -> dict[str, Tensor]:
+        """The `head_fn` of a training step: the loss and the vector of metric sums."""
         raise NotImplementedError
 
     def window_options(self) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
 from .data import DataReport, tokenise
 from .data_files import NUMBERS, PAIRS, UNPAIRED, origin
 from .data_layouts import Layout, arrange_batch, find_layout, row_numbers, sample
+
+CHUNK = 1000  # rows within which another prompt is looked for
+SEARCHED = 10_000  # rows of a stream within which there must be two prompts
 
 
 def prepare_unpaired_dataset(
@@ -30,16 +34,19 @@ def prepare_unpaired_dataset(
             1.16's order, which is all chosen answers of a thousand rows and then their rejected
             ones. Rows are numbered after that. Optional: weight, tools, chat_template_kwargs.
         tokenizer, max_length, truncation_mode, num_proc, name, vocab_size: as `prepare_dataset`.
-        mismatch: add KL_completion_ids, the answer of the row before, within blocks of so many rows
-            the first of which gets the last's. A batch of a whole block then estimates KTO's KL
-            term from its own answers.
+        mismatch: add KL_completion_ids, an answer to another prompt: that of the row before, within
+            blocks of so many rows the first of which gets the last's. A batch of a whole block then
+            estimates KTO's KL term from its own answers. Where that row has the same prompt, the
+            nearest row before it that has not is taken, of the block if there is one, or else of
+            the thousand rows around it or of the first rows.
 
     Returns:
         The data set with prompt_ids, completion_ids, label, row (its number in the input), the
         columns named above; and a `DataReport`.
 
     Raises:
-        ValueError: as `prepare_dataset`; a column of pairs that single answers cannot have.
+        ValueError: as `prepare_dataset`; a column of pairs that single answers cannot have; with
+            mismatch, rows that all have the same prompt.
     """
     dataset, report = tokenise(
         unpair(dataset, name),
@@ -51,13 +58,8 @@ def prepare_unpaired_dataset(
         name=name,
         vocab_size=vocab_size,
     )
-    if mismatch is not None and report.rows == 1:
-        raise ValueError(
-            f"{name} data: got a single answer with loss_type 'kto', whose KL term needs answers "
-            "to other prompts; expected at least 2"
-        )
     if mismatch is not None and "KL_completion_ids" not in (dataset.column_names or ()):
-        dataset = dataset.map(_mismatch, batched=True, batch_size=mismatch)
+        dataset = _mismatched(dataset, mismatch, name)
     return dataset, report
 
 
@@ -126,6 +128,45 @@ def _split_texts(
     return {**out, "label": [True] * len(pairs) + [False] * len(pairs)}
 
 
-def _mismatch(batch: dict[str, list]) -> dict[str, list]:
-    answers = batch["completion_ids"]
-    return {"KL_completion_ids": answers[-1:] + answers[:-1]}
+def _mismatched(dataset: Any, block: int, name: str) -> Any:
+    """The data with KL_completion_ids, an answer to another prompt."""
+    chunk = block * max(1, CHUNK // block)
+    options = {"block": block, "spare": _two_prompts(dataset, name)}
+    return dataset.map(_mismatch, batched=True, batch_size=chunk, fn_kwargs=options)
+
+
+def _two_prompts(dataset: Any, name: str) -> list[tuple[list[int], list[int]]]:
+    """The first row and the first with another prompt: prompts and answers.
+
+    Raises:
+        ValueError: there is no other prompt, in a stream not among its first rows.
+    """
+    found: list[tuple[list[int], list[int]]] = []
+    limit = None if hasattr(dataset, "__len__") else SEARCHED
+    count = 0
+    for row in itertools.islice(dataset, limit):
+        count += 1
+        if not found or row["prompt_ids"] != found[0][0]:
+            found.append((row["prompt_ids"], row["completion_ids"]))
+        if len(found) == 2:
+            return found
+    raise ValueError(
+        f"{name} data: got one prompt in {'the first ' if count == limit else ''}{count} rows with "
+        "loss_type 'kto', whose KL term needs answers to other prompts; expected at least 2 prompts"
+    )
+
+
+def _mismatch(batch: dict[str, list], block: int, spare: list) -> dict[str, list]:
+    """For each row the answer of the row before in its block, the first one's being the last; where
+    that is to the same prompt, of the next before it that is not, and so on through the chunk."""
+    prompts, answers = batch["prompt_ids"], batch["completion_ids"]
+    size, out = len(prompts), []
+    for i, prompt in enumerate(prompts):
+        start = i - i % block
+        stop = min(start + block, size)
+        near = itertools.chain(range(i - 1, start - 1, -1), range(stop - 1, i, -1))
+        far = itertools.chain(range(start - 1, -1, -1), range(size - 1, stop - 1, -1))
+        others = (answers[j] for j in itertools.chain(near, far) if prompts[j] != prompt)
+        anywhere = next(answer for other, answer in spare if other != prompt)
+        out.append(next(others, anywhere))
+    return {"KL_completion_ids": out}

@@ -14,9 +14,12 @@ from .collate import UnpairedCollator
 from .config import UnpairedPreferenceConfig
 from .data import DataReport
 from .data_files import UNPAIRED, UNPAIRED_REFERENCE
+from .evaluation import Rows, Scored, answer_rows, score_answers
 from .heads import Head, align_to_tokens, batch_labels, model_inputs
+from .logps import TokenStats, linear_token_logps
 from .metrics import UNPAIRED_EXTRAS, UNPAIRED_SUMS, unpaired_metrics, unpaired_sums
 from .reference import Reference
+from .sequences import sequence_logps
 from .trainer_base import BaseTrainer
 from .unpaired import linear_kto_loss
 from .unpaired_data import prepare_unpaired_dataset
@@ -30,9 +33,10 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     A drop-in for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names. KTO's KL
     term is estimated, as there, from each prompt with the answer of the row before, within blocks
     of per_device_train_batch_size rows; so with `loss_type="kto"` rows are read in their order, and
-    data whose desirable answers come first should be shuffled before. A last block of one row, as
-    in TRL, estimates the term from that row's own answer. Everything else, the
-    reference too, is as in `PreferenceTrainer`.
+    data whose desirable answers come first should be shuffled before. Where that row has the same
+    prompt, or a block is one row, whose own answer TRL would take, an answer to another prompt
+    takes its place. An evaluation estimates the term once, from all of its rows. Everything else,
+    the reference too, is as in `PreferenceTrainer`.
 
     Args:
         train_dataset, eval_dataset: rows of prompt, completion and label, or pairs; see
@@ -84,24 +88,29 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         parts = ("", "KL_") if self.estimates_kl else ("",)
         return torch.cat([reference.logps(_sequences(batch, part)) for part in parts])
 
-    def step_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[dict, dict]:
+    def step_inputs(
+        self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
+    ) -> tuple[dict, dict]:
         answers, size = _sequences(inputs), len(inputs["label"])
         reference = self.reference_logps(inputs)
         assert reference is not None
-        kl = None
+        ratios = kl = None
         if self.estimates_kl:
-            policy = replace(self._policy_reference, model=model, adapter=False, dropout=False)
+            # In the policy's own mode: the rewards, which the estimate is held against, are of
+            # the policy with its dropout and its noise, and both would be off without in one.
+            policy = replace(self._policy_reference, model=model, adapter=False, own_mode=True)
             with self.accelerator.autocast():
                 ratios = policy.logps(_sequences(inputs, "KL_")) - reference[size:]
-            kl = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
+            if not by_row:
+                kl = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
         return model_inputs(answers), {
             "attention_mask": answers["attention_mask"],
             "labels": batch_labels(answers),
             "token_indices": answers.get("token_indices"),
             "desirable": inputs["label"].bool(),
             "ref_logps": reference[:size],
-            "kl": kl,
             "answer_weight": inputs.get("weight"),
+            **({"kl_ratios": ratios} if by_row else {"kl": kl}),
         }
 
     def loss_head(  # type: ignore[override]
@@ -130,10 +139,41 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         )
         loss = self.add_aux_loss(out.loss, aux_loss)
         sums = unpaired_sums(out, loss, aux_loss, desirable, labels, attention_mask)
-        return {"loss": loss, "sums": sums, "rewards": out.rewards}
+        return {"loss": loss, "sums": sums}
 
-    def row_labels(self, inputs: dict[str, Any]) -> Tensor:
-        return inputs["label"].long()
+    def rows_head(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        head: Head,
+        router: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        token_indices: Tensor | None,
+        desirable: Tensor,
+        ref_logps: Tensor,
+        answer_weight: Tensor | None,
+        kl_ratios: Tensor | None,
+    ) -> Rows:
+        hidden = align_to_tokens(hidden, labels)
+        stats = linear_token_logps(
+            hidden,
+            head.weight,
+            labels,
+            token_indices=token_indices,
+            fused=head.fused,
+            extras=UNPAIRED_EXTRAS,
+            **head.options(hidden),
+            **self._head_options,
+        )
+        assert isinstance(stats, TokenStats)
+        logps = sequence_logps(stats.logps, labels)
+        return answer_rows(
+            labels, stats, logps, ref_logps, desirable, kl_ratios, answer_weight, router
+        )
+
+    def score(self, rows: Rows) -> Scored:
+        return score_answers(rows, self._loss_options, self._router_coef)
 
     def window_options(self) -> dict[str, Any]:
         return {"names": UNPAIRED_SUMS, "metrics_of": unpaired_metrics}

@@ -51,7 +51,7 @@ def test_raw_rows_give_their_rewards_in_order(tmp_path, kind):
     out = t.predict(data)
     assert out.predictions.dtype == np.float32 and np.isfinite(out.predictions).all()
     for i, row in enumerate(data):  # the last batch has one row
-        one = t.predict([row, row])
+        one = t.predict([row, data[i - 1]])  # in another batch
         close(out.predictions[i], one.predictions[0])
         assert out.label_ids[i] == row.get("label", 0)
     for source in (data[::-1], tiny.Dataset.from_list(data[::-1]).to_iterable_dataset()):

@@ -296,7 +296,7 @@ def test_metrics_are_averaged_over_the_window_and_read_once(tmp_path, monkeypatc
     single.train()
     window = trainer(tmp_path, max_steps=4, logging_steps=4)
     calls, gather = [], window.accelerator.gather
-    window._windows["train"].gather = lambda t: calls.append(t.shape) or gather(t)
+    window._window.gather = lambda t: calls.append(t.shape) or gather(t)
     window.train()
     assert calls == [(4, len(SUMS))]
     logs = history(single)
@@ -339,7 +339,7 @@ def test_on_a_device_nan_is_found_before_anything_is_logged_or_saved(tmp_path):
     """There nothing is read between log lines; a window that does not check at once behaves so."""
     for options in ({"logging_steps": 5}, {"logging_steps": 50, "save_steps": 5}):
         t = trainer(tmp_path, callbacks=[Poison(2)], save_strategy="steps", max_steps=9, **options)
-        window = t._windows["train"]
+        window = t._window
         window.add = lambda sums, rows, where, w=window: w.pending.append(Step(sums, rows, where))
         with pytest.raises(
             NonFiniteLossError, match="nan at step 3, micro-batch 1 of 1, data rows"

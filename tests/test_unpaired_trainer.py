@@ -65,24 +65,72 @@ def prepared(data, **kwargs):
 
 def test_answers_and_their_mismatches():
     first = [
-        {"prompt": "w0 ", "completion": f"w{i}", "label": label}
+        {"prompt": f"w{i} ", "completion": f"w{i}", "label": label}
         for i, label in enumerate([True, False, True, True, False])
     ]
     data, report = prepared(first, mismatch=2)
     eos = tiny.tokenizer().eos_token_id
     assert [row["completion_ids"] for row in data] == [[6 + i, eos] for i in range(5)]
-    assert [row["KL_completion_ids"][0] - 6 for row in data] == [1, 0, 3, 2, 4]
+    assert [row["KL_completion_ids"][0] - 6 for row in data] == [1, 0, 3, 2, 3]
     assert [row["label"] for row in data] == [True, False, True, True, False]
     assert [row["row"] for row in data] == list(range(5)) and report.kept == 5
     assert "KL_completion_ids" not in prepared(first)[0][0]
     batch = UnpairedCollator(0)(data[:2])
-    assert batch["input_ids"].tolist() == [[6, 6, eos], [6, 7, eos]]
-    assert batch["KL_input_ids"].tolist() == [[6, 7, eos], [6, 6, eos]]
+    assert batch["input_ids"].tolist() == [[6, 6, eos], [7, 7, eos]]
+    assert batch["KL_input_ids"].tolist() == [[6, 7, eos], [7, 6, eos]]
     assert batch["labels"].tolist() == [[6, eos, -100], [7, eos, -100]]
     assert batch["label"].tolist() == [True, False] and batch["rows"].tolist() == [0, 1]
     assert batch["KL_token_indices"].tolist() == [0, 1, 3, 4]
     stream = load_preference_data(first).to_iterable_dataset()
     assert [{**row} for row in prepared(stream, mismatch=2)[0]] == data
+
+
+MISMATCHES = {
+    # prompts, block: the row whose answer each gets
+    "other prompts": ("abcdefg", 3, [2, 0, 1, 5, 3, 4, 5]),
+    "runs": ("aabbbcc", 4, [3, 3, 1, 1, 6, 4, 4]),
+    "a block of one prompt": ("aaaabb", 2, [5, 5, 5, 5, 3, 3]),
+    "a last block of one": ("abcda", 2, [1, 0, 3, 2, 3]),
+    "the last block has the first prompt": ("abbba", 2, [1, 0, 0, 0, 3]),
+    "one block": ("abab", 9, [3, 0, 1, 2]),
+    "two rows": ("ab", 2, [1, 0]),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_the_mismatched_answer_is_to_another_prompt(case, stream):
+    prompts, block, wanted = MISMATCHES[case]
+    given = [
+        {"prompt": f"w{ord(letter) - 96} ", "completion": f"w{100 + i}", "label": True}
+        for i, letter in enumerate(prompts)
+    ]
+    data = load_preference_data(given)
+    data, _ = prepared(data.to_iterable_dataset() if stream else data, mismatch=block)
+    assert [row["KL_completion_ids"][0] - 106 for row in data] == wanted
+
+
+def test_other_prompts_are_found_far_away(monkeypatch):
+    """In chunks that have one prompt only, and memory for no more than a chunk."""
+    from fastpref import unpaired_data
+
+    monkeypatch.setattr(unpaired_data, "CHUNK", 4)
+    given = [
+        {"prompt": f"w{prompt} ", "completion": f"w{100 + i}", "label": True}
+        for i, prompt in enumerate([1, 1, 1, 1, 1, 2, 2, 2, 2])
+    ]
+    data, _ = prepared(given, mismatch=2)
+    # No other prompt among the first four, and none around the last one.
+    assert [row["KL_completion_ids"][0] - 106 for row in data] == [5, 5, 5, 5, 5, 4, 4, 4, 0]
+    for rows in (given[:5], given[:1]):
+        data = load_preference_data(rows)
+        for source in (data, data.to_iterable_dataset()):
+            with pytest.raises(ValueError, match=f"train data: got one prompt in {len(rows)} rows"):
+                prepared(source, mismatch=2)
+    monkeypatch.setattr(unpaired_data, "SEARCHED", 3)
+    stream = load_preference_data(given).to_iterable_dataset()
+    with pytest.raises(ValueError, match="train data: got one prompt in the first 3 rows"):
+        prepared(stream, mismatch=2)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -150,7 +198,7 @@ def test_defaults_are_trls_and_bad_options_raise(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, **changed)
-    with pytest.raises(ValueError, match="got a single answer with loss_type 'kto'"):
+    with pytest.raises(ValueError, match="got one prompt in 1 rows with loss_type 'kto'"):
         trainer(tmp_path, train=rows(1))
     with pytest.raises(ValueError, match="expected an instance of UnpairedP"):
         UnpairedPreferenceTrainer(tiny.model(), args=tiny.config(tmp_path), train_dataset=rows())
@@ -278,7 +326,7 @@ def test_trajectory_equals_trl(name, tmp_path):
         "pairs": lambda: tiny.rows(20),
         "chat": lambda: [
             {"prompt": r["prompt"], "completion": r["chosen"], "label": i % 2 == 0}
-            for i, r in enumerate(tiny.rows(24, chat=True))
+            for i, r in enumerate(tiny.rows(23, chat=True))  # of which 20 are kept
         ],
     }
     logs = []

@@ -1,0 +1,96 @@
+"""Run by test_processes.py in each of two processes: what a single process must find as well."""
+
+import json
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from datasets import Dataset, disable_progress_bars
+from test_evaluation import moved
+from test_unpaired_trainer import rows as answers
+from test_unpaired_trainer import trainer as unpaired_trainer
+
+MAKE = {"pairs": tiny.trainer, "answers": unpaired_trainer}
+ROWS = {"pairs": tiny.rows, "answers": answers}
+CONFIGS = {
+    "each": {},
+    "uneven": {"even_batches": False},
+    "split": {"split_batches": True},
+    "dispatched": {"dispatch_batches": True},
+    "dispatched and split": {"dispatch_batches": True, "split_batches": True},
+}
+
+
+def stream(kind, n, **kwargs):
+    return Dataset.from_list(ROWS[kind](n, **kwargs)).to_iterable_dataset()
+
+
+def evaluated(path, kind, data, **config):
+    options = {"nll_weight": 0.5} if kind == "pairs" else {}
+    t = MAKE[kind](
+        path, moved(), ref_model=tiny.model(), per_device_eval_batch_size=2,
+        accelerator_config=config, **options,
+    )  # fmt: skip
+    return t.evaluate(data)
+
+
+def evaluations(path):
+    """Figures by kind of data, number of rows and way of loading; one row is too few for two."""
+    found = {f"pairs {n} rows": evaluated(path, "pairs", ROWS["pairs"](n, seed=9)) for n in (1, 2)}
+    for name, config in CONFIGS.items():
+        data = ROWS["pairs"](7, seed=9)
+        found[f"pairs 7 {name}"] = evaluated(path, "pairs", data, **config)
+        data = stream("answers", 7, seed=9)
+        found[f"answers 7 {name}"] = evaluated(path, "answers", data, **config)
+    found["pairs 7 stream"] = evaluated(path, "pairs", stream("pairs", 7, seed=9))
+    return found
+
+
+def references(path):
+    """The reference's log-probs of the training data."""
+    t = tiny.trainer(path, moved(), train=tiny.rows(7), precompute_ref_log_probs=True)
+    return [[row[column] for column in t.reference_columns()] for row in t.train_dataset]
+
+
+def rows_of_runs(path):
+    """This process's rows at every step of whole runs, and of runs that resume in a second pass."""
+    found = {}
+    for name, kind, config in (
+        ("map", "pairs", {}),
+        ("stream", "pairs", {}),
+        ("dispatched map", "pairs", {"dispatch_batches": True}),
+        ("dispatched stream", "answers", {"dispatch_batches": True}),
+    ):
+        for resume in (False, True):
+            data = stream(kind, 8) if "stream" in name else ROWS[kind](8)
+            out = path / name
+            t = MAKE[kind](
+                out, train=data, max_steps=5, per_device_train_batch_size=2,
+                save_strategy="steps", save_steps=3, accelerator_config=config,
+            )  # fmt: skip
+            seen, step = [], t.training_step
+
+            def training_step(model, inputs, *args, seen=seen, step=step):
+                seen.append(inputs["rows"].tolist())
+                return step(model, inputs, *args)
+
+            t.training_step = training_step
+            t.train(resume_from_checkpoint=str(out / "out" / "checkpoint-3") if resume else None)
+            found[f"{name} {'resumed' if resume else 'whole'}"] = seen
+    return found
+
+
+def main(path):
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    found = {"evaluations": evaluations(path), "references": references(path)}
+    found["rows"] = rows_of_runs(path)
+    rank = torch.distributed.get_rank()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    (path / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
