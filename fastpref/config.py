@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from .loss_data import F_DIVERGENCES
 from .losses import LOSS_OPTIONS, LossOptions, Pairs
+from .training_checks import check_arguments
 from .unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 
 C = TypeVar("C", bound="BaseConfig")
@@ -92,6 +93,9 @@ class BaseConfig(TrainingArguments):
             old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
             given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
             setattr(self, new if renamed else old, given[0] if given else default)
+        if self.use_liger_kernel:  # all of its kernels but the one that replaces the output head
+            given_kernels = self.liger_kernel_config or {}
+            self.liger_kernel_config = {"fused_linear_cross_entropy": False, **given_kernels}
         super().__post_init__()
 
     @classmethod
@@ -103,6 +107,7 @@ class BaseConfig(TrainingArguments):
             raise ValueError(
                 f"args is a {type(args).__name__}; expected an instance of {cls.__name__}"
             )
+        check_arguments(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
