@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from .loss_data import F_DIVERGENCES
 from .losses import LOSS_OPTIONS, LossOptions, Pairs
+from .training_checks import check_arguments
 from .unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 
 C = TypeVar("C", bound="BaseConfig")
@@ -118,6 +119,7 @@ class BaseConfig(TrainingArguments):
             raise ValueError(
                 f"args is a {type(args).__name__}; expected an instance of {cls.__name__}"
             )
+        check_arguments(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "

@@ -34,7 +34,7 @@ class PreferenceTrainer(BaseTrainer):
     A drop-in for TRL 1.16's DPOTrainer: the same data, tokenisation, loss, metric names and
     gradient-accumulation semantics (the mean over micro-batches). The output head goes through
     `linear_preference_loss`, so no logits exist. Metrics are summed on the device and read once per
-    log line.
+    log line. An evaluation has the figures of one batch of all its rows; see docs/training.md.
 
     The reference is the first of: the data's columns ref_chosen_logps and ref_rejected_logps;
     `ref_model`; for a model that a `peft_config` is applied to, the model with its adapter off; for

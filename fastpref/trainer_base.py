@@ -48,7 +48,7 @@ from .model_card import CardTrainer
 from .modes import same_weights_trained
 from .predictions import PredictingTrainer
 from .ref_sync import SyncingTrainer, check_sync_columns, check_sync_options
-from .training_checks import check_optimizer, check_trains
+from .training_checks import check_optimizer, check_sampling, check_trains
 
 logger = logging.getLogger("fastpref")
 
@@ -63,6 +63,7 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
     columns: tuple[str, ...]  # of prepared data, which its collator reads
     args: BaseConfig
     loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch
+    reads_in_order = False  # the loss needs the training rows in the data's order
     ld_alpha: float | None = None  # of the reference's sums, as in `ld_sequence_logps`
 
     def __init__(
@@ -99,6 +100,7 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         self._tokenizer = tokenizer
         self.args = args
         train_dataset = self._prepare_data(train_dataset, "train")
+        check_sampling(args, train_dataset, self.reads_in_order)
         eval_dataset = self._prepare_eval_data(eval_dataset)
         settings: Any = args.accelerator_config
         self._dispatches = bool(settings.dispatch_batches)

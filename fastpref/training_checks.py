@@ -30,3 +30,58 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
             "expected one made of them (those of an adapter exist once it is there: with "
             "optimizers, pass a PeftModel and not a peft_config)"
         )
+
+
+# Options of transformers that mean nothing to a trainer without logits, whose values other than the
+# default are refused, and why.
+_NO_OUTPUTS = "an evaluation keeps its rows' rewards and no outputs of the model"
+_MEANINGLESS: dict[str, tuple[Any, str]] = {
+    "include_for_metrics": ([], _NO_OUTPUTS),
+    "batch_eval_metrics": (False, _NO_OUTPUTS),
+    "eval_do_concat_batches": (True, _NO_OUTPUTS),
+    "eval_use_gather_object": (False, _NO_OUTPUTS),
+    "label_names": (None, "labels are made of the data's answers"),
+    "length_column_name": ("length", "lengths are those of the tokenised rows"),
+}
+
+
+def check_arguments(args: Any) -> None:
+    """Raise ValueError for an option of transformers' that would be ignored or cannot work."""
+    if args.label_smoothing_factor != 0:
+        known = hasattr(args, "label_smoothing")
+        instead = "set label_smoothing" if known else "losses of single answers have no smoothing"
+        raise ValueError(
+            f"label_smoothing_factor: got {args.label_smoothing_factor}, which is of a "
+            f"cross-entropy; expected 0: {instead}"
+        )
+    for name, (default, why) in _MEANINGLESS.items():
+        if getattr(args, name, default) not in (default, None):
+            raise ValueError(
+                f"{name}: got {getattr(args, name)!r}, which would be ignored, as {why}; expected "
+                f"{default!r}"
+            )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy: got 'batch_rebalance', whose micro-batches differ in their "
+            "numbers of rows, each of which would then count differently; expected 'random', "
+            "'sequential' or 'group_by_length'"
+        )
+
+
+def check_sampling(args: Any, dataset: Any, in_order: bool) -> None:
+    """Raise ValueError if rows cannot be grouped by length.
+
+    Args:
+        dataset: the tokenised training data.
+        in_order: whether the loss needs rows in their order.
+    """
+    if getattr(args, "train_sampling_strategy", None) != "group_by_length":
+        return
+    name = "train_sampling_strategy: got 'group_by_length'"
+    if in_order:
+        raise ValueError(
+            f"{name} with loss_type 'kto', whose KL term is made of rows in their order; expected "
+            "'sequential', or loss_type 'apo_zero_unpaired'"
+        )
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"{name} with a stream, whose lengths are unknown; expected 'random'")

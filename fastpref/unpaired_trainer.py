@@ -60,7 +60,7 @@ class UnpairedPreferenceTrainer(BaseTrainer):
 
     def set_loss(self, args: UnpairedPreferenceConfig) -> bool:
         self._loss_options = args.loss_options()
-        self.estimates_kl = args.loss_type == "kto"
+        self.estimates_kl = self.reads_in_order = args.loss_type == "kto"
         if self.estimates_kl and args.per_device_train_batch_size < 2:
             raise ValueError(
                 "per_device_train_batch_size: got 1 with loss_type 'kto', whose KL term needs the "

@@ -100,7 +100,6 @@ def test_the_metrics_are_those_of_the_rows(tmp_path):
     "options",
     [
         {"dataloader_drop_last": True},
-        {"eval_do_concat_batches": False},
         {"eval_accumulation_steps": 1},
     ],
     ids=lambda options: next(iter(options)),
