@@ -54,6 +54,7 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "doge": {"is_moe": True, "num_experts": 16},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},

@@ -17,7 +17,6 @@ from fastpref.metrics import SUMS, NonFiniteLossError  # noqa: E402
 from fastpref.trainer import PreferenceTrainer  # noqa: E402
 
 # peft reads an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(autouse=True)
