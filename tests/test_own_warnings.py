@@ -65,7 +65,7 @@ def library():
 
 def test_warnings_of_our_own_fail():
     with pytest.raises(UserWarning, match="ours"):
-        warnings.warn("ours")
+        warnings.warn("ours", stacklevel=1)
     with pytest.raises(FutureWarning, match="ours"):
         warnings.warn("ours", FutureWarning, stacklevel=1)
 
