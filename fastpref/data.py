@@ -8,8 +8,9 @@ follow TRL 1.16. Rows are numbered from 0 everywhere, lines of a file from 1.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from .data_files import (
     is_messages,
     load_preference_data,
 )
+from .progress import count, counting
 
 __all__ = [
     "DataReport",
@@ -189,7 +191,8 @@ def tokenise(
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
 
-    encoded = dataset.map(**encode, num_proc=num_proc, desc=f"Tokenising {name} data")
+    with _showing(f"Tokenising {name} data", len(dataset), num_proc) as desc:
+        encoded = dataset.map(**encode, num_proc=num_proc, desc=desc)
     flags = np.asarray(encoded.with_format("numpy")["flags"][:])
     dropped = (flags & DROPPED) > 0
     report.rows, report.kept = len(flags), int((~dropped).sum())
@@ -208,6 +211,22 @@ def tokenise(
     if dropped.any():
         encoded = encoded.select(np.flatnonzero(~dropped))
     return encoded.remove_columns("flags"), report
+
+
+@contextlib.contextmanager
+def _showing(what: str, rows: int, num_proc: int | None) -> Iterator[str]:
+    """Progress of a `Dataset.map`: lines in a log file or, on a terminal, the bar of datasets."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    with counting(what, "rows", rows, disabled=hidden, shared=(num_proc or 1) > 1) as lines:
+        if lines is not None and not hidden:
+            datasets.disable_progress_bars()
+        try:
+            yield what
+        finally:
+            if lines is not None and not hidden:
+                datasets.enable_progress_bars()
 
 
 def _is_kept(row: dict) -> bool:
@@ -243,6 +262,7 @@ def _encode_batch(
             out[key].append(check_label(row[key], key, where))
         out["row"].append(index)
         out["flags"].append(flags)
+        count()
     return out
 
 

@@ -16,6 +16,7 @@ from .data_files import REFERENCE
 from .heads import Head, align_to_tokens, batch_labels, model_inputs, unwrap
 from .logps import linear_token_logps
 from .loss_tokens import ld_sequence_logps
+from .progress import watched
 from .sequences import sequence_logps
 
 REF_ADAPTER = "ref"
@@ -183,7 +184,6 @@ def precompute(
     """
     from datasets import Dataset
     from torch.utils.data import DataLoader
-    from tqdm.auto import tqdm
 
     if not isinstance(dataset, Dataset):
         raise ValueError(
@@ -203,8 +203,9 @@ def precompute(
         )
     )
     parts = []
-    bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)
-    for batch in bar:
+    rows = batch_size * accelerator.num_processes
+    what = f"Reference log-probs of {name} data"
+    for batch in watched(loader, what, "rows", len(order), rows, disable_tqdm):
         sums = logps(batch).view(len(columns), -1).T.contiguous()  # to be gathered row by row
         parts.append(accelerator.gather_for_metrics(sums).cpu())
     values = np.empty((len(order), len(columns)), dtype=np.float32)

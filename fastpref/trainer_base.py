@@ -37,6 +37,8 @@ from .metrics import (
     check_grad_norm,
     check_weights,
 )
+from .progress import silenced
+from .progress_callback import use_lines
 
 logger = logging.getLogger("fastpref")
 
@@ -118,6 +120,7 @@ class BaseTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        use_lines(self)
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
         if args.gradient_checkpointing:
             # Every block casts its weights anew in backward; a cache would keep 16-bit copies of
@@ -151,7 +154,8 @@ class BaseTrainer(Trainer):
 
     def _prepare_data(self, source: Any, name: str) -> Any:
         args = self.args
-        with args.main_process_first(desc=f"tokenising {name} data"):
+        quiet = bool(args.disable_tqdm) or args.local_process_index != 0
+        with args.main_process_first(desc=f"tokenising {name} data"), silenced(quiet):
             dataset, report = self.prepare_rows(
                 load_preference_data(source),
                 tokenizer=self._tokenizer,
