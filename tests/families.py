@@ -120,6 +120,12 @@ def batch(padding: str | None = "right", length: int = 9, vocab: int = 60) -> di
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
+def enable_checkpointing(model: Any, reentrant: bool) -> None:
+    """Of a model, by the method that this transformers does not warn about."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": reentrant})
+
+
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:
     """The next token of each real position of a batch."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -96,7 +96,7 @@ def test_gradient_checkpointing(reentrant):
     inner, inputs = model().train(), families.batch()
     install_head_forward(inner)
     wanted = gradients_of(inner, inner, inputs)
-    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    families.enable_checkpointing(inner, reentrant)
     if reentrant:
         inner.enable_input_require_grads()
     assert_gradients(gradients_of(inner, inner, inputs), wanted, 0.0)

@@ -131,7 +131,7 @@ def test_load_balancing_loss_under_gradient_checkpointing(name):
     inputs = dict(families.batch(), output_router_logits=True)
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            families.enable_checkpointing(model, False)
         loss = model(**inputs, head_fn=lambda hidden, head, aux: hidden.square().mean() + aux)
         loss.backward()
         found.append((loss.detach(), families.gradients(model)))

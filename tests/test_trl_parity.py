@@ -30,7 +30,7 @@ def options(tmp_path, **kwargs):
         "bf16": False,
         "use_cpu": True,
         "max_length": 20,
-        "gradient_checkpointing": False,
+        **tiny.checkpointing(False),
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
