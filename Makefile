@@ -2,41 +2,64 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH ?= 2.13.0
+# The versions that are installed: those that the tests pass with, or with none the newest.
+CONSTRAINTS ?= constraints.txt
+PINNED_TORCH := $(if $(CONSTRAINTS),$(shell sed -n 's/^torch==//p' $(CONSTRAINTS)))
+TORCH ?= $(PINNED_TORCH)
+LIMITS := $(VENV)/constraints.txt
+PIP = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(LIMITS) --build-constraint $(LIMITS))
 # Where a machine without an NVIDIA GPU finds torch's CPU build, if pip does not know of one already.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test lint bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
+.PHONY: install demo test test-latest lint bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.torch:
+# pip comes first and by itself: an old one does not know --build-constraint. Another version of torch
+# than the tested one takes the triton that it asks for.
+$(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+ifneq ($(CONSTRAINTS),)
+	sed -e 's/^torch==.*/torch==$(TORCH)/' $(if $(filter-out $(PINNED_TORCH),$(TORCH)),-e '/^triton==/d') \
+	  $(CONSTRAINTS) >$(LIMITS)
+endif
+	$(BIN)/python -m pip install --quiet --upgrade pip $(if $(CONSTRAINTS),--constraint $(LIMITS))
 ifeq ($(HAS_GPU),yes)
-	$(BIN)/pip install --quiet torch==$(TORCH)
+	$(PIP) torch$(TORCH:%===%)
 else
-	$(BIN)/pip install --quiet 'torch==$(TORCH)+cpu' 2>/dev/null || \
-	  $(BIN)/pip install --quiet torch==$(TORCH) --index-url $(TORCH_CPU_INDEX)
+	$(PIP) "torch==$(or $(TORCH),$(NEWEST_CPU_TORCH))+cpu" 2>/dev/null || \
+	  $(BIN)/pip install --quiet --no-deps torch$(TORCH:%===%) --index-url $(TORCH_CPU_INDEX)
+# What it depends on, of which that index has but a few versions.
+	$(PIP) torch$(TORCH:%===%)
 endif
 	@touch $@
 
+# The newest CPU build that pip knows of.
+NEWEST_CPU_TORCH = $$($(BIN)/pip index versions torch 2>/dev/null | grep -o '[0-9.]*+cpu' | head -n 1 | \
+  cut -d+ -f1)
+
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/cuda/*)
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(PIP) -e '.[dev]'
 # Triton's interpreter and compiler need no GPU. Without dependencies, and only where it is packaged.
-	-$(BIN)/pip install --quiet --no-deps 'triton>=3.4'
+	-$(PIP) --no-deps 'triton>=3.4'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/cuda/*)
-	$(if $(HAS_GPU),,FASTPREF_CUDA=0) $(BIN)/pip install --quiet -e '.[train]'
+	$(if $(HAS_GPU),,FASTPREF_CUDA=0) $(PIP) -e '.[train]'
 	@touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/fastpref demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# With the newest of everything, in an environment of its own that is made anew. The summary has what
+# other libraries warn about; PYTEST_ARGS='-W error' makes that fail, too.
+test-latest:
+	rm -rf $(VENV)-latest
+	$(MAKE) test VENV=$(VENV)-latest CONSTRAINTS= TORCH=
 
 lint: install
 	$(BIN)/ruff check .
@@ -44,7 +67,7 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/pip install --quiet --no-deps triton liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
 	$(BIN)/python benchmarks/head.py
 
 # The native tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer in fastpref._cpu.
@@ -131,4 +154,4 @@ gpu-bench: gpu-install
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so fastpref/_cuda*.so
-	rm -f $(VENV)/.installed $(VENV)/.demo
+	rm -rf $(VENV)/.installed $(VENV)/.demo $(VENV)-latest

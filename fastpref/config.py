@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from .loss_data import F_DIVERGENCES
 from .losses import LOSS_OPTIONS, LossOptions, Pairs
+from .processor import bf16_is_fast, say_once, training_device
 from .training_checks import check_arguments
 from .unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 
@@ -32,7 +33,9 @@ class BaseConfig(TrainingArguments):
 
     learning_rate: float = _option(1e-6, "Initial learning rate of AdamW.")
     logging_steps: float = _option(10, "Optimiser steps between two log lines.")
-    bf16: bool | None = _option(None, "Mixed precision in bfloat16; on unless fp16 is.")  # type: ignore[assignment]
+    bf16: bool | None = _option(
+        None, "Mixed precision in bfloat16; by default where it is fast, unless fp16 is on."
+    )  # type: ignore[assignment]
     gradient_checkpointing: bool | None = _option(
         None, "Recompute activations in the backward to save memory; on by default."
     )
@@ -95,10 +98,9 @@ class BaseConfig(TrainingArguments):
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
 
     def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = not self.fp16
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        self._choose_bf16()
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
@@ -109,6 +111,26 @@ class BaseConfig(TrainingArguments):
         if self.use_liger_kernel:
             self.liger_kernel_config = _without_liger_head(self.liger_kernel_config)
         super().__post_init__()
+
+    def _choose_bf16(self) -> None:
+        """bf16 where nothing else is asked for and the device multiplies it in hardware."""
+        device = training_device(bool(self.use_cpu))
+        if self.bf16 is None and self.fp16:
+            self.bf16 = False
+        if self.bf16 is False or bf16_is_fast(device):
+            self.bf16 = self.bf16 is not False
+            return
+        what = f"this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units"
+        if self.bf16:
+            say_once(f"bf16 is True, but {what}: it is many times slower than fp32 here")
+            return
+        self.bf16 = False
+        if self.precision == "fast":
+            raise ValueError(
+                f"precision is 'fast', which needs 16-bit operands, but {what}, so that bf16=None "
+                "takes fp32; expected bf16=True, or False for a model that is 16-bit itself"
+            )
+        say_once(f"{what}, so that training takes fp32; bf16=True asks for bf16")
 
     @classmethod
     def of(cls: type[C], args: Any) -> C:
@@ -164,8 +186,9 @@ class PreferenceConfig(BaseConfig):
 
     Names and defaults are those of TRL 1.16's DPOConfig where it has them. Changed from
     TrainingArguments: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
-    checkpointing on, `bf16` on unless `fp16`, `logging_nan_inf_filter` off because a loss that is
-    not finite stops the run. On a machine without an accelerator `use_cpu` is set.
+    checkpointing on, `bf16` on unless `fp16` is or the device has no bf16 units (which
+    is said once), `logging_nan_inf_filter` off because a loss that is not finite stops the run. On
+    a machine without an accelerator `use_cpu` is set.
 
     Args:
         beta: strength of the pull towards the reference; tau in the IPO paper.

@@ -8,6 +8,8 @@ follow TRL 1.16. Rows are numbered from 0 everywhere, lines of a file from 1.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,7 @@ from .data_layouts import (
     sample,
 )
 from .data_tokens import RowTokenizer
+from .progress import count, counting
 
 __all__ = [
     "DataReport",
@@ -210,7 +213,8 @@ def tokenise(
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
 
-    encoded = dataset.map(**encode, num_proc=num_proc, desc=f"Tokenising {name} data")
+    with _showing(f"Tokenising {name} data", len(dataset), num_proc) as desc:
+        encoded = dataset.map(**encode, num_proc=num_proc, desc=desc)
     table = encoded.with_format("numpy")
     flags, rows = np.asarray(table["flags"][:]), np.asarray(table["row"][:])
     dropped = (flags & DROPPED) > 0
@@ -247,6 +251,22 @@ def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
     )
 
 
+@contextlib.contextmanager
+def _showing(what: str, rows: int, num_proc: int | None) -> Iterator[str]:
+    """Progress of a `Dataset.map`: lines in a log file or, on a terminal, the bar of datasets."""
+    import datasets
+
+    hidden = datasets.are_progress_bars_disabled()
+    with counting(what, "rows", rows, disabled=hidden, shared=(num_proc or 1) > 1) as lines:
+        if lines is not None and not hidden:
+            datasets.disable_progress_bars()
+        try:
+            yield what
+        finally:
+            if lines is not None and not hidden:
+                datasets.enable_progress_bars()
+
+
 def _is_kept(row: dict) -> bool:
     return row["flags"] & DROPPED == 0
 
@@ -266,9 +286,7 @@ def _encode_batch(
     data: str,
     vocab_size: int | None,
 ) -> dict[str, list]:
-    numbers, labels = (
-        [key for key in keys if key in batch] for keys in (form.numbers, form.labels)
-    )
+    numbers = [key for key in form.numbers if key in batch]
     out: dict[str, list] = {key: [] for key in (*form.ids, *numbers, *form.labels, "row", "flags")}
     rows = row_numbers(batch, rows)
     if form.ids[1] in batch:
@@ -293,6 +311,7 @@ def _encode_batch(
             out[key].append(check_label(batch[key][i], key, where))
         out["row"].append(index)
         out["flags"].append(flags)
+        count()
     return out
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .checks import FLOATS
@@ -52,7 +53,8 @@ class HeadAdapter:
 class Layer:
     """The matrix [V, H] and the bias [V] or None of an output layer, and the module they are of.
 
-    adapters: those that are active; adapted: whether it has any, active or not.
+    adapters: those that are active; adapted: whether it has any, active or not. row_scale: [V]
+    factors of the layer's own on its products, before the bias (nGPT, arXiv 2410.01131), or None.
     """
 
     module: nn.Module
@@ -60,6 +62,7 @@ class Layer:
     bias: Tensor | None
     adapters: tuple[HeadAdapter, ...] = ()
     adapted: bool = False
+    row_scale: Tensor | None = None
 
 
 def read_layer(module: nn.Module) -> Layer:
@@ -69,8 +72,8 @@ def read_layer(module: nn.Module) -> Layer:
     `trainable_token_indices` gives the matrix with its trained rows in place.
 
     Raises:
-        ValueError: a layer that is not one whole matrix of floating-point numbers, or an adapter
-            that is neither LoRA nor DoRA.
+        ValueError: a layer that is not one whole matrix of floating-point numbers, an adapter that
+            is neither LoRA nor DoRA, or one on a layer with factors of its own.
     """
     adapters: tuple[HeadAdapter, ...] = ()
     weight: Any = None
@@ -81,7 +84,22 @@ def read_layer(module: nn.Module) -> Layer:
     if weight is None:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     _check_weight(weight, module)
-    return Layer(module, weight, bias, adapters, adapted)
+    scale = _row_scale(module, weight)
+    if scale is not None and (adapters or weight is not module.weight):
+        raise ValueError(
+            f"the output head is a {type(module).__name__}, which scales each logit by itself, and "
+            "carries a PEFT adapter; expected modules_to_save there, or no adapter"
+        )
+    return Layer(module, weight, bias, adapters, adapted, scale)
+
+
+def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """Learned factors of an output layer (Dory's); `head_probe` checks that they act like that."""
+    scale = getattr(module, "logit_scale", None)
+    if not isinstance(scale, Tensor) or scale.shape != weight.shape[:1]:
+        return None
+    wide = scale.dtype if scale.dtype == torch.float64 else torch.float32
+    return scale.to(wide) * getattr(module, "logit_scale_factor", 1.0)
 
 
 def is_sharded(weight: Any) -> bool:

@@ -253,7 +253,11 @@ def _check_linear(layer: Layer) -> None:
     if weight is not getattr(module, "weight", None):  # with trained rows, which PEFT puts in
         return
     x = torch.linspace(-1, 1, 2 * weight.shape[1]).view(2, -1).to(weight)
-    expected = nn.functional.linear(x, weight, layer.bias).float()
+    expected = nn.functional.linear(x, weight).float()
+    if layer.row_scale is not None:
+        expected = expected * layer.row_scale
+    if layer.bias is not None:
+        expected = expected + layer.bias
     got = module(x)
     limit = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2
     same = isinstance(got, Tensor) and got.shape == expected.shape

@@ -31,6 +31,7 @@ class Head:
         adapters: LoRA and DoRA adapters that are active on the layer. The head that a `head_fn`
             gets has them, and that of `read_head(model, adapters=True)`.
         adapted: whether the layer has such adapters at all, active or not.
+        row_scale: [V] factors on hidden @ weight.T that the layer has of its own, or None.
     """
 
     weight: Tensor
@@ -41,6 +42,7 @@ class Head:
     padding: int = 0
     adapters: tuple[HeadAdapter, ...] = ()
     adapted: bool = False
+    row_scale: Tensor | None = None
 
     @property
     def fused(self) -> bool | str:
@@ -66,7 +68,8 @@ class Head:
         """
         own = {"scale": self.scale, "softcap": self.softcap}
         if not self.adapters:
-            return {"bias": self.bias, **own}
+            scaled = {} if self.row_scale is None else {"weight_scale": self.row_scale}
+            return {"bias": self.bias, **scaled, **own}
         if hidden is None:
             raise ValueError(
                 "the output head carries a PEFT adapter, which multiplies the hidden states; "
@@ -151,6 +154,7 @@ def read_head(model: Any, *, adapters: bool = False) -> Head:
     if kept < rows:
         weight, bias = weight[:kept], None if bias is None else bias[:kept]
         active = tuple(adapter.rows(kept) for adapter in active)
+    row_scale = None if layer.row_scale is None else layer.row_scale[:kept]
     padding = rows - kept
     return Head(
         weight,
@@ -160,6 +164,7 @@ def read_head(model: Any, *, adapters: bool = False) -> Head:
         padding=padding,
         adapters=active,
         adapted=layer.adapted,
+        row_scale=row_scale,
     )
 
 

@@ -190,6 +190,7 @@ def _backbone_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 f"{key}: got a {type(value).__name__} together with head_fn, expected none: there "
                 "are no logits; give head_fn what it needs in head_inputs"
             )
+    _rename_cache(inputs, base_names)
     inputs["use_cache"] = False
     # PEFT passes None for whatever the caller left out.
     return {
@@ -197,6 +198,24 @@ def _backbone_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for key, value in inputs.items()
         if key in base_names or (more if key == "use_cache" else value is not None)
     }
+
+
+# The argument for the keys and values of earlier tokens: since transformers 5.24, before that,
+# and in its older state-space models.
+_CACHE = ("cache", "past_key_values", "cache_params")
+
+
+def _rename_cache(inputs: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Give the cache, under whichever name it came, the name that the backbone has for it."""
+    given = [name for name in _CACHE if inputs.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given; expected one cache")
+    wanted = next((name for name in _CACHE if name in names), None)
+    if given and wanted is not None:
+        inputs[wanted] = inputs.pop(given[0])
+    for name in _CACHE:
+        if name != wanted and inputs.get(name) is None:
+            inputs.pop(name, None)
 
 
 def _at_head(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .heads import Head, align_to_tokens, batch_labels, model_inputs, unwrap
 from .logps import linear_token_logps
 from .loss_tokens import ld_sequence_logps
 from .modes import evaluating, same_weights_trained
+from .progress import watched
 from .sequences import sequence_logps
 
 REF_ADAPTER = "ref"
@@ -183,7 +184,6 @@ def precompute(
         ValueError: the data set is a stream.
     """
     from datasets import Dataset
-    from tqdm.auto import tqdm
 
     from .loaders import make_loader, row_lengths
 
@@ -199,8 +199,9 @@ def precompute(
         longest_first, collator, accelerator, batch_size=batch_size, num_workers=num_workers
     )
     parts = []
-    bar = tqdm(loader, desc=f"Reference log-probs of {name} data", disable=disable_tqdm)
-    for batch in bar:
+    rows = batch_size * accelerator.num_processes
+    what = f"Reference log-probs of {name} data"
+    for batch in watched(loader, what, "rows", len(order), rows, disable_tqdm):
         sums = logps(batch).view(len(columns), -1).T.contiguous()  # to be gathered row by row
         parts.append(accelerator.gather_for_metrics(sums).cpu())
     values = np.empty((len(order), len(columns)), dtype=np.float32)

@@ -47,6 +47,8 @@ from .metrics import (
 from .model_card import CardTrainer
 from .modes import same_weights_trained
 from .predictions import PredictingTrainer
+from .progress import silenced
+from .progress_callback import use_lines
 from .ref_sync import SyncingTrainer, check_sync_columns, check_sync_options
 from .training_checks import check_optimizer, check_sampling, check_trains
 
@@ -140,6 +142,7 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        use_lines(self)
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
         if args.gradient_checkpointing:
             # Every block casts its weights anew in backward; a cache would keep 16-bit copies of
@@ -182,7 +185,8 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
 
     def _prepare_data(self, source: Any, name: str) -> Any:
         args = self.args
-        with args.main_process_first(desc=f"tokenising {name} data"):
+        quiet = bool(args.disable_tqdm) or args.local_process_index != 0
+        with args.main_process_first(desc=f"tokenising {name} data"), silenced(quiet):
             dataset, report = self.prepare_rows(
                 load_preference_data(source),
                 tokenizer=self._tokenizer,

@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 
 import machine
+import own_warnings
 import pytest
 import torch
 
@@ -21,6 +22,18 @@ def pytest_configure(config):
     if machine.why_not("native") is not None:  # which is then said of every default on a CPU
         said = "ignore:fastpref runs on plain torch:RuntimeWarning"
         config.addinivalue_line("filterwarnings", said)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    with own_warnings.failing():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    with own_warnings.failing():
+        return (yield)
 
 
 def _dtypes(params) -> list[torch.dtype]:

@@ -54,6 +54,7 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "doge": {"is_moe": True, "num_experts": 16},
+    "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
@@ -117,6 +118,12 @@ def batch(padding: str | None = "right", length: int = 9, vocab: int = 60) -> di
         mask[1, -3:] = 0
         mask[1] = mask[1] if padding == "right" else mask[1].flip(0)
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def enable_checkpointing(model: Any, reentrant: bool) -> None:
+    """Of a model, by the method that this transformers does not warn about."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": reentrant})
 
 
 def labels_of(inputs: dict[str, Tensor]) -> Tensor:

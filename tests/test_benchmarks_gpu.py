@@ -237,7 +237,6 @@ def test_a_gpu_that_is_beyond_use_ends_the_worker(monkeypatch):
 # ---- the GPU itself, with a torch.cuda of the test's own -----------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler's import
 def test_timing_with_events(monkeypatch):
     log = []
 

@@ -12,8 +12,6 @@ import torch
 
 import fastpref
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own
-
 P, T, H, V = 2, 6, 16, 51
 DEVICES = ["cpu", "cuda"] if machine.HAS_GPU else ["cpu"]
 

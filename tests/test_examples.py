@@ -27,7 +27,6 @@ def test_every_example_is_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(FIRST)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the libraries that the examples use
 @pytest.mark.parametrize("name", FIRST)
 def test_example(name, tmp_path, monkeypatch):
     args = ["--steps", "4"]

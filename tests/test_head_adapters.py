@@ -21,14 +21,6 @@ from fastpref.heads import batch_labels, model_inputs  # noqa: E402
 from fastpref.reference import as_reference  # noqa: E402
 from fastpref.trainer import PreferenceTrainer  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    # What tied weights, and an adapter on the layer that shares them, mean to peft.
-    pytest.mark.filterwarnings("ignore:.*tie:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*tied:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*save_embedding_layers:UserWarning"),
-]
-
 HEAD = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 16}
 KINDS = {
     "lora": HEAD,
@@ -162,7 +154,6 @@ def test_what_cannot_work_says_so_at_once(tmp_path):
         trainer(tmp_path, model, ref_model=tiny.model())
 
 
-@pytest.mark.filterwarnings("ignore:.*PiSSA")
 @pytest.mark.parametrize("init", ["pissa", "olora", False])
 def test_the_reference_is_the_model_that_training_starts_from(tmp_path, init):
     """Also where an adapter does not start from 0: switched off, it would leave another model."""
@@ -193,7 +184,6 @@ def test_dora_on_rows_of_zeros(tmp_path):
         trainer(tmp_path, model, peft_config=lora(**KINDS["dora"]))
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL's own
 @pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_trajectory_equals_trl(tmp_path, kind, loss):

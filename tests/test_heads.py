@@ -31,8 +31,6 @@ from fastpref.heads import (  # noqa: E402
 )
 
 # peft reads an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
 SMALL = {
     "vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3,
@@ -323,7 +321,6 @@ def test_models_that_cannot_be_used():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "falcon", "persimmon", "bart"])
-@pytest.mark.filterwarnings("ignore")  # model families have their own
 def test_dropout_is_switched_off(name):
     drops = ("attention_dropout", "dropout", "embd_pdrop", "hidden_dropout", "activation_dropout")
     known = {k: 0.5 for k in drops if hasattr(families.config(name), k)}

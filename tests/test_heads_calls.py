@@ -23,7 +23,6 @@ from fastpref.heads import (  # noqa: E402
 )
 
 # peft reads an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 def model(name="llama", **kwargs):
@@ -50,7 +49,6 @@ def assert_gradients(found, wanted, tol=1e-5):
 # ---- wrappers ----
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own
 def test_wrappers_are_seen_through():
     from peft import LoraConfig, get_peft_model
 
@@ -94,13 +92,11 @@ def test_ddp(one_process, unused):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_gradient_checkpointing(reentrant):
     inner, inputs = model().train(), families.batch()
     install_head_forward(inner)
     wanted = gradients_of(inner, inner, inputs)
-    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    families.enable_checkpointing(inner, reentrant)
     if reentrant:
         inner.enable_input_require_grads()
     assert_gradients(gradients_of(inner, inner, inputs), wanted, 0.0)
@@ -132,7 +128,6 @@ def test_16_bit_models():
 
 
 @pytest.mark.parametrize("where", ["model", "layers"])
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 def test_torch_compile(where):
     inner, inputs = model(), families.batch()
     install_head_forward(inner)
@@ -151,7 +146,6 @@ def test_torch_compile(where):
     assert hidden_states(compiled, **inputs).shape == (2, 9, 32)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own
 @pytest.mark.parametrize("first", ["compile", "install"])
 def test_torch_compile_without_a_graph_break(first):
     inner, inputs = model(), families.batch(None)
@@ -217,21 +211,26 @@ def test_arguments_that_concern_the_logits_are_refused(given):
         inner(**families.batch(), **given, head_fn=families.fused)
 
 
-def test_a_cache_of_earlier_tokens():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_of_earlier_tokens(name):
+    """Under its name of transformers 5.24 and under the one before, whichever is installed."""
     inner, inputs = model(), families.batch(None)
     wanted = hidden_states(inner, **inputs)
     cache = DynamicCache(config=inner.config)
+    known = inspect.signature(inner.forward).parameters
+    own = "cache" if "cache" in known else "past_key_values"
     with torch.no_grad():
-        inner(input_ids=inputs["input_ids"][:, :4], past_key_values=cache, use_cache=True)
-    rest = {"input_ids": inputs["input_ids"][:, 4:], "past_key_values": cache}
+        inner(input_ids=inputs["input_ids"][:, :4], **{own: cache}, use_cache=True)
+    rest = {"input_ids": inputs["input_ids"][:, 4:], name: cache}
     torch.testing.assert_close(hidden_states(inner, **rest), wanted[:, 4:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cache and past_key_values are given; expected one"):
+        hidden_states(inner, **{**rest, "cache": cache, "past_key_values": cache})
 
 
 # ---- the model besides ----
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "mamba"])
-@pytest.mark.filterwarnings("ignore")  # model families have their own
 def test_the_model_lives_on_as_before(name):
     inner, inputs = model(name), families.batch("left")
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -319,7 +318,6 @@ def test_an_offloaded_head_is_refused():
 
 
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
-@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
 def test_a_bitsandbytes_body_with_a_plain_head(bits, tmp_path):
     pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model

@@ -181,7 +181,7 @@ def test_bad_inputs():
     for args, message in (
         ((e[..., 1:], c, y), r"e: got shape \(3, 6, 15\) with c \(37, 16\)"),
         ((e, c, y[1:]), r"targets: got shape \(2, 6\), expected \(3, 6\)"),
-        ((e, c, y.masked_fill(y == y[1, 1], V)), "labels: got 37"),
+        ((e, c, y.masked_fill(y == y[1, 1], V)), "targets: got 37"),
     ):
         with pytest.raises(ValueError, match=message):
             ours.linear_cross_entropy(*args)
@@ -194,6 +194,61 @@ def test_bad_inputs():
     ):
         with pytest.raises(ValueError, match=message):
             torch_linear_cross_entropy(*args, **options)
+
+
+def test_unknown_keywords_are_refused_under_the_functions_own_name():
+    e, c, y = problem()
+    for function in (ours.linear_cross_entropy, torch_linear_cross_entropy):
+        for name in ("colour", "token_indices", "low_rank", "weight_scale"):
+            own = rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'"
+            with pytest.raises(TypeError, match=own):
+                function(e, c, y, **{name: None})
+    with pytest.raises(TypeError, match=r"^LinearCrossEntropy\(\) got an unexpected .*'colour'"):
+        ours.LinearCrossEntropy(colour=1)
+    with pytest.raises(ValueError, match="strategy: got 'x'"):
+        ours.LinearCrossEntropy(strategy="x")
+
+
+BAD = {
+    "target outside": (lambda x, w, y: (x, w, y.masked_fill(y == y[0], V)), {}, "target: got 37"),
+    "negative target": (lambda x, w, y: (x, w, y.masked_fill(y == y[0], -1)), {}, "target: got -1"),
+    "int32 target": (lambda x, w, y: (x, w, y.int()), {}, "target: got int32"),
+    "target shape": (lambda x, w, y: (x, w, y[1:]), {}, "target: got shape"),
+    "width": (lambda x, w, y: (x[:, 1:], w, y), {}, "input: got shape"),
+    "flat weight": (lambda x, w, y: (x, w[0], y), {}, "input: got shape .* linear_weight"),
+    "dtypes": (lambda x, w, y: (x, w.double(), y), {}, "linear_weight: got float64"),
+    "bias": (lambda x, w, y: (x, w, y), {"linear_bias": torch.ones(3)}, "linear_bias: got shape"),
+    "weight": (lambda x, w, y: (x, w, y), {"weight": torch.ones(3)}, "weight: got shape"),
+    "smoothing": (lambda x, w, y: (x, w, y), {"label_smoothing": 2.0}, "label_smoothing: got 2.0"),
+    "reduction": (lambda x, w, y: (x, w, y), {"reduction": "max"}, "reduction: got 'max'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_torch_signature_raises_what_torch_raises(case):
+    hidden, head, labels = problem(ignored=False)
+    change, options, message = BAD[case]
+    args = change(hidden.flatten(0, 1), head, labels.flatten())
+    with pytest.raises(ValueError, match=message) as found:
+        torch_linear_cross_entropy(*args, **options)
+    theirs = getattr(F, "linear_cross_entropy", None)
+    if theirs is not None:
+        with pytest.raises((RuntimeError, ValueError, IndexError)) as wanted:
+            theirs(*args, **options)
+        assert isinstance(found.value, wanted.type)
+
+
+def test_something_else_than_a_tensor():
+    e, c, y = problem()
+    for args, name in (
+        ((None, c, y), "input"),
+        ((e, [1], y), "linear_weight"),
+        ((e, c, 3), "targ"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}.*, expected a tensor"):
+            torch_linear_cross_entropy(*args)
+    with pytest.raises(ValueError, match="^targets: got list, expected a tensor"):
+        ours.linear_cross_entropy(e, c, [1])
 
 
 def test_top_level_names():

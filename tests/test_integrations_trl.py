@@ -20,10 +20,7 @@ from trl.trainer import utils  # noqa: E402
 import fastpref  # noqa: E402
 from fastpref.integrations import trl as ours  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # TRL's own warnings
-    pytest.mark.usefixtures("unpatched"),
-]
+pytestmark = pytest.mark.usefixtures("unpatched")
 
 N, H, V = 64, 32, 128
 EXTRAS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 from fastpref import LossOptions, linear_kto_loss, linear_preference_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own
-
 P, T, H, V = 2, 6, 16, 51
 
 

@@ -137,7 +137,6 @@ EXPERIMENTAL = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss", EXPERIMENTAL)
 def test_trajectory_equals_trl(tmp_path, loss, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")

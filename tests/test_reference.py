@@ -10,7 +10,6 @@ from tiny import history, lora, same, trainer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 # peft reads an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from fastpref.metrics import SUMS, NonFiniteLossError  # noqa: E402
 from fastpref.trainer import PreferenceTrainer  # noqa: E402
 
 # peft reads an attribute that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def test_defaults_are_trls(tmp_path):
     args = PreferenceConfig(output_dir=str(tmp_path))
     assert (args.learning_rate, args.beta, args.max_length) == (1e-6, 0.1, 1024)
     assert (args.loss_type, args.truncation_mode) == ("sigmoid", "keep_start")
-    assert args.bf16 and args.gradient_checkpointing and args.logging_steps == 10
+    assert args.gradient_checkpointing and args.logging_steps == 10
     assert PreferenceConfig(output_dir=str(tmp_path), loss_type="dpo").loss_type == "sigmoid"
     assert PreferenceConfig(output_dir=str(tmp_path), loss_type=["ipo"]).loss_type == "ipo"
     copy = PreferenceConfig(**{k: v for k, v in args.to_dict().items() if not k.startswith("_")})

@@ -83,7 +83,6 @@ def test_where_rows_cannot_be_grouped_by_length(tmp_path):
         trainer(tmp_path, train=stream("pairs", 8), **option)
 
 
-
 @pytest.mark.parametrize(
     "options",
     [

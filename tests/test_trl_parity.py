@@ -13,8 +13,6 @@ import tiny  # noqa: E402
 from fastpref.config import PreferenceConfig  # noqa: E402
 from fastpref.trainer import PreferenceTrainer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's own warnings
-
 KEYS = [
     "loss", "grad_norm", "learning_rate", "num_tokens", "entropy", "mean_token_accuracy",
     "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
@@ -32,7 +30,7 @@ def options(tmp_path, **kwargs):
         "bf16": False,
         "use_cpu": True,
         "max_length": 20,
-        "gradient_checkpointing": False,
+        **tiny.checkpointing(False),
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

@@ -18,8 +18,6 @@ from fastpref.collate import UnpairedCollator  # noqa: E402
 from fastpref.data import load_preference_data  # noqa: E402
 from fastpref.unpaired_data import prepare_unpaired_dataset  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-
 
 @pytest.fixture(autouse=True)
 def quiet():
@@ -308,7 +306,6 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL's own
 @pytest.mark.parametrize("name", CASES)
 def test_trajectory_equals_trl(name, tmp_path):
     trl = pytest.importorskip("trl")

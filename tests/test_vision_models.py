@@ -17,10 +17,6 @@ from test_heads_models import TINY_VISION, vision_language  # noqa: E402
 from tiny import history, lora, trainer  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-]
-
 
 def vision_model(name):
     """With the tokenizer's vocabulary, and without the softcap that Gemma 3's forward ignores."""

@@ -19,6 +19,7 @@ from transformers import (  # noqa: E402
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainingArguments,
 )
 
 from fastpref.config import PreferenceConfig  # noqa: E402
@@ -39,6 +40,13 @@ def tokenizer(**kwargs: Any) -> PreTrainedTokenizerFast:
     core.add_special_tokens(special)
     options = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **kwargs}
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **options)
+
+
+def checkpointing(on: bool) -> dict[str, bool | None]:
+    """The option of TRL's configs, under its new name where this transformers has renamed it."""
+    if "activation_checkpointing" in TrainingArguments.__dataclass_fields__:
+        return {"activation_checkpointing": on, "gradient_checkpointing": None}
+    return {"gradient_checkpointing": on}
 
 
 def model(seed: int = 0, **kwargs: Any) -> LlamaForCausalLM:

@@ -31,7 +31,7 @@ def options(tmp_path, **kwargs):
         "learning_rate": 1e-3,
         "bf16": False,
         "use_cpu": True,
-        "gradient_checkpointing": False,
+        **tiny.checkpointing(False),
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

@@ -7,12 +7,11 @@ import os
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastpref import backends
+from fastpref import backends, processor
 
 PACKAGES = (
     "torch",
@@ -29,8 +28,6 @@ PACKAGES = (
     "rich",
     "matplotlib",
 )
-# What the kernels and torch's GEMMs make use of, as Linux names it on x86 and on Arm.
-CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 VARIABLES = (
     "FASTPREF_BACKEND",
     "FASTPREF_DEBUG",
@@ -66,23 +63,13 @@ def version(package: str) -> str | None:
 
 
 def cpu() -> dict[str, Any]:
-    """Model, features and threads. Features are None where the system does not list them."""
-    model, flags = platform.processor() or platform.machine(), None
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            break
+    """Model, features, what it lacks, and threads. Features are None where they are not listed."""
+    model, features = processor.read_processor()
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return {
         "model": model,
-        "features": None if flags is None else {f: f in flags for f in CPU_FEATURES},
+        "features": features,
+        "lacks": processor.lacking(features),
         "cores": len(usable(0)),
         "torch_threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
@@ -170,6 +157,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             [
                 ("model", facts["cpu"]["model"]),
                 ("features", present),
+                *(("lacks", line) for line in facts["cpu"]["lacks"]),
                 (
                     "threads",
                     f"{facts['cpu']['torch_threads']} used by torch, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from enum import Enum
@@ -23,6 +24,8 @@ from fastpref.cli.models import (
     load_tokenizer,
     lora_config,
 )
+from fastpref.processor import bf16_is_fast, training_device
+from fastpref.progress import lines_to
 
 
 class Precision(str, Enum):
@@ -162,16 +165,20 @@ def command(
         source = reference_text(mode, train_set, eval_set)
         if continued:
             source = source.replace("adapter", "adapter as it is now")
-    use_bf16 = bf16_is_fast() if bf16 is None else bf16
+    device = training_device()
+    use_bf16 = bf16_is_fast(device) if bf16 is None else bf16
     if not use_bf16 and precision is Precision.fast:
         raise ValueError("--precision fast needs bf16 operands, but this run is fp32; add --bf16")
     rate = LEARNING_RATES[lora] if lr is None else lr
     rows_per_step = batch_size * grad_accumulation
     steps = max_steps if max_steps > 0 else math.ceil(epochs * len(train_set) / rows_per_step)
+    numbers = "bf16" if use_bf16 else "fp32"
+    if bf16 is None and not use_bf16:
+        numbers += f" (this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units)"
     console.print(
         f"{chosen.title} on [bold]{escape(model)}[/bold]: {len(train_set)} {rows}"
         + (f", {len(eval_set)} held out" if eval_set is not None else "")
-        + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
+        + f", {'LoRA' if lora else 'all weights'}, {numbers}, "
         f"learning rate {rate:g}, beta {beta:g}, reference: {source}"
     )
 
@@ -205,8 +212,9 @@ def command(
         disable_tqdm=not console.is_terminal,
     )
     bar = ProgressBar(console)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with notes_on(console), report.PeakMemory(device) as memory:
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    log = console.file if first and not console.is_terminal else None
+    with notes_on(console), lines_to(log), report.PeakMemory(device) as memory:
         trainer = make_trainer(
             load_model(model, torch.bfloat16 if lora and use_bf16 else torch.float32),
             config,
@@ -329,16 +337,6 @@ def reference_text(mode: Reference, train_set: Any, eval_set: Any) -> str:
     if len(set(used.values())) == 1:
         return used["training"]
     return ", ".join(f"{source} ({name})" for name, source in used.items())
-
-
-def bf16_is_fast() -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    from fastpref.cli.doctor import cpu
-
-    features = cpu()["features"] or {}
-    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=None, bar) -> Any:

@@ -12,6 +12,7 @@ Both are the negated `linear_token_logps`; docs/cce.md lists what differs from t
 from __future__ import annotations
 
 import enum
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fastpref.backends.tile import check_number
 from fastpref.logps import linear_token_logps
+from fastpref.options import HEAD_OPTIONS, HeadOptions
 
 __all__ = [
     "LinearCrossEntropy",
@@ -29,6 +31,17 @@ __all__ = [
 
 _REDUCTIONS = ("mean", "sum", "none")
 _ROWS = 8192
+# What `linear_token_logps` calls a function's tensors, and what the function itself does.
+_CCE = {"hidden": "e", "weight": "c", "labels": "targets"}
+_TORCH = {"hidden": "input", "weight": "linear_weight", "labels": "target", "bias": "linear_bias"}
+
+
+class _InputError(ValueError, RuntimeError):
+    """torch's own function raises a RuntimeError, or a ValueError, for such an input."""
+
+
+class _TargetError(ValueError, IndexError):
+    """torch's own function raises an IndexError for a target outside [0, V)."""
 
 
 class LinearCrossEntropyImpl(enum.IntEnum):
@@ -72,6 +85,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not fit together, an unknown reduction, filter_eps or
             impl, a target outside [0, V).
+        TypeError: an unknown keyword.
     """
     if isinstance(filter_eps, str):
         if filter_eps not in ("auto", "high"):
@@ -80,6 +94,7 @@ def linear_cross_entropy(
             )
     elif filter_eps is not None:
         check_number("filter_eps", filter_eps)
+    _check_options("linear_cross_entropy", head)
     named = getattr(impl, "name", impl)  # theirs is another enumeration
     if not isinstance(named, str) or named.lower() not in ("cce", "torch_compile"):
         raise ValueError(f"impl: got {impl!r}, expected 'cce' or 'torch_compile'")
@@ -94,7 +109,7 @@ def linear_cross_entropy(
     if by:  # moving the labels costs less than slicing the hidden states
         labels = torch.full_like(targets, ignore_index)
         labels[..., :-by] = targets[..., by:]
-    losses = -_logps(e, c, labels, bias, ignore_index, softcap=softcap, **head)
+    losses = -_logps(_CCE, e, c, labels, bias, ignore_index, softcap=softcap, **head)
     if reduction == "none":
         return losses[..., :-by] if by else losses
     total = losses.sum()
@@ -115,6 +130,7 @@ class LinearCrossEntropy(nn.Module):
         **head: Any,
     ):
         super().__init__()
+        _check_options("LinearCrossEntropy", head)
         self.ignore_index, self.softcap, self.reduction = ignore_index, softcap, reduction
         self.filter_eps, self.shift, self.impl, self.head = filter_eps, shift, impl, head
 
@@ -168,9 +184,42 @@ def torch_linear_cross_entropy(
 
     Raises:
         ValueError: class probabilities as target or a K-dimensional loss, which need a tensor of
-            the logits' size anyway; and as `linear_cross_entropy`.
+            the logits' size anyway; and as `linear_cross_entropy`. What torch raises a RuntimeError
+            or an IndexError for is such an error, too.
+        TypeError: an unknown keyword.
     """
-    if linear_weight.dim() != 2:
+    _check_options("torch_linear_cross_entropy", head)
+    try:
+        return _torch_loss(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            reduction,
+            -100 if ignore_index is None else ignore_index,
+            label_smoothing,
+            head,
+        )
+    except IndexError:
+        raise
+    except ValueError as error:
+        raise _InputError(str(error)) from None
+
+
+def _torch_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignored: int,
+    label_smoothing: float,
+    head: dict[str, Any],
+) -> Tensor:
+    _check_tensors(input=input, linear_weight=linear_weight, target=target)
+    if linear_weight.dim() > 2:
         raise ValueError(
             f"linear_weight: got shape {tuple(linear_weight.shape)}, expected [V, H]; for a "
             "K-dimensional loss use torch.nn.functional.linear_cross_entropy"
@@ -184,6 +233,8 @@ def torch_linear_cross_entropy(
     check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected a value in [0, 1]")
+    if weight is not None:
+        _check_tensors(weight=weight)
     if weight is not None and weight.shape != linear_weight.shape[:1]:
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}, expected [{linear_weight.shape[0]}]"
@@ -192,8 +243,7 @@ def torch_linear_cross_entropy(
     for name in ("scale", "softcap", "temperature"):
         if label_smoothing and name in head:
             raise ValueError(f"{name}: not supported with label_smoothing")
-    ignored = -100 if ignore_index is None else ignore_index
-    logps = _logps(input, linear_weight, target, linear_bias, ignored, **head)
+    logps = _logps(_TORCH, input, linear_weight, target, linear_bias, ignored, **head)
     counted = target != ignored
     labels = target.masked_fill(~counted, 0)
     own = counted.to(logps.dtype)
@@ -241,12 +291,38 @@ def _smooth(
 
 
 def _logps(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignored: int, **head: Any
+    names: dict[str, str],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignored: int,
+    **head: Any,
 ) -> Tensor:
-    out = linear_token_logps(hidden, weight, labels, bias, ignore_index=ignored, **head)
-    if not isinstance(out, Tensor):
-        raise ValueError("extras: not an option of a cross-entropy; use linear_token_logps")
+    """`linear_token_logps`, whose errors get the caller's names."""
+    try:
+        out = linear_token_logps(hidden, weight, labels, bias, ignore_index=ignored, **head)
+    except ValueError as error:
+        text = re.sub(rf"\b({'|'.join(names)})\b", lambda found: names[found[0]], str(error))
+        raise (_TargetError if "a value in [0, " in text else ValueError)(text) from None
+    assert isinstance(out, Tensor)
     return out
+
+
+def _check_options(function: str, head: dict[str, Any]) -> None:
+    """Refuse other keywords than the head's, as Python does for a function without **head."""
+    if "extras" in head:
+        raise ValueError("extras: not an option of a cross-entropy; use linear_token_logps")
+    for name in head:
+        if name not in HEAD_OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    HeadOptions(**head)
+
+
+def _check_tensors(**tensors: Any) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise ValueError(f"{name}: got {type(t).__name__}, expected a tensor")
 
 
 def _check(
@@ -259,6 +335,7 @@ def _check(
     reduction: str,
 ) -> None:
     """Under the caller's names; `linear_token_logps` checks the rest."""
+    _check_tensors(**{x_name: x, head_name: head, labels_name: labels})
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
     if head.dim() != 2 or x.dim() < 1 or x.shape[-1] != head.shape[1]:

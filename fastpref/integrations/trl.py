@@ -290,6 +290,11 @@ def _is_adapted(layer: Any) -> bool:
 def _add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
     """TRL's own, and a forward pass that leaves the output layer, if it is an adapted one, where we
     find it. Adapters come and go: each call looks."""
+    if isinstance(getattr(model.get_output_embeddings(), "logit_scale", None), Tensor):
+        raise ValueError(
+            f"the output layer of {type(model).__name__} scales each logit by itself, which TRL's "
+            "fused head leaves out; expected fastpref.PreferenceTrainer for this model"
+        )
     add: Callable[..., None] = _originals[_UTILS, _ADD]
     add(model, *args, **kwargs)
     given = inspect.signature(add).bind(model, *args, **kwargs).arguments
