@@ -173,6 +173,11 @@ def make_loader(
         collator = StackedCollator(collator, processes)
         batch_size *= 1 if accelerator.split_batches else processes
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator, **options)
+    shared = getattr(accelerator, "_prepare_device_mesh", lambda: None)  # who shares batches
+    more = {
+        "data_seed": getattr(accelerator.dataloader_config, "data_seed", None),
+        "torch_device_mesh": shared(),
+    }
     return prepare_data_loader(
         loader,
         accelerator.device,
@@ -185,4 +190,5 @@ def make_loader(
         even_batches=True,  # so that processes wait for one another; repeated rows count once
         use_seedable_sampler=accelerator.use_seedable_sampler,
         non_blocking=accelerator.non_blocking,
+        **{name: value for name, value in more.items() if value is not None},
     )

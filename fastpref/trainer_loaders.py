@@ -70,7 +70,7 @@ class LoadingTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """The passes over the data that a run resumes after, and batches of the next one."""
         passes, batches = super()._init_training_state(*args, **kwargs)
-        given = [*args, *kwargs.values()]
+        given = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
         path = next((os.path.join(v, TRAINER_STATE_NAME) for v in given if isinstance(v, str)), "")
         if os.path.isfile(path) and not hasattr(self.train_dataset, "__len__"):
             # transformers takes a stream of unknown length for one that never ends.
