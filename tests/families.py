@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -86,7 +87,12 @@ def _fields(cls: type) -> Any:
 
 
 def config(name: str, cls: Any = None, **kwargs: Any) -> Any:
-    """A tiny config of a family, by its model_type; configs inside it are tiny, too."""
+    """A tiny config of a family, by its model_type; configs inside it are tiny, too.
+
+    Skips the test where the installed transformers has no such family.
+    """
+    if cls is None and name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name}")
     cls = cls or CONFIG_MAPPING[name]
     known = _fields(cls)
     options = {key: value for key, value in SMALL.items() if key in known}

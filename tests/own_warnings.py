@@ -41,10 +41,19 @@ def is_ours(filename: str) -> bool:
     return any(Path(filename).is_relative_to(folder) for folder in (*OURS, *installed))
 
 
-def _passes_on(frame: FrameType) -> bool:
+def _library(file: str) -> str:
+    """The package or module under site-packages that a file is of, or the file's folder."""
+    head, found, tail = file.rpartition("site-packages/")
+    return tail.split("/")[0] if found else file.rpartition("/")[0]
+
+
+def _passes_on(frame: FrameType, library: str) -> bool:
+    """Whether a frame only leads to the function that warns: a constructor or a wrapper of the same
+    library, or what is nobody's."""
     name, file = frame.f_code.co_name, frame.f_code.co_filename
     dunder = name.startswith("__") and name.endswith("__")
-    return dunder or name in WRAPPERS or file == "<string>" or file.endswith(BETWEEN)
+    leads = (dunder or name in WRAPPERS) and _library(file) == library
+    return leads or file == "<string>" or file.endswith(BETWEEN)
 
 
 def causes(category: type[Warning], filename: str, lineno: int, frame: FrameType | None) -> bool:
@@ -63,7 +72,8 @@ def causes(category: type[Warning], filename: str, lineno: int, frame: FrameType
         blamed = blamed.f_back
     if blamed is not None and blamed is frame:  # the function that is deprecated blames itself
         blamed = blamed.f_back
-    while blamed is not None and _passes_on(blamed):
+    library = "" if frame is None else _library(frame.f_code.co_filename)
+    while blamed is not None and _passes_on(blamed, library):
         blamed = blamed.f_back
     return blamed is not None and is_ours(blamed.f_code.co_filename)
 

@@ -86,6 +86,14 @@ def test_what_others_warn_about_each_other_does_not_fail(library):
     library.odd()
 
 
+def test_a_class_of_another_library_over_a_deprecated_one_is_theirs(library):
+    other = types.ModuleType("other")
+    other.Old = library.Old
+    code = "class Over(Old):\n    def __post_init__(self):\n        super().__post_init__()\n"
+    exec(compile(code, "/somewhere/site-packages/other/mod.py", "exec"), other.__dict__)
+    other.Over()
+
+
 def test_they_can_still_be_seen_and_asked_for(library):
     with pytest.warns(FutureWarning, match="old is"):
         library.old()
