@@ -158,13 +158,11 @@ def command(
     steps = max_steps if max_steps > 0 else math.ceil(epochs * len(train_set) / rows_per_step)
     numbers = "bf16" if use_bf16 else "fp32"
     if bf16 is None and not use_bf16:
-        numbers += (
-            f" (this {device.replace('cuda', 'GPU').replace('cpu', 'CPU')} has no bf16 units)"
-        )
+        numbers += f" (this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units)"
     console.print(
         f"{chosen.title} on [bold]{escape(model)}[/bold]: {len(train_set)} {rows}"
         + (f", {len(eval_set)} held out" if eval_set is not None else "")
-        + f", {'LoRA' if lora else 'all weights'}, {'bf16' if use_bf16 else 'fp32'}, "
+        + f", {'LoRA' if lora else 'all weights'}, {numbers}, "
         f"learning rate {rate:g}, beta {beta:g}, reference: {source}"
     )
 
