@@ -310,6 +310,24 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, pairs):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_run_in_a_log_file_says_how_far_it_is_and_why_it_is_fp32(tmp_path, pairs, monkeypatch):
+    monkeypatch.setattr("fastpref.progress.INTERVAL", 0.0)
+    monkeypatch.setattr("fastpref.cli.train.bf16_is_fast", lambda device: False)
+    result = invoke(
+        "train", "--model", ASSETS, "--data", write(tmp_path / "pairs.jsonl", pairs), "--output",
+        tmp_path / "out", "--max-steps", 2, "--eval-split", 0.5, "--batch-size", 2,
+    )  # fmt: skip
+    text = " ".join(result.stdout.split())
+    assert "fp32 (this CPU has no bf16 units)" in text or "fp32 (this GPU" in text
+    for line in (
+        "Tokenising train data: 1 of 6 rows (16%), ",
+        "Reference log-probs of train data: 2 of 6 rows (33%), ",
+        "Training: 1 of 2 steps (50%), ",
+        "Evaluating: 1 of 3 batches (33%), ",
+    ):
+        assert line in text
+
+
 def test_doctor():
     facts = json.loads(invoke("doctor", "--json").stdout)
     assert facts["packages"]["torch"] == torch.__version__
