@@ -24,6 +24,7 @@ from .data_files import (
     check_token_ids,
     load_preference_data,
     origin,
+    same,
 )
 from .data_layouts import (
     Layout,
@@ -205,24 +206,31 @@ def tokenise(
             "vocab_size": vocab_size,
         },
     }
-    if streaming:
-        if is_text:
-            arranged = arrange_batch(_columns(first), layout, form, origin(dataset, name))
-            empty = sum(has_no_prompt(row, layout) for row, _ in arranged)
+    if is_text:
+        _check_layout(layout, tokenizer, name)
+        batch = _columns(first)
+        rows = row_numbers(batch, list(range(len(first))))
+        arranged = [
+            row for row, _ in arrange_batch(batch, layout, form, origin(dataset, name), rows)
+        ]
+        empty = sum(has_no_prompt(row, layout) for row in arranged)
+        no_messages = all(isinstance(r["prompt"], list) and not r["prompt"] for r in arranged)
+        if streaming or no_messages:  # which no template takes
             _check_prompts(empty, len(first), layout, name)
+    if streaming:
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
 
     with _showing(f"Tokenising {name} data", len(dataset), num_proc) as desc:
         encoded = dataset.map(**encode, num_proc=num_proc, desc=desc)
     table = encoded.with_format("numpy")
-    flags, rows = np.asarray(table["flags"][:]), np.asarray(table["row"][:])
+    flags, numbers = np.asarray(table["flags"][:]), np.asarray(table["row"][:])
     dropped = (flags & DROPPED) > 0
     report.rows, report.kept = len(flags), int((~dropped).sum())
     for key, bit in FLAG_NAMES.items():
         hits = np.flatnonzero((flags & bit > 0) & ((bit & DROPPED > 0) | ~dropped))
         setattr(report, key, len(hits))
-        report.examples[key] = rows[hits[:5]].tolist()
+        report.examples[key] = numbers[hits[:5]].tolist()
     _check_prompts(int((flags & NO_PROMPT > 0).sum()), len(flags), layout, name)
     if report.kept == 0:
         same = f"in {report.identical} chosen and rejected are identical, "
@@ -235,6 +243,16 @@ def tokenise(
     if dropped.any():
         encoded = encoded.select(np.flatnonzero(~dropped))
     return encoded.remove_columns("flags"), report
+
+
+def _check_layout(layout: Layout, tokenizer: Any, name: str) -> None:
+    """Raise a ValueError if a column makes conversations and there is no template for them."""
+    if layout.system and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"{name} data has the system column {layout.system!r}, which makes its rows "
+            "conversations, but the tokenizer has no chat template; set tokenizer.chat_template or "
+            "put the system prompt into the prompt's text and remove the column"
+        )
 
 
 def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
@@ -320,7 +338,7 @@ def _encode_row(
 ) -> tuple[list[list[int]], int]:
     flags = (NULLS if found_nulls else 0) | (NO_PROMPT if has_no_prompt(row, layout) else 0)
     first, *others = (row[key] for key in tokens.answers)
-    if first in others:
+    if any(same(first, other) for other in others):
         return [[] for _ in ("prompt", *tokens.answers)], flags | IDENTICAL
     prompt, *answers = tokens(row, where)
     split = min(_common_prefix(prompt, answer) for answer in answers)

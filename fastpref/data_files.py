@@ -293,6 +293,11 @@ def check_label(value: Any, key: str, where: str) -> bool:
     return bool(value)
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether a chat template shows two values alike: 1 is not true, and keys have an order."""
+    return a == b and (isinstance(a, str) or repr(a) == repr(b))
+
+
 def describe(value: Any) -> str:
     """The kind of a value, for an error message."""
     if value is None:

@@ -64,7 +64,7 @@ def dataset_of(columns: Mapping[str, list], name: str) -> Dataset:
 
 
 def _feature(key: str, values: list, name: str) -> Any:
-    """The feature that keeps the values of a column as they are."""
+    """The feature that keeps the values of a column as they are; Arrow's own if not JSON."""
     array = None
     try:
         array = pyarrow.array(values)
@@ -78,7 +78,12 @@ def _feature(key: str, values: list, name: str) -> Any:
     nested = any(isinstance(value, (list, dict)) for value in values)
     if array is not None and (not nested or key in (*PAIRS.ids, *UNPAIRED.ids)):
         return generate_from_arrow_type(array.type)
-    texts = [_json(value, key, row, name) for row, value in enumerate(values)]
+    try:
+        texts = [_json(value, key, row, name) for row, value in enumerate(values)]
+    except ValueError:  # Arrow has dates and bytes, too
+        if array is None:
+            raise
+        return generate_from_arrow_type(array.type)
     if array is None or any("null" in text for text in texts):  # nulls of the rows' own stay
         return FreeForm()
     changed = any(
@@ -92,10 +97,3 @@ def _json(value: Any, key: str, row: int, name: str) -> str:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name}: row {row}: {key} is not JSON: {error}") from None
-
-
-def _check_text(key: str, values: list, name: str) -> None:
-    """Raise a ValueError that names the row whose text has no UTF-8 form."""
-    for row, value in enumerate(values):
-        if isinstance(value, str):
-            check_encodable(value, f"{name}: row {row}: {key}")

@@ -11,12 +11,13 @@ turns one row of it into prompt and answers. What is recognised beside prompt, c
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from .data_files import PAIRS, REFERENCE, TEMPLATE_COLUMNS, Form, describe, is_messages
+from .data_files import PAIRS, REFERENCE, TEMPLATE_COLUMNS, Form, describe, is_messages, same
 
 PROMPTS = ("question", "instruction", "query", "input")
 SYSTEMS = ("system", "system_prompt")
@@ -43,8 +44,10 @@ class Layout:
 
 
 def sample(dataset: Any) -> list[dict[str, Any]]:
-    """The first rows of a data set or stream."""
-    return list(islice(iter(dataset), SAMPLE))
+    """The first rows of a data set or stream, each with the columns that any of them has."""
+    rows = list(islice(iter(dataset), SAMPLE))
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in columns} for row in rows]
 
 
 def find_layout(dataset: Any, rows: list[dict[str, Any]], name: str, form: Form = PAIRS) -> Layout:
@@ -186,7 +189,7 @@ def arrange(row: Mapping[str, Any], layout: Layout, form: Form, where: str) -> d
     Raises:
         ValueError: prompt and answers do not fit together; the message starts with where.
     """
-    answers = {key: _conversation(row[key], key, where) for key in form.answers}
+    answers = {key: _conversation(row.get(key), key, where) for key in form.answers}
     for key, value in answers.items():
         if value is None:
             raise ValueError(f"{where}: {key} is missing; expected a string or a message list")
@@ -194,20 +197,20 @@ def arrange(row: Mapping[str, Any], layout: Layout, form: Form, where: str) -> d
         parts = extract_prompt(answers, where)
         prompt, answers = parts["prompt"], {key: parts[key] for key in answers}
     else:
-        prompt = _conversation(row[layout.prompt], layout.prompt, where)
+        prompt = _conversation(row.get(layout.prompt), layout.prompt, where)
         if prompt is None:
             what = f"{layout.prompt} is missing; expected a string or a message list"
             raise ValueError(f"{where}: {what}")
     if layout.inside and prompt and all(a.startswith(prompt) for a in answers.values()):
         answers = {key: a[len(prompt) :] for key, a in answers.items()}
-    if layout.context is not None and row[layout.context]:
+    if layout.context is not None and row.get(layout.context):
         prompt = f"{prompt}\n{row[layout.context]}"
     if isinstance(prompt, str) and all(is_messages(a) and a for a in answers.values()):
         prompt, answers = _around(prompt, layout, answers, where)
     elif is_messages(prompt) and all(isinstance(a, str) for a in answers.values()):
         answers = {key: [_message("assistant", a)] for key, a in answers.items()}
     if layout.system is not None:
-        prompt, answers = _with_system(row[layout.system], prompt, answers, where)
+        prompt, answers = _with_system(row.get(layout.system), prompt, answers, where)
     if is_messages(prompt) and all(is_messages(a) for a in answers.values()):
         prompt, answers = _without_repeats(prompt, answers)
     return {**row, **answers, "prompt": prompt}
@@ -260,6 +263,11 @@ def _with_system(
         raise ValueError(f"{where}: the system prompt is {describe(system)}; expected a string")
     if isinstance(prompt, str):
         prompt = [_message("user", prompt)]
+    if not is_messages(prompt):
+        raise ValueError(
+            f"{where}: the prompt is {describe(prompt)}; expected a string or a list of messages "
+            "with role and content"
+        )
     answers = {
         key: [_message("assistant", a)] if isinstance(a, str) else a for key, a in answers.items()
     }
@@ -279,11 +287,11 @@ def _without_repeats(
     if not all(a and a[0]["role"] in ("user", "system") for a in answers.values()):
         return prompt, answers
     limit = min(len(answer) - 1 for answer in answers.values())
-    shared = next((i for i in range(limit) if any(first[i] != a[i] for a in others)), limit)
+    shared = next((i for i in range(limit) if not all(same(first[i], a[i]) for a in others)), limit)
     for end in range(shared, 0, -1):
         size = min(end, len(prompt))
         again = first[end - size : end]
-        if size and again == prompt[-size:]:
+        if size and same(again, prompt[-size:]):
             before = prompt[: len(prompt) - end] if len(prompt) > end else []
             return before + first[:end], {key: a[end:] for key, a in answers.items()}
     return prompt, answers
@@ -304,7 +312,8 @@ def extract_prompt(row: Mapping, where: str = "data") -> dict[str, Any]:
     shorter = min(len(chosen), len(rejected))
     if shorter == 0:
         raise ValueError(f"{where}: chosen or rejected is empty and there is no prompt")
-    cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
+    alike = operator.eq if isinstance(chosen, str) else same
+    cut = next((i for i in range(shorter) if not alike(chosen[i], rejected[i])), shorter - 1)
     if chosen[cut] != rejected[cut] and cut > 0 and chosen[cut - 1] == " ":
         cut -= 1
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
@@ -340,15 +349,23 @@ def _without_nulls(value: Any, depth: int) -> tuple[Any, bool]:
 def merged_columns(batch: Mapping[str, list], layout: Layout, form: Form) -> frozenset[str]:
     """The columns of a batch whose messages Arrow has merged.
 
-    Of a stream whose features are not known, those whose dicts all have the same keys, as Arrow
-    leaves them: where rows were never merged, a user's message has no tool_calls, say.
+    Of a stream whose features are not known, those whose dicts all have the same keys in the same
+    place, as Arrow leaves them: where rows were never merged, other calls have other arguments.
     """
     if not layout.streamed:
         return layout.merged
     found = []
     for key in (layout.prompt, *form.answers, *TEMPLATE_COLUMNS):
-        values = batch.get(key, []) if key is not None else []
-        dicts = [m for v in values if isinstance(v, list) for m in v if isinstance(m, dict)]
-        if dicts and all(d.keys() == dicts[0].keys() for d in dicts):
+        if key is not None and _have_same_keys(batch.get(key, [])):
             found.append(key)
-    return frozenset(c for c in found if c is not None)
+    return frozenset(found)
+
+
+def _have_same_keys(values: list) -> bool:
+    """Whether the dicts among the values, in lists, and inside each other have the same keys."""
+    dicts = [v for v in values if isinstance(v, dict)]
+    if any(list(d) != list(dicts[0]) for d in dicts):
+        return False
+    inside = [[item for v in values if isinstance(v, list) for item in v]]
+    inside += [[d[key] for d in dicts] for key in (dicts[0] if dicts else ())]
+    return all(_have_same_keys(part) for part in inside if part)

@@ -8,12 +8,13 @@ with a begun assistant message is continued.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .data_files import check_encodable, describe, is_messages
 
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a message's text beside its content
+_MARK = "\ue0f2\ue0f3"  # characters without a meaning, so that no text has them
 
 
 class RowTokenizer:
@@ -91,32 +92,47 @@ class RowTokenizer:
     def _conversations(
         self, prompt: list, answers: list[list], options: dict[str, Any], where: str
     ) -> list[list[int]]:
-        begun = bool(prompt) and all(_continues(prompt[-1], answer[0]) for answer in answers)
-        if begun:
-            field = next((f for f in ("content", *_THOUGHTS) if prompt[-1].get(f)), "content")
-            start = {"continue_final_message": True if field == "content" else field}
-            whole = [[*prompt[:-1], _joined(prompt[-1], a[0]), *a[1:]] for a in answers]
+        if prompt and all(_continues(prompt[-1], answer[0]) for answer in answers):
+            whole = [_continued(prompt, answer) for answer in answers]
+            first = self._begun(prompt, answers[0], options, where)
         else:
             turn = all(answer[0]["role"] not in ("user", "system", "tool") for answer in answers)
             start = {"add_generation_prompt": True} if turn else {}
             whole = [prompt + answer for answer in answers]
-        return [
-            self._apply(prompt, {**start, **options}, where),
-            *(self._apply(messages, options, where) for messages in whole),
-        ]
+            first = self._apply(prompt, {**start, **options}, where)
+        return [first, *(self._apply(messages, options, where) for messages in whole)]
 
-    def _apply(self, messages: list, options: dict[str, Any], where: str) -> list[int]:
+    def _begun(self, prompt: list, answer: list, options: dict[str, Any], where: str) -> list[int]:
+        """The tokens up to where the answer goes on with the prompt's last message.
+
+        A template may render a message by what follows in it or after it (one with thoughts, say),
+        so the place is marked in the text of the whole. A template that leaves out the beginning
+        leaves the start of the turn.
+        """
+        for marked in _marked(prompt[-1]):
+            messages = _continued([*prompt[:-1], marked], answer)
+            text = self._apply(messages, options, where, tokenize=False)
+            before, found, _ = text.partition(_MARK)
+            if found:
+                return list(self.tokenizer(text=before, add_special_tokens=False)["input_ids"])
+        return self._apply(prompt[:-1], {"add_generation_prompt": True, **options}, where)
+
+    def _apply(
+        self, messages: list, options: dict[str, Any], where: str, tokenize: bool = True
+    ) -> Any:
+        """The tokens of a conversation, or its text."""
         try:
             out = self.tokenizer.apply_chat_template(
-                messages, **options, tokenize=True, return_dict=True
+                messages, **options, tokenize=tokenize, return_dict=tokenize
             )
         except Exception as error:  # of a template, or of a library below, which know no row
-            check_encodable(json.dumps(messages, ensure_ascii=False, default=str), where)
+            given = [messages, options]
+            check_encodable(json.dumps(given, ensure_ascii=False, default=str), where)
             what = "an empty conversation" if not messages else "this conversation"
             raise ValueError(
                 f"{where}: the chat template fails on {what}: {_sentence(error)}"
             ) from error
-        return list(out["input_ids"])
+        return list(out["input_ids"]) if tokenize else out
 
 
 def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -139,6 +155,8 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _decoded(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
+    if not value.strip():  # as a table without null, such as CSV, says that there is nothing
+        return None
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
@@ -160,7 +178,7 @@ def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if token.special and str(token) in template}
-    return tuple({tokenizer.eos_token, *special} - {tokenizer.bos_token})
+    return (tokenizer.eos_token, *(special - {tokenizer.bos_token}))  # GPT-2's BOS is its EOS
 
 
 def _continues(last: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
@@ -175,12 +193,36 @@ def _joined(begun: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
     for key in ("content", *_THOUGHTS):
         parts = [m[key] for m in (begun, rest) if m.get(key)]
         if len(parts) == 2:
-            if not all(isinstance(part, str) for part in parts):
-                parts = [[{"type": "text", "text": p}] if isinstance(p, str) else p for p in parts]
-            out[key] = parts[0] + parts[1]
+            out[key] = _joined_content(*parts)
         elif parts:
             out[key] = parts[0]
     return out
+
+
+def _joined_content(begun: Any, rest: Any) -> Any:
+    """One content of two; where they meet, two parts of text become one, as nothing parts them."""
+    if isinstance(begun, str) and isinstance(rest, str):
+        return begun + rest
+    begun, rest = (
+        [{"type": "text", "text": value}] if isinstance(value, str) else list(value)
+        for value in (begun, rest)
+    )
+    last, first = begun[-1], rest[0]
+    if all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in (last, first)):
+        return [*begun[:-1], {**last, "text": last["text"] + first["text"]}, *rest[1:]]
+    return begun + rest
+
+
+def _continued(prompt: list, answer: list) -> list:
+    return [*prompt[:-1], _joined(prompt[-1], answer[0]), *answer[1:]]
+
+
+def _marked(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The message with a mark at its end: after its content, or else after its thoughts."""
+    if not message.get("content"):
+        for key in (key for key in _THOUGHTS if message.get(key)):
+            yield {**message, key: _joined_content(message[key], _MARK)}
+    yield {**message, "content": _joined_content(message.get("content") or "", _MARK)}
 
 
 def _sentence(error: Exception) -> str:

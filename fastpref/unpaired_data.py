@@ -69,7 +69,8 @@ def unpair(dataset: Any, name: str = "train") -> Any:
     Raises:
         ValueError: a column of pairs that single answers cannot have, such as margin.
     """
-    columns = dataset.column_names or list(next(iter(dataset), {}))
+    first = sample(dataset)
+    columns = dataset.column_names or list(first[0] if first else ())
     for column in (c for c in NUMBERS if c in columns and c not in UNPAIRED.numbers):
         raise ValueError(
             f"{name} data: column {column!r} is of pairs, and here are single answers; expected "
@@ -88,13 +89,13 @@ def unpair(dataset: Any, name: str = "train") -> Any:
         left = [c for c in columns if c not in ("chosen_ids", "rejected_ids")]
         made = {"completion_ids": Sequence(Value("int32"))}
     else:
-        layout = find_layout(dataset, sample(dataset), name, PAIRS)
+        layout = find_layout(dataset, first, name, PAIRS)
         options = {"function": _split_texts, "with_indices": True}
         used = {layout.prompt, layout.context, layout.system, *PAIRS.answers}
         left = [c for c in columns if c not in used]
         stored = not isinstance(dataset, IterableDataset)  # its `map` writes values as they come
         options["fn_kwargs"] = {
-            "layout": layout, "left": left, "data": origin(dataset, name), "stored": stored
+            "layout": layout, "used": used, "data": origin(dataset, name), "stored": stored
         }  # fmt: skip
         made = {"prompt": FreeForm(), "completion": FreeForm()}
     if given is not None:
@@ -114,14 +115,14 @@ def _split_texts(
     batch: dict[str, list],
     rows: list[int],
     layout: Layout,
-    left: list[str],
+    used: set[str | None],
     data: str,
     stored: bool,
 ) -> dict[str, list]:
     """Prompt, completion and label of a batch of pairs; as JSON where they are stored."""
     rows = row_numbers(batch, rows)
     pairs = [row for row, _ in arrange_batch(batch, layout, PAIRS, data, rows)]
-    out = {key: batch[key] * 2 for key in left}
+    out = {key: values * 2 for key, values in batch.items() if key not in used}
     as_is = json.dumps if stored else lambda value: value
     out["prompt"] = [as_is(row["prompt"]) for row in pairs] * 2
     out["completion"] = [as_is(row[key]) for key in PAIRS.answers for row in pairs]

@@ -171,6 +171,14 @@ def test_answers_that_happen_to_start_with_the_prompt_stay_whole():
             [{"system": 3, "prompt": "a", **ANSWERS}],
             "row 0: the system prompt is a int; expect",
         ),
+        (
+            [{"system": "a", "prompt": [3], **ANSWERS}],
+            "row 0: the prompt is a list; expected a string or a list of messages",
+        ),
+        (
+            [{"conversations": ASKED, **TURNS}],
+            "all of 1 rows have an empty prompt, .* not read: 'conversations'; rename the column",
+        ),
         ([{"system": "", "system_prompt": "a", "prompt": "a", **ANSWERS}], "expected one system"),
         ([{"prompt": "w7", **WHOLE}], "row 0: prompt is text that is none of the user's messages"),
         (
@@ -188,6 +196,14 @@ def test_prompts_that_would_be_lost_are_errors(rows, error, kind):
     with pytest.raises(ValueError, match=error) as raised:
         as_pairs(rows, kind)
     assert "\n" not in str(raised.value)
+
+
+def test_a_system_column_without_a_chat_template_is_named():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    rows = [{"system": "w9", "question": "w1", **ANSWERS}]
+    with pytest.raises(ValueError, match="train data has the system column 'system', which makes"):
+        prepare_dataset(load_preference_data(rows), tokenizer)
 
 
 def test_one_empty_prompt_among_others_is_data():

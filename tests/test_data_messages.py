@@ -1,6 +1,7 @@
 """How rows become tokens: free-form dicts, special tokens, begun turns, errors."""
 
 import json
+from datetime import date
 
 import pytest
 
@@ -140,9 +141,6 @@ def test_what_arrow_has_merged_is_taken_apart_and_said():
     merged = Dataset.from_list(rows)
     assert merged[0]["chosen"][0]["tool_calls"][0]["function"]["arguments"]["b"] is None
 
-    def asked():
-        yield from merged
-
     plain = IterableDataset.from_generator(lambda: iter(rows))
     through_arrow = merged.to_iterable_dataset().map(lambda row: row)
     assert through_arrow.features is None
@@ -156,9 +154,75 @@ def test_what_arrow_has_merged_is_taken_apart_and_said():
     assert prepare_dataset(load_preference_data(rows), tokenizer)[1].warnings() == []
 
 
+def test_streams_of_rows_keep_their_own_nulls():
+    rows = [
+        {"prompt": [user("q")], "chosen": [call("f", a=None)], "rejected": [call("f", a=1)]},
+        {"prompt": [user("r")], "chosen": [call("g", b="z")], "rejected": [says("no")]},
+    ]
+    tokenizer = words()
+    plain = IterableDataset.from_generator(lambda: iter(rows))
+    listed = load_preference_data(rows).to_iterable_dataset()
+    for data in (plain, plain.map(lambda row: row), listed.map(lambda row: row)):
+        for row, got in zip(rows, prepare_dataset(data, tokenizer)[0], strict=True):
+            text = tokenizer.decode(got["prompt_ids"] + got["chosen_ids"])
+            assert text == rendered(row, "chosen", tokenizer)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_streams_whose_rows_have_other_columns(first):
+    rows = [TOOLS[0], TOOLS[1]][:: 1 - 2 * first]  # without tools, with tools
+    data, tokenizer = IterableDataset.from_generator(lambda: iter(rows)), words()
+    expected = [rendered(row, key, tokenizer) for key in ("chosen", "rejected") for row in rows]
+    for row, got in zip(rows, prepare_dataset(data, tokenizer)[0], strict=True):
+        text = tokenizer.decode(got["prompt_ids"] + got["chosen_ids"])
+        assert text == rendered(row, "chosen", tokenizer)
+    answers = prepare_unpaired_dataset(data, tokenizer)[0]
+    found = [tokenizer.decode(got["prompt_ids"] + got["completion_ids"]) for got in answers]
+    assert found == expected
+    short = [tiny.rows(1)[0], {"prompt": "w1", "chosen": "w2"}][:: 1 - 2 * first]
+    data = IterableDataset.from_generator(lambda: iter(short))
+    with pytest.raises(ValueError, match=f"row {1 - first}: rejected is missing"):
+        list(prepare_dataset(data, tokenizer)[0])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [({"v": 1}, {"v": True}), ({"v": 1}, {"v": 1.0}), ({"a": 1, "b": 2},) * 2]
+)
+def test_values_that_python_calls_equal_are_not_identical(one, other):
+    other = dict(reversed(other.items()))
+    tokenizer, keys = words(), ("chosen", "rejected")
+    single = {"prompt": [user("q")], "chosen": [call("f", **one)], "rejected": [call("f", **other)]}
+    later = {"chosen": [user("q"), call("f", **one), user("r"), says("a")]}
+    later["rejected"] = [user("q"), call("f", **other), user("r"), says("b")]
+    for row in (single, later):
+        (got,) = prepare_dataset(load_preference_data([row]), tokenizer)[0]
+        for key in keys:
+            text = tokenizer.decode(got["prompt_ids"] + got[f"{key}_ids"])
+            assert text == rendered({"prompt": [], **row}, key, tokenizer)
+
+
+def test_columns_that_json_cannot_hold_are_no_obstacle():
+    rows = [{**row, "meta": {"at": date(2026, 1, i + 1)}} for i, row in enumerate(tiny.rows(2))]
+    data = load_preference_data(rows)
+    assert data[1]["meta"] == {"at": date(2026, 1, 2)}
+    assert len(prepare_dataset(data, tiny.tokenizer())[0]) == 2
+
+
+def test_an_empty_cell_of_tools_is_none(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('system,prompt,chosen,rejected,tools\n,a,b,c,\n,a,b,c,"[{""name"": ""f""}]"\n')
+    template = "{{ 'with' if tools else 'without' }} " + CHATML
+    data = load_preference_data(path)
+    tokenizer = words(template)
+    out = prepare_dataset(data, tokenizer)[0]
+    starts = [tokenizer.decode(ids).split()[0] for ids in out["prompt_ids"][:]]
+    assert starts == ["without", "with"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([{**TOOLS[0], "tools": [{"name": "\ud83d"}]}], "row 0 has the lone surrogate U.D83D"),
         ([{**TOOLS[0], "tools": "[{"}], "row 0: tools is text that is not JSON"),
         ([TOOLS[0], {**TOOLS[1], "tools": ['{"a"']}], r"row 1: tools\[0\] is text that is not"),
         ([{**TOOLS[0], "tools": '{"a": 1}'}], "row 0: tools is a dict; expected a list"),
@@ -259,12 +323,15 @@ def test_rendered_text_is_tokenised_as_the_template_does(prefix, suffix, tokens)
 
 
 def test_plain_text_gets_its_special_tokens_once():
-    tokenizer = special("<s>", "</s>", bos_token="<s>", eos_token="</s>")
-    rows = [{"prompt": "a b", "chosen": " c", "rejected": " d</s>"}]
-    (row,), report = prepare_dataset(load_preference_data(rows), tokenizer)
-    assert tokenizer.decode(row["prompt_ids"]) == "<s>a b" and report.warnings() == []
-    assert tokenizer.decode(row["chosen_ids"]) == " c</s>"
-    assert tokenizer.decode(row["rejected_ids"]) == " d</s>"
+    apart = special("<s>", "</s>", bos_token="<s>", eos_token="</s>")
+    one = special("</s>", bos_token="</s>", eos_token="</s>")  # as GPT-2's
+    for tokenizer in (apart, one):
+        rows = [{"prompt": "a b", "chosen": " c", "rejected": " d</s>"}]
+        (row,), report = prepare_dataset(load_preference_data(rows), tokenizer)
+        start = tokenizer.bos_token + "a b"
+        assert tokenizer.decode(row["prompt_ids"]) == start and report.warnings() == []
+        assert tokenizer.decode(row["chosen_ids"]) == " c</s>"
+        assert tokenizer.decode(row["rejected_ids"]) == " d</s>"
 
 
 # ---- a prompt that ends with a begun turn ----
@@ -302,11 +369,53 @@ def test_begun_turns_of_other_forms():
         return tokenizer.decode(row["prompt_ids"]), tokenizer.decode(row["chosen_ids"])
 
     parts = [{"type": "text", "text": "A"}]
+    spaced = [{"type": "text", "text": " B"}]
+    assert tokens([user("q"), says(parts)], says(spaced)) == ("<user>q</s><assistant>A", " B</s>")
     assert tokens([user("q"), says(parts)], says("B")) == ("<user>q</s><assistant>A", "B</s>")
     assert tokens([user("q"), says("A")], says(parts)) == ("<user>q</s><assistant>A", "A</s>")
     assert tokens([user("q"), says("")], says("B")) == ("<user>q</s><assistant>", "B</s>")
     thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
     assert tokens([user("q"), thought], says("B")) == ("<user>q</s><assistant>[hm", "]B</s>")
+
+
+THINKING = (  # thoughts in a text are put in a form of their own, and left out of earlier turns
+    "{% for m in messages %}<{{ m.role }}>{% set parts = m.content.split('</think>') %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>"
+    "{{ parts[0].replace('<think>', '').strip() if parts[1:] }}</think>{% endif %}"
+    "{{ parts[-1].strip() }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "begun", "answer", "expected"),
+    [
+        (THINKING, says("<think>\nhm"), " so\n</think>\nB", ("<think>hm", " so</think>B</s>")),
+        (THINKING, says("<think>hm</think>A"), "B", ("<think>hm</think>A", "B</s>")),
+        (THINKING, says("A"), "B", ("<think></think>A", "B</s>")),
+        # Where the template has no thoughts, nothing of the turn is there yet.
+        (CHATML, {**says(""), "reasoning_content": "hm"}, "B", ("\n", "B<|im_end|>\n")),
+        (CHATML, {**says("A"), "reasoning_content": "hm"}, "B", ("\nA", "B<|im_end|>\n")),
+    ],
+)
+def test_begun_turns_of_thinking_models(template, begun, answer, expected):
+    tokenizer = words(template)
+    pair = {
+        "prompt": [user("q"), begun],
+        "chosen": [says(answer)],
+        "rejected": [says(answer + "Z")],
+    }
+    (row,), report = prepare_dataset(load_preference_data([pair]), tokenizer)
+    start, end = tokenizer.decode(row["prompt_ids"]), tokenizer.decode(row["chosen_ids"])
+    assert start.rpartition("assistant")[2].removeprefix(">") == expected[0]
+    assert end == expected[1] and report.warnings() == []
+    # The answer goes on after the turn, so that it is an earlier one.
+    pair["chosen"] = [says(answer), user("r"), says("C")]
+    single = [{"prompt": pair["prompt"], "completion": pair["chosen"], "label": True}]
+    (row,) = prepare_unpaired_dataset(load_preference_data(single), tokenizer)[0]
+    joined = {**begun, "content": begun["content"] + answer}
+    whole = [user("q"), joined, *pair["chosen"][1:]]
+    text = tokenizer.decode(row["prompt_ids"] + row["completion_ids"])
+    assert text == tokenizer.apply_chat_template(whole, tokenize=False)
 
 
 def test_turns_that_are_not_begun():
