@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _UNLOADABLE = (
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _OF_THE_ADAPTER = ("revision", "subfolder")  # these name it, and not its base
 _WHOLE = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -55,9 +57,12 @@ def find_adapter(name: str, options: Mapping[str, Any]) -> dict[str, Any] | None
             f"({here[-1]}); expected a directory for each"
         )
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        config = json.loads(Path(path).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; expected a JSON object")
+    return config
 
 
 def load_adapter(
@@ -91,6 +96,9 @@ def load_adapter(
     )
     if not base:
         raise ValueError(f"the adapter {name!r} does not name its base model{way_out}")
+    directory = Path(name) / (options.get("subfolder") or "")
+    if directory.is_dir() and not any((directory / file).is_file() for file in _WEIGHTS):
+        raise ValueError(f"the adapter {name!r} lacks its weights, {_WEIGHTS[0]}")
     inner = {k: v for k, v in options.items() if k not in _OF_THE_ADAPTER}
     if config.get("revision"):
         inner["revision"] = config["revision"]
@@ -107,16 +115,27 @@ def load_adapter(
 
     hub = {key: options[key] for key in (*_HUB, "subfolder") if options.get(key) is not None}
     try:
-        with warnings.catch_warnings():
+        with quiet_peft():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            # peft asks transformers under a name that changed since.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub)
     except _UNLOADABLE as error:
         text = " ".join(str(error).split())[:500]
         raise ValueError(
             f"the adapter {name!r} could not be put on its base model {base!r}: {text}"
         ) from error
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Within it nobody hears that peft asks transformers under a name that changed since."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
+
+
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be that of a directory of this machine."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def tokenizer_of(name: str, options: Mapping[str, Any]) -> str | None:

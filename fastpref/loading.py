@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from .adapter_loading import find_adapter, load_adapter, tokenizer_of
+from .adapter_loading import find_adapter, is_path, load_adapter, quiet_peft, tokenizer_of
 from .config import BaseConfig
 from .heads import unwrap
 from .reference import add_reference_adapter, is_peft
@@ -79,6 +80,8 @@ def _options(args: BaseConfig, quantization_config: Any = None) -> dict[str, Any
 
 
 def _load_whole(name: str, options: dict[str, Any]) -> Any:
+    if is_path(name) and not Path(name).is_dir():
+        raise ValueError(f"model {name!r} could not be loaded: it is not a directory")
     try:
         loader = _auto_class(name, options)
         loaded, info = loader.from_pretrained(name, **options, output_loading_info=True)
@@ -189,7 +192,8 @@ def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
             )
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config)
+        with quiet_peft():
+            model = get_peft_model(model, peft_config)
         if not has_ref_model and _starts_elsewhere(model):
             # PiSSA and its like move part of the weights into the adapter: without it the model is
             # not the one that it was.

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 from yaml import YAMLError
 
+from .adapter_loading import is_path
 from .head_reading import unwrap
 from .reference import is_peft
 
@@ -87,6 +88,8 @@ class CardTrainer(Trainer):
             logger.warning(f"{path} is left as it is, because its metadata cannot be read: {error}")
             return
         kept = _listed(before.data.tags) if before is not None else []
+        if base is None:  # peft names the base there, as a directory of this machine
+            kept = [tag for tag in kept if not tag.startswith("base_model:")]
         all_tags = sorted({*kept, *_listed(tags), *self._tag_names})
         if before is not None and not _generated(before.text):
             before.data.tags = all_tags
@@ -115,8 +118,7 @@ def _listed(given: str | Iterable[str] | None) -> list[str]:
 def _hub_name(model: Any) -> str | None:
     """The hub name that the base model was loaded by; None for a directory of this machine."""
     name = getattr(unwrap(model).config, "_name_or_path", "")
-    is_path = os.path.exists(name) or name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return None if is_path or not name else name
+    return None if not name or is_path(name) or os.path.exists(name) else name
 
 
 def _text(name: str, base: str | None, data: list[str], trainer: Any) -> str:

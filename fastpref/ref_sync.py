@@ -26,10 +26,9 @@ def check_sync_options(args: BaseConfig, needs_reference: bool) -> None:
         raise ValueError(
             f"ref_model_mixup_alpha is {args.ref_model_mixup_alpha}; expected above 0 and up to 1"
         )
-    if args.ref_model_sync_steps < 1:
-        raise ValueError(
-            f"ref_model_sync_steps is {args.ref_model_sync_steps}; expected at least 1"
-        )
+    steps = args.ref_model_sync_steps
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"ref_model_sync_steps is {steps}; expected a whole number from 1")
     if not needs_reference:
         raise ValueError("sync_ref_model is True but the loss needs no reference; set it to False")
     if args.precompute_ref_log_probs:
@@ -91,16 +90,16 @@ class ReferenceSync(TrainerCallback):
 
     def load(self, directory: str) -> None:
         """Bring the reference back to where it was at a checkpoint."""
-        if self.reference is None:
-            return
-        path = Path(directory) / FILE
-        if path.is_file():
-            load_model(self.reference, path)
-        else:
+        path = Path(directory) / (REF_ADAPTER if self.reference is None else FILE)
+        if not path.exists():
             logger.warning(
-                f"{directory} holds no {FILE}: it is not of a run with sync_ref_model, or was "
-                "saved without its training state; the reference starts from ref_model anew"
+                f"{directory} holds no {path.name}: it is not of a run with sync_ref_model, or was "
+                "saved without its training state; the reference stays as it is"
             )
+        elif self.reference is None:
+            self.policy.load_adapter(str(path), REF_ADAPTER)
+        else:
+            load_model(self.reference, path)
 
     def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.reference is not None:
@@ -164,3 +163,8 @@ class SyncingTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self._sync is not None:
             self._sync.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._sync is not None:  # the best figure is that against the reference of its time
+            self._sync.load(str(self.state.best_model_checkpoint))

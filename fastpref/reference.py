@@ -52,6 +52,12 @@ def add_reference_adapter(model: Any) -> None:
         several = ", ".join(model.active_adapters) or "none"
         raise ValueError(f"the PEFT model's active adapters are {several}; expected one of them")
     (active,) = model.active_adapters
+    bias = getattr(model.peft_config[active], "bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"the PEFT model's adapter {active!r} has bias={bias!r}: it trains biases of the base "
+            "model, which an adapter as the reference would share; pass ref_model"
+        )
     # The embeddings are the base model's: they are not part of an adapter on the output layer.
     found = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
     state = {k: v.clone() for k, v in found.items()}
@@ -91,7 +97,8 @@ def check_adapter_reference(model: Any) -> None:
     """
     with as_reference(model):
         base = unwrap(model)
-        moving = [n for n, p in base.named_parameters() if p.requires_grad and ".ref." not in n]
+        named = [(n, p) for n, p in base.named_parameters() if REF_ADAPTER not in n.split(".")]
+        moving = [n for n, p in named if p.requires_grad]
     if moving:
         raise ValueError(
             f"{len(moving)} weights outside the adapter are trainable ({moving[0]}, ...), so the "

@@ -20,6 +20,7 @@ from .loaders import (
     row_lengths,
     set_sampler_epoch,
 )
+from .training_checks import sampling
 
 
 class LoadingTrainer(Trainer):
@@ -60,7 +61,7 @@ class LoadingTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         args = self.args
-        if args.train_sampling_strategy != "group_by_length":
+        if sampling(args) != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -71,14 +72,31 @@ class LoadingTrainer(Trainer):
         """The passes over the data that a run resumes after, and batches of the next one."""
         passes, batches = super()._init_training_state(*args, **kwargs)
         given = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
-        path = next((os.path.join(v, TRAINER_STATE_NAME) for v in given if isinstance(v, str)), "")
-        if os.path.isfile(path) and not hasattr(self.train_dataset, "__len__"):
-            # transformers takes a stream of unknown length for one that never ends.
-            saved = TrainerState.load_from_json(path)
-            passes, batches = _place(saved, self.args.gradient_accumulation_steps)
+        place = self._place_in_stream(next((v for v in given if isinstance(v, str)), ""))
+        if place is not None:
+            passes, batches = place
             batches = 0 if self.args.ignore_data_skip else batches
         set_sampler_epoch(self._train_loader, passes)  # which skipping may hide from accelerate
         return passes, batches
+
+    def _place_in_stream(self, checkpoint: str) -> tuple[int, int] | None:
+        """`_place` of a checkpoint's folder; None for data in memory, or a folder without a state.
+
+        transformers takes a stream of unknown length for one that never ends.
+        """
+        path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        if hasattr(self.train_dataset, "__len__") or not os.path.isfile(path):
+            return None
+        return _place(TrainerState.load_from_json(path), self.args.gradient_accumulation_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        place = self._place_in_stream(resume_from_checkpoint)
+        if place is not None and place[0] > 0 and not hasattr(Trainer, "_init_training_state"):
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved after {place[0]} whole passes over a stream, "
+                "which transformers before 5.3 resumes with the wrong rows; expected 5.3 or newer"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; of dispatched batches, this process's part."""

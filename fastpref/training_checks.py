@@ -60,12 +60,18 @@ def check_arguments(args: Any) -> None:
                 f"{name}: got {getattr(args, name)!r}, which would be ignored, as {why}; expected "
                 f"{default!r}"
             )
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+    if sampling(args) == "batch_rebalance":
         raise ValueError(
             "train_sampling_strategy: got 'batch_rebalance', whose micro-batches differ in their "
             "numbers of rows, each of which would then count differently; expected 'random', "
             "'sequential' or 'group_by_length'"
         )
+
+
+def sampling(args: Any) -> str:
+    """`train_sampling_strategy`; transformers before 5.2 has `group_by_length=True` instead."""
+    before = "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    return getattr(args, "train_sampling_strategy", before)
 
 
 def check_sampling(args: Any, dataset: Any, in_order: bool) -> None:
@@ -75,7 +81,7 @@ def check_sampling(args: Any, dataset: Any, in_order: bool) -> None:
         dataset: the tokenised training data.
         in_order: whether the loss needs rows in their order.
     """
-    if getattr(args, "train_sampling_strategy", None) != "group_by_length":
+    if sampling(args) != "group_by_length":
         return
     name = "train_sampling_strategy: got 'group_by_length'"
     if in_order:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -118,8 +119,10 @@ def test_a_run_that_continues_an_adapter_resumes(tmp_path, sft):
         {"modules_to_save": ["embed_tokens"], "use_rslora": True},
         {"use_dora": True},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": list(range(20, 60))},
     ],
-    ids=["head-saved", "embeddings-saved", "dora", "adapted-head"],
+    ids=["head-saved", "embeddings-saved", "dora", "adapted-head", "embeddings", "tokens"],
 )
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers:UserWarning")
 def test_adapters_of_other_kinds(tmp_path, adapter):
@@ -127,7 +130,7 @@ def test_adapters_of_other_kinds(tmp_path, adapter):
     with torch.no_grad():  # as training would have moved what is saved as a whole
         model = peft.AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True)
         for name, p in model.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or "trainable_tokens" in name:
                 p.add_(0.1 * torch.randn_like(p))
         model.save_pretrained(path)
     t = trainer(tmp_path, path, learning_rate=1e-2, max_steps=2)
@@ -172,7 +175,10 @@ def change(path, **values):
             {"base_model_name_or_path": None},
             "does not name its base model; load the base",
         ),
-        ({"base_model_name_or_path": "BASE/no"}, "the base model of the adapter .* could not be l"),
+        (
+            {"base_model_name_or_path": "BASE/no"},
+            "the base model of the adapter .* not a directory",
+        ),
         ({"base_model_name_or_path": "SFT"}, "is an adapter itself; merge that one into its own"),
         ({"task_type": "SEQ_CLS"}, "is of a SEQ_CLS model; expected CAUSAL_LM"),
         ({"target_modules": ["k_proj"]}, "could not be put on its base model .* missing adapter k"),
@@ -195,7 +201,7 @@ def test_directories_that_are_no_adapter_alone(tmp_path, sft):
     with pytest.raises(ValueError, match="holds no model, but adapters in one; expected one of"):
         trainer(tmp_path, inner)
     (sft / "adapter_model.safetensors").rename(sft / "elsewhere")
-    with pytest.raises(ValueError, match="could not be put on its base model"):
+    with pytest.raises(ValueError, match="lacks its weights, adapter_model.safetensors"):
         trainer(tmp_path, sft)
     tiny.model().save_pretrained(sft)
     with pytest.raises(ValueError, match="holds both an adapter .* and a whole model"):
@@ -204,3 +210,23 @@ def test_directories_that_are_no_adapter_alone(tmp_path, sft):
     (sft / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="adapter_config.json is not JSON"):
         trainer(tmp_path, sft)
+    (sft / "adapter_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="adapter_config.json holds a list; expected a JSON obj"):
+        trainer(tmp_path, sft)
+
+
+def test_an_adapter_that_trains_biases_needs_another_reference(tmp_path):
+    path = saved(tmp_path, bias="all")
+    with pytest.raises(ValueError, match="adapter 'default' has bias='all': .* pass ref_model"):
+        trainer(tmp_path, path)
+    t = trainer(tmp_path, path, ref_model=str(path), max_steps=1)
+    t.train()
+    assert history(t)[0]["loss"] == pytest.approx(math.log(2))
+
+
+def test_peft_is_asked_without_a_warning(tmp_path):
+    path = saved(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer(tmp_path, path.parent / "base", peft_config=lora())
+        trainer(tmp_path, path)

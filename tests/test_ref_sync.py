@@ -139,7 +139,8 @@ def test_a_checkpoint_without_the_reference_is_said(tmp_path, caplog):
         ({"precompute_ref_log_probs": True}, "and so is precompute_ref_log_probs"),
         ({"ref_model_mixup_alpha": 0.0}, "ref_model_mixup_alpha is 0.0; expected above 0"),
         ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha is 1.5"),
-        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps is 0; expected at least 1"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps is 0; expected a whole number"),
+        ({"ref_model_sync_steps": 2.5}, "ref_model_sync_steps is 2.5; expected a whole number"),
         ({"loss_type": "simpo"}, "the loss needs no reference"),
         ({"peft_config": lora()}, "the model with its adapter off, which has no weights"),
         ({"peft_config": lora(), "ref_model": True}, "weights of model and ref_model differ"),
@@ -165,3 +166,15 @@ def test_new_data_with_references_of_its_own(tmp_path):
     for method in (t.evaluate, t.predict):
         with pytest.raises(ValueError, match="columns of reference log-probs, which do not move"):
             method([{**row, **ref} for row in tiny.rows(2)])
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_the_best_model_has_the_reference_that_it_was_the_best_against(tmp_path, kind):
+    t = trainer(
+        tmp_path, adapted() if kind == "adapter" else None, eval_dataset=tiny.rows(6, seed=2),
+        max_steps=6, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="loss", **SYNC,
+    )  # fmt: skip
+    t.train()
+    assert not t.state.best_model_checkpoint.endswith("-6")
+    assert t.evaluate()["eval_loss"] == pytest.approx(t.state.best_metric, rel=1e-6)

@@ -11,6 +11,7 @@ from test_evaluation import UNSTABLE, assert_alike, moved  # noqa: E402
 from test_unpaired_trainer import rows as answers  # noqa: E402
 from test_unpaired_trainer import trainer as unpaired_trainer  # noqa: E402
 from tiny import trainer  # noqa: E402
+from transformers import Trainer  # noqa: E402
 
 MAKE = {"pairs": trainer, "answers": unpaired_trainer}
 ROWS = {"pairs": tiny.rows, "answers": answers}
@@ -83,6 +84,19 @@ def test_a_stream_that_one_pass_of_a_shorter_run_went_through(tmp_path):
     seen_rows(start("short", 3))
     resumed = seen_rows(start("short", 7), str(tmp_path / "short" / "out" / "checkpoint-3"))
     assert resumed == whole[3:]
+
+
+def test_a_later_pass_is_not_resumed_where_transformers_cannot(tmp_path, monkeypatch):
+    def start(steps):
+        return trainer(
+            tmp_path, train=stream("pairs", 8), max_steps=steps, save_strategy="steps",
+            save_steps=3, per_device_train_batch_size=2,
+        )  # fmt: skip
+
+    start(6).train()
+    monkeypatch.delattr(Trainer, "_init_training_state", raising=False)
+    with pytest.raises(ValueError, match="after 1 whole passes over a stream, which transformers"):
+        start(7).train(resume_from_checkpoint=True)
 
 
 # ---- evaluation ----

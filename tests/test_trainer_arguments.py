@@ -231,3 +231,7 @@ def test_a_hub_name_is_the_base_and_a_directory_is_not(tmp_path):
         assert found.data.base_model == base
         assert bool(re.search("huggingface.co/org/model", found.text)) == (base is not None)
         (tmp_path / "card" / "README.md").unlink()
+    model = tiny.model()
+    model.name_or_path = model.config._name_or_path = str(tmp_path)
+    trainer(tmp_path, model, peft_config=lora()).save_model(str(tmp_path / "card"))
+    assert str(tmp_path) not in (tmp_path / "card" / "README.md").read_text()

@@ -8,8 +8,9 @@ pytest.importorskip("transformers")
 import tiny  # noqa: E402
 from test_streams import MAKE, ROWS, seen_rows, stream  # noqa: E402
 from tiny import history, trainer  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
-from fastpref.loaders import row_lengths  # noqa: E402
+from fastpref.loaders import LengthSampler, row_lengths  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,14 @@ def test_rows_of_like_lengths_go_together(tmp_path, kind):
     assert t.evaluate()["eval_loss"] > 0
     resumed = seen_rows(start("resumed"), str(tmp_path / "whole" / "out" / "checkpoint-41"))
     assert resumed == whole[41:]
+
+
+def test_grouping_as_transformers_before_5_2_has_it(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    monkeypatch.delattr(TrainingArguments, "train_sampling_strategy", raising=False)
+    monkeypatch.delattr(t.args, "train_sampling_strategy", raising=False)
+    t.args.group_by_length = True
+    assert isinstance(t._get_train_sampler(), LengthSampler)
 
 
 def test_where_rows_cannot_be_grouped_by_length(tmp_path):

@@ -80,12 +80,14 @@ def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any)
     """
     from safetensors import SafetensorError
 
+    from fastpref.adapter_loading import is_path
+
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{said} {name} is a directory without config.json, so no model")
         name = str(path)
-    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif path.exists() or is_path(name):
         raise ValueError(f"{said} {name} is not a directory")
     try:
         return kind.from_pretrained(name, **options)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -350,16 +349,14 @@ def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=N
 
     unpaired = isinstance(config, UnpairedPreferenceConfig)
     trainer_class: Any = UnpairedPreferenceTrainer if unpaired else PreferenceTrainer
-    with warnings.catch_warnings():  # peft 0.21 asks transformers under a name that changed since
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        trainer = trainer_class(
-            model=model,
-            args=config,
-            train_dataset=train_set,
-            eval_dataset=eval_set,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
+    trainer = trainer_class(
+        model=model,
+        args=config,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(bar)
