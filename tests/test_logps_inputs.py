@@ -203,13 +203,13 @@ def test_memory_budget(backend, monkeypatch, dtype, share, trains, strategy):
     budget = max(1, int(share * n * vocab))
     hidden, weight = torch.randn(n, h).to(dtype), torch.randn(vocab, h).to(dtype)
     labels, plans = torch.randint(vocab, (n,)), []
-    real = fastpref.logps.plan_head
+    real = fastpref.logps.linear.plan_head
 
     def plan_head(*args, **kwargs):
         plans.append(real(*args, **kwargs))
         return plans[-1]
 
-    monkeypatch.setattr(fastpref.logps, "plan_head", plan_head)
+    monkeypatch.setattr(fastpref.logps.linear, "plan_head", plan_head)
     hidden.requires_grad_(trains in ("all", "hidden"))
     weight.requires_grad_(trains == "all")
     options = dict(backend=backend, memory_budget=budget)
