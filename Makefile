@@ -16,12 +16,12 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/
 
 install: $(VENV)/.installed
 
-# pip comes first and by itself: an old one does not know --build-constraint. Another version of torch
-# than the tested one takes the triton that it asks for.
+# pip comes first and by itself: an old one does not know --build-constraint. torch for GPUs, and another
+# version of torch than the tested one, take the triton that they ask for.
 $(VENV)/.torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 ifneq ($(CONSTRAINTS),)
-	sed -e 's/^torch==.*/torch==$(TORCH)/' $(if $(filter-out $(PINNED_TORCH),$(TORCH)),-e '/^triton==/d') \
+	sed -e 's/^torch==.*/torch==$(TORCH)/' $(if $(HAS_GPU)$(filter-out $(PINNED_TORCH),$(TORCH)),-e '/^triton==/d') \
 	  $(CONSTRAINTS) >$(LIMITS)
 endif
 	$(BIN)/python -m pip install --quiet --upgrade pip $(if $(CONSTRAINTS),--constraint $(LIMITS))
@@ -85,7 +85,7 @@ sanitize: install
 	rm -rf $(SANITIZED)/fastpref && mv $(SANITIZED)/package $(SANITIZED)/fastpref
 	cd $(SANITIZED) && $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
 	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' -k 'not triton and not cuda' \
-	  $(addprefix $(CURDIR)/tests/,test_tile.py test_native.py test_logps.py test_losses.py)
+	  $(addprefix $(CURDIR)/tests/,backends/test_tile.py backends/test_native.py logps/test_logps.py losses/test_losses.py)
 
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
 # download nothing. gpu-test and gpu-bench take less than 8 minutes each.
@@ -108,12 +108,12 @@ gpu-test: gpu-install
 	$(PYTHON) -c 'import sys; sys.path.insert(0, "csrc/cuda"); import nvcc_build; from fastpref.backends import cuda; \
 	  sys.exit(nvcc_build.wanted() and cuda.problem() or 0)' || failed="$$failed cuda-backend"; \
 	say a small run; \
-	timeout 90 $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed gpu_smoke"; \
+	timeout 90 $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed gpu_smoke"; \
 	say the tests; \
 	xdist=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n $(GPU_TEST_PROCESSES)"); \
 	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout -s INT $(GPU_TEST_SECONDS) \
 	  $(PYTHON) -m pytest $$xdist --continue-on-collection-errors --durations=5 -rfE $(PYTEST_ARGS) || failed="$$failed pytest"; \
-	filters=$$($(PYTHON) tests/gpu_smoke.py --filters) || failed="$$failed filters"; \
+	filters=$$($(PYTHON) tests/support/gpu_smoke.py --filters) || failed="$$failed filters"; \
 	if [ -z "$(SANITIZER)" ]; then \
 	  say "compute-sanitizer is not installed: memcheck and racecheck did not run"; \
 	elif ! timeout 45 $(SANITIZER) $(PYTHON) -c 'import torch; torch.ones(1, device="cuda").sum().item()'; then \
@@ -121,22 +121,22 @@ gpu-test: gpu-install
 	else \
 	  say memcheck; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 70 $(SANITIZER) --tool memcheck --error-exitcode 9 \
-	    --report-api-errors no $$filters $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed memcheck"; \
+	    --report-api-errors no $$filters $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed memcheck"; \
 	  say racecheck; \
 	  timeout 70 $(SANITIZER) --tool racecheck --error-exitcode 9 $$filters \
-	    $(PYTHON) tests/gpu_smoke.py --few || failed="$$failed racecheck"; \
+	    $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed racecheck"; \
 	fi; \
 	if [ -n "$$failed" ]; then say "failed:$$failed"; exit 1; fi; say all passed
 
 # Longer looks with tools of the CUDA toolkit. The sanitizer's other two tools over the small run: initcheck
 # over every kernel, as it has to see what torch's write.
 gpu-sanitize: gpu-install
-	@failed=; filters=$$($(PYTHON) tests/gpu_smoke.py --filters) || exit 1; \
+	@failed=; filters=$$($(PYTHON) tests/support/gpu_smoke.py --filters) || exit 1; \
 	for tool in synccheck initcheck; do \
 	  echo; echo "== $$tool"; \
 	  if [ $$tool = initcheck ]; then filters=; fi; \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 220 $(or $(SANITIZER),compute-sanitizer) --tool $$tool \
-	    --report-api-errors no --error-exitcode 9 $$filters $(PYTHON) tests/gpu_smoke.py --few \
+	    --report-api-errors no --error-exitcode 9 $$filters $(PYTHON) tests/support/gpu_smoke.py --few \
 	    || failed="$$failed $$tool"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi; echo "== all passed"

@@ -73,7 +73,7 @@ def copy_pass(gpu: Gpu | PretendGpu, numbers: int) -> Pass:
 def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     from fastpref import backends
     from fastpref.backends.tile import Stats, Transform
-    from fastpref.plan import plan_head, tile_dtype
+    from fastpref.logps.plan import plan_head, tile_dtype
 
     x, w = problem.hidden.detach().flatten(0, 1), problem.weight.detach()
     options = {"device": x.device, "precision": about["precision"]}

@@ -201,7 +201,7 @@ class Worker:
         return self.left() - seconds < _RESERVE_S * self._after
 
     def _plan(self, shape: Shape, mode: str, entry: Entry) -> dict[str, Any]:
-        from fastpref.plan import plan_head
+        from fastpref.logps.plan import plan_head
 
         plan = plan_head(
             shape.n,

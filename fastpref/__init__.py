@@ -7,39 +7,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  first: the native module shares the OpenMP pool that torch loads
 
-from fastpref import ops as _ops  # noqa: F401  registers the operators
-from fastpref.fused import (
-    PreferenceOutput,
+from fastpref.fused.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinearPreferenceLoss
+from fastpref.fused.pair_loss import PreferenceOutput
+from fastpref.fused.preference import (
     dpo_loss,
     ipo_loss,
     linear_dpo_loss,
     linear_ipo_loss,
     linear_preference_loss,
 )
-from fastpref.logps import linear_token_logps, token_logps
-from fastpref.losses import LossOptions, PreferenceLoss, preference_loss, reward_loss
-from fastpref.modules import FusedLinearDPOLoss, FusedLinearIPOLoss, FusedLinearPreferenceLoss
-from fastpref.passes import TokenStats
-from fastpref.plan import HeadPlan, plan_head
-from fastpref.sequences import sequence_logps
-from fastpref.unpaired import UnpairedLoss, kto_loss, linear_kto_loss
+from fastpref.fused.unpaired import linear_kto_loss
+from fastpref.logps import compile as _ops  # noqa: F401  registers the operators
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
+from fastpref.logps.logits import token_logps
+from fastpref.logps.plan import HeadPlan, plan_head
+from fastpref.logps.sequences import sequence_logps
+from fastpref.losses.options import LossOptions
+from fastpref.losses.preference import PreferenceLoss, preference_loss, reward_loss
+from fastpref.losses.unpaired import UnpairedLoss, kto_loss
 
 if TYPE_CHECKING:
-    from fastpref.config import PreferenceConfig as PreferenceConfig
-    from fastpref.config import UnpairedPreferenceConfig as UnpairedPreferenceConfig
     from fastpref.integrations.trl import patch_trl as patch_trl
     from fastpref.integrations.trl import unpatch_trl as unpatch_trl
+    from fastpref.trainer import PreferenceConfig as PreferenceConfig
     from fastpref.trainer import PreferenceTrainer as PreferenceTrainer
-    from fastpref.unpaired_trainer import UnpairedPreferenceTrainer as UnpairedPreferenceTrainer
+    from fastpref.trainer import UnpairedPreferenceConfig as UnpairedPreferenceConfig
+    from fastpref.trainer import UnpairedPreferenceTrainer as UnpairedPreferenceTrainer
 
 __version__ = "0.1.0"
 
 # These need the train extra, or TRL: imported when asked for, and not part of `import *`.
 _LAZY = {
     "PreferenceTrainer": "fastpref.trainer",
-    "PreferenceConfig": "fastpref.config",
-    "UnpairedPreferenceTrainer": "fastpref.unpaired_trainer",
-    "UnpairedPreferenceConfig": "fastpref.config",
+    "PreferenceConfig": "fastpref.trainer",
+    "UnpairedPreferenceTrainer": "fastpref.trainer",
+    "UnpairedPreferenceConfig": "fastpref.trainer",
     "patch_trl": "fastpref.integrations.trl",
     "unpatch_trl": "fastpref.integrations.trl",
 }
@@ -70,7 +73,12 @@ __all__ = [
 ]
 
 
+_EARLIER = {"config", "loss_tokens", "plan", "unpaired", "unpaired_data"}  # modules of these names
+
+
 def __getattr__(name: str) -> Any:
+    if name in _EARLIER:
+        return importlib.import_module(f"fastpref.{name}")
     if name in _LAZY:
         try:
             return getattr(importlib.import_module(_LAZY[name]), name)

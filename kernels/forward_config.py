@@ -59,7 +59,7 @@ class Config:
         return max(4, min(32, cache // (2 * hidden_size * self.block_m)))
 
 
-# The choice between them is by what they compile to (tests/test_triton_forward_static.py) and by
+# The choice between them is by what they compile to (test_triton_forward_static.py) and by
 # calculation; none has been timed.
 _WIDE = Config(True, 128, 256, 64, warps=8, stages=4)
 _WIDE_FLAT = Config(True, 128, 256, 64, warps=8, stages=4, flatten=True)

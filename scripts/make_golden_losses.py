@@ -5,7 +5,7 @@
 Each case has the name of a loss and its options as fastpref spells them, TRL's loss and its
 gradient in every token's log-probability. The trainers' loss methods run as they are, on a stand-in
 for the trainer and a model that returns the fixed log-probabilities; nothing is trained and nothing
-of fastpref is imported. tests/test_loss_golden.py compares.
+of fastpref is imported. tests/losses/test_loss_golden.py compares.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_a_run_of_pytest(tmp_path):
             f"""
             import sys
             import pytest
-            sys.path.insert(0, {str(Path(__file__).parent)!r})
+            sys.path.insert(0, {str(Path(own_warnings.__file__).parent)!r})
             import own_warnings
             own_warnings.OURS = ({str(tmp_path / "tests")!r},)
 

@@ -1,5 +1,5 @@
 // What the kernels need of a GPU, in a few functions, so that the same kernels also compile as plain
-// C++: with FASTPREF_EMULATE these come from tests/cuda_emulate/emulate.h and run on a CPU.
+// C++: with FASTPREF_EMULATE these come from tests/support/cuda_emulate/emulate.h and run on a CPU.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The losses of a pair with a closed form: one function each, from the pair to its value and its two
-// slopes. The formulas, papers and names are in fastpref/loss_functions.py and loss_free.py.
+// slopes. The formulas, papers and names are in fastpref/losses/formulas.py.
 #pragma once
 #include "device.h"
 #include "launch.h"
@@ -20,7 +20,7 @@ struct Slope {
     double value, slope;
 };
 
-constexpr double LARGEST_EXPONENT = 80;  // as in fastpref/loss_data.py
+constexpr double LARGEST_EXPONENT = 80;  // as in fastpref/losses/pairs.py
 
 DEVICE_CALL double sigmoid(double x) {
     double e = exp(-fabs(x));

@@ -93,11 +93,3 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None)
 @functools.cache
 def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-def may_synchronise(device: torch.device) -> bool:
-    """Whether checks may read tensors: on a CPU always, on a GPU with FASTPREF_DEBUG=1; never while
-    torch.compile traces, where there are none to read."""
-    if torch.compiler.is_compiling():
-        return False
-    return device.type == "cpu" or os.environ.get("FASTPREF_DEBUG") == "1"

@@ -15,14 +15,7 @@ from torch import Tensor
 
 from fastpref.backends import cuda_forward, triton
 from fastpref.backends.cuda_forward import linear_logps as linear_grad  # it takes D's memory, too
-from fastpref.backends.cuda_module import (
-    describe,
-    launch,
-    problem,
-    rows_of,
-    vector,
-    why_not,
-)
+from fastpref.backends.cuda_module import describe, launch, problem, rows_of, vector, why_not
 from fastpref.backends.gemm import linear, outer, project, scale_rows
 from fastpref.backends.tile import Stats, Transform
 

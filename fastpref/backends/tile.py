@@ -9,13 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.validation import check_number
+
 EXTRAS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise ValueError unless value is a plain number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: got {value!r}, expected a number")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastpref import report
+from fastpref.cli import report
 
 
 def eager_loss(hidden, weight, labels, ref_logps, loss_type, beta) -> torch.Tensor:

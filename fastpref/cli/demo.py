@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fastpref import report
+from fastpref.cli import report
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TEMPERATURE = 0.7
@@ -163,7 +163,7 @@ def train_one(loss, tokenizer, train, heldout, output, seed, quick, console) -> 
     from fastpref.cli.models import load_model
     from fastpref.cli.progress import ProgressBar
     from fastpref.cli.train import make_trainer
-    from fastpref.config import PreferenceConfig
+    from fastpref.trainer.config import PreferenceConfig
 
     batch = 12 if quick else 32
     config = PreferenceConfig(

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fastpref import backends, processor
+from fastpref import backends
+from fastpref.backends import processor
 
 PACKAGES = (
     "torch",

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from fastpref.loss_options import LOSS_OPTIONS, LossOptions
-from fastpref.loss_table import LOSS_TYPES
-from fastpref.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
+from fastpref.losses.options import LOSS_OPTIONS, LossOptions
+from fastpref.losses.table import LOSS_TYPES
+from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 
 ALIASES = {"dpo": "sigmoid"}
 OPTIONS = sorted(LOSS_OPTIONS - {"loss_type", "beta"} | {"nll_on_prompt"})

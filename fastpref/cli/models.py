@@ -10,7 +10,7 @@ import torch
 
 def adapter_of(name: str) -> dict[str, Any] | None:
     """The adapter_config.json of an adapter's directory or hub name; None for another model's."""
-    from fastpref.adapter_loading import find_adapter
+    from fastpref.trainer.adapter_loading import find_adapter
 
     try:
         return find_adapter(str(Path(name).expanduser()), {})
@@ -31,7 +31,7 @@ def continues(name: str, options: list[str]) -> bool:
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:
-    from fastpref.adapter_loading import load_adapter
+    from fastpref.trainer.adapter_loading import load_adapter
 
     adapter = adapter_of(name)
     if adapter is None:
@@ -50,7 +50,7 @@ def _load_base(name: str, options: dict[str, Any]) -> Any:
 def _load_whole(name: str, options: dict[str, Any], said: str = "--model") -> Any:
     from transformers import AutoModelForCausalLM
 
-    from fastpref.loading import check_loaded
+    from fastpref.trainer.loading import check_loaded
 
     options = {**options, "output_loading_info": True}
     model, info = from_pretrained(AutoModelForCausalLM, name, said, **options)
@@ -62,7 +62,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, or of an adapter or else of its base."""
     from transformers import AutoTokenizer
 
-    from fastpref.adapter_loading import tokenizer_of
+    from fastpref.trainer.adapter_loading import tokenizer_of
 
     adapter, path = adapter_of(name), str(Path(name).expanduser())
     if adapter is None:
@@ -80,7 +80,7 @@ def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any)
     """
     from safetensors import SafetensorError
 
-    from fastpref.adapter_loading import is_path
+    from fastpref.trainer.adapter_loading import is_path
 
     path = Path(name).expanduser()
     if path.is_dir():

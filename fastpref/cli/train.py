@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fastpref import report
+from fastpref.backends.processor import bf16_is_fast, training_device
+from fastpref.cli import report
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP, choose_loss
 from fastpref.cli.models import (
     continues,
@@ -23,7 +24,6 @@ from fastpref.cli.models import (
     load_tokenizer,
     lora_config,
 )
-from fastpref.processor import bf16_is_fast, training_device
 from fastpref.progress import lines_to
 
 
@@ -153,7 +153,7 @@ def command(
     tokenizer, train_set, eval_set = load(model, data, eval_data, eval_split, seed)
     rows = "pairs"
     if chosen.unpaired:  # whose trainer reads rows in order, in batches of both kinds at best
-        from fastpref.unpaired_data import unpair
+        from fastpref.data.unpaired import unpair
 
         rows, train_set = "answers", unpair(train_set).shuffle(seed=seed)
         if eval_set is not None:
@@ -182,7 +182,7 @@ def command(
     )
 
     from fastpref.cli.progress import ProgressBar
-    from fastpref.config import PreferenceConfig, UnpairedPreferenceConfig
+    from fastpref.trainer.config import PreferenceConfig, UnpairedPreferenceConfig
 
     output.mkdir(parents=True, exist_ok=True)
     config_class: Any = UnpairedPreferenceConfig if chosen.unpaired else PreferenceConfig
@@ -271,7 +271,7 @@ def hide_library_bars() -> None:
 
 def load(model: str, data: str, eval_data: str | None, fraction: float, seed: int) -> tuple:
     """Tokenizer, training pairs and held-out pairs (or None)."""
-    from fastpref.data import load_preference_data
+    from fastpref.data.files import load_preference_data
 
     if eval_data is not None and fraction > 0:
         raise ValueError("--eval-data and --eval-split exclude each other; give one of them")
@@ -343,9 +343,9 @@ def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=N
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from fastpref.cli.progress import CountingCollator
-    from fastpref.config import UnpairedPreferenceConfig
-    from fastpref.trainer import PreferenceTrainer
-    from fastpref.unpaired_trainer import UnpairedPreferenceTrainer
+    from fastpref.trainer.config import UnpairedPreferenceConfig
+    from fastpref.trainer.preference import PreferenceTrainer
+    from fastpref.trainer.unpaired import UnpairedPreferenceTrainer
 
     unpaired = isinstance(config, UnpairedPreferenceConfig)
     trainer_class: Any = UnpairedPreferenceTrainer if unpaired else PreferenceTrainer

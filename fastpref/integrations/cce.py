@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.backends.tile import check_number
-from fastpref.logps import linear_token_logps
-from fastpref.options import HEAD_OPTIONS, HeadOptions
+from fastpref.logps.linear import linear_token_logps
+from fastpref.logps.options import HEAD_OPTIONS, HeadOptions
+from fastpref.validation import check_number
 
 __all__ = [
     "LinearCrossEntropy",

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpref.backends.tile import check_number
 from fastpref.integrations.liger_base import LigerLoss, PairedLoss
-from fastpref.loss_free import log_odds
-from fastpref.loss_table import LOSSES
-from fastpref.losses import LossOptions, preference_loss
-from fastpref.unpaired import kto_loss
+from fastpref.losses.formulas import log_odds
+from fastpref.losses.options import LossOptions
+from fastpref.losses.preference import preference_loss
+from fastpref.losses.table import LOSSES
+from fastpref.losses.unpaired import kto_loss
+from fastpref.validation import check_number
 
 __all__ = [
     "LigerFusedLinearCPOLoss",

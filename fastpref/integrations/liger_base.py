@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref.backends.tile import check_number
-from fastpref.logps import TokenStats, linear_token_logps
-from fastpref.options import HeadOptions
-from fastpref.sequences import sequence_logps
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
+from fastpref.logps.options import HeadOptions
+from fastpref.logps.sequences import sequence_logps
+from fastpref.validation import check_number
 
 
 class LigerLoss(nn.Module):

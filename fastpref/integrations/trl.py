@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.head_adapters import adapter_options
-from fastpref.head_layers import read_layer
-from fastpref.logps import TokenStats, linear_token_logps
-from fastpref.options import HeadOptions
+from fastpref.heads.adapters import adapter_options
+from fastpref.heads.layer import read_layer
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
+from fastpref.logps.options import HeadOptions
 
 _UTILS = "trl.trainer.utils"
 _TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo", "sft"))

@@ -1,14 +1,18 @@
 """Log-probabilities of tokens and sequences, with their gradients, without the logits."""
 
-from fastpref.logps.linear import (  # noqa: F401
-    CompiledLogps,
-    PreparedLogps,
-    TokenStats,
-    adjacent_head,
-    compact,
-    linear_token_logps,
-    plan_call,
-    prepare,
-    scatter,
-    token_logps,
-)
+from __future__ import annotations
+
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
+from fastpref.logps.logits import token_logps
+from fastpref.logps.plan import HeadPlan, plan_head
+from fastpref.logps.sequences import sequence_logps
+
+__all__ = [
+    "HeadPlan",
+    "TokenStats",
+    "linear_token_logps",
+    "plan_head",
+    "sequence_logps",
+    "token_logps",
+]

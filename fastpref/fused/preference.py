@@ -1,0 +1,198 @@
+"""Losses from hidden states or logits to a scalar: the functions that a training step calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.fused.pair_loss import PairInputs, PreferenceOutput, pair_problem
+from fastpref.logps.forward import HeadTensors, TokenStats
+from fastpref.logps.linear import prepare
+from fastpref.logps.logits import token_logps
+from fastpref.logps.options import take_head_options
+from fastpref.losses.options import take_options
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    lengths: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    margin: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    nll_labels: Tensor | None = None,
+    extras: Sequence[str] = (),
+    token_indices: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    weight_scale: Tensor | None = None,
+    **options: Any,
+) -> PreferenceOutput:
+    """A preference loss from hidden states and the head, without the logits.
+
+    Args:
+        hidden: [2P, T, H], the chosen sequences first, then the rejected ones in the same order; or
+            flat [N, H] with sequence_ids.
+        weight, bias: the head, [V, H] and [V] or None.
+        labels: [2P, T] or [N] int64, aligned with hidden; ignore_index where a token does not
+            count.
+        ref_logps: [2P] the reference's log-probabilities, summed per sequence. Or give ref_hidden
+            (shaped like hidden) and they are computed here without gradients, under ref_weight and
+            ref_bias, or under the policy's own head where neither is given. Or pass
+            reference_free=True. A loss without a reference (simpo, alphapo, orpo, cpo) takes none.
+        sequence_ids, num_sequences: the flat form: [N] int64 in [0, 2P), chosen ones in [0, P).
+        lengths: [2P] what losses per token divide by; default: the labelled tokens of each
+            sequence.
+        pair_weight, margin, soft_labels: [P], as weight, margin and soft_labels of
+            `preference_loss`.
+        nll_labels: shaped like labels, int64: the tokens of the chosen sequences that an NLL counts
+            (ORPO's own code counts the prompt's, too); default: the labelled ones. Those of the
+            rejected sequences are not read. token_indices are then the positions labelled in
+            either.
+        extras: per-token outputs to return in stats, as in `linear_token_logps`.
+        token_indices, low_rank, weight_scale: as in `linear_token_logps`. The reference inside has
+            no adapter.
+        options: of the loss, as in `fastpref.LossOptions`: loss_type="sigmoid" (or a list, or a
+            function of your own), beta=0.1, loss_weights, label_smoothing, ipo_normalization,
+            reference_free, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
+            alpha, nll_weight, ld_alpha, use_weighting; or a LossOptions as loss_options. Of the
+            head, as in `linear_token_logps`: scale, softcap, temperature, ignore_index=-100,
+            strategy, memory_budget, precision, fused, backend.
+
+    Returns:
+        PreferenceOutput; loss is float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: as the two functions named above, an odd number of sequences, and a reference
+            that is missing or given twice.
+    """
+    given = ref_hidden is not None
+    if given and ref_logps is not None:
+        raise ValueError("ref_hidden: got it with ref_logps, expected one of the two")
+    for name, t in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if t is not None and not given:
+            raise ValueError(f"ref_hidden: got None with {name}, expected the reference's states")
+    loss, head = take_options(options), take_head_options("linear_preference_loss", options)
+    problem = pair_problem(
+        labels,
+        loss,
+        PairInputs(ref_logps, lengths, pair_weight, margin, soft_labels),
+        has_reference=given or ref_logps is not None,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        nll_labels=nll_labels,
+        ignore_index=head.ignore_index,
+        backend=head.backend,
+        wants_stats=len(extras) > 0,
+    )
+    low, up = (None, None) if low_rank is None else low_rank
+    own, head_labels = HeadTensors(weight, bias, up, weight_scale), problem.head_labels
+    names = problem.head_extras(extras)
+    policy = prepare(hidden, own, head_labels, head, names, token_indices, low)
+    if ref_hidden is not None:
+        if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"ref_hidden: got shape {tuple(ref_hidden.shape)}, expected that of hidden, "
+                f"{tuple(hidden.shape)}, but for the last dimension"
+            )
+        if ref_bias is None and ref_weight is None:
+            ref_bias = bias
+        ref_weight = weight if ref_weight is None else ref_weight
+        with torch.no_grad():
+            # The same kernels on both sides: where the two models agree, so do all bits.
+            if policy.has_grads:
+                way = True if head.fused is True else "match"
+                head = replace(head, fused=way if policy.fused else False)
+            ref_head = HeadTensors(ref_weight, ref_bias)
+            reference = prepare(
+                ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"
+            )
+            ref_tokens = reference.run()
+        assert isinstance(ref_tokens, Tensor)
+        inputs = problem.inputs._replace(ref_logps=problem.sums(ref_tokens))
+        problem = problem._replace(inputs=inputs)
+    return problem.run(policy)
+
+
+def linear_dpo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+) -> PreferenceOutput:
+    """`linear_preference_loss` with the DPO loss (Rafailov et al. 2023, arXiv:2305.18290)."""
+    return linear_preference_loss(hidden, weight, labels, ref_logps, loss_type="sigmoid", **options)
+
+
+def linear_ipo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+) -> PreferenceOutput:
+    """`linear_preference_loss` with the IPO loss (Azar et al. 2023, arXiv:2310.12036)."""
+    return linear_preference_loss(hidden, weight, labels, ref_logps, loss_type="ipo", **options)
+
+
+def _logits_loss(
+    logits: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    *,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+    lengths: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    margin: Tensor | None = None,
+    soft_labels: Tensor | None = None,
+    nll_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    **options: Any,
+) -> PreferenceOutput:
+    loss = take_options(options)
+    if loss.use_weighting:
+        raise ValueError(
+            "use_weighting: ready logits do not support it, expected hidden states; use "
+            "linear_preference_loss"
+        )
+    problem = pair_problem(
+        labels,
+        loss,
+        PairInputs(ref_logps, lengths, pair_weight, margin, soft_labels),
+        has_reference=ref_logps is not None,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        nll_labels=nll_labels,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    shared = dict(ignore_index=ignore_index, backend=backend, **options)
+    return problem.solve(TokenStats(token_logps(logits, problem.head_labels, **shared)))
+
+
+def dpo_loss(
+    logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+) -> PreferenceOutput:
+    """The DPO loss (Rafailov et al. 2023, arXiv:2305.18290) from ready logits.
+
+    logits [2P, T, V] = [chosen; rejected], labels [2P, T] aligned with them, ref_logps [2P].
+
+    Forward reads the logits once; backward writes their gradient once, over the logits themselves
+    with inplace_backward=True. Options, returns and errors: those of `token_logps` and of
+    `linear_preference_loss`.
+    """
+    return _logits_loss(logits, labels, ref_logps, loss_type="sigmoid", **options)
+
+
+def ipo_loss(
+    logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+) -> PreferenceOutput:
+    """The IPO loss (Azar et al. 2023, arXiv:2310.12036) from ready logits; else as `dpo_loss`."""
+    return _logits_loss(logits, labels, ref_logps, loss_type="ipo", **options)

@@ -1,0 +1,309 @@
+"""The output head of a transformers model, and calling a model without building its logits.
+
+The loss runs inside the model's own forward: `install_head_forward` teaches a causal language model
+one more keyword, `head_fn`, which receives the final hidden states and the head in place of logits.
+So every wrapper around the model (DDP, PEFT, autocast, compile) sees an ordinary call, and with
+bf16 autocast the hidden states are never converted on their way out. Without `head_fn` the model
+behaves as before. docs/heads.md has the families that work and those that are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.heads.layer import is_sharded, read_layer
+from fastpref.heads.modes import evaluating
+from fastpref.heads.probe import accepted, verify
+from fastpref.heads.reading import Head, read_head, unwrap
+from fastpref.heads.router import load_balancing_loss
+
+
+def _backbone(model: Any) -> nn.Module:
+    """The submodule whose first output the head reads."""
+    for base in (getattr(model, "base_model", None), getattr(model, "model", None)):
+        if isinstance(base, nn.Module) and base is not model:
+            return base
+    raise ValueError(
+        f"model {type(model).__name__} has no backbone apart from its output head; expected one at "
+        "model.base_model or model.model that returns the last hidden states"
+    )
+
+
+HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
+RouterFunction = Callable[[Any, Any, Tensor | None], Tensor]  # (model, outputs, attention_mask)
+
+# Arguments of a causal model's forward that concern its logits and what they have to be.
+_OF_LOGITS: dict[str, tuple[Any, ...]] = {
+    "labels": (None,),
+    "shift_labels": (None,),
+    "num_items_in_batch": (None,),
+    "logits_to_keep": (None, 0),
+    "return_dict": (None, True, False),
+}
+
+
+def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = None) -> None:
+    """Let `model(..., head_fn=f, head_inputs={...})` return `f(hidden, head, aux_loss, **inputs)`.
+
+    `hidden` is the last hidden state [B, T, H] on the head's device, `head` a `Head`, `aux_loss`
+    the load-balancing loss of a mixture of experts when `output_router_logits=True` was passed and
+    None otherwise; `router_fn=g` puts `g(model, outputs, attention_mask)` in its place, as
+    `fastpref.router.router_rows` does. The model's own forward is asked once, with stand-ins for
+    its backbone and its output layer, whether the head is what `read_head` says. Install before the
+    model is wrapped for distributed training; installing twice changes nothing.
+    `uninstall_head_forward` undoes it.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        transform: {"scale": float, "softcap": float or None} where the config does not tell; the
+            model's forward must agree with it, too.
+
+    Raises:
+        ValueError: the model has no output head or none that can be used (see `read_head`), no
+            backbone, or its forward does something else with its backbone's hidden states than
+            a linear layer, this scale and this softcap.
+    """
+    outer, model = model, unwrap(model)
+    installed = "_forward_without_head_fn" in model.__dict__
+    if installed and transform is None:
+        return
+    before = model.__dict__.get("_head_transform")
+    if transform is not None:
+        model._head_transform = _checked_transform(transform)
+    try:
+        head = read_head(model, adapters=True)
+        own = model._forward_without_head_fn if installed else model.forward
+        module, base = model.get_output_embeddings(), _backbone(model)
+        verify(
+            model, own, base, module, read_layer(module),
+            scale=head.scale, softcap=head.softcap, vocab_size=head.vocab_size,
+        )  # fmt: skip
+    except ValueError:
+        if transform is not None:
+            model._head_transform = before
+        raise
+    if installed:
+        return
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        head_fn: HeadFunction | None = None,
+        head_inputs: Mapping[str, Any] | None = None,
+        router_fn: RouterFunction = load_balancing_loss,
+        **kwargs: Any,
+    ) -> Any:
+        if head_fn is None:
+            return self._forward_without_head_fn(*args, **kwargs)
+        kwargs = _backbone_inputs(self, args, kwargs)
+        outputs = _backbone(self)(**kwargs)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
+        head = read_head(self, adapters=True)
+        return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
+
+    # generate() checks its arguments against the signature. No __wrapped__: accelerate, to undo its
+    # own wrapper, follows that down to the last.
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model._forward_without_head_fn = own
+    # As tuples of names: a signature cannot be read where torch.compile traces.
+    model._head_arguments = _names(type(model).forward)[0], _names(type(base).forward)
+    model._forward_with_head_fn = MethodType(forward, model)
+    _replace_forward(outer, own, model._forward_with_head_fn)
+
+
+def _replace_forward(outer: Any, old: Any, new: Any) -> None:
+    """Of the model, and of wrappers that keep its forward as theirs (PEFT's adaption prompts)."""
+    unwrap(outer).forward = new
+    for module in outer.modules():
+        if module.__dict__.get("forward") == old:
+            module.forward = new
+
+
+def uninstall_head_forward(model: Any) -> None:
+    """Undo `install_head_forward`; a model without it stays as it is.
+
+    Raises:
+        ValueError: something else has replaced the model's forward since, as `accelerate.prepare`
+            does.
+    """
+    outer, model = model, unwrap(model)
+    if "_forward_without_head_fn" not in model.__dict__:
+        return
+    if model.forward != model._forward_with_head_fn:
+        raise ValueError(
+            f"model {type(model).__name__} has had its forward replaced after install_head_forward;"
+            " expected that to be undone first (for accelerate: unwrap_model(model, "
+            "keep_fp32_wrapper=False))"
+        )
+    own = model._forward_without_head_fn
+    _replace_forward(outer, model.forward, own)
+    del model._forward_without_head_fn, model._forward_with_head_fn, model._head_arguments
+    model.__dict__.pop("_head_transform", None)
+    if getattr(own, "__func__", None) is type(model).forward:  # which its class gives it anyway
+        del model.forward
+
+
+def _names(function: Any) -> tuple[tuple[str, ...], bool]:
+    """The function's parameters but self, and whether it takes any other keyword."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    more = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return tuple(p.name for p in parameters), more
+
+
+def _backbone_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a causal model's forward as keyword arguments of its backbone."""
+    names, (base_names, more) = model._head_arguments
+    inputs = dict(zip(names, args, strict=False), **kwargs)
+    for key, allowed in _OF_LOGITS.items():
+        value = inputs.pop(key, None)
+        if not any(value is a for a in allowed):
+            raise ValueError(
+                f"{key}: got a {type(value).__name__} together with head_fn, expected none: there "
+                "are no logits; give head_fn what it needs in head_inputs"
+            )
+    _rename_cache(inputs, base_names)
+    inputs["use_cache"] = False
+    # PEFT passes None for whatever the caller left out.
+    return {
+        key: value
+        for key, value in inputs.items()
+        if key in base_names or (more if key == "use_cache" else value is not None)
+    }
+
+
+# The argument for the keys and values of earlier tokens: since transformers 5.24, before that,
+# and in its older state-space models.
+_CACHE = ("cache", "past_key_values", "cache_params")
+
+
+def _rename_cache(inputs: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Give the cache, under whichever name it came, the name that the backbone has for it."""
+    given = [name for name in _CACHE if inputs.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given; expected one cache")
+    wanted = next((name for name in _CACHE if name in names), None)
+    if given and wanted is not None:
+        inputs[wanted] = inputs.pop(given[0])
+    for name in _CACHE:
+        if name != wanted and inputs.get(name) is None:
+            inputs.pop(name, None)
+
+
+def _at_head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The hidden states on the head's device (a model may be spread over several) and dtype."""
+    if weight.is_meta and not hidden.is_meta:
+        raise ValueError(
+            "the output head's weight is on the meta device (offloaded by accelerate?); expected "
+            "it on a device: leave the head out of what is offloaded"
+        )
+    if torch.is_autocast_enabled(weight.device.type):
+        return hidden.to(weight.device)
+    return hidden.to(weight.device, weight.dtype)
+
+
+def _checked_transform(transform: Mapping[str, Any]) -> dict[str, Any]:
+    if set(transform) != {"scale", "softcap"}:
+        raise ValueError(
+            f"transform: got {dict(transform)!r}, expected the keys 'scale' and 'softcap'"
+        )
+    scale, cap = transform["scale"], transform["softcap"]
+    return {"scale": float(scale), "softcap": None if cap is None else float(cap)}
+
+
+# Largest difference of two log-probs, as a part of the largest logit, that is still rounding.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Compare the model's own log-probs of three tokens with those that `read_head` leads to.
+
+    Where `install_head_forward` looks at the head alone, this runs the whole model. Costs two
+    forward passes of three tokens; does nothing where weights are not whole on this process.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    model = unwrap(model)
+    if any(p.is_meta or p.numel() == 0 or is_sharded(p) for p in model.parameters()):
+        return
+    head = read_head(model, adapters=True)
+    ids = torch.tensor([[token % head.vocab_size for token in (5, 6, 7)]])
+    ids = ids.to(next(model.parameters()).device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with evaluating(model):
+        hidden = hidden_states(model, **inputs)
+        expected = model(**inputs, **accepted(type(model).forward, {"use_cache": False})).logits
+        logits = read_head(model, adapters=True).logits(hidden.to(head.weight))
+    logits, expected = logits.float().cpu(), expected.float().cpu()
+    if expected.isnan().any() and not logits.isnan().any():
+        raise ValueError(
+            f"{type(model).__name__}'s own logits are not numbers, where its weights are; expected "
+            "finite ones. DoRA does that to rows of zeros, such as a padding token's: use LoRA on "
+            "the output layer, or untie and fill them"
+        )
+    same_shape = logits.shape == expected.shape
+    gap = torch.tensor(0.0)
+    if same_shape:
+        gap = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+    limit = 1e-5 + _ROUNDING.get(hidden.dtype, 1e-4) * expected.abs().max()
+    if not same_shape or gap > limit:  # not so if there are NaNs, which training will report
+        found = f"by up to {gap:.2g}" if same_shape else f"in shape, {tuple(expected.shape)}"
+        raise ValueError(
+            f"the log-probs of {type(model).__name__} differ {found} from those of a linear output "
+            f"head with scale {head.scale:g} and softcap {head.softcap}, which is all that its "
+            "config and get_output_embeddings() tell; expected a head without further layers"
+        )
+
+
+def hidden_states(model: Any, **inputs: Any) -> Tensor:
+    """Call a causal language model, wrapped or not, and return its final hidden states [B, T, H].
+
+    No logits are computed. T is that of input_ids or inputs_embeds: of a sequence that a
+    prompt-learning adapter made longer, the last T positions.
+    """
+    install_head_forward(model)
+    hidden = model(**inputs, head_fn=_return_hidden)
+    if not isinstance(hidden, Tensor):
+        raise ValueError(
+            f"model: the {type(model).__name__} around the language model keeps head_fn from it; "
+            "expected a wrapper that passes keywords on: install_head_forward before wrapping"
+        )
+    given = inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if given is None else given
+    return hidden if given is None else align_to_tokens(hidden, given)
+
+
+def _return_hidden(hidden: Tensor, head: Head, aux_loss: Tensor | None) -> Tensor:
+    return hidden
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of the model to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # What functional dropout reads: an attribute or, in Falcon and Persimmon, the config's.
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        config = getattr(module, "config", None)
+        read = [] if code is None or config is None else code.co_names
+        for owner, names in ((module, list(vars(module))), (config, read)):
+            for name in names:
+                if "drop" in name and isinstance(getattr(owner, name, None), float):
+                    setattr(owner, name, 0.0)
+
+
+def align_to_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
+    """Drop the virtual tokens that prompt learning put in front: the last T positions remain."""
+    return hidden if hidden.shape[1] == labels.shape[1] else hidden[:, -labels.shape[1] :]

@@ -1,0 +1,188 @@
+"""What the layer that makes a model's logits multiplies with, inside the wrappers of PEFT."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.validation import FLOATS
+
+
+@dataclass(frozen=True)
+class HeadAdapter:
+    """A LoRA or DoRA adapter of the output layer.
+
+    With x = dropout(hidden) and no dropout, LoRA adds scaling * (x @ lora_A.T) @ lora_B.T to
+    hidden @ weight.T. DoRA (arXiv 2402.09353) multiplies their sum, without the bias, by
+    magnitude / norm, where norm is the length of each row of weight + scaling * lora_B @ lora_A and
+    has no gradient.
+
+    Attributes:
+        lora_A: [r, H].
+        lora_B: [V, r].
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        magnitude: [V] of DoRA, or None.
+        bias: [V] of lora_B, unscaled, or None.
+        dropout: the probability that an element of hidden is dropped in training.
+        training: whether it trains, so that its dropout is active.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    training: bool = False
+
+    def rows(self, n: int) -> HeadAdapter:
+        """The adapter of the layer's first n rows."""
+
+        def first(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:n]
+
+        magnitude, bias = first(self.magnitude), first(self.bias)
+        return replace(self, lora_B=self.lora_B[:n], magnitude=magnitude, bias=bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The matrix [V, H] and the bias [V] or None of an output layer, and the module they are of.
+
+    adapters: those that are active; adapted: whether it has any, active or not. row_scale: [V]
+    factors of the layer's own on its products, before the bias (nGPT, arXiv 2410.01131), or None.
+    """
+
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    adapters: tuple[HeadAdapter, ...] = ()
+    adapted: bool = False
+    row_scale: Tensor | None = None
+
+
+def read_layer(module: nn.Module) -> Layer:
+    """Read an output layer as it is active now.
+
+    PEFT's `modules_to_save` gives the active copy, or the original where adapters are switched off;
+    `trainable_token_indices` gives the matrix with its trained rows in place.
+
+    Raises:
+        ValueError: a layer that is not one whole matrix of floating-point numbers, an adapter that
+            is neither LoRA nor DoRA, or one on a layer with factors of its own.
+    """
+    adapters: tuple[HeadAdapter, ...] = ()
+    weight: Any = None
+    bias: Any = None
+    adapted = isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+    if "peft" in sys.modules:  # nothing is a PEFT layer before that
+        module, weight, adapters = _inside_peft(module)
+    if weight is None:
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    _check_weight(weight, module)
+    scale = _row_scale(module, weight)
+    if scale is not None and (adapters or weight is not module.weight):
+        raise ValueError(
+            f"the output head is a {type(module).__name__}, which scales each logit by itself, and "
+            "carries a PEFT adapter; expected modules_to_save there, or no adapter"
+        )
+    return Layer(module, weight, bias, adapters, adapted, scale)
+
+
+def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """Learned factors of an output layer (Dory's); `head_probe` checks that they act like that."""
+    scale = getattr(module, "logit_scale", None)
+    if not isinstance(scale, Tensor) or scale.shape != weight.shape[:1]:
+        return None
+    wide = scale.dtype if scale.dtype == torch.float64 else torch.float32
+    return scale.to(wide) * getattr(module, "logit_scale_factor", 1.0)
+
+
+def is_sharded(weight: Any) -> bool:
+    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")  # a DTensor
+
+
+def _check_weight(weight: Any, module: nn.Module) -> None:
+    name = type(module).__name__
+    if not isinstance(weight, Tensor):
+        packed = next((n for n in ("qweight", "W_q", "weight_packed") if hasattr(module, n)), None)
+        found = f"is quantised (it keeps {packed!r})" if packed else "has no weight"
+        raise ValueError(
+            f"the output head is a {name}, which {found}; expected a linear layer in float: {_KEEP}"
+        )
+    if is_sharded(weight):
+        raise ValueError(
+            f"the output head's weight of shape {tuple(weight.shape)} is sharded among processes "
+            "(a DTensor); expected a whole tensor: leave the head out of what is sharded, or "
+            "gather it first"
+        )
+    quantised = weight.dtype not in FLOATS or hasattr(weight, "__tensor_flatten__")
+    if weight.dim() != 2 or weight.numel() == 0 or quantised:
+        kind = f"a {type(weight).__name__} of " if hasattr(weight, "__tensor_flatten__") else ""
+        raise ValueError(
+            f"the output head ({name}) has {kind}shape {tuple(weight.shape)} and dtype "
+            f"{str(weight.dtype)[6:]}; expected a whole [vocabulary, hidden] matrix of "
+            "float64, float32, bfloat16 or float16 numbers: "
+            + (_KEEP if quantised else "gather a head that is sharded (ZeRO-3) first")
+        )
+
+
+_KEEP = (
+    "keep the head out of the quantisation (llm_int8_skip_modules=['lm_head'] of bitsandbytes, "
+    "modules_to_not_convert of others)"
+)
+
+
+def _inside_peft(module: nn.Module) -> tuple[nn.Module, Tensor | None, tuple[HeadAdapter, ...]]:
+    """The layer within PEFT's wrapper, its matrix where that is not simply its weight, adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        active = module.active_adapters
+        copies = module.modules_to_save
+        off = module.disable_adapters or not active or any(a not in copies for a in active)
+        return (module.original_module if off else copies[active[0]]), None, ()
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = getattr(module, "token_adapter", module)
+    if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        return module, None, ()
+    name = f"{type(module).__module__.removeprefix('peft.tuners.')}.{type(module).__name__}"
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        raise ValueError(f"the output head is in PEFT's {name}; {_REFUSED}")
+    base = module.get_base_layer()
+    if module.disable_adapters:
+        if module.merged:
+            raise ValueError(
+                "the output head's adapter is switched off while it is merged into the weight; "
+                "expected it to be unmerged first: call unmerge_adapter() of the PEFT model"
+            )
+        return base, None, ()
+    if module.merged or not module.active_adapters:
+        return base, None, ()
+    if hasattr(module, "trainable_tokens_delta"):
+        return base, module.get_merged_weights(module.active_adapters), ()
+    if not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+        raise ValueError(f"the output head carries a PEFT adapter of kind {name}; {_REFUSED}")
+    names = [n for n in module.active_adapters if n in module.lora_A]
+    return base, None, tuple(_lora(module, n) for n in names)
+
+
+_REFUSED = "expected LoRA, DoRA, modules_to_save or trainable_token_indices there, or no adapter"
+
+
+def _lora(module: Any, name: str) -> HeadAdapter:
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+        kind = type(variant).__name__
+        raise ValueError(f"the output head carries a PEFT adapter of kind {kind}; {_REFUSED}")
+    a, b = module.lora_A[name], module.lora_B[name]
+    magnitude = None if variant is None else module.lora_magnitude_vector[name].weight
+    dropout = module.lora_dropout[name]
+    p, training = getattr(dropout, "p", 0.0), dropout.training
+    scaling = float(module.scaling[name])
+    return HeadAdapter(a.weight, b.weight, scaling, magnitude, b.bias, p, training)

@@ -1,0 +1,128 @@
+"""Token log-probabilities of ready logits: `token_logps`, with its autograd function."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref import backends
+from fastpref.backends.tile import Stats, Transform
+from fastpref.logps.checks import check_labels, check_range
+from fastpref.logps.prepared import adjacent
+from fastpref.validation import check_float
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each label under ready logits, read once forward.
+
+    Args:
+        logits: [..., V], float64, float32, bfloat16 or float16.
+        labels: [...] int64, aligned with logits.
+        scale, softcap, temperature: applied to the logits as in `linear_token_logps`.
+        ignore_index: the label of positions that do not count.
+        inplace_backward: write the gradient over the logits, which halves the memory of the
+            backward pass. Nobody may read the logits afterwards, and a second backward pass raises.
+            Under torch.compile, which plans memory itself, it makes no difference.
+        backend: "native", "triton", "eager" or None for the fastest that works.
+
+    Returns:
+        [...] float32 (float64 for float64 logits), 0 where ignored and never above 0.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, a label outside [0, V).
+    """
+    transform = Transform(scale, softcap, temperature)
+    check_float("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V > 0")
+    check_labels(labels, logits.shape[:-1], "logits without its last dimension", logits.device)
+    flat = labels.reshape(-1)
+    ignored = flat == ignore_index
+    check_range(flat, logits.shape[-1], ignored)
+    if inplace_backward and 0 in logits.stride() and logits.numel() > 1:
+        raise ValueError(
+            "inplace_backward: got True with expanded logits, whose rows share memory; expected "
+            "logits of their own"
+        )
+    rows = adjacent(logits.reshape(-1, logits.shape[-1]))
+    # Any other negative label must not pass for an ignored one: out of range, it gives NaN.
+    y = flat.masked_fill(flat < 0, logits.shape[-1]).masked_fill(ignored, -1)
+    if torch.compiler.is_compiling():  # which plans the memory of the backward pass itself
+        op = torch.ops.fastpref.token_logps
+        return op(rows, y, scale, softcap, temperature, backend)[0].view(labels.shape)
+    module = backends.choose(logits.device, logits.dtype, backend)
+    return TokenLogps.apply(rows, y, transform, module, inplace_backward).view(labels.shape)
+
+
+def _row_blocks(logits: Tensor, backend: ModuleType):
+    """Ranges of rows; of 2^24 logits for plain torch, whose temporaries are as large as they."""
+    size = max(16, 2**24 // logits.shape[1]) if backend.NAME == "eager" else 2**62
+    return ((a, min(a + size, logits.shape[0])) for a in range(0, logits.shape[0], size))
+
+
+def logits_forward(
+    logits: Tensor, labels: Tensor, transform: Transform, backend: ModuleType
+) -> tuple[Tensor, Tensor]:
+    """Ready logits [N, V], labels [N] (negative: ignored): log-probs and lse [N], 0 if ignored."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = Stats.empty(logits.shape[0], logits.device, dtype)
+    for a, b in _row_blocks(logits, backend):
+        backend.fold(logits[a:b], labels[a:b], 0, stats.rows(a, b), transform)
+    ignored = labels < 0
+    return stats.logps.masked_fill(ignored, 0.0), stats.lse.masked_fill(ignored, 0.0)
+
+
+def logits_backward(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    logps: Tensor,
+    coef: Tensor,
+    out: Tensor,
+    transform: Transform,
+    backend: ModuleType,
+) -> None:
+    """Write d loss / d logits [N, V], coef [N] being d loss / d logps; out may be the logits."""
+    for a, b in _row_blocks(logits, backend):
+        rows = labels[a:b], 0, lse[a:b], logps[a:b]
+        backend.grad(logits[a:b], *rows, out[a:b], transform, coef[a:b])
+
+
+class TokenLogps(torch.autograd.Function):
+    """logits [N, V], labels [N] (negative: ignored) -> log-probabilities [N], 0 where ignored."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, transform: Transform, backend, inplace: bool):
+        logps, lse = logits_forward(logits, labels, transform, backend)
+        ctx.save_for_backward(logits, labels, lse, logps)
+        ctx.transform, ctx.backend, ctx.inplace, ctx.used = transform, backend, inplace, False
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, coef):
+        logits, labels, lse, logps = ctx.saved_tensors
+        if ctx.used:
+            raise RuntimeError(
+                "token_logps: inplace_backward=True overwrote the logits in the first backward "
+                "pass; a second one needs inplace_backward=False"
+            )
+        ctx.used = ctx.inplace
+        # Through .data: autograd's version counter guards others against this write, not ourselves.
+        out = logits.data if ctx.inplace else torch.empty_like(logits)
+        rows = labels, lse, logps, coef.contiguous()
+        logits_backward(logits.data, *rows, out, ctx.transform, ctx.backend)
+        return out, None, None, None, None

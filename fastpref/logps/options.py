@@ -1,0 +1,59 @@
+"""The options of the head that every linear_* function takes, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from fastpref.backends.tile import Transform
+from fastpref.logps.plan import FUSED, check_plan_options
+from fastpref.validation import cached_options
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How the logits are formed and computed; `linear_token_logps` documents each.
+
+    Raises ValueError for a bad value; TypeError for a name that is not an option.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignore_index: int = -100
+    strategy: str = "auto"
+    memory_budget: int | None = None
+    precision: str = "exact"
+    fused: bool | str | None = None
+    backend: str | None = None
+
+    if TYPE_CHECKING:  # made once
+        transform: Transform = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_plan_options(self.strategy, self.memory_budget, self.precision, self.fused)
+        transform = Transform(self.scale, self.softcap, self.temperature)
+        object.__setattr__(self, "transform", transform)
+
+
+HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions))
+
+
+def flat_options(options: HeadOptions) -> tuple[Any, ...]:
+    """What `from_flat` makes the options of again, of the types that an operator can take."""
+    values = {name: getattr(options, name) for name in HEAD_OPTIONS}
+    return (*(values | {"fused": FUSED.index(options.fused)}).values(),)
+
+
+def from_flat(values: Sequence[Any]) -> HeadOptions:
+    given = dict(zip(HEAD_OPTIONS, values, strict=True))
+    return HeadOptions(**given | {"fused": FUSED[given["fused"]]})
+
+
+def take_head_options(function: str, given: dict[str, Any]) -> HeadOptions:
+    """The options of the head from keyword arguments; TypeError if there are others."""
+    for name in given:
+        if name not in HEAD_OPTIONS:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return cached_options(HeadOptions, given)

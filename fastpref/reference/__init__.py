@@ -1,0 +1,24 @@
+"""Reference log-probabilities: from a second model, an adapter switched off, or computed ahead."""
+
+from __future__ import annotations
+
+from fastpref.reference.model import (
+    Reference,
+    add_reference_adapter,
+    as_reference,
+    check_adapter_reference,
+    frozen_copy,
+    is_peft,
+)
+from fastpref.reference.precompute import has_reference, precompute
+
+__all__ = [
+    "Reference",
+    "add_reference_adapter",
+    "as_reference",
+    "check_adapter_reference",
+    "frozen_copy",
+    "has_reference",
+    "is_peft",
+    "precompute",
+]

@@ -1,0 +1,16 @@
+"""The trainers, on `transformers.Trainer`. They need the train extra."""
+
+from __future__ import annotations
+
+from fastpref.trainer.config import PreferenceConfig, UnpairedPreferenceConfig
+from fastpref.trainer.metrics import NonFiniteLossError
+from fastpref.trainer.preference import PreferenceTrainer
+from fastpref.trainer.unpaired import UnpairedPreferenceTrainer
+
+__all__ = [
+    "NonFiniteLossError",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "UnpairedPreferenceConfig",
+    "UnpairedPreferenceTrainer",
+]

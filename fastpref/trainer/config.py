@@ -1,0 +1,303 @@
+"""The options of the trainers, on top of transformers' own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from fastpref.backends.processor import bf16_is_fast, say_once, training_device
+from fastpref.losses.options import LOSS_OPTIONS, LossOptions
+from fastpref.losses.pairs import F_DIVERGENCES, Pairs
+from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
+from fastpref.trainer.checks import check_arguments
+
+C = TypeVar("C", bound="BaseConfig")
+LOSS_ALIASES = {"dpo": "sigmoid"}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class BaseConfig(TrainingArguments):
+    """What the options of both trainers share; see `PreferenceConfig`."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    learning_rate: float = _option(1e-6, "Initial learning rate of AdamW.")
+    logging_steps: float = _option(10, "Optimiser steps between two log lines.")
+    bf16: bool | None = _option(
+        None, "Mixed precision in bfloat16; by default where it is fast, unless fp16 is on."
+    )  # type: ignore[assignment]
+    gradient_checkpointing: bool | None = _option(
+        None, "Recompute activations in the backward to save memory; on by default."
+    )
+    logging_nan_inf_filter: bool = _option(
+        False, "Leave NaN losses out of the log; costs a device synchronisation every micro-step."
+    )
+
+    # The model
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Arguments of from_pretrained when the model is given by name; dtype is float32 else."
+    )
+    trust_remote_code: bool = _option(False, "Run code that a model or tokenizer brings along.")
+    router_aux_loss_coef: float | None = _option(
+        None, "Weight of a mixture of experts' load-balancing loss; the model's own by default."
+    )
+    disable_dropout: bool = _option(True, "Switch dropout off in the model and the reference.")
+    pad_token: str | None = _option(
+        None, "Token that pads batches; by default the tokenizer's, or else its EOS token."
+    )
+    sync_ref_model: bool = _option(
+        False, "Move the reference towards the policy during training (TR-DPO)."
+    )
+    ref_model_mixup_alpha: float = _option(
+        0.6, "Share of the policy in the moved reference; the rest is the reference before."
+    )
+    ref_model_sync_steps: int = _option(512, "Optimiser steps between two such moves.")
+
+    # The data
+    dataset_num_proc: int | None = _option(None, "Processes that tokenise the data.")
+    max_length: int | None = _option(1024, "Tokens kept of prompt + answer; None keeps all.")
+    truncation_mode: str = field(
+        default="keep_start",
+        metadata={
+            "help": "Which end of a sequence longer than max_length stays.",
+            "choices": ["keep_start", "keep_end"],
+        },
+    )
+    pad_to_multiple_of: int | str | None = _option(
+        None, "Pad batches to a multiple of this length; 'auto', as TRL's default, does not."
+    )
+    precompute_ref_log_probs: bool = _option(
+        False, "Compute the reference log-probs of all data once, before training."
+    )
+    precompute_ref_batch_size: int | None = _option(
+        None, "Pairs per batch while doing so; the training or evaluation batch size by default."
+    )
+
+    # The loss
+    beta: float = _option(0.1, "Strength of the pull towards the reference model.")
+
+    # The output head
+    precision: str = field(
+        default="exact",
+        metadata={"help": "Logits in fp32 (exact) or bf16 (fast).", "choices": ["exact", "fast"]},
+    )
+    head_strategy: str = _option("auto", "auto, stash, recompute or mixed.")
+    head_memory_budget: int | None = _option(
+        None, "Bytes that the head may use between forward and backward; planned by default."
+    )
+    backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        self._choose_bf16()
+        # transformers renamed the option during version 5 and warns about the old name, TRL's.
+        renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
+        for end, default in (("", True), ("_kwargs", None)):
+            old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
+            given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
+            setattr(self, new if renamed else old, given[0] if given else default)
+        self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
+        if self.use_liger_kernel:
+            self.liger_kernel_config = _without_liger_head(self.liger_kernel_config)
+        super().__post_init__()
+
+    def _choose_bf16(self) -> None:
+        """bf16 where nothing else is asked for and the device multiplies it in hardware."""
+        device = training_device(bool(self.use_cpu))
+        if self.bf16 is None and self.fp16:
+            self.bf16 = False
+        if self.bf16 is False or bf16_is_fast(device):
+            self.bf16 = self.bf16 is not False
+            return
+        what = f"this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units"
+        if self.bf16:
+            say_once(f"bf16 is True, but {what}: it is many times slower than fp32 here")
+            return
+        self.bf16 = False
+        if self.precision == "fast":
+            raise ValueError(
+                f"precision is 'fast', which needs 16-bit operands, but {what}, so that bf16=None "
+                "takes fp32; expected bf16=True, or False for a model that is 16-bit itself"
+            )
+        say_once(f"{what}, so that training takes fp32; bf16=True asks for bf16")
+
+    @classmethod
+    def of(cls: type[C], args: Any) -> C:
+        """The trainer's `args`, checked: the defaults for None, and no other kind of arguments."""
+        if args is None:
+            return cls(output_dir="fastpref-output")
+        if not isinstance(args, cls):
+            raise ValueError(
+                f"args is a {type(args).__name__}; expected an instance of {cls.__name__}"
+            )
+        check_arguments(args)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process; start the script with `accelerate "
+                "launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        return args
+
+    def head_options(self) -> dict[str, Any]:
+        """How the output head is computed, as arguments of `linear_token_logps`."""
+        return {
+            "strategy": self.head_strategy,
+            "memory_budget": self.head_memory_budget,
+            "precision": self.precision,
+            "backend": self.backend,
+        }
+
+
+def _multiple(given: Any) -> int | None:
+    """The length that `pad_to_multiple_of` says, which a command line gives as text."""
+    if given is None or (isinstance(given, str) and given.lower() in ("auto", "none")):
+        return None
+    value = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"pad_to_multiple_of is {given!r}; expected at least 1, 'auto' or None")
+    return value
+
+
+def _without_liger_head(given: Any) -> dict[str, Any]:
+    """Liger's layers without its head, which would take the place of the fused one."""
+    config = dict(given or {})
+    if config.get("fused_linear_cross_entropy"):
+        raise ValueError(
+            "liger_kernel_config has fused_linear_cross_entropy=True, which replaces the head that "
+            "these trainers compute themselves; leave it out"
+        )
+    return {**config, "fused_linear_cross_entropy": False}
+
+
+@dataclass
+class PreferenceConfig(BaseConfig):
+    """Options of `PreferenceTrainer`: transformers' `TrainingArguments` and those below.
+
+    Names and defaults are those of TRL 1.16's DPOConfig where it has them. Changed from
+    TrainingArguments: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
+    checkpointing on, `bf16` on unless `fp16` is or the device has no bf16 units (which
+    is said once), `logging_nan_inf_filter` off because a loss that is not finite stops the run. On
+    a machine without an accelerator `use_cpu` is set.
+
+    Args:
+        beta: strength of the pull towards the reference; tau in the IPO paper.
+        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of docs/losses.md; or a
+            list of them.
+        loss_weights, label_smoothing, ipo_normalization, reference_free, f_divergence_type,
+            f_alpha_divergence_coef, discopop_tau, simpo_gamma, alpha, nll_weight, ld_alpha,
+            use_weighting: options of the losses; see `fastpref.LossOptions`.
+        nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
+        max_length: tokens kept of prompt + answer; None keeps all.
+        truncation_mode: "keep_start" or "keep_end".
+        pad_token: token that pads batches.
+        precompute_ref_log_probs: compute the reference log-probs once, before training.
+        sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha: every so many optimiser steps
+            the reference becomes alpha * policy + (1 - alpha) * reference; see
+            `fastpref.trainer.reference_sync.ReferenceSync`.
+        precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
+        head_strategy, head_memory_budget, backend: how the output head is computed; see
+            `linear_token_logps`.
+    """
+
+    # The loss
+    loss_type: list[str] | str = field(
+        default_factory=lambda: ["sigmoid"],
+        metadata={"help": "Preference loss: sigmoid (DPO), ipo, ...; several are added up."},
+    )
+    loss_weights: list[float] | None = _option(None, "Factors of the losses; 1 by default.")
+    label_smoothing: float = _option(0.0, "Probability that a preference label is flipped.")
+    ipo_normalization: str = field(
+        default="token_mean",
+        metadata={
+            "help": "IPO on log-ratios per token (token_mean) or per sequence (sum).",
+            "choices": ["token_mean", "sum"],
+        },
+    )
+    reference_free: bool = _option(False, "Train without a reference model.")
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": "Divergence from the reference.", "choices": list(F_DIVERGENCES)},
+    )
+    f_alpha_divergence_coef: float = _option(0.5, "Order of the alpha divergence.")
+    discopop_tau: float = _option(0.05, "Temperature of DiscoPOP's mixture.")
+    simpo_gamma: float = _option(0.5, "Target margin of the rewards in SimPO and AlphaPO.")
+    alpha: float = _option(0.0, "Shape of AlphaPO's reward.")
+    nll_weight: float | None = _option(
+        None, "Weight of the chosen answers' NLL; 1 with cpo and orpo and else 0 by default."
+    )
+    nll_on_prompt: bool = _option(False, "Whether that NLL counts the prompt's tokens as well.")
+    ld_alpha: float | None = _option(
+        None, "Weight of the tokens past the pair's shorter answer (LD-DPO); 1 by default."
+    )
+    use_weighting: bool = _option(False, "Weigh pairs by the policy's own probability (WPO).")
+
+    def __post_init__(self) -> None:
+        given = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
+        names = [LOSS_ALIASES.get(name, name) for name in given]
+        self.loss_type = names[0] if len(names) == 1 else names
+        super().__post_init__()
+
+    def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:
+        """The options of the loss, checked; function takes the place of `loss_type`."""
+        options = {name: getattr(self, name) for name in LOSS_OPTIONS}
+        if function is not None:
+            if self.loss_type != "sigmoid":
+                raise ValueError(
+                    f"loss_type is {self.loss_type!r} and loss_function is given; expected one of "
+                    "the two"
+                )
+            options["loss_type"] = function
+        checked = LossOptions(**options)
+        if self.nll_on_prompt and not checked.needs_nll:
+            raise ValueError(
+                "nll_on_prompt is True but the loss has no NLL, so it does not support it; set "
+                "nll_weight"
+            )
+        if self.precompute_ref_log_probs and checked.reference != "required":
+            raise ValueError(
+                "precompute_ref_log_probs is True but the loss needs no reference; set it to False"
+            )
+        return checked
+
+
+@dataclass
+class UnpairedPreferenceConfig(BaseConfig):
+    """Options of `UnpairedPreferenceTrainer`, with the names and defaults of TRL 1.16's KTOConfig.
+
+    Those of the model, the data and the head, and the defaults of transformers' options, are
+    `PreferenceConfig`'s.
+
+    Args:
+        beta: strength of the pull towards the reference.
+        loss_type: "kto" or "apo_zero_unpaired"; see docs/losses.md.
+        desirable_weight, undesirable_weight: factors on the losses of the two kinds of answers.
+    """
+
+    loss_type: str = field(
+        default="kto",
+        metadata={"help": "Loss of single answers.", "choices": list(UNPAIRED_LOSS_TYPES)},
+    )
+    desirable_weight: float = _option(1.0, "Factor on the losses of desirable answers.")
+    undesirable_weight: float = _option(1.0, "Factor on the losses of undesirable answers.")
+
+    def loss_options(self) -> dict[str, Any]:
+        """The options of the loss, checked, as arguments of `linear_kto_loss`."""
+        weights = self.desirable_weight, self.undesirable_weight
+        check_unpaired_options(self.loss_type, self.beta, *weights)
+        return {
+            "loss_type": self.loss_type,
+            "beta": self.beta,
+            "desirable_weight": weights[0],
+            "undesirable_weight": weights[1],
+        }

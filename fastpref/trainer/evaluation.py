@@ -1,0 +1,93 @@
+"""The trainers' evaluation: figures over all rows of a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
+
+from fastpref.data.loaders import POSITION, own_part
+from fastpref.heads.reading import Head
+from fastpref.heads.router import router_rows
+from fastpref.trainer.loaders import LoadingTrainer
+from fastpref.trainer.metrics import MetricWindow
+from fastpref.trainer.scores import Rows, RowTable, Scored, figures
+
+
+class EvaluatingTrainer(LoadingTrainer):
+    """What of a trainer evaluates."""
+
+    _router_coef: float
+    _table: RowTable
+    _window: MetricWindow
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Keep a batch's rows for the figures at the end of the evaluation; there are no logits."""
+        inputs = self._prepare_inputs(own_part(inputs) if self._dispatches else inputs)
+        positions = inputs.pop(POSITION, None)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            kwargs, head_inputs = self.step_inputs(model, inputs, by_row=True)
+            if self._router_coef:
+                kwargs.update(output_router_logits=True, router_fn=router_rows)
+            values = model(**kwargs, head_fn=self.rows_head, head_inputs=head_inputs)
+        self._table.add(values, positions, inputs.get("rows"))
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As in `transformers.Trainer`, with the loss and the metrics over all rows."""
+        self._window.sync()
+        accelerator = self.accelerator
+        self._table = RowTable(
+            accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        where = f"evaluation after step {self.state.global_step}"
+        rewards: Any
+        labels: Any
+        found, rewards, labels = figures(self._table, self.score, self._window.metrics_from, where)
+        self._table.clear()
+        if rewards is not None:
+            found["num_tokens"] = self._window.total_tokens
+            if self.compute_metrics is not None:
+                given = EvalPrediction(predictions=rewards, label_ids=labels)
+                found.update(denumpify_detensorize(self.compute_metrics(given)))
+        metrics = dict(output.metrics or {})
+        for key, value in found.items():  # the user's may have the prefix already
+            start = f"{metric_key_prefix}_"
+            metrics[key if key.startswith(start) else start + key] = value
+        count = 0 if rewards is None else len(rewards)
+        return EvalLoopOutput(rewards, labels, metrics, count)
+
+    # ---- what a trainer says ----
+
+    def step_inputs(
+        self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
+    ) -> tuple[dict, dict]:
+        """The arguments of the model, and of `loss_head` after its first three, for a batch; or,
+        by_row, of `rows_head`."""
+        raise NotImplementedError
+
+    def rows_head(self, hidden: Tensor, head: Head, router: Tensor | None, **inputs: Any) -> Rows:
+        """The `head_fn` of an evaluation step: what is kept of each row."""
+        raise NotImplementedError
+
+    def score(self, rows: Rows) -> Scored:
+        """The loss, the metrics' sums and the rewards of all rows of an evaluation as one batch."""
+        raise NotImplementedError

@@ -1,0 +1,133 @@
+"""The trainers' loaders."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from fastpref.data.loaders import (
+    LengthSampler,
+    NumberedCollator,
+    NumberedRows,
+    NumberedStream,
+    make_loader,
+    own_part,
+    row_lengths,
+    set_sampler_epoch,
+)
+from fastpref.trainer.checks import sampling
+from fastpref.trainer.config import BaseConfig
+
+
+class LoadingTrainer(Trainer):
+    """What of a trainer makes its loaders and takes batches from them."""
+
+    args: BaseConfig
+    _dispatches: bool  # whether the first process reads the data of all
+    _train_loader: Any
+
+    def _loader(self, dataset: Any, collator: Any, batch_size: int, **options: Any) -> Any:
+        args = self.args
+        names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
+        given = {name: getattr(args, f"dataloader_{name}", None) for name in names}
+        options = {**{k: v for k, v in given.items() if v is not None}, **options}
+        return make_loader(
+            dataset,
+            collator,
+            self.accelerator,
+            batch_size=batch_size,
+            dispatch=self._dispatches,
+            **options,
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """As in `transformers.Trainer`; with dispatch_batches the first process reads all data."""
+        self._train_loader = self._dispatching_loader() if self._dispatches else None
+        if self._train_loader is None:
+            self._train_loader = super().get_train_dataloader()
+        return self._train_loader
+
+    def _dispatching_loader(self) -> Any:
+        dataset: Any = self.train_dataset
+        options: dict[str, Any] = {}
+        if hasattr(dataset, "__len__"):
+            options["sampler"] = self._get_train_sampler()
+            options["drop_last"] = self.args.dataloader_drop_last
+        return self._loader(dataset, self.data_collator, self._train_batch_size, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        args = self.args
+        if sampling(args) != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthSampler(row_lengths(dataset), size, seed)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """The passes over the data that a run resumes after, and batches of the next one."""
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        given = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
+        place = self._place_in_stream(next((v for v in given if isinstance(v, str)), ""))
+        if place is not None:
+            passes, batches = place
+            batches = 0 if self.args.ignore_data_skip else batches
+        set_sampler_epoch(self._train_loader, passes)  # which skipping may hide from accelerate
+        return passes, batches
+
+    def _place_in_stream(self, checkpoint: str) -> tuple[int, int] | None:
+        """`_place` of a checkpoint's folder; None for data in memory, or a folder without a state.
+
+        transformers takes a stream of unknown length for one that never ends.
+        """
+        path = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        if hasattr(self.train_dataset, "__len__") or not os.path.isfile(path):
+            return None
+        return _place(TrainerState.load_from_json(path), self.args.gradient_accumulation_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        place = self._place_in_stream(resume_from_checkpoint)
+        if place is not None and place[0] > 0 and not hasattr(Trainer, "_init_training_state"):
+            raise ValueError(
+                f"{resume_from_checkpoint} was saved after {place[0]} whole passes over a stream, "
+                "which transformers before 5.3 resumes with the wrong rows; expected 5.3 or newer"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; of dispatched batches, this process's part."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        return [own_part(batch) for batch in batches] if self._dispatches else batches, count
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """A loader of prepared evaluation data, by default the trainer's own, or of that name."""
+        own: Any = self.eval_dataset
+        if isinstance(eval_dataset, str):
+            eval_dataset = own[eval_dataset]
+        dataset = own if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset: got None, expected evaluation data")
+        numbered = NumberedRows if hasattr(dataset, "__len__") else NumberedStream
+        collator = NumberedCollator(self.data_collator)
+        return self._loader(numbered(dataset), collator, self.args.eval_batch_size)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
+
+def _place(state: TrainerState, accumulation: int) -> tuple[int, int]:
+    """Where in a stream a checkpoint was made: whole passes before, and batches of its own pass.
+
+    The epoch of a run over a stream is the passes plus the batches of this one as a part of all of
+    the run's.
+    """
+    if not state.epoch:
+        return 0, 0
+    passes, all_batches = int(state.epoch), state.max_steps * accumulation
+    batches = round((state.epoch - passes) * all_batches)
+    return (passes, batches) if batches else (passes - 1, all_batches)

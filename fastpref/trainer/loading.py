@@ -1,0 +1,245 @@
+"""What a trainer is made of: the model, its tokenizer, its adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    ProcessorMixin,
+)
+
+from fastpref.heads.reading import unwrap
+from fastpref.reference.model import add_reference_adapter, is_peft
+from fastpref.trainer.adapter_loading import (
+    find_adapter,
+    is_path,
+    load_adapter,
+    quiet_peft,
+    tokenizer_of,
+)
+from fastpref.trainer.config import BaseConfig
+
+logger = logging.getLogger("fastpref")
+
+
+def check_models(
+    model: Any, ref_model: Any, args: BaseConfig, quantization_config: Any, peft_config: Any
+) -> None:
+    """Refuse arguments of a trainer that exclude each other, before anything is loaded."""
+    if model is ref_model and not isinstance(model, str):
+        raise ValueError("ref_model is model itself; leave it out to have a copy made")
+    if not isinstance(model, str):
+        if args.model_init_kwargs is not None:
+            raise ValueError("model_init_kwargs is given but the model is already loaded")
+        if quantization_config is not None:
+            raise ValueError(
+                "quantization_config is given but the model is already loaded; expected a model by "
+                "name, or one that was loaded with that quantization_config"
+            )
+        return
+    options = _options(args, quantization_config)
+    if peft_config is not None and find_adapter(model, options) is not None:
+        raise ValueError(
+            f"model is the adapter {model!r} and peft_config is given; merge the adapter into its "
+            "base model first, or leave peft_config out to go on training it"
+        )
+
+
+def load_model(
+    model: Any, args: BaseConfig, quantization_config: Any = None, *, trainable: bool = True
+) -> Any:
+    """The model itself, or the one of that name, in float32 by default.
+
+    An adapter's name gives a PeftModel: its base with the adapter on it.
+    """
+    if not isinstance(model, str):
+        return model
+    options = _options(args, quantization_config)
+    adapter = find_adapter(model, options)
+    if adapter is not None:
+        return load_adapter(model, adapter, options, _load_whole, trainable=trainable)
+    return _load_whole(model, options)
+
+
+def _options(args: BaseConfig, quantization_config: Any = None) -> dict[str, Any]:
+    """The arguments of from_pretrained."""
+    options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
+    given = _init_kwargs(args)
+    if quantization_config is not None:
+        if given.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config is given, and in model_init_kwargs as well; expected it in "
+                "one of the two"
+            )
+        options["quantization_config"] = quantization_config
+    return {**options, **given}
+
+
+def _load_whole(name: str, options: dict[str, Any]) -> Any:
+    if is_path(name) and not Path(name).is_dir():
+        raise ValueError(f"model {name!r} could not be loaded: it is not a directory")
+    try:
+        loader = _auto_class(name, options)
+        loaded, info = loader.from_pretrained(name, **options, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model {name!r} could not be loaded: {error}") from error
+    except ImportError as error:  # a quantisation whose library is not here
+        text = " ".join(str(error).split())
+        raise ImportError(f"model {name!r} could not be loaded: {text}") from error
+    check_loaded(loaded, info, f"model {name!r}")
+    return loaded
+
+
+def _auto_class(model: str, options: dict[str, Any]) -> Any:
+    """The class that loads a causal model, or a vision-language model, of that name."""
+    names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
+    given = {name: options[name] for name in names if name in options}
+    config = AutoConfig.from_pretrained(model, **given)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    vision = not known and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if vision else AutoModelForCausalLM
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
+    """Refuse a model whose output head was not in its files and has random weights now.
+
+    Args:
+        info: what `from_pretrained(..., output_loading_info=True)` returns next to the model.
+        what: names the model in the error.
+    """
+    missing = set(info.get("missing_keys") or ())
+    base = getattr(model, "base_model", model)
+    backbone = set() if base is model else {id(p) for p in base.parameters()}
+    names: dict[int, list[str]] = {}  # tied weights have several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    module = model.get_output_embeddings()
+    head = {id(p) for p in module.parameters()} if module is not None else set()
+    invented = [
+        aliases[0]
+        for key, aliases in names.items()
+        if missing.issuperset(aliases) and (key in head or key not in backbone)
+    ]
+    if invented:
+        raise ValueError(
+            f"{what} has no trained output head: its files lack {', '.join(sorted(invented))}; "
+            f"expected the weights of a whole causal language model ({type(model).__name__})"
+        )
+
+
+def load_tokenizer(
+    model: Any, tokenizer: Any, args: BaseConfig, name: str | None = None
+) -> tuple[Any, int]:
+    """The tokenizer, by default the model's, with a pad token; and the id to pad with.
+
+    name: what the model was loaded from. An adapter's own tokenizer goes before its base's.
+    """
+    config = unwrap(model).config.get_text_config()
+    if isinstance(tokenizer, ProcessorMixin):
+        raise ValueError("processing_class is a multimodal processor; expected a tokenizer")
+    base = getattr(unwrap(model).config, "_name_or_path", "")
+    if tokenizer is None and (name or base):
+        options = {k: v for k, v in _init_kwargs(args).items() if k in ("revision", "token")}
+        if name is not None and is_peft(model):
+            name = tokenizer_of(name, options)
+            if name is None:  # the revision is the adapter's
+                options.pop("revision", None)
+        options["trust_remote_code"] = args.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(name or base, **options)
+    if args.pad_token is not None:
+        _set_pad_token(tokenizer, args.pad_token)
+    if tokenizer is None:  # enough for data that is tokenised already
+        known = [i for i in (config.pad_token_id, config.eos_token_id) if i is not None]
+        return None, known[0] if known else 0
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has neither a pad nor an EOS token; set tokenizer.pad_token"
+            )
+        logger.warning(
+            f"the tokenizer has no pad token; batches are padded with EOS {tokenizer.eos_token!r}, "
+            "without a label"
+        )
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+    if getattr(unwrap(model), "generation_config", None) is not None:
+        unwrap(model).generation_config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, tokenizer.pad_token_id
+
+
+def _set_pad_token(tokenizer: Any, token: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"pad_token is {token!r} but there is no tokenizer; pass processing_class")
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"pad_token is {token!r}, which is not in the tokenizer's vocabulary; expected one of "
+            "its tokens"
+        )
+    tokenizer.pad_token = token
+
+
+def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
+    """The model with a new adapter, or with a frozen copy of its trained one as the reference."""
+    if peft_config is not None:
+        if is_peft(model):
+            raise ValueError(
+                "model is a PeftModel and peft_config is given; merge the adapter into the model "
+                "first, or leave peft_config out to go on training it"
+            )
+        from peft import get_peft_model
+
+        with quiet_peft():
+            model = get_peft_model(model, peft_config)
+        if not has_ref_model and _starts_elsewhere(model):
+            # PiSSA and its like move part of the weights into the adapter: without it the model is
+            # not the one that it was.
+            add_reference_adapter(model)
+        return model
+    if is_peft(model) and not has_ref_model:
+        add_reference_adapter(model)
+    return model
+
+
+def _starts_elsewhere(model: Any) -> bool:
+    """Whether a new LoRA adapter adds something from the start, as its B is not 0."""
+    added = (p for n, p in model.named_parameters() if ".lora_B." in n or "lora_embedding_B" in n)
+    return any(bool(p.detach().count_nonzero()) for p in added if not p.is_meta)
+
+
+def router_coefficient(model: Any, given: float | None) -> float:
+    """The weight of the load-balancing loss; 0 for a model that is no mixture of experts."""
+    config = unwrap(model).config.get_text_config()
+    routed = hasattr(config, "output_router_logits")
+    if given and not routed:
+        raise ValueError(
+            f"router_aux_loss_coef is {given} but the model is a {type(unwrap(model)).__name__}, "
+            "which is not a mixture of experts with router logits"
+        )
+    default = getattr(config, "router_aux_loss_coef", 0.0)
+    return (default if given is None else given) if routed else 0.0
+
+
+def each(datasets: Any) -> list[Any]:
+    """The data sets of a dict of them, of one or of None."""
+    if isinstance(datasets, Mapping):
+        return list(datasets.values())
+    return [] if datasets is None else [datasets]
+
+
+def _init_kwargs(args: BaseConfig) -> dict[str, Any]:
+    given: Any = args.model_init_kwargs or {}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"model_init_kwargs is {given!r}; expected a dict, or JSON on a command line"
+        )
+    return given

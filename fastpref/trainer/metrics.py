@@ -1,0 +1,284 @@
+"""The trainer's metrics: summed on the device, read once per log line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fastpref.fused.pair_loss import PreferenceOutput
+from fastpref.losses.unpaired import UnpairedLoss
+
+# One micro-step's sums, in this order in its vector. Sums and counts rather than means, so that
+# they add up over processes of different sizes.
+SUMS = (
+    "loss",
+    "aux_loss",
+    "nll_loss",
+    "pairs",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "tokens/chosen",
+    "tokens/rejected",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "top1/chosen",
+    "num_tokens",
+)
+EXTRAS = ("entropy", "mean_logit", "is_top1")
+PER_PAIR = tuple(key for key in SUMS if key.startswith(("rewards/", "logps/")))
+MEANS = ("aux_loss", "nll_loss", "kl")  # of each process, or the same on all
+# The same of single answers.
+SIDES = ("chosen", "rejected")
+PER_ANSWER = tuple(f"{key}/{side}" for key in ("rewards", "logps") for side in SIDES)
+UNPAIRED_SUMS = (
+    "loss",
+    "aux_loss",
+    "kl",
+    "answers/chosen",
+    "answers/rejected",
+    *PER_ANSWER,
+    "tokens/chosen",
+    "tokens/rejected",
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "num_tokens",
+)
+UNPAIRED_EXTRAS = ("entropy", "mean_logit")
+
+
+class NonFiniteLossError(ValueError):
+    """The loss, a gradient or a weight became NaN or infinite."""
+
+
+@torch.no_grad()
+def micro_step_sums(
+    out: PreferenceOutput,
+    loss: Tensor,
+    aux_loss: Tensor | None,
+    labels: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """The vector [len(SUMS)] of one micro-step, float32 on the device; nothing synchronises."""
+    assert out.stats is not None
+    entropy, mean_logit, is_top1 = out.stats.entropy, out.stats.mean_logit, out.stats.is_top1
+    assert entropy is not None and mean_logit is not None and is_top1 is not None
+    tokens = (labels != -100).sum(1).chunk(2)
+    logits = mean_logit.sum(1).chunk(2)  # the statistics are 0 where there is no label
+    values = {
+        "loss": loss,
+        "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
+        "nll_loss": loss.new_zeros(()) if out.nll_loss is None else out.nll_loss,
+        "pairs": loss.new_full((), len(out.chosen_rewards)),
+        "rewards/chosen": out.chosen_rewards.sum(),
+        "rewards/rejected": out.rejected_rewards.sum(),
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).sum(),
+        "logps/chosen": out.chosen_logps.sum(),
+        "logps/rejected": out.rejected_logps.sum(),
+        "tokens/chosen": tokens[0].sum(),
+        "tokens/rejected": tokens[1].sum(),
+        "entropy": entropy.sum(),
+        "logits/chosen": logits[0].sum(),
+        "logits/rejected": logits[1].sum(),
+        "top1/chosen": is_top1.chunk(2)[0].sum(),
+        "num_tokens": attention_mask.sum(),
+    }
+    return torch.stack([values[key].float() for key in SUMS])
+
+
+@torch.no_grad()
+def unpaired_sums(
+    out: UnpairedLoss,
+    loss: Tensor,
+    aux_loss: Tensor | None,
+    desirable: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor,
+) -> Tensor:
+    """The vector [len(UNPAIRED_SUMS)] of one micro-step of single answers."""
+    assert out.stats is not None and out.logps is not None
+    entropy, mean_logit = out.stats.entropy, out.stats.mean_logit
+    assert entropy is not None and mean_logit is not None
+    values = {
+        "loss": loss,
+        "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
+        "kl": out.kl,
+        "entropy": entropy.sum(),
+        "num_tokens": attention_mask.sum(),
+    }
+    each = {
+        "answers": torch.ones_like(out.logps),
+        "rewards": out.rewards,
+        "logps": out.logps,
+        "tokens": (labels != -100).sum(1),
+        "logits": mean_logit.sum(1),  # the statistics are 0 where there is no label
+    }
+    for side, of in zip(SIDES, (desirable, ~desirable), strict=True):
+        values.update({f"{key}/{side}": (t * of).sum() for key, t in each.items()})
+    return torch.stack([values[key].float() for key in UNPAIRED_SUMS])
+
+
+def _mean(sums: dict[str, float], key: str, *counts: str) -> float:
+    count = sum(sums[c] for c in counts)
+    return sums[key] / count if count > 0 else 0.0
+
+
+def unpaired_metrics(
+    sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
+) -> dict[str, float]:
+    """TRL's metrics of one micro-step of single answers; none of a side that it has none of."""
+    metrics = {"aux_loss": sums["aux_loss"]} if has_aux_loss else {}
+    metrics["kl"] = sums["kl"]
+    metrics["entropy"] = _mean(sums, "entropy", "tokens/chosen", "tokens/rejected")
+    for side in SIDES:
+        if sums[f"tokens/{side}"] > 0:
+            metrics[f"logits/{side}"] = _mean(sums, f"logits/{side}", f"tokens/{side}")
+        for key in ("rewards", "logps") if sums[f"answers/{side}"] > 0 else ():
+            metrics[f"{key}/{side}"] = _mean(sums, f"{key}/{side}", f"answers/{side}")
+    if all(f"rewards/{side}" in metrics for side in SIDES):
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+def micro_step_metrics(
+    sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
+) -> dict[str, float]:
+    """TRL's metrics of one micro-step from its sums over all processes."""
+
+    def mean(key: str, *counts: str) -> float:
+        return _mean(sums, key, *counts)
+
+    shown = {"aux_loss": has_aux_loss, "nll_loss": has_nll}
+    metrics = {key: sums[key] for key, is_shown in shown.items() if is_shown}
+    metrics["entropy"] = mean("entropy", "tokens/chosen", "tokens/rejected")
+    metrics["logits/chosen"] = mean("logits/chosen", "tokens/chosen")
+    metrics["logits/rejected"] = mean("logits/rejected", "tokens/rejected")
+    metrics["mean_token_accuracy"] = mean("top1/chosen", "tokens/chosen")
+    metrics.update({key: mean(key, "pairs") for key in PER_PAIR})
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
+
+
+def check_grad_norm(norm: float | None, step: int) -> None:
+    """Raise a NonFiniteLossError if the gradient's norm is not finite."""
+    if norm is not None and not torch.tensor(norm).isfinite():
+        raise NonFiniteLossError(f"the gradient's norm is {norm} at step {step}")
+
+
+def check_weights(model: Any, step: int) -> None:
+    """Raise a NonFiniteLossError if a trainable weight is not finite; before anything is saved."""
+    weights = [p.detach() for p in model.parameters() if p.requires_grad]
+    if weights and not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
+        raise NonFiniteLossError(f"a weight is not finite after step {step}")
+
+
+@dataclass
+class _Step:
+    """A micro-step whose sums are still on the device."""
+
+    sums: Tensor
+    rows: Tensor | None
+    where: str
+
+
+@dataclass
+class MetricWindow:
+    """Micro-steps since the last log line.
+
+    Args:
+        gather: stacks the tensors of all processes on dim 0, as `Accelerator.gather` does.
+        world_size, rank: number of processes, and which one this is.
+        has_aux_loss, has_nll: whether to report `aux_loss` and `nll_loss`.
+        names: what a micro-step's vector holds.
+        metrics_of: makes a micro-step's metrics of its sums, has_aux_loss and has_nll.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    world_size: int = 1
+    rank: int = 0
+    has_aux_loss: bool = False
+    has_nll: bool = False
+    names: tuple[str, ...] = SUMS
+    metrics_of: Callable[[dict[str, float], bool, bool], dict[str, float]] = micro_step_metrics
+    total_tokens: int = 0
+    pending: list[_Step] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, sums: Tensor, rows: Tensor | None, where: str) -> None:
+        """Keep a micro-step. On a CPU in one process its loss is checked at once."""
+        step = _Step(sums, rows, where)
+        if sums.device.type == "cpu" and self.world_size == 1:
+            self._check(sums[None], [step], self.rank)
+        self.pending.append(step)
+
+    def sync(self) -> None:
+        """Bring the pending sums over from the device, with one collective and one copy.
+
+        Raises:
+            NonFiniteLossError: on every process, if a loss on any of them is not finite.
+        """
+        if not self.pending:
+            return
+        steps, self.pending = self.pending, []
+        local = torch.stack([step.sums for step in steps])
+        parts = self.gather(local).view(self.world_size, len(steps), -1).cpu().double()
+        for rank, part in enumerate(parts):
+            self._check(part, steps, rank)
+        total = parts.sum(0)
+        for i in (i for i, name in enumerate(self.names) if name in MEANS):
+            total[:, i] /= self.world_size
+        for row in total.tolist():
+            sums = dict(zip(self.names, row, strict=True))
+            self.metrics.append(self.metrics_from(sums))
+            self.total_tokens += int(sums["num_tokens"])
+
+    def metrics_from(self, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics of a batch from its sums over all processes."""
+        return self.metrics_of(sums, self.has_aux_loss, self.has_nll)
+
+    def _check(self, values: Tensor, steps: list[_Step], rank: int) -> None:
+        losses = values[:, self.names.index("loss")]
+        if bool(losses.isfinite().all()):
+            return
+        index = int((~losses.isfinite()).nonzero()[0])
+        step = steps[index]
+        process = f", process {rank}" if self.world_size > 1 else ""
+        rows = ""
+        if rank == self.rank and step.rows is not None:  # of other processes only sums are here
+            rows = f", data rows {step.rows.tolist()}"
+        value = losses[index].item()
+        raise NonFiniteLossError(f"the loss is {value} at {step.where}{process}{rows}")
+
+    def drain(self) -> dict[str, float]:
+        """The mean of each metric over the window's micro-steps that have it, and an empty window.
+
+        Empty if there were none.
+        """
+        self.sync()
+        steps, self.metrics = self.metrics, []
+        found: dict[str, list[float]] = {}
+        for key, value in (item for step in steps for item in step.items()):
+            found.setdefault(key, []).append(value)
+        return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+class TokenCount(TrainerCallback):
+    """Counts tokens on from the checkpoint that a run resumes from."""
+
+    KEY = "fastpref"  # in the checkpoint's trainer_state.json, under stateful_callbacks
+
+    def __init__(self, window: MetricWindow) -> None:
+        self.window = window
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = (state.stateful_callbacks or {}).get(self.KEY, {})
+        self.window.total_tokens = saved.get("num_tokens", self.window.total_tokens)

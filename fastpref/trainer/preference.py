@@ -1,0 +1,204 @@
+"""`PreferenceTrainer`: preference optimisation on pairs of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from fastpref.data.batches import loss_inputs, model_inputs
+from fastpref.data.collate import PreferenceCollator
+from fastpref.data.columns import PAIRS, PER_PAIR, REFERENCE
+from fastpref.data.tokenise import DataReport, prepare_dataset
+from fastpref.fused.pair_loss import PairInputs, pair_problem
+from fastpref.fused.preference import linear_preference_loss
+from fastpref.heads.calling import align_to_tokens
+from fastpref.heads.reading import Head
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
+from fastpref.losses.options import LossOptions
+from fastpref.losses.pairs import Pairs
+from fastpref.trainer.base import BaseTrainer
+from fastpref.trainer.config import PreferenceConfig
+from fastpref.trainer.metrics import EXTRAS, micro_step_sums
+from fastpref.trainer.scores import Rows, Scored, pair_rows, score_pairs
+
+
+class PreferenceTrainer(BaseTrainer):
+    """Train a causal language model on preference pairs (DPO, IPO, ...).
+
+    A drop-in for TRL 1.16's DPOTrainer: the same data, tokenisation, loss, metric names and
+    gradient-accumulation semantics (the mean over micro-batches). The output head goes through
+    `linear_preference_loss`, so no logits exist. Metrics are summed on the device and read once per
+    log line. An evaluation has the figures of one batch of all its rows; see docs/training.md.
+
+    The reference is the first of: the data's columns ref_chosen_logps and ref_rejected_logps;
+    `ref_model`; for a model that a `peft_config` is applied to, the model with its adapter off; for
+    a PeftModel, a frozen copy of its adapter; with `precompute_ref_log_probs`, the model as it is
+    now, asked once; a frozen copy of the model.
+
+    Args:
+        model: a name or directory (loaded in float32 unless `model_init_kwargs` says otherwise), a
+            PreTrainedModel or a PeftModel. That of an adapter is loaded on its base model, and the
+            adapter is trained on.
+        ref_model: the reference; a model, a name or None.
+        args: a `PreferenceConfig`.
+        data_collator: replaces `PreferenceCollator`; must return input_ids, attention_mask and
+            completion_mask as that does.
+        train_dataset: anything that `load_preference_data` reads.
+        eval_dataset: likewise, or a dict of them by name.
+        processing_class: the tokenizer; by default the adapter's, where it has one, or the model's.
+        compute_metrics: takes an `EvalPrediction` of the rows' rewards, [rows, 2] chosen and
+            rejected, and labels of 0, as `predict` returns them; there are no logits.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: as in from_pretrained, for a model that is given by name.
+        peft_config: adapter to add, such as `peft.LoraConfig`.
+        loss_function: a loss of your own in place of `args.loss_type`; see docs/losses.md.
+
+    Raises:
+        ValueError: bad data (see `prepare_dataset`), an unknown loss or option, a model without an
+            output head, a tokenizer without a pad token.
+        NonFiniteLossError: while training, if the loss, a gradient or a weight is not finite. The
+            message names the step and, where known, the rows. Nothing is saved after that.
+    """
+
+    args: PreferenceConfig
+    config_class = PreferenceConfig
+    columns = (*PAIRS.ids, *PAIRS.numbers, "row")
+    _tag_names = ["fastpref", "dpo"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        ref_model: str | PreTrainedModel | Any = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        loss_function: Callable[[Pairs], Tensor] | None = None,
+    ) -> None:
+        self._loss_function = loss_function
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+        )
+
+    def set_loss(self, args: PreferenceConfig) -> bool:
+        self._loss_options: LossOptions = args.loss_options(self._loss_function)
+        self.ld_alpha = args.ld_alpha
+        return self._loss_options.reference == "required"
+
+    def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
+        return prepare_dataset(dataset, **options)
+
+    def make_collator(self, *options: Any) -> PreferenceCollator:
+        return PreferenceCollator(*options)
+
+    def check_data(self, datasets: list[Any], has_reference: bool) -> None:
+        for column, name in PER_PAIR.items():
+            if any(column in (dataset.column_names or ()) for dataset in datasets):
+                self._loss_options.check_takes(name, column)
+        if has_reference:
+            if self.args.reference_free:
+                raise ValueError("reference_free is True but a reference is given")
+            self._loss_options.check_reference(True)
+
+    def reference_columns(self) -> tuple[str, ...]:
+        return REFERENCE
+
+    def step_inputs(
+        self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
+    ) -> tuple[dict, dict]:
+        reference = self.reference_logps(inputs)
+        return model_inputs(inputs), {
+            "attention_mask": inputs["attention_mask"],
+            **loss_inputs(inputs, reference, self.args.nll_on_prompt),
+        }
+
+    def loss_head(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        head: Head,
+        aux_loss: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        **inputs: Tensor | None,
+    ) -> dict[str, Any]:
+        hidden = align_to_tokens(hidden, labels)
+        out = linear_preference_loss(
+            hidden,
+            head.weight,
+            labels,
+            **inputs,  # type: ignore[arg-type]
+            fused=head.fused,
+            **head.options(hidden),
+            **self._head_options,
+            loss_options=self._loss_options,
+            extras=EXTRAS,
+        )
+        loss = self.add_aux_loss(out.loss, aux_loss)
+        sums = micro_step_sums(out, loss, aux_loss, labels, attention_mask)
+        return {"loss": loss, "sums": sums}
+
+    def rows_head(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        head: Head,
+        router: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        token_indices: Tensor | None,
+        nll_labels: Tensor | None = None,
+        **inputs: Tensor | None,
+    ) -> Rows:
+        hidden = align_to_tokens(hidden, labels)
+        problem = pair_problem(
+            labels,
+            self._loss_options,
+            PairInputs(**inputs),
+            has_reference=inputs["ref_logps"] is not None,
+            nll_labels=nll_labels,
+        )
+        stats = linear_token_logps(
+            hidden,
+            head.weight,
+            problem.head_labels,
+            token_indices=token_indices,
+            fused=head.fused,
+            extras=problem.head_extras(EXTRAS),
+            **head.options(hidden),
+            **self._head_options,
+        )
+        assert isinstance(stats, TokenStats)
+        return pair_rows(problem, stats, router)
+
+    def score(self, rows: Rows) -> Scored:
+        return score_pairs(rows, self._loss_options, self._router_coef)
+
+    def window_options(self) -> dict[str, Any]:
+        return {"has_nll": self._loss_options.needs_nll}

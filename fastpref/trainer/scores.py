@@ -1,0 +1,246 @@
+"""Evaluation: what is kept of each row, and the figures of a whole data set.
+
+A step of an evaluation keeps a few numbers of each row and no mean. At the end the rows of all
+processes come together, each once, and the loss and its metrics are those of one batch of all of
+them. So they depend neither on the batch size, nor on the number of processes, nor on padding, for
+losses that compare the pairs of a batch with one another (AOT) and means over tokens (NLL) too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from fastpref.fused.pair_loss import PairProblem
+from fastpref.heads.router import ROUTED, balance
+from fastpref.logps.forward import TokenStats
+from fastpref.losses.options import LossOptions
+from fastpref.losses.preference import evaluate, make_pairs
+from fastpref.losses.unpaired import kto_loss
+from fastpref.trainer.metrics import SIDES, NonFiniteLossError
+
+Rows = dict[str, Tensor]  # by name [P], or [P, n]
+
+
+class Scored(NamedTuple):
+    """All rows of an evaluation as one batch.
+
+    sums: those that the metrics are made of, and the loss. rewards: [P, 2] of chosen and rejected
+    answers, or [P] of single ones. labels: int64 [P]; of pairs 0, the column of the preferred
+    answer; of single answers 1 where it is desirable, 0 where not.
+    """
+
+    sums: dict[str, float]
+    rewards: Tensor
+    labels: Tensor
+
+
+_SHIFT = 1 << 40  # past any position
+
+
+def pair_rows(problem: PairProblem, stats: TokenStats, router: Tensor | None) -> Rows:
+    """Of a batch of pairs what their loss and their metrics are made of."""
+    values, policy_weight = problem.per_pair(stats)
+    values |= {"weight": problem.inputs.pair_weight, "policy_weight": policy_weight}
+    counted = problem.labels != problem.segments["ignore_index"]
+    assert stats.entropy is not None and stats.mean_logit is not None and stats.is_top1 is not None
+    chosen, rejected = counted.sum(1).chunk(2)
+    entropy = (stats.entropy * counted).sum(1).chunk(2)
+    logits = (stats.mean_logit * counted).sum(1).chunk(2)
+    values |= {
+        "tokens/chosen": chosen,
+        "tokens/rejected": rejected,
+        "entropy": entropy[0] + entropy[1],
+        "logits/chosen": logits[0],
+        "logits/rejected": logits[1],
+        "top1/chosen": (stats.is_top1 * counted).sum(1).chunk(2)[0],
+    }
+    if router is not None:
+        halves = router.chunk(2)
+        values[ROUTED] = halves[0] + halves[1]
+    return {name: value for name, value in values.items() if value is not None}
+
+
+_LOSS_INPUTS = (
+    "chosen_logps",
+    "rejected_logps",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "chosen_lengths",
+    "rejected_lengths",
+    "margin",
+    "soft_labels",
+    "chosen_nll",
+    "nll_lengths",
+)
+
+
+def score_pairs(rows: Rows, options: LossOptions, router_coef: float = 0.0) -> Scored:
+    """The sums of `metrics.SUMS` over all rows, as of one batch, and each row's rewards."""
+    pairs = make_pairs(options, **{name: rows.get(name) for name in _LOSS_INPUTS})  # type: ignore[arg-type]
+    out = evaluate(pairs, rows.get("weight"), rows.get("policy_weight"))
+    loss, tokens = out.loss, rows["tokens/chosen"] + rows["tokens/rejected"]
+    if not tokens.any():  # nothing that could be learnt, as in training
+        loss = loss * 0.0
+    sums = {
+        "pairs": torch.tensor(len(tokens)),
+        "rewards/chosen": out.chosen_rewards.sum(),
+        "rewards/rejected": out.rejected_rewards.sum(),
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).sum(),
+        "logps/chosen": rows["chosen_logps"].sum(),
+        "logps/rejected": rows["rejected_logps"].sum(),
+    }
+    if "chosen_nll" in rows:
+        sums["nll_loss"] = rows["chosen_nll"].sum() / rows["nll_lengths"].sum().clamp(min=1)
+    for name in ("tokens", "logits"):
+        sums.update({f"{name}/{side}": rows[f"{name}/{side}"].sum() for side in SIDES})
+    sums.update({name: rows[name].sum() for name in ("entropy", "top1/chosen")})
+    rewards = torch.stack([out.chosen_rewards, out.rejected_rewards], 1)
+    labels = torch.zeros(len(tokens), dtype=torch.int64)
+    return Scored(_with_router(sums, loss, rows, router_coef), rewards, labels)
+
+
+def answer_rows(
+    labels: Tensor,
+    stats: TokenStats,
+    logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl_ratios: Tensor | None,
+    weight: Tensor | None,
+    router: Tensor | None,
+) -> Rows:
+    """Of a batch of single answers what their loss and their metrics are made of."""
+    assert stats.entropy is not None and stats.mean_logit is not None
+    values = {
+        "logps": logps,
+        "ref_logps": ref_logps,
+        "desirable": desirable,
+        "kl_ratios": kl_ratios,
+        "weight": weight,
+        "tokens": (labels != -100).sum(1),
+        "entropy": stats.entropy.sum(1),
+        "logits": stats.mean_logit.sum(1),  # the statistics are 0 where there is no label
+        ROUTED: router,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def score_answers(rows: Rows, options: dict[str, Any], router_coef: float = 0.0) -> Scored:
+    """As `score_pairs`, with the sums of `metrics.UNPAIRED_SUMS`; all rows share one KL term."""
+    desirable = rows["desirable"].bool()
+    kl = rows["kl_ratios"].mean().clamp(min=0) if "kl_ratios" in rows else None
+    out = kto_loss(
+        rows["logps"], rows["ref_logps"], desirable, kl, weight=rows.get("weight"), **options
+    )
+    loss = out.loss if rows["tokens"].any() else out.loss * 0.0
+    sums = {"kl": out.kl, "entropy": rows["entropy"].sum()}
+    each = {"answers": torch.ones_like(out.rewards), "rewards": out.rewards}
+    each |= {name: rows[name] for name in ("logps", "tokens", "logits")}
+    for side, of in zip(SIDES, (desirable, ~desirable), strict=True):
+        sums.update({f"{name}/{side}": (t * of).sum() for name, t in each.items()})
+    return Scored(_with_router(sums, loss, rows, router_coef), out.rewards, desirable.long())
+
+
+def _with_router(sums: Rows, loss: Tensor, rows: Rows, coef: float) -> dict[str, float]:
+    if ROUTED in rows:
+        sums["aux_loss"] = balance(rows[ROUTED].sum(0))
+        loss = loss + coef * sums["aux_loss"]
+    empty = {"aux_loss": 0.0, "nll_loss": 0.0}
+    return empty | {name: float(value) for name, value in (sums | {"loss": loss}).items()}
+
+
+@dataclass
+class RowTable:
+    """The rows of an evaluation, on the device until all of them are there.
+
+    Args:
+        device: where the figures are computed.
+        process, processes: which one this is of how many.
+    """
+
+    device: torch.device
+    process: int = 0
+    processes: int = 1
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, values: Rows, positions: Tensor | None, rows: Tensor | None) -> None:
+        """Keep a batch's rows.
+
+        Args:
+            values: by name [P] or [P, n], the same names in every batch.
+            positions: [P] the rows' places in the data set, by which one that a loader repeats, so
+                that all processes have as many, is known again. None: none is repeated.
+            rows: [P] their numbers in the input, for an error.
+        """
+        self.shapes = {name: value.shape[1:] for name, value in values.items()}
+        flat = torch.cat([v.reshape(len(v), -1).float() for v in values.values()], 1)
+        if positions is None:
+            own = torch.arange(self.count, self.count + len(flat), device=flat.device)
+            positions = _SHIFT + own * self.processes + self.process
+        self.count += len(flat)
+        places = positions.to(flat.device)
+        numbers = torch.full_like(places, -1) if rows is None else rows.to(places)
+        self.parts.append((torch.stack([places, numbers], 1), flat))
+
+    def clear(self) -> None:
+        self.parts = []
+
+    def collect(self) -> tuple[Rows, list[int]]:
+        """All processes' rows by name, each row once and in the data set's order, in the widest
+        dtype of the device; and their numbers in the input. The one place where they leave it."""
+        own = []
+        if self.parts:
+            ids, flat = (torch.cat(tensors).cpu() for tensors in zip(*self.parts, strict=True))
+            own = [(self.shapes, ids, flat)]
+        everyone = gather_object(own)
+        if not everyone:
+            return {}, []
+        shapes = everyone[0][0]
+        ids, flat = (torch.cat([part[i] for part in everyone]) for i in (1, 2))
+        order = ids[:, 0].argsort(stable=True)
+        places = ids[order, 0]
+        first = torch.ones(len(order), dtype=torch.bool)
+        first[1:] = places[1:] != places[:-1]
+        order = order[first]
+        widest = torch.float32 if self.device.type == "mps" else torch.float64
+        widths = [shape.numel() for shape in shapes.values()]
+        columns = flat[order].to(self.device, widest).split(widths, 1)
+        rows = {
+            name: column.reshape(len(order), *shape)
+            for (name, shape), column in zip(shapes.items(), columns, strict=True)
+        }
+        return rows, ids[order, 1].tolist()
+
+
+def figures(
+    table: RowTable,
+    score: Callable[[Rows], Scored],
+    metrics_of: Callable[[dict[str, float]], dict[str, float]],
+    where: str,
+) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
+    """The loss and the metrics of a whole evaluation, its rows' rewards, float32, and their labels,
+    in the data set's order; the same on every process. Nothing, None and None without rows.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite; with the rows whose log-probs are not.
+    """
+    rows, numbers = table.collect()
+    if not rows:
+        return {}, None, None
+    sums, rewards, labels = score(rows)
+    if not torch.tensor(sums["loss"]).isfinite():
+        bad = ~torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in rows.values()]).all(0)
+        named = [numbers[i] for i in bad.nonzero().flatten().tolist() if numbers[i] >= 0]
+        shown = f", data rows {named[:20]}" if named else ""
+        raise NonFiniteLossError(f"the loss is {sums['loss']} at {where}{shown}")
+    found = {"loss": sums["loss"], **metrics_of(sums)}
+    return found, rewards.float().cpu().numpy(), labels.cpu().numpy()

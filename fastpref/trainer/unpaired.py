@@ -1,0 +1,187 @@
+"""`UnpairedPreferenceTrainer`: preference optimisation on single answers, with KTO."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers.trainer_utils import has_length
+
+from fastpref.data.batches import batch_labels, model_inputs
+from fastpref.data.collate import UnpairedCollator
+from fastpref.data.columns import UNPAIRED, UNPAIRED_REFERENCE
+from fastpref.data.tokenise import DataReport
+from fastpref.data.unpaired import prepare_unpaired_dataset
+from fastpref.fused.unpaired import linear_kto_loss
+from fastpref.heads.calling import align_to_tokens
+from fastpref.heads.reading import Head
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
+from fastpref.logps.sequences import sequence_logps
+from fastpref.reference.model import Reference
+from fastpref.trainer.base import BaseTrainer
+from fastpref.trainer.config import UnpairedPreferenceConfig
+from fastpref.trainer.metrics import UNPAIRED_EXTRAS, UNPAIRED_SUMS, unpaired_metrics, unpaired_sums
+from fastpref.trainer.scores import Rows, Scored, answer_rows, score_answers
+
+_SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "labels", "token_indices")
+
+
+class UnpairedPreferenceTrainer(BaseTrainer):
+    """Train a causal language model on answers that are labelled desirable or not (KTO).
+
+    A drop-in for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names. KTO's KL
+    term is estimated, as there, from each prompt with the answer of the row before, within blocks
+    of per_device_train_batch_size rows; so with `loss_type="kto"` rows are read in their order, and
+    data whose desirable answers come first should be shuffled before. Where that row has the same
+    prompt, or a block is one row, whose own answer TRL would take, an answer to another prompt
+    takes its place. An evaluation estimates the term once, from all of its rows. Everything else,
+    the reference too, is as in `PreferenceTrainer`.
+
+    Args:
+        train_dataset, eval_dataset: rows of prompt, completion and label, or pairs; see
+            `fastpref.data.prepare_unpaired_dataset`.
+        args: an `UnpairedPreferenceConfig`.
+        data_collator: replaces `UnpairedCollator`.
+        compute_metrics: takes an `EvalPrediction` of the rows' rewards, [rows], and labels, 1 for a
+            desirable answer and 0 for another, as `predict` returns them.
+        model, ref_model, processing_class, callbacks, optimizers, quantization_config, peft_config:
+            as in `PreferenceTrainer`.
+
+    Raises:
+        ValueError: as `PreferenceTrainer`; KTO with one answer per batch, whose KL term would be
+            its reward. NonFiniteLossError: as there.
+    """
+
+    args: UnpairedPreferenceConfig
+    config_class = UnpairedPreferenceConfig
+    columns = (*UNPAIRED.ids, *UNPAIRED.numbers, *UNPAIRED.labels, *UNPAIRED.extra, "row")
+    _tag_names = ["fastpref", "kto"]
+
+    def set_loss(self, args: UnpairedPreferenceConfig) -> bool:
+        self._loss_options = args.loss_options()
+        self.estimates_kl = self.reads_in_order = args.loss_type == "kto"
+        if self.estimates_kl and args.per_device_train_batch_size < 2:
+            raise ValueError(
+                "per_device_train_batch_size: got 1 with loss_type 'kto', whose KL term needs the "
+                "answers to other prompts of the batch; expected at least 2"
+            )
+        return True
+
+    def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
+        mismatch = self.args.per_device_train_batch_size if self.estimates_kl else None
+        return prepare_unpaired_dataset(dataset, **options, mismatch=mismatch)
+
+    def make_collator(self, *options: Any) -> UnpairedCollator:
+        return UnpairedCollator(*options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if not self.estimates_kl:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset) if has_length(dataset) else None
+
+    def reference_columns(self) -> tuple[str, ...]:
+        return UNPAIRED_REFERENCE if self.estimates_kl else UNPAIRED_REFERENCE[:1]
+
+    def reference_sums(self, reference: Reference, batch: dict[str, Any]) -> Tensor:
+        parts = ("", "KL_") if self.estimates_kl else ("",)
+        return torch.cat([reference.logps(_sequences(batch, part)) for part in parts])
+
+    def step_inputs(
+        self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
+    ) -> tuple[dict, dict]:
+        answers, size = _sequences(inputs), len(inputs["label"])
+        reference = self.reference_logps(inputs)
+        assert reference is not None
+        ratios = kl = None
+        if self.estimates_kl:
+            # In the policy's own mode: the rewards, which the estimate is held against, are of
+            # the policy with its dropout and its noise, and both would be off without in one.
+            policy = replace(self._policy_reference, model=model, adapter=False, own_mode=True)
+            with self.accelerator.autocast():
+                ratios = policy.logps(_sequences(inputs, "KL_")) - reference[size:]
+            if not by_row:
+                kl = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
+        return model_inputs(answers), {
+            "attention_mask": answers["attention_mask"],
+            "labels": batch_labels(answers),
+            "token_indices": answers.get("token_indices"),
+            "desirable": inputs["label"].bool(),
+            "ref_logps": reference[:size],
+            "answer_weight": inputs.get("weight"),
+            **({"kl_ratios": ratios} if by_row else {"kl": kl}),
+        }
+
+    def loss_head(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        head: Head,
+        aux_loss: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        desirable: Tensor,
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        hidden = align_to_tokens(hidden, labels)
+        out = linear_kto_loss(
+            hidden,
+            head.weight,
+            labels,
+            desirable,
+            **inputs,
+            fused=head.fused,
+            **head.options(hidden),
+            **self._loss_options,
+            **self._head_options,
+            extras=UNPAIRED_EXTRAS,
+        )
+        loss = self.add_aux_loss(out.loss, aux_loss)
+        sums = unpaired_sums(out, loss, aux_loss, desirable, labels, attention_mask)
+        return {"loss": loss, "sums": sums}
+
+    def rows_head(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        head: Head,
+        router: Tensor | None,
+        *,
+        attention_mask: Tensor,
+        labels: Tensor,
+        token_indices: Tensor | None,
+        desirable: Tensor,
+        ref_logps: Tensor,
+        answer_weight: Tensor | None,
+        kl_ratios: Tensor | None,
+    ) -> Rows:
+        hidden = align_to_tokens(hidden, labels)
+        stats = linear_token_logps(
+            hidden,
+            head.weight,
+            labels,
+            token_indices=token_indices,
+            fused=head.fused,
+            extras=UNPAIRED_EXTRAS,
+            **head.options(hidden),
+            **self._head_options,
+        )
+        assert isinstance(stats, TokenStats)
+        logps = sequence_logps(stats.logps, labels)
+        return answer_rows(
+            labels, stats, logps, ref_logps, desirable, kl_ratios, answer_weight, router
+        )
+
+    def score(self, rows: Rows) -> Scored:
+        return score_answers(rows, self._loss_options, self._router_coef)
+
+    def window_options(self) -> dict[str, Any]:
+        return {"names": UNPAIRED_SUMS, "metrics_of": unpaired_metrics}
+
+
+def _sequences(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The batch of the answers, or with the prefix KL_ of the mismatched ones."""
+    return {key: batch[prefix + key] for key in _SEQUENCES if prefix + key in batch}

@@ -1,0 +1,409 @@
+"""The GPU mode of benchmarks/head.py, on a CPU that pretends to be one: nothing that goes wrong on
+the way may cost more than its own figure."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import machine
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import gpu  # noqa: E402
+import gpu_logits  # noqa: E402
+import gpu_peers  # noqa: E402
+import head  # noqa: E402
+import head_gpu  # noqa: E402
+import head_gpu_report  # noqa: E402
+import head_gpu_run  # noqa: E402
+from gpu_shapes import SHAPES, parse_shape  # noqa: E402
+from problem import dpo_loss, float64_truth, zipf_problem  # noqa: E402
+from supervise import Supervisor  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = "16,8,64"
+
+
+# ---- the inputs --------------------------------------------------------------------------------
+
+
+def test_shapes():
+    products = {name: 2 * s.n * s.h * s.v / 790e12 * 1e3 for name, s in SHAPES.items()}
+    wanted = {"a": 10.90, "b": 2.82, "c": 6.12, "d": 1.17, "e": 5.45}  # ms at 790 TFLOP/s
+    assert products == pytest.approx(wanted, abs=0.006)
+    assert parse_shape("c/1024").n == 1024 and parse_shape("c/1024").softcap == 30.0
+    assert parse_shape("4,5,6,30/8").n == 8
+    for bad in ("z", "1,2", "a/b", "1,2,x"):
+        with pytest.raises(ValueError):
+            parse_shape(bad)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_zipf_problem_and_its_truth(softcap):
+    p = zipf_problem(256, 64, 4000, torch.bfloat16, CPU, softcap)
+    truth = float64_truth(p)
+    assert 0.25 < truth.median_probability < 0.75
+    x, w = (t.detach().double().requires_grad_() for t in (p.hidden, p.weight))
+    z = x @ w.t()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logps = z.log_softmax(-1).gather(-1, p.labels[..., None])[..., 0]
+    loss = dpo_loss(logps.sum(1), p.ref_logps.double())
+    loss.backward()
+    assert truth.loss[True] == pytest.approx(loss.item(), rel=1e-9)
+    torch.testing.assert_close(truth.logps, logps.detach().flatten())
+    torch.testing.assert_close(truth.dhidden[True], x.grad.flatten(0, 1)[truth.tokens])
+    torch.testing.assert_close(truth.dweight[True], w.grad[truth.rows])
+
+
+# ---- a worker ----------------------------------------------------------------------------------
+
+
+def _request(**changes):
+    tasks = [{"id": mode, "kind": "cell", "shape": SMALL, "mode": mode} for mode in gpu_peers.MODES]
+    request = {
+        "tasks": [
+            *tasks,
+            {"id": "rows", "kind": "rows", "shape": SMALL + ",30"},
+            {"id": "logits", "kind": "logits", "shape": SMALL},
+        ],
+        "deadline": time.time() + 600,
+        "least_seconds": 0.0,
+        "modes": list(gpu_peers.MODES),
+        "precision": ["exact", "fast"],
+        "peers": None,
+        "repeats": 3,
+        "seconds": 1.0,
+    }
+    return {**request, **changes}
+
+
+def _work(request, device=None):
+    said = []
+    worker = head_gpu.Worker(device or gpu.PretendGpu(), request, said.append)
+    worker.run()
+    assert json.loads(json.dumps(said)) == said
+    results = [head_gpu_report.compared(m["result"]) for m in said if "result" in m]
+    for result in results:
+        assert head_gpu_report.report(result)
+    return said, {r["id"]: r for r in results}
+
+
+def _peers(monkeypatch, *entries):
+    eager = next(e for e in gpu_peers.PEERS if e.name == gpu_peers.EAGER)
+    monkeypatch.setattr(gpu_peers, "PEERS", (eager, *entries))
+
+
+def _raising(error):
+    def make():
+        raise error
+
+    return make
+
+
+def test_every_mode(monkeypatch):
+    def late():  # fails when it has been warm for a while
+        calls = []
+
+        def logps(p):
+            calls.append(1)
+            if len(calls) > 4:
+                raise torch.OutOfMemoryError("tried to allocate 8 GiB")
+            return gpu_peers._full(p.hidden, p.weight, p.labels, p.softcap)
+
+        return gpu_peers._from_logps(logps)
+
+    def wrong():
+        return gpu_peers._from_logps(lambda p: 2 * (p.hidden @ p.weight.t()).mean(-1))
+
+    _peers(
+        monkeypatch,
+        gpu_peers.Entry("absent", _raising(ModuleNotFoundError("No module named 'absent'"))),
+        gpu_peers.Entry("large", _raising(torch.OutOfMemoryError("no room"))),
+        gpu_peers.Entry("late", late, products=4),
+        gpu_peers.Entry("wrong", wrong, products=4),
+        gpu_peers.Entry("capless", _raising(RuntimeError), softcap=False),
+    )
+    sides = {
+        "eager": lambda: gpu_logits._plain,
+        "absent": _raising(ModuleNotFoundError("No module named 'absent'")),
+        "large": _raising(torch.OutOfMemoryError("no room")),
+    }
+    monkeypatch.setattr(gpu_logits, "PEERS", sides)
+    _, results = _work(_request())
+    for mode in gpu_peers.MODES:
+        rows = {r["variant"]: r for r in results[mode]["variants"]}
+        assert rows["absent"]["missing"] == "ModuleNotFoundError: No module named 'absent'"
+        assert rows["large"]["missing"].startswith("out of memory: ")
+        assert rows["late"]["missing"].startswith("out of memory: ")
+        assert rows["wrong"]["wrong"] and "speed_over_eager" not in rows["wrong"]
+        assert rows["eager"]["speed_over_eager"] == 1.0
+        ours = [r for r in rows.values() if r["ours"] and "missing" not in r]
+        assert ours and all(0 < r["roofline_fraction"] and r["same_bits_twice"] for r in ours)
+        assert all(r["errors"]["sum_max"] < 1e-3 for r in ours if r["precision"] == "exact")
+        assert len(results[mode]["products"]) == (3 if mode == "trainable" else 0)
+    kernels = results["rows"]["kernels"]
+    assert {k["kernel"] for k in kernels} == {"fold", "grad"}
+    assert all(0 < k["of_copy"] for k in kernels) and results["rows"]["copy"]["gb_per_s"] > 0
+    sides = {k["backend"]: k for k in results["logits"]["kernels"]}
+    assert set(sides) == {"fastpref native", "fastpref eager", "eager", "absent", "large"}
+    assert sides["absent"]["missing"].startswith("ModuleNotFoundError")
+    assert sides["large"]["missing"].startswith("out of memory") and sides["large"]["peer"]
+    assert all("gb_per_s" in sides[name] for name in ("fastpref native", "eager"))
+    targets = head_gpu_report.targets(list(results.values()))
+    assert [t for t in targets if t["target"].startswith("logits, fastpref native")]
+    assert not [t for t in targets if t["target"].startswith(("logits, eager", "logits, absent"))]
+    assert any(t["measured"] is not None for t in targets)
+    closing = head_gpu_report.closing(
+        {"targets": targets, "results": list(results.values()), "dropped": ["x"], "stops": ["y"]}
+    )
+    assert "left out: x" in closing and "stopped: y" in closing
+
+
+def test_the_backends_that_are_asked_for(monkeypatch):
+    """CUDA's, emulated: it has fold and grad in one."""
+    reason = machine.why_not("cuda")
+    if reason is not None or machine.HAS_GPU:
+        pytest.skip(reason or "this is for CPUs")
+    monkeypatch.setattr(gpu_logits, "PEERS", {})
+    tasks = _request()["tasks"][-2:]
+    _, results = _work(_request(tasks=tasks, backends=["cuda"], repeats=1))
+    kernels = results["rows"]["kernels"]
+    assert {k["kernel"] for k in kernels} == {"fold", "grad", "fold_grad"}
+    assert all(k["backend"] == "cuda" and "of_copy" in k for k in kernels)
+    moved = {k["kernel"]: k["bytes"] for k in kernels if k["precision"] == "exact"}
+    assert moved["grad"] == moved["fold_grad"] == 1.5 * moved["fold"]
+    assert [k["backend"] for k in results["logits"]["kernels"]] == ["fastpref cuda"]
+
+
+def test_a_shape_with_a_softcap_leaves_out_who_has_none(monkeypatch):
+    _peers(monkeypatch, gpu_peers.Entry("capless", _raising(RuntimeError), softcap=False))
+    task = {"id": "cell", "kind": "cell", "shape": SMALL + ",30", "mode": "frozen"}
+    _, results = _work(_request(tasks=[task]))
+    rows = {r["variant"]: r for r in results["cell"]["variants"]}
+    assert rows["capless"]["missing"] == "it has no softcap"
+
+
+def test_what_a_small_call_costs(monkeypatch):
+    _peers(monkeypatch)
+    task = {"id": "overhead", "kind": "overhead", "shape": SMALL}
+    _, results = _work(_request(tasks=[task], precision=["exact"]))
+    modes = results["overhead"]["modes"]
+    assert list(modes) == list(gpu_peers.MODES)
+    row = next(r for r in modes["trainable"] if r["variant"] == "eager")
+    assert row["wall_us"] >= row["forward_us"] > 0 and row["backward_us"] > 0
+    assert "backward_us" not in modes["forward-only"][0]
+    assert head_gpu_report.targets(list(results.values()))
+
+
+def test_no_time_left(monkeypatch):
+    _peers(monkeypatch, gpu_peers.Entry("slow", _raising(RuntimeError("made"))))
+    request = _request(deadline=time.time() - 1, least_seconds=0.0)
+    said, results = _work(request)
+    assert not results and [m["dropped"] for m in said if "dropped" in m] == [
+        t["id"] for t in request["tasks"]
+    ]
+    # With time for the task and not for the peers of it.
+    request = _request(deadline=time.time() + 5, tasks=_request()["tasks"][:3] * 2)
+    monkeypatch.setattr(head_gpu, "_RESERVE_S", 1e9)
+    _, results = _work(request)
+    rows = {r["variant"]: r for r in results["trainable"]["variants"]}
+    assert rows["slow"]["missing"] == "left out: no time left" and rows["slow"]["dropped"]
+    assert "time" in rows["fastpref eager exact, stash"]
+
+
+def test_a_gpu_that_is_beyond_use_ends_the_worker(monkeypatch):
+    class Lost(gpu.PretendGpu):
+        def check(self, why):
+            raise gpu.Lost(why)
+
+    _peers(monkeypatch, gpu_peers.Entry("bad", _raising(RuntimeError("illegal memory access"))))
+    with pytest.raises(gpu.Lost, match="illegal memory access"):
+        _work(_request(), Lost())
+    excluded = {"bad": "it stopped the process: illegal memory access"}
+    # Backends without a pass in one kernel would fail in the third mode.
+    tasks = [{**t, "excluded": excluded} for t in _request()["tasks"][:2]]
+    _, results = _work(_request(tasks=tasks), Lost())
+    rows = {r["variant"]: r for r in results["trainable"]["variants"]}
+    assert rows["bad"]["missing"] == excluded["bad"]
+
+
+# ---- the GPU itself, with a torch.cuda of the test's own -----------------------------------------
+
+
+def test_timing_with_events(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            self.at = len(log)
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, other):
+            return 2.0 * (other.at - self.at)  # ms
+
+    properties = SimpleNamespace(
+        name="GPU", major=9, minor=0, multi_processor_count=132, total_memory=2**37,
+        L2_cache_size=2**20,
+    )  # fmt: skip
+    fakes = {
+        "is_available": lambda: True,
+        "set_device": lambda device: None,
+        "get_device_properties": lambda device: properties,
+        "Event": Event,
+        "_sleep": lambda cycles: log.append(f"spin {cycles}"),
+        "synchronize": lambda device=None: log.append("synchronize"),
+        "empty_cache": lambda: log.append("empty"),
+        "memory_allocated": lambda device: 1000,
+        "max_memory_allocated": lambda device: 1234,
+        "reset_peak_memory_stats": lambda device: log.append("reset peak"),
+        "device_count": lambda: 1,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
+    monkeypatch.setattr(gpu, "_FLUSH_BYTES", 1024)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
+    device = gpu.Gpu()
+    spin = next(line for line in log if line.startswith("spin "))
+    del log[:]
+    times = device.time(lambda: log.append("call"), lambda: log.append("reset"))
+    cycles = int(0.002 * 1_000_000 / 4e-3)  # three log entries between its events: 4 ms
+    assert spin == "spin 1000000"
+    assert log == ["reset", "synchronize", f"spin {cycles}", "record", "call", "record", "wait"]
+    assert times.device == 4e-3 and times.host >= 0
+    assert device.peak(lambda: log.append("call"))["peak_beyond"] == 234
+    device.free()
+    device.check("no reason")
+    about = device.describe()
+    assert about["gpu"] == "GPU" and about["capability"] == "9.0" and about["l2_mib"] == 1.0
+
+
+# ---- the supervisor ----------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys, time
+request = json.load(sys.stdin)
+def say(**m): print(json.dumps(m), flush=True)
+if request["fault"] == "start": sys.exit("no luck")
+if request["first"]: say(machine={"name": "m"})
+print("not a message", flush=True)
+for task in request["tasks"]:
+    say(doing=task["id"])
+    for entry in ("good", "bad"):
+        if entry in task["excluded"]: continue
+        say(doing=task["id"], entry=entry)
+        if entry == "bad" and task["id"] in request["faulty"]:
+            if request["fault"] == "exit": os._exit(3)
+            if request["fault"] == "hang": time.sleep(60)
+            if request["fault"] == "lost":
+                say(lost="a sticky error"); sys.exit(1)
+    if request["fault"] == "task" and task["id"] in request["faulty"]:
+        say(doing=task["id"]); sys.exit("out of luck")
+    say(result={"id": task["id"], "excluded": task["excluded"]})
+say(done=True)
+"""
+
+
+def _supervise(tmp_path, fault, faulty=("2",), patience=30.0, seconds=60.0):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    request = {
+        "tasks": [{"id": name} for name in "123"],
+        "deadline": time.time() + seconds,
+        "fault": fault,
+        "faulty": list(faulty),
+    }
+    heard = []
+    s = Supervisor(str(script), request, hear=heard.append, patience=patience, grace=0.0)
+    s.run()
+    results = [m["result"] for m in heard if "result" in m]
+    assert results == s.results
+    return s, {r["id"]: r for r in results}, heard
+
+
+@pytest.mark.parametrize("fault", ["exit", "hang", "lost"])
+def test_a_part_that_stops_the_worker(tmp_path, fault):
+    s, results, heard = _supervise(tmp_path, fault, patience=8.0 if fault == "hang" else 60.0)
+    assert list(results) == ["1", "2", "3"] and not s.dropped
+    why = results["2"]["excluded"]["bad"]
+    text = {"exit": "status 3", "hang": "nothing heard for 8 s", "lost": "a sticky error"}[fault]
+    assert text in why and len(s.stops) == 1 and s.stops[0].startswith("2: bad: ")
+    assert not results["3"]["excluded"]
+    assert [m for m in heard if "machine" in m] == [{"machine": {"name": "m"}}]
+
+
+def test_a_part_that_stops_it_twice_is_left_out_of_the_rest(tmp_path):
+    s, results, _ = _supervise(tmp_path, "exit", faulty="123")
+    assert len(s.stops) == 2 and all("bad" in r["excluded"] for r in results.values())
+
+
+def test_a_task_that_stops_the_worker(tmp_path):
+    s, results, _ = _supervise(tmp_path, "task")
+    assert "out of luck" in results["2"]["failed"] and "failed" not in results["3"]
+
+
+def test_a_worker_that_cannot_start(tmp_path):
+    s, results, _ = _supervise(tmp_path, "start")
+    assert not results and s.dropped == ["1", "2", "3"]
+    assert len(s.stops) == 1 and "no luck" in s.stops[0]
+
+
+def test_the_time_is_up(tmp_path):
+    s, results, _ = _supervise(tmp_path, "hang", seconds=10.0)
+    assert s.stops == ["2: bad: the time was up"] and s.dropped == ["2", "3"]
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def test_which_mode_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not head.gpu_mode([]) and head.gpu_mode(["--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert head.gpu_mode([]) and head.gpu_mode(["--shapes", "a"])
+    assert not head.gpu_mode(["--device", "cpu"]) and not head.gpu_mode(["--worker"])
+    assert head.arguments(["--device", "cpu", "--repeats", "3"]).repeats == 3
+
+
+def test_options_and_the_order_of_tasks(capsys):
+    for bad in (
+        ["--shapes", "q"],
+        ["--modes", "none"],
+        ["--peers", "x"],
+        ["--precision", "y"],
+        ["--backends", "z"],
+    ):
+        with pytest.raises(SystemExit):
+            head_gpu_run.arguments(bad)
+        assert bad[0] in capsys.readouterr().err
+    names = [t["id"] for t in head_gpu_run.tasks(head_gpu_run.arguments([]))]
+    assert names[:4] == ["a trainable", "a frozen", "a forward-only", "row kernels of a"]
+    assert names.index("overhead of d/256") < names.index("a/1024 trainable")
+    assert names[-1] == "d/1024 forward-only" and len(names) == len(set(names)) == 42
+    assert head_gpu_run.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
+
+
+def test_the_whole_command(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    options = ["--device", "pretend", "--shapes", SMALL, "--small", "", "--modes", "frozen"]
+    options += ["--peers", "", "--repeats", "2", "--output", str(tmp_path / "out")]
+    head.main(options)
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    wanted = [f"{SMALL} frozen", f"row kernels of {SMALL}", f"ready logits of {SMALL}"]
+    assert [r["id"] for r in results["results"]] == wanted
+    assert results["machine"]["gpu"].startswith("none") and results["targets"]
+    assert "targets: " in capsys.readouterr().out

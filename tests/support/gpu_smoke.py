@@ -1,0 +1,360 @@
+"""A small run of everything on a GPU, to be watched by compute-sanitizer, or on its own.
+
+    python tests/support/gpu_smoke.py             # all cases
+    python tests/support/gpu_smoke.py --few       # one of each kind: a sanitizer takes its time
+    python tests/support/gpu_smoke.py --filters   # compute-sanitizer's options for our kernels
+
+Every result is compared with float64. Not a test module: pytest does not collect it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastpref
+from fastpref import backends
+
+BETA = 0.1
+# Relative error of gradients; log-probs are held to a hundredth of a nat, or to 1e-4 of it.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# Of the vocabulary: rows that start at 16 bytes, rows that do not, and rows of several blocks.
+VOCABULARIES = (1000, 1003, 20011)
+
+
+@dataclass(frozen=True)
+class Case:
+    backend: str
+    dtype: torch.dtype
+    vocab: int
+    softcap: float | None
+    mode: str  # trainable, frozen, forward-only
+    options: tuple[tuple[str, Any], ...]
+    bias: bool = False
+    loss_type: str = "sigmoid"
+
+    def __str__(self) -> str:
+        parts = [self.backend, str(self.dtype)[6:], f"V={self.vocab}", self.mode, self.loss_type]
+        parts += ["bias"] if self.bias else []
+        parts += [f"softcap={self.softcap:g}"] if self.softcap is not None else []
+        return " ".join([*parts, *(f"{k}={v}" for k, v in self.options)])
+
+
+@dataclass
+class Problem:
+    """Ragged sequences with ignored tokens; float64 results of the same numbers."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    indices: Tensor
+    ref: Tensor
+    logps: Tensor
+    grads: list[Tensor]  # of hidden, weight, bias
+
+
+def problem(case: Case, device: torch.device, tokens: int = 21, size: int = 72) -> Problem:
+    generator = torch.Generator().manual_seed(1)
+    hidden = 2 * torch.randn(4, tokens, size, generator=generator)
+    weight = torch.randn(case.vocab, size, generator=generator) / 4
+    bias = torch.randn(case.vocab, generator=generator) if case.bias else None
+    labels = torch.randint(case.vocab, (4, tokens), generator=generator)
+    labels[:, -1] = torch.tensor([0, case.vocab - 1, 0, case.vocab - 1])
+    for i, start in enumerate((0, 7, 3, 12)):
+        labels[i, :start] = -100
+    ref = 5 * torch.randn(4, generator=generator) - 100
+    given = [t if t is None else t.to(device, case.dtype) for t in (hidden, weight, bias)]
+    labels, ref = labels.to(device), ref.to(device)
+    indices = (labels.flatten() != -100).nonzero()[:, 0]
+    exact = [t if t is None else t.double().requires_grad_() for t in given]
+    logits = exact[0] @ exact[1].t()
+    if exact[2] is not None:
+        logits = logits + exact[2]
+    if case.softcap is not None:
+        logits = case.softcap * torch.tanh(logits / case.softcap)
+    logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logps = logps.masked_fill(labels < 0, 0.0)
+    sums, reference = logps.sum(1), ref.double()
+    if case.loss_type == "ipo":
+        counts = (labels >= 0).sum(1)
+        sums, reference = sums / counts, reference / counts
+    chosen, rejected = (sums - reference).chunk(2)
+    if case.loss_type == "ipo":
+        loss = (chosen - rejected - 0.5 / BETA).square().mean()
+    else:
+        loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+    loss.backward()
+    for t in given:
+        if t is not None:
+            t.requires_grad_(case.mode == "trainable")
+    given[0].requires_grad_(case.mode != "forward-only")
+    grads = [t.grad for t in exact if t is not None]
+    return Problem(*given, labels, indices, ref, logps.detach(), grads)
+
+
+def run(case: Case, p: Problem) -> tuple[Tensor, list[Tensor]]:
+    """The loss, or the log-probs of a pass without gradients, and the gradients."""
+    options = dict(case.options, softcap=case.softcap, backend=case.backend)
+    options["token_indices"] = p.indices
+    if case.mode == "forward-only":
+        with torch.no_grad():
+            return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, p.bias, **options), []
+    leaves = [t for t in (p.hidden, p.weight, p.bias) if t is not None and t.requires_grad]
+    for t in leaves:
+        t.grad = None
+    out = fastpref.linear_preference_loss(
+        p.hidden, p.weight, p.labels, p.ref, bias=p.bias, beta=BETA, loss_type=case.loss_type,
+        **options,
+    )  # fmt: skip
+    out.loss.backward()
+    sums = torch.cat([out.chosen_logps, out.rejected_logps])
+    return sums, [t.grad for t in leaves if t.grad is not None]
+
+
+def check(case: Case, p: Problem, result: tuple[Tensor, list[Tensor]]) -> None:
+    logps, grads = result
+    exact = p.logps if case.mode == "forward-only" else p.logps.sum(1)
+    fast = dict(case.options).get("precision") == "fast"
+    off = (logps.double() - exact).abs().max().item()
+    limit = (0.5 if fast else 1e-3) * (1 if case.mode == "forward-only" else 4)
+    assert off < limit, f"log-probs off by {off:.2e} nat"
+    tolerance = TOLERANCE[case.dtype] * (2 if fast else 1)
+    for name, got, wanted in zip(("hidden", "weight", "bias"), grads, p.grads, strict=False):
+        off = ((got.double() - wanted).norm() / wanted.norm()).item()
+        assert off < tolerance, f"the gradient of {name} is off by {off:.2e}"
+
+
+def cases(names: list[str], few: bool) -> Iterator[Case]:
+    """With few, every option and every dtype once or twice; else their combinations."""
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("trainable", {"strategy": "stash", "fused": False}),
+        ("trainable", {"strategy": "recompute"}),
+        ("trainable", {"strategy": "mixed"}),
+        ("trainable", {"strategy": "stash", "fused": True}),
+        ("frozen", {"fused": False}),
+        ("frozen", {"fused": True}),
+        ("forward-only", {"fused": False}),
+        ("forward-only", {"fused": True}),
+    ]
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+    for backend in names:
+        combinations = itertools.product(ways, dtypes, VOCABULARIES, (None, 20.0))
+        for i, ((mode, options), dtype, vocab, softcap) in enumerate(combinations):
+            if few and i % 7:  # 7 shares no factor with any of the options' periods
+                continue
+            if options.get("fused") and dtype == torch.float32:
+                continue  # that kernel is for 16-bit inputs
+            precision = "fast" if i % 3 == 2 and dtype != torch.float32 else "exact"
+            chosen = tuple({**options, "precision": precision}.items())
+            yield Case(backend, dtype, vocab, softcap, mode, chosen, bias=i % 4 in (1, 2))
+        for mode, options in (ways[0], ways[4]):
+            for dtype in dtypes[:2]:
+                chosen = tuple(options.items())
+                yield Case(backend, dtype, 1003, None, mode, chosen, loss_type="ipo")
+
+
+def ready_logits(device: torch.device, backend: str) -> None:
+    """token_logps and its backward pass over the logits themselves."""
+    for dtype, vocab in ((torch.bfloat16, 1003), (torch.float32, 20011), (torch.float16, 1000)):
+        logits = (4 * torch.randn(3, 5, vocab, device=device)).to(dtype)
+        labels = torch.randint(vocab, (3, 5), device=device)
+        labels[0, :2] = -100
+        exact = logits.double().requires_grad_()
+        wanted = exact.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        wanted = wanted.masked_fill(labels < 0, 0.0)
+        wanted.sum().backward()
+        leaf = logits.requires_grad_()
+        got = fastpref.token_logps(leaf * 1, labels, backend=backend, inplace_backward=True)
+        got.sum().backward()
+        assert (got.double() - wanted).abs().max() < 1e-3
+        off = (leaf.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert off < TOLERANCE[dtype], f"{dtype}: the gradient of the logits is off by {off:.2e}"
+
+
+def rare_labels(device: torch.device, backend: str) -> None:
+    """Labels of next to no probability: the rows of D that are brought to another base."""
+    weight = torch.zeros(1003, 64, dtype=torch.bfloat16, device=device)
+    weight[:200, 0] = 16
+    hidden = torch.randn(40, 64, device=device).bfloat16()
+    hidden[:, 0] = torch.linspace(-20, 20, 40, device=device)
+    labels = torch.arange(180, 220, device=device)
+    leaves = [t.requires_grad_() for t in (hidden, weight)]
+    logps = fastpref.linear_token_logps(*leaves, labels, backend=backend, fused=True)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert (logps.double() - wanted).abs().max() < 1e-2
+    for got, true in zip(
+        torch.autograd.grad(logps.sum(), leaves),
+        torch.autograd.grad(wanted.sum(), exact),
+        strict=True,
+    ):
+        assert (got.double() - true).norm() < TOLERANCE[torch.bfloat16] * true.norm()
+
+
+# ---- what only a GPU has -----------------------------------------------------------------------
+
+
+def _plain(backend: str, mode: str = "trainable") -> Case:
+    return Case(backend, torch.bfloat16, 1003, None, mode, ())
+
+
+def no_synchronisation(device: torch.device, backend: str) -> None:
+    for mode in ("trainable", "frozen", "forward-only"):
+        case = _plain(backend, mode)
+        p = problem(case, device)
+        run(case, p)  # compiling may synchronise
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = run(case, p)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        check(case, p, result)
+
+
+def other_stream(device: torch.device, backend: str) -> None:
+    """The inputs are written late, on the stream that the call is on: others would read NaN."""
+    for mode in ("trainable", "forward-only"):
+        case = _plain(backend, mode)
+        p = problem(case, device)
+        run(case, p)
+        late = p.hidden.detach().clone()
+        stream = torch.cuda.Stream(device)
+        with torch.no_grad():
+            p.hidden.fill_(float("nan"))
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            with torch.no_grad():
+                p.hidden.copy_(late)
+            result = run(case, p)
+        torch.cuda.synchronize(device)
+        check(case, p, result)
+
+
+def captured(device: torch.device, backend: str) -> None:
+    """Forward and backward in one CUDA graph, replayed on other numbers."""
+    for mode in ("trainable", "frozen", "forward-only"):
+        case = _plain(backend, mode)
+        p = problem(case, device)
+        late = p.hidden.detach().clone()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run(case, p)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.no_grad():
+            p.hidden.mul_(0.5)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run(case, p)
+        with torch.no_grad():
+            p.hidden.copy_(late)
+        graph.replay()
+        torch.cuda.synchronize(device)
+        check(case, p, result)
+
+
+def other_device(device: torch.device, backend: str) -> None:
+    """Tensors on a GPU that is not the current one."""
+    if torch.cuda.device_count() < 2:
+        print("other device: there is only one GPU")
+        return
+    other = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+    for mode in ("trainable", "frozen", "forward-only"):
+        case = _plain(backend, mode)
+        p = problem(case, other)
+        current = torch.cuda.current_device()
+        check(case, p, run(case, p))
+        assert torch.cuda.current_device() == current, "another GPU is current now"
+
+
+def filters() -> str:
+    """Options that make compute-sanitizer look at fastpref's kernels and at no library's."""
+    import fastpref.kernels
+    import triton
+
+    sources = {}
+    for module in pkgutil.iter_modules(fastpref.kernels.__path__):
+        members = vars(importlib.import_module(f"fastpref.kernels.{module.name}"))
+        kernels = [f for f in members.values() if isinstance(f, triton.JITFunction)]
+        sources |= {f.__name__: f.src for f in kernels}
+    called = {
+        name
+        for name in sources
+        for other, source in sources.items()
+        if other != name and re.search(rf"\b{name}\(", source)
+    }
+    names = sorted(sources.keys() - called)
+    if backends.cuda.problem() is None:
+        names += ["fold_kernel", "grad_kernel", "pair_loss_kernel"]
+        names += ["base_kernel"]
+        names += ["forward_kernel", "combine_kernel"]
+    return " ".join(f"--kernel-name kns={name}" for name in names)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--filters", action="store_true")
+    parser.add_argument("--device", default="cuda", help="cpu tries this script itself")
+    args = parser.parse_args()
+    if args.filters:
+        print(filters())
+        return
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("torch finds no GPU")
+        device = torch.device("cuda", torch.cuda.current_device())
+    working = {
+        name: module.why_not(device, torch.bfloat16)
+        for name, module in backends._MODULES.items()
+        if name != "eager"
+    }
+    names = [name for name, why in working.items() if why is None]
+    for name, why in working.items():
+        print(f"{name}: {'works' if why is None else why}")
+    if not names:
+        raise SystemExit(f"no backend works on {device}: {working}")
+    todo = [(str(case), case) for case in cases(names, args.few)]
+    more = [ready_logits, rare_labels]
+    if device.type == "cuda":
+        more += [no_synchronisation, other_stream, other_device]
+        # A graph cannot allocate from the driver, to which this variable sends every allocation.
+        if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
+            more.append(captured)
+    todo += [(f"{f.__name__} {name}", (f, name)) for f in more for name in names]
+    failed = 0
+    for name, what in todo:
+        try:
+            if isinstance(what, Case):
+                p = problem(what, device)
+                check(what, p, run(what, p))
+            else:
+                what[0](device, what[1])
+        except Exception as error:
+            failed += 1
+            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    print(f"{len(todo) - failed} passed, {failed} failed: {', '.join(names)} on {where}")
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

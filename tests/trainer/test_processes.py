@@ -1,0 +1,62 @@
+"""Two processes find what one finds: evaluation, references, and the rows of a resumed run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import search_path
+
+pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+import two_processes  # noqa: E402
+from test_evaluation import UNSTABLE, assert_alike  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each of two processes has found."""
+    if not torch.distributed.is_gloo_available():
+        pytest.skip("torch.distributed has no gloo")
+    path = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(HERE / "two_processes.py"), str(path)]
+    env = {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    return [json.loads((path / f"found-{rank}.json").read_text()) for rank in range(2)]
+
+
+def stable(metrics):
+    return {k: v for k, v in metrics.items() if not any(word in k for word in UNSTABLE)}
+
+
+@pytest.mark.parametrize("case", ["pairs 1", "pairs 2", "pairs 7", "answers 7"])
+def test_evaluation_figures(found, tmp_path, case):
+    kind, n = case.split()
+    data = two_processes.ROWS[kind](int(n), seed=9)
+    one = two_processes.evaluated(tmp_path, kind, data)
+    names = [name for name in found[0]["evaluations"] if name.startswith(case)]
+    assert len(names) >= (5 if n == "7" else 1)
+    for name in names:
+        assert_alike([stable(one), *(stable(each["evaluations"][name]) for each in found)])
+
+
+def test_references(found, tmp_path):
+    one = two_processes.references(tmp_path)
+    for each in found:
+        assert each["references"] == [pytest.approx(row, rel=1e-5) for row in one]
+
+
+@pytest.mark.parametrize("name", ["map", "stream", "dispatched map", "dispatched stream"])
+def test_rows_of_a_run_that_resumes_in_its_second_pass(found, name):
+    whole = [each["rows"][f"{name} whole"] for each in found]
+    for each, rows in zip(found, whole, strict=True):
+        assert len(rows) == 5 and each["rows"][f"{name} resumed"] == rows[3:]
+    first = [row for rows in whole for step in rows[:2] for row in step]
+    assert sorted(first) == list(range(8))
