@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref import backends
+from fastpref import backends, validation
 from fastpref.logps.autograd import Solve
 from fastpref.logps.checks import check_extras
 from fastpref.logps.forward import TokenStats
@@ -19,7 +19,7 @@ from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import check_inputs, evaluate, make_pairs
 from fastpref.losses.tokens import ld_sequence_logps, nll_tokens, wpo_weights
-from fastpref.validation import check_ids, may_synchronise
+from fastpref.validation import check_ids
 
 
 class PreferenceOutput(NamedTuple):
@@ -303,7 +303,7 @@ def _check_nll_labels(nll_labels: Tensor, labels: Tensor, ignore_index: int) -> 
             f"nll_labels: got {str(nll_labels.dtype)[6:]} on {nll_labels.device}, expected int64 "
             f"on {labels.device}"
         )
-    if may_synchronise(labels.device):
+    if validation.may_synchronise(labels.device):
         both = (labels != ignore_index) & (nll_labels != ignore_index)
         if bool((both & (labels != nll_labels)).any()):
             raise ValueError(

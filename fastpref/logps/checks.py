@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastpref import validation
 from fastpref.backends.tile import EXTRAS
 from fastpref.logps.forward import HeadTensors
-from fastpref.validation import check_float, check_ids, may_synchronise
+from fastpref.validation import check_float, check_ids
 
 
 def check_extras(extras: Sequence[str]) -> tuple[str, ...]:
@@ -103,7 +104,7 @@ def check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.devic
 
 def check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> None:
     """At once on a CPU; on a GPU, where it would synchronise, only with FASTPREF_DEBUG=1."""
-    if labels.numel() == 0 or not may_synchronise(labels.device):
+    if labels.numel() == 0 or not validation.may_synchronise(labels.device):
         return
     bad = (labels < 0) | (labels >= vocab)
     if ignored is not None:
@@ -118,7 +119,7 @@ def check_indices(index: Tensor, labels: Tensor, ignore_index: int) -> None:
     check_ids("token_indices", index, labels.shape[0])
     if index.device != labels.device:
         raise ValueError(f"token_indices: got device {index.device}, expected {labels.device}")
-    if not may_synchronise(index.device):
+    if not validation.may_synchronise(index.device):
         return
     expected = (labels != ignore_index).nonzero()[:, 0]
     if not torch.equal(index, expected):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref import backends
+from fastpref import backends, validation
 from fastpref.backends.tile import Transform
 from fastpref.logps.autograd import LinearTokenLogps, Solve, without_autocast
 from fastpref.logps.checks import (
@@ -17,7 +17,6 @@ from fastpref.logps.checks import (
 from fastpref.logps.forward import HeadTensors, LinearCall, TokenStats
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.plan import plan_head
-from fastpref.validation import may_synchronise
 
 _WIDEST_CAP = 100.0  # where the error of a logit is 1e-5; models have 30 to 50
 
@@ -139,7 +138,7 @@ def compact(
             index = None
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, head.weight.shape[0])
-    if not may_synchronise(y.device):
+    if not validation.may_synchronise(y.device):
         # A negative label that got here is a mistake, not an ignored token: NaN, as any other.
         y = y.masked_fill(y < 0, head.weight.shape[0])
     call = plan_call(rows, head, y.shape[0], options, extras, grads)

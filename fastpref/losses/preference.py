@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpref import validation
 from fastpref.losses.options import LossOptions, refuse_unknown, take_options
 from fastpref.losses.pairs import Pairs, divergence_scores
-from fastpref.validation import check_number, may_synchronise
+from fastpref.validation import check_number
 
 
 class PreferenceLoss(NamedTuple):
@@ -204,7 +205,7 @@ def check_inputs(
         return
     if options.label_smoothing != 0:
         raise ValueError("soft_labels: got them with label_smoothing, expected one of the two")
-    if may_synchronise(soft_labels.device):
+    if validation.may_synchronise(soft_labels.device):
         bad = ~((soft_labels >= 0) & (soft_labels <= 1))
         if bool(bad.any()):
             raise ValueError(
