@@ -1,4 +1,4 @@
-"""From a collated batch to the inputs of `linear_preference_loss`."""
+"""What a collated batch gives to the model and to `linear_preference_loss`."""
 
 from __future__ import annotations
 

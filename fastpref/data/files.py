@@ -1,6 +1,4 @@
-"""Reading preference data from files, the hub and rows, and checking columns and values.
-
-Used through `fastpref.data`.
+"""`load_preference_data`: preference data from files, the hub and rows.
 
 Lines of a file are numbered from 1, rows from 0.
 """

@@ -1,9 +1,6 @@
-"""Preference data: reading it, tokenising it and batching it.
+"""`prepare_dataset`: a data set of text becomes one of token ids, and what was found on the way.
 
-Three steps, each usable alone: `load_preference_data` turns a file, a hub name or rows into a
-`datasets.Dataset`; `prepare_dataset` tokenises it, drops rows that cannot be trained on and says
-how many; `PreferenceCollator` makes a padded batch. Tokenisation, end-of-sequence and truncation
-follow TRL 1.16. Rows are numbered from 0 everywhere, lines of a file from 1.
+Tokenisation, end-of-sequence and truncation follow TRL 1.16. Rows are numbered from 0.
 """
 
 from __future__ import annotations
@@ -198,15 +195,7 @@ def tokenise(
     }
     if is_text:
         _check_layout(layout, tokenizer, name)
-        batch = _columns(first)
-        rows = row_numbers(batch, list(range(len(first))))
-        arranged = [
-            row for row, _ in arrange_batch(batch, layout, form, origin(dataset, name), rows)
-        ]
-        empty = sum(has_no_prompt(row, layout) for row in arranged)
-        no_messages = all(isinstance(r["prompt"], list) and not r["prompt"] for r in arranged)
-        if streaming or no_messages:  # which no template takes
-            _check_prompts(empty, len(first), layout, name)
+        _check_first(first, layout, form, origin(dataset, name), name, streaming)
     if streaming:
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
@@ -245,6 +234,19 @@ def _check_layout(layout: Layout, tokenizer: Any, name: str) -> None:
         )
 
 
+def _check_first(
+    rows: list[dict], layout: Layout, form: Form, data: str, name: str, streaming: bool
+) -> None:
+    """Raise a ValueError if the first rows of a stream have no prompt, or if those of any data have
+    conversations of no message for prompts, which no template takes. All other rows are looked at
+    as they are tokenised."""
+    batch = {key: [row[key] for row in rows] for key in rows[0]}
+    numbers = row_numbers(batch, list(range(len(rows))))
+    arranged = [row for row, _ in arrange_batch(batch, layout, form, data, numbers)]
+    if streaming or all(row["prompt"] == [] for row in arranged):
+        _check_prompts(sum(has_no_prompt(r, layout) for r in arranged), len(rows), layout, name)
+
+
 def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
     """Raise a ValueError if no row has a prompt: it may be in a column that nobody reads."""
     if empty < rows:
@@ -277,10 +279,6 @@ def _showing(what: str, rows: int, num_proc: int | None) -> Iterator[str]:
 
 def _is_kept(row: dict) -> bool:
     return row["flags"] & DROPPED == 0
-
-
-def _columns(rows: list[dict]) -> dict[str, list]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def _encode_batch(

@@ -1,4 +1,4 @@
-"""The autograd functions around the passes over the head and over ready logits."""
+"""The autograd function around the passes over the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token and sequence log-probabilities: the public functions and what they check."""
+"""`linear_token_logps`: token log-probabilities from hidden states and the head."""
 
 from __future__ import annotations
 

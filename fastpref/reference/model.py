@@ -1,4 +1,4 @@
-"""Reference log-probabilities: from a second model, an adapter switched off, or computed ahead."""
+"""The reference's log-probabilities of a batch: from a second model, or an adapter switched off."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify
 from fastpref.data.loaders import POSITION, own_part
 from fastpref.heads.reading import Head
 from fastpref.heads.router import router_rows
+from fastpref.logps.forward import TokenStats
+from fastpref.logps.linear import linear_token_logps
 from fastpref.trainer.loaders import LoadingTrainer
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.scores import Rows, RowTable, Scored, figures
@@ -19,6 +22,7 @@ from fastpref.trainer.scores import Rows, RowTable, Scored, figures
 class EvaluatingTrainer(LoadingTrainer):
     """What of a trainer evaluates."""
 
+    _head_options: dict[str, Any]
     _router_coef: float
     _table: RowTable
     _window: MetricWindow
@@ -74,6 +78,28 @@ class EvaluatingTrainer(LoadingTrainer):
             metrics[key if key.startswith(start) else start + key] = value
         count = 0 if rewards is None else len(rewards)
         return EvalLoopOutput(rewards, labels, metrics, count)
+
+    def token_stats(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        token_indices: Tensor | None,
+        extras: Sequence[str],
+    ) -> TokenStats:
+        """The log-probs of a batch's labels and these extras, by the head as it is set up here."""
+        stats = linear_token_logps(
+            hidden,
+            head.weight,
+            labels,
+            token_indices=token_indices,
+            fused=head.fused,
+            extras=extras,
+            **head.options(hidden),
+            **self._head_options,
+        )
+        assert isinstance(stats, TokenStats)  # as there are extras
+        return stats
 
     # ---- what a trainer says ----
 

@@ -21,8 +21,6 @@ from fastpref.fused.pair_loss import PairInputs, pair_problem
 from fastpref.fused.preference import linear_preference_loss
 from fastpref.heads.calling import align_to_tokens
 from fastpref.heads.reading import Head
-from fastpref.logps.forward import TokenStats
-from fastpref.logps.linear import linear_token_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.pairs import Pairs
 from fastpref.trainer.base import BaseTrainer
@@ -184,17 +182,8 @@ class PreferenceTrainer(BaseTrainer):
             has_reference=inputs["ref_logps"] is not None,
             nll_labels=nll_labels,
         )
-        stats = linear_token_logps(
-            hidden,
-            head.weight,
-            problem.head_labels,
-            token_indices=token_indices,
-            fused=head.fused,
-            extras=problem.head_extras(EXTRAS),
-            **head.options(hidden),
-            **self._head_options,
-        )
-        assert isinstance(stats, TokenStats)
+        extras = problem.head_extras(EXTRAS)
+        stats = self.token_stats(hidden, head, problem.head_labels, token_indices, extras)
         return pair_rows(problem, stats, router)
 
     def score(self, rows: Rows) -> Scored:

@@ -18,8 +18,6 @@ from fastpref.data.unpaired import prepare_unpaired_dataset
 from fastpref.fused.unpaired import linear_kto_loss
 from fastpref.heads.calling import align_to_tokens
 from fastpref.heads.reading import Head
-from fastpref.logps.forward import TokenStats
-from fastpref.logps.linear import linear_token_logps
 from fastpref.logps.sequences import sequence_logps
 from fastpref.reference.model import Reference
 from fastpref.trainer.base import BaseTrainer
@@ -159,17 +157,7 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         kl_ratios: Tensor | None,
     ) -> Rows:
         hidden = align_to_tokens(hidden, labels)
-        stats = linear_token_logps(
-            hidden,
-            head.weight,
-            labels,
-            token_indices=token_indices,
-            fused=head.fused,
-            extras=UNPAIRED_EXTRAS,
-            **head.options(hidden),
-            **self._head_options,
-        )
-        assert isinstance(stats, TokenStats)
+        stats = self.token_stats(hidden, head, labels, token_indices, UNPAIRED_EXTRAS)
         logps = sequence_logps(stats.logps, labels)
         return answer_rows(
             labels, stats, logps, ref_logps, desirable, kl_ratios, answer_weight, router
