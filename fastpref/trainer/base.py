@@ -26,6 +26,7 @@ from fastpref.heads.calling import check_head, disable_dropout, install_head_for
 from fastpref.heads.modes import same_weights_trained
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.progress import silenced
+from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import check_optimizer, check_sampling, check_trains
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.loading import (
@@ -45,7 +46,7 @@ from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns, 
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
+class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardTrainer):
     """What `PreferenceTrainer` and `UnpairedPreferenceTrainer` share: all but data and loss.
 
     A trainer derived from it says what its configuration, its rows and its loss are.
@@ -133,6 +134,7 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
             optimizers=optimizers,
         )
         use_lines(self)
+        self.start_checkpoints()
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
         if args.gradient_checkpointing:
             # Every block casts its weights anew in backward; a cache would keep 16-bit copies of
@@ -318,10 +320,22 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`transformers.Trainer.train`, unless there is nothing to train (`ValueError`)."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """`transformers.Trainer.train`; see `CheckpointingTrainer.run_training` on resuming.
+
+        Raises:
+            ValueError: there is nothing to train, the checkpoint is damaged or another run's, or
+                output_dir holds another run or is in use.
+            StorageError: output_dir cannot be written, or is full.
+            Interrupted, Terminated: Ctrl-C or SIGTERM has ended the run; a checkpoint is saved.
+        """
         check_trains(self.model)
-        return super().train(*args, **kwargs)
+        return self.run_training(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with same_weights_trained(self.model):  # PEFT loads an adapter as trainable as a whole
@@ -336,7 +350,7 @@ class BaseTrainer(PredictingTrainer, SyncingTrainer, CardTrainer):
         self._window.sync()
         check_weights(model, self.state.global_step)
         saved: Any = self.state.stateful_callbacks
-        saved[TokenCount.KEY] = {"num_tokens": self._window.total_tokens}
+        saved.setdefault(TokenCount.KEY, {})["num_tokens"] = self._window.total_tokens
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
