@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fastpref.progress import size_text as size_text
+
 CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#c8553d", "#6b7280"
 
 
@@ -73,16 +75,6 @@ def _life_peak() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def size_text(count: float | None) -> str:
-    """Bytes for people: 12.3 MB, 4.56 GB; "not measured" for None."""
-    if count is None:
-        return "not measured"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
 
 
 def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Any:

@@ -80,7 +80,7 @@ class CheckpointingTrainer(Trainer):
 
     def start_checkpoints(self) -> None:
         """Called once, when the trainer is complete."""
-        self.output_directory = OutputDirectory(self.args.output_dir)
+        self.output_directory = OutputDirectory(str(self.args.output_dir))
         self._signals = SignalCallback(saves=True)
         if self.args.handle_signals:
             self.add_callback(self._signals)
@@ -187,12 +187,13 @@ class CheckpointingTrainer(Trainer):
 
     def checkpoint_bytes(self) -> int:
         """About how many bytes a checkpoint takes: weights and, of those trained, AdamW's two."""
+        model: Any = self.model
         weights = trained = 0
-        for p in self.model.parameters():
+        for p in model.parameters():
             size = p.numel() * p.element_size()
             trained += size if p.requires_grad else 0
             weights += size
-        saved = trained if getattr(self.model, "peft_config", None) else weights
+        saved = trained if getattr(model, "peft_config", None) else weights
         return saved + 2 * trained + (1 << 20)
 
     def describe_run(self) -> dict[str, Any]:
@@ -227,11 +228,12 @@ class CheckpointingTrainer(Trainer):
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if self.args.world_size == 1 or not whole:
             return
+        model: Any = self.model
         digest = hashlib.sha256()
-        for p in self.model.parameters():
+        for p in model.parameters():
             if p.requires_grad:
                 flat = p.detach().reshape(-1).contiguous().view(torch.uint8)
-                digest.update(flat.cpu().numpy())
+                digest.update(memoryview(flat.cpu().numpy()))
         found = gather_object([digest.hexdigest()])
         odd = [rank for rank, value in enumerate(found) if value != found[0]]
         if odd:
@@ -244,7 +246,8 @@ class CheckpointingTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         passes, batches = super()._init_training_state(*args, **kwargs)
-        saved = (self.state.stateful_callbacks or {}).get(self.STATE_KEY, {})
+        callbacks: Any = self.state.stateful_callbacks or {}
+        saved = callbacks.get(self.STATE_KEY, {})
         self._earlier_loss = saved.get("loss_sum", 0.0)
         if self.state.global_step >= self.state.max_steps > 0:
             done = f"{self.state.global_step} of {self.state.max_steps} steps"
@@ -276,7 +279,8 @@ class CheckpointingTrainer(Trainer):
         several = self.args.world_size > 1
         whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if several and whole and self.model_wrapped is self.model:
-            self.model._is_accelerate_prepared = False
+            model: Any = self.model
+            model._is_accelerate_prepared = False
         prepared = super()._prepare_for_training(*args, **kwargs)
         if several and whole and self.model_wrapped is self.model:
             raise RuntimeError(
@@ -397,8 +401,9 @@ class CheckpointingTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in `transformers.Trainer`, but for weights that others of the checkpoint are tied to."""
-        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        """As in `transformers.Trainer`, but for weights that are tied to some that were loaded."""
+        model: Any = self.model
+        weights = dict(model.named_parameters(remove_duplicate=False))
         missing = set(load_result.missing_keys)
         loaded = {p.data_ptr() for name, p in weights.items() if name not in missing}
         tied = {n for n in missing if n in weights and weights[n].data_ptr() in loaded}

@@ -24,18 +24,11 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-if not hasattr(hashlib, "file_digest"):  # Python 3.10
-
-    def _sha256(path: Path) -> str:  # noqa: F811
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, step: int, run: dict[str, Any]) -> None:
@@ -116,7 +109,7 @@ def newest_complete(output: Path) -> tuple[Path | None, list[str]]:
     Returns:
         Its directory, or None if there is none; and one sentence for each newer directory.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for _, path in checkpoints(output):
         problem = problem_with(path)
         if problem is None:

@@ -8,6 +8,8 @@ import shutil
 import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ class OutputDirectory:
         self.path = Path(path)
         self.run_id = uuid.uuid4().hex
         self._lock: FileLock | None = None
+        self._holds = 0  # how often it is held; a run inside another hold keeps it
 
     @property
     def beside(self) -> Path:
@@ -54,6 +57,7 @@ class OutputDirectory:
         """Take the lock. StorageError if the directory cannot be written, ValueError if another
         process holds it."""
         if self._lock is not None:
+            self._holds += 1
             return
         check_writable(self.path)
         lock = FileLock(self.path / _LOCK_FILE, timeout=0)
@@ -66,11 +70,23 @@ class OutputDirectory:
                 f"output directory {self.path} is in use by another run{who}; wait for its end or "
                 "choose another directory"
             ) from None
-        self._lock = lock
+        self._lock, self._holds = lock, 1
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._write({**self.read(), "process": process})
+
+    @contextmanager
+    def held(self) -> Iterator[OutputDirectory]:
+        """Hold the directory inside a `with` block, as `hold` and `release` do."""
+        self.hold()
+        try:
+            yield self
+        finally:
+            self.release()
 
     def release(self) -> None:
         """Give the lock back."""
-        if self._lock is not None:
+        self._holds = max(0, self._holds - 1)
+        if self._lock is not None and self._holds == 0:
             self._lock.release()
             self._lock = None
 
@@ -113,20 +129,20 @@ class OutputDirectory:
         for name in found:
             path = self.path / name
             remove_checkpoint(path) if path.is_dir() else path.unlink(missing_ok=True)
-        shutil.rmtree(self.beside, ignore_errors=True)
-        self._write(self.run_id)
+        self._start()
         return found
 
     def go_on(self) -> None:
         """Make this process the one that continues the run whose directory this is."""
         self.run_id = str(self.read().get("run_id") or self.run_id)
-        shutil.rmtree(self.beside, ignore_errors=True)
-        self._write(self.run_id)
+        self._start()
 
-    def _write(self, run_id: str) -> None:
-        process = {"pid": os.getpid(), "host": socket.gethostname()}
+    def _start(self) -> None:
+        shutil.rmtree(self.beside, ignore_errors=True)
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        value = {"run_id": run_id, "started": started, "process": process}
+        self._write({**self.read(), "run_id": self.run_id, "started": started})
+
+    def _write(self, value: dict[str, Any]) -> None:
         write_json(self.path / RUN_FILE, value)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastpref.progress import size_text
+
 
 class StorageError(OSError):
     """A run's files could not be written; its message says what is safe and what to do."""
@@ -115,17 +117,6 @@ def move_into(source: Path, target: Path) -> None:
         os.replace(path, place)
     sync_directory(target)
     shutil.rmtree(source, ignore_errors=True)
-
-
-def size_text(count: float) -> str:
-    """A number of bytes for people: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 def check_writable(folder: Path) -> None:
