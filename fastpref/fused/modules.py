@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastpref.fused.pair_loss import PreferenceOutput
 from fastpref.fused.preference import linear_preference_loss
 from fastpref.logps.options import HEAD_OPTIONS, HeadOptions
-from fastpref.losses.options import LOSS_OPTIONS, LossType, take_options
+from fastpref.losses.options import LOSS_OPTIONS, LossType, pop_loss_options
 
 _OPTIONS = (*sorted(LOSS_OPTIONS), *HEAD_OPTIONS, "extras")
 
@@ -31,7 +31,7 @@ class FusedLinearPreferenceLoss(nn.Module):
                 raise ValueError(f"{name}: not an option; expected some of {', '.join(_OPTIONS)}")
         self.options = dict(options, loss_type=loss_type)
         head = dict(self.options)
-        take_options(head)
+        pop_loss_options(head)
         head.pop("extras", None)
         HeadOptions(**head)
 

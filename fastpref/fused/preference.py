@@ -14,7 +14,7 @@ from fastpref.logps.forward import HeadTensors, TokenStats
 from fastpref.logps.linear import prepare
 from fastpref.logps.logits import token_logps
 from fastpref.logps.options import take_head_options
-from fastpref.losses.options import take_options
+from fastpref.losses.options import pop_loss_options
 
 
 def linear_preference_loss(
@@ -84,7 +84,7 @@ def linear_preference_loss(
     for name, t in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
         if t is not None and not given:
             raise ValueError(f"ref_hidden: got None with {name}, expected the reference's states")
-    loss, head = take_options(options), take_head_options("linear_preference_loss", options)
+    loss, head = pop_loss_options(options), take_head_options("linear_preference_loss", options)
     problem = pair_problem(
         labels,
         loss,
@@ -156,7 +156,7 @@ def _logits_loss(
     backend: str | None = None,
     **options: Any,
 ) -> PreferenceOutput:
-    loss = take_options(options)
+    loss = pop_loss_options(options)
     if loss.use_weighting:
         raise ValueError(
             "use_weighting: ready logits do not support it, expected hidden states; use "
