@@ -17,7 +17,7 @@ from fastpref.data.batches import loss_inputs, model_inputs
 from fastpref.data.collate import PreferenceCollator
 from fastpref.data.columns import PAIRS, PER_PAIR, REFERENCE
 from fastpref.data.tokenise import DataReport, prepare_dataset
-from fastpref.fused.pair_loss import PairInputs, pair_problem
+from fastpref.fused.pair_loss import PairInputs, prepare_loss
 from fastpref.fused.preference import linear_preference_loss
 from fastpref.heads.calling import align_to_tokens
 from fastpref.heads.reading import Head
@@ -175,16 +175,16 @@ class PreferenceTrainer(BaseTrainer):
         **inputs: Tensor | None,
     ) -> Rows:
         hidden = align_to_tokens(hidden, labels)
-        problem = pair_problem(
+        prepared = prepare_loss(
             labels,
             self._loss_options,
             PairInputs(**inputs),
             has_reference=inputs["ref_logps"] is not None,
             nll_labels=nll_labels,
         )
-        extras = problem.head_extras(EXTRAS)
-        stats = self.token_stats(hidden, head, problem.head_labels, token_indices, extras)
-        return pair_rows(problem, stats, router)
+        extras = prepared.head_extras(EXTRAS)
+        stats = self.token_stats(hidden, head, prepared.head_labels, token_indices, extras)
+        return pair_rows(prepared, stats, router)
 
     def score(self, rows: Rows) -> Scored:
         return score_pairs(rows, self._loss_options, self._router_coef)

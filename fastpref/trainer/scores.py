@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from fastpref.fused.pair_loss import PairProblem
+from fastpref.fused.pair_loss import PreparedLoss
 from fastpref.heads.router import ROUTED, balance
 from fastpref.logps.forward import TokenStats
 from fastpref.losses.options import LossOptions
@@ -44,11 +44,11 @@ class Scored(NamedTuple):
 _SHIFT = 1 << 40  # past any position
 
 
-def pair_rows(problem: PairProblem, stats: TokenStats, router: Tensor | None) -> Rows:
+def pair_rows(prepared: PreparedLoss, stats: TokenStats, router: Tensor | None) -> Rows:
     """Of a batch of pairs what their loss and their metrics are made of."""
-    values, policy_weight = problem.per_pair(stats)
-    values |= {"weight": problem.inputs.pair_weight, "policy_weight": policy_weight}
-    counted = problem.labels != problem.segments["ignore_index"]
+    values, policy_weight = prepared.per_pair(stats)
+    values |= {"weight": prepared.inputs.pair_weight, "policy_weight": policy_weight}
+    counted = prepared.is_labelled
     assert stats.entropy is not None and stats.mean_logit is not None and stats.is_top1 is not None
     chosen, rejected = counted.sum(1).chunk(2)
     entropy = (stats.entropy * counted).sum(1).chunk(2)
