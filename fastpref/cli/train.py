@@ -296,8 +296,8 @@ def check_options(epochs: float, max_steps: int, adapter_options: list[str]) -> 
     """Refuse options that would do nothing. adapter_options: those given without --lora."""
     if max_steps < 1 and max_steps != -1:
         raise ValueError(f"--max-steps is {max_steps}; expected at least 1, or -1 for all epochs")
-    if not epochs > 0:
-        raise ValueError(f"--epochs is {epochs:g}; expected more than 0")
+    if not 0 < epochs < math.inf:
+        raise ValueError(f"--epochs is {epochs:g}; expected a finite number above 0")
     if adapter_options:
         raise ValueError(f"{' and '.join(adapter_options)} would do nothing; add --lora")
 

@@ -237,7 +237,7 @@ def test_bad_model(tmp_path):
         (("--max-length", 4), "the prompt alone reaches max_length=4"),
         (("--beta", -1), "beta"),
         (("--max-steps", 0), "--max-steps is 0; expected at least 1, or -1"),
-        (("--epochs", 0), "--epochs is 0; expected more than 0"),
+        (("--epochs", 0), "--epochs is 0; expected a finite number above 0"),
         (("--lora-r", 4, "--lora-targets", "q_proj"), "--lora-r and --lora-targets would do"),
         (("--eval-steps", 3), "--eval-steps needs held-out pairs"),
     ],
