@@ -98,8 +98,8 @@ def read_csv(path: Path) -> Iterator[dict]:
     while (fields := _next_record(reader, path)) is not None:
         if len(fields) != len(header):
             raise ValueError(
-                f"{path}: line {reader.line_num} has {len(fields)} fields and does not have the "
-                f"header's {len(header)} fields"
+                f"{path}: line {reader.line_num} has {len(fields)} fields instead of the "
+                f"header's {len(header)}"
             )
         pairs = zip(header, fields, strict=True)
         yield {key: _csv_cell(key, value) for key, value in pairs}

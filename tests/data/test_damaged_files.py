@@ -34,7 +34,7 @@ MALFORMED = {
     "quote.csv": (HEADER + b'a,b,c\na,"b,c\na,b,c\n', "starts in line 3 has a quote that is never"),
     "quotes.csv": (HEADER + b'a,"b"x,c\n', "starts in line 2 is not CSV"),
     "twice.csv": (b"prompt,chosen,chosen\na,b,c\n", "has the column 'chosen' more than once"),
-    "fields.csv": (HEADER + b"a,b\n", "line 2 has 2 fields and does not have the header's 3"),
+    "fields.csv": (HEADER + b"a,b\n", "line 2 has 2 fields instead of the header's 3"),
     "more.csv": (HEADER + b"a,b,c,d\n", "line 2 has 4 fields"),
     "header.csv": (HEADER, "has no rows"),
     "gz.jsonl.gz": (gzip.compress(LINE * 2000)[:200], "not a complete gzip.*after line"),
