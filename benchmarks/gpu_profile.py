@@ -20,7 +20,8 @@ def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     shape = parse_shape(sys.argv[1] if len(sys.argv) > 1 else "b")
     p = zipf_problem(shape.n, shape.h, shape.v, DTYPE, device, shape.softcap)
-    working = [n for n in ("cuda", "triton") if backends._MODULES[n].why_not(device, DTYPE) is None]
+    modules = backends._MODULES["cuda"], backends._MODULES["triton"]
+    working = [m.NAME for m in modules if m.unavailable_reason(device, DTYPE) is None]
     for mode in ("trainable", "frozen"):
         p.set_trainable(mode == "trainable")
         for entry in gpu_peers.ours(mode, working, ["exact", "fast"]):

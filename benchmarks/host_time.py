@@ -27,7 +27,7 @@ import fastpref
 from fastpref import validation
 from fastpref.backends import native
 
-KERNELS = ("fold", "grad", "linear", "project", "outer", "scale_rows")
+KERNELS = ("fold", "fold_grad", "grad", "linear", "project", "outer", "scale_rows")
 OURS = "fastpref exact, stash"
 
 

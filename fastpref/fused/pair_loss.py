@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref import backends, validation
-from fastpref.logps.autograd import Solve
+from fastpref.backends.tile import Backend, PairLossInputs
 from fastpref.logps.checks import check_extras
+from fastpref.logps.compile import CompiledLogps
 from fastpref.logps.forward import TokenStats
 from fastpref.logps.prepared import PreparedLogps
 from fastpref.logps.sequences import sequence_logps
@@ -49,28 +49,28 @@ class PairInputs(NamedTuple):
     margin: Tensor | None = None
     soft_labels: Tensor | None = None
 
-    def like(self, t: Tensor) -> PairInputs:
-        """On t's device, in its dtype, contiguous."""
-        return PairInputs(
-            *(None if x is None else x.to(t.device, t.dtype).contiguous() for x in self)
-        )
+    def to(self, device: torch.device, dtype: torch.dtype) -> PairInputs:
+        """On this device, in this dtype, contiguous."""
+        return PairInputs(*(None if t is None else t.to(device, dtype).contiguous() for t in self))
 
 
 class _PairLoss(torch.autograd.Function):
-    """Token log-probs [N] -> loss [], through a backend's closed form; backward is one scaling."""
+    """Token log-probs [N] to `Backend.pair_loss` without its derivative, which is kept."""
 
     @staticmethod
-    def forward(ctx, logps, solve: Solve):
-        *out, slope = solve(logps)
-        ctx.save_for_backward(slope)
+    def forward(
+        ctx: Any, logps: Tensor, backend: Backend, inputs: PairLossInputs
+    ) -> tuple[Tensor, ...]:
+        *out, dlogp = backend.pair_loss(logps, *inputs)
+        ctx.save_for_backward(dlogp)
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
         return tuple(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, *_):
-        return None if dloss is None else ctx.saved_tensors[0] * dloss, None
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return None if dloss is None else ctx.saved_tensors[0] * dloss, None, None
 
 
 class PairProblem(NamedTuple):
@@ -111,54 +111,64 @@ class PairProblem(NamedTuple):
             return sequence_logps(logps, self.labels, **self.segments)
         return ld_sequence_logps(logps, self.labels, self.options.ld_alpha, **self.segments)
 
-    def run(self, call: PreparedLogps | Any) -> PreferenceOutput:
-        """From the prepared head to the output."""
-        if isinstance(call, PreparedLogps):
-            module = self._closed_form_backend(call.rows, call.call.backend)
-            if module is not None:
-                # The ignored tokens are not put back for a sum that drops them again.
-                solve = self._closed_form(call.positions, call.labels.shape[0], None, module)
-                if not self.wants_stats:
-                    return self._output(call.compute_loss(solve), call.labels.shape[0])
-                stats = call.compute()
-                out = self._output(_PairLoss.apply(stats.logps, solve), call.labels.shape[0])
-                return out._replace(stats=call.spread(stats))
-        result = call.run()
-        stats = result if isinstance(result, TokenStats) else TokenStats(result)
+    def pair_loss_inputs(self, policy: PreparedLogps | CompiledLogps) -> PairLossInputs | None:
+        """The inputs of the closed form of the policy's backend; None: there is no closed form."""
+        if isinstance(policy, CompiledLogps):  # compiled code fuses the few operations on [2P]
+            return None
+        if self._closed_form_backend(policy.hidden, policy.call.backend) is None:
+            return None
+        # The ignored tokens are not put back for a sum that drops them again.
+        labels = policy.labels
+        return self._pair_loss_inputs(policy.positions, labels.shape[0], None, labels.device)
+
+    def output(
+        self,
+        policy: PreparedLogps | CompiledLogps,
+        inputs: PairLossInputs | None,
+        out: Sequence[Tensor | None],
+    ) -> PreferenceOutput:
+        """The output, from what the policy's `compute` gave: token statistics with wants_stats or
+        without inputs, else the closed form's loss, sequences and rewards."""
+        if inputs is not None:
+            assert isinstance(policy, PreparedLogps)
+            tokens = policy.labels.shape[0]
+            if not self.wants_stats:
+                return self._output(out, tokens)
+            loss = self._output(_PairLoss.apply(out[0], policy.call.backend, inputs), tokens)
+            return loss._replace(stats=policy.spread(out))
+        stats = policy.spread(out)
         shown = stats
         if self.nll_labels is not None:  # only the tokens that are compared
-            kept = self.labels != self.segments["ignore_index"]
-            masked = [None if t is None else t * kept for t in stats]
+            counted = self.labels != self.segments["ignore_index"]
+            masked = [None if t is None else t * counted for t in stats]
             shown = TokenStats(*masked)  # type: ignore[arg-type]
-        return self.solve(stats)._replace(stats=shown if self.wants_stats else None)
+        return self.loss_from_logps(stats)._replace(stats=shown if self.wants_stats else None)
 
-    def solve(self, stats: TokenStats) -> PreferenceOutput:
+    def loss_from_logps(self, stats: TokenStats) -> PreferenceOutput:
         """From token log-probs [2P, T] or [N] to the output; by closed form if there is one."""
         logps = stats.logps
         counted = self.labels != self.segments["ignore_index"]
-        module = self._closed_form_backend(logps)
-        if module is not None:
-            solve = self._closed_form(None, logps.numel(), counted.reshape(-1), module)
+        backend = self._closed_form_backend(logps)
+        if backend is not None:
+            inputs = self._pair_loss_inputs(None, logps.numel(), counted.reshape(-1), logps.device)
             flat = logps.reshape(-1).contiguous()
-            out = self._output(_PairLoss.apply(flat, solve), logps.numel())
+            out = self._output(_PairLoss.apply(flat, backend, inputs), logps.numel())
         else:
             out = self._autograd(stats)
         # Without a labelled token there is nothing to learn; the graph stays connected.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype))
 
-    def _closed_form_backend(
-        self, t: Tensor, module: ModuleType | None = None
-    ) -> ModuleType | None:
-        """The backend, if its `pair_loss` has this loss in closed form; module: t's, if known."""
-        if torch.compiler.is_compiling():  # which fuses the few operations on [2P] itself
+    def _closed_form_backend(self, t: Tensor, backend: Backend | None = None) -> Backend | None:
+        """The backend, if its `pair_loss` has this loss in closed form; backend: t's, if known."""
+        if torch.compiler.is_compiling():  # compiled code fuses the few operations on [2P]
             return None
-        given = self.inputs
-        name = None if given.soft_labels is not None else self.options.closed_form
-        learned = (given.ref_logps, given.lengths, given.pair_weight, given.margin)
+        inputs = self.inputs
+        name = None if inputs.soft_labels is not None else self.options.closed_form
+        learned = (inputs.ref_logps, inputs.lengths, inputs.pair_weight, inputs.margin)
         if name is None or any(t is not None and t.requires_grad for t in learned):
             return None
-        module = module or backends.choose(t.device, t.dtype, self.backend)
-        return module if name in module.CLOSED_FORMS else None
+        backend = backend or backends.choose(t.device, t.dtype, self.backend)
+        return backend if name in backend.CLOSED_FORMS else None
 
     @property
     def _wants_lengths(self) -> bool:
@@ -173,40 +183,39 @@ class PairProblem(NamedTuple):
             index = torch.arange(tokens, device=self.labels.device)
         return index.div(max(self.labels.shape[1], 1), rounding_mode="floor")
 
-    def _closed_form(
-        self, index: Tensor | None, tokens: int, counted: Tensor | None, module: ModuleType
-    ) -> Solve:
-        """The loss of the log-probs [N] of the tokens at these positions, None: of all of them;
-        counted [N]: which of them count, None: every one."""
-        pairs, options = self.pairs, self.options
+    def _pair_loss_inputs(
+        self,
+        index: Tensor | None,  # [N], the positions of the tokens; None: all
+        tokens: int,
+        counted: Tensor | None,  # [N], which of them count; None: every one
+        device: torch.device,
+    ) -> PairLossInputs:
+        """The inputs of the closed form for the log-probs [N] of these tokens."""
+        options, size = self.options, 2 * self.pairs
+        ids, inputs = self._ids(index, tokens), self.inputs.to(device, torch.float32)
+        lengths = inputs.lengths if options.needs_lengths else None
+        if options.needs_lengths and lengths is None:
+            ones = torch.ones(tokens, device=device) if counted is None else counted.float()
+            # An id out of range, which is not looked for on a GPU, makes the loss NaN later.
+            known = torch.where((ids >= 0) & (ids < size), ids, size)
+            lengths = torch.zeros(size + 1, device=device).index_add_(0, known, ones)[:-1]
+        assert options.closed_form is not None
+        return PairLossInputs(
+            ids,
+            self.pairs,
+            inputs.ref_logps,
+            options.closed_form,
+            options.beta,
+            options.label_smoothing,
+            lengths,
+            inputs.pair_weight,
+            inputs.margin,
+            **options.pair_parameters,
+        )
 
-        def solve(logps: Tensor) -> tuple[Tensor, ...]:
-            ids, inputs = self._ids(index, tokens), self.inputs.like(logps)
-            lengths = inputs.lengths if options.needs_lengths else None
-            if options.needs_lengths and lengths is None:
-                ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
-                # An id out of range, which on a GPU nobody has looked at, makes the loss NaN later.
-                known = torch.where((ids >= 0) & (ids < 2 * pairs), ids, 2 * pairs)
-                lengths = logps.new_zeros(2 * pairs + 1).index_add_(0, known, ones)[:-1]
-            return module.pair_loss(
-                logps,
-                ids,
-                pairs,
-                inputs.ref_logps,
-                loss_type=options.closed_form,
-                beta=options.beta,
-                label_smoothing=options.label_smoothing,
-                lengths=lengths,
-                weight=inputs.pair_weight,
-                margin=inputs.margin,
-                **options.pair_parameters,
-            )
-
-        return solve
-
-    def _output(self, solved: tuple[Tensor, ...], tokens: int) -> PreferenceOutput:
+    def _output(self, closed_form: Sequence[Any], tokens: int) -> PreferenceOutput:
         """From a closed form's loss, sequences [2P] and rewards [2P] of so many tokens."""
-        loss, sequences, rewards = solved
+        loss, sequences, rewards = closed_form
         # Without a token there is nothing to learn; the graph stays connected.
         loss = loss if tokens else loss * 0.0
         chosen, rejected = sequences.chunk(2)
@@ -221,7 +230,8 @@ class PairProblem(NamedTuple):
 
     def per_pair(self, stats: TokenStats) -> tuple[dict[str, Tensor | None], Tensor | None]:
         """What the loss compares, as `make_pairs` takes it, [P] each; and WPO's weights [P]."""
-        logps, inputs = stats.logps, self.inputs.like(stats.logps)
+        logps = stats.logps
+        inputs = self.inputs.to(logps.device, logps.dtype)
         lengths = inputs.lengths
         if lengths is None and self._wants_lengths:
             counted = (self.labels != self.segments["ignore_index"]).to(logps.dtype)
@@ -254,7 +264,8 @@ class PairProblem(NamedTuple):
         if nll is not None and nll_lengths is not None:
             mean = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
         data = make_pairs(self.options, **values)  # type: ignore[arg-type]
-        out = evaluate(data, self.inputs.like(stats.logps).pair_weight, weight)
+        pair_weight = self.inputs.to(stats.logps.device, stats.logps.dtype).pair_weight
+        out = evaluate(data, pair_weight, weight)
         both = data.chosen_logps.detach(), data.rejected_logps.detach()
         rewards = out.chosen_rewards, out.rejected_rewards
         return PreferenceOutput(out.loss, *both, *rewards, nll_loss=mean)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastpref.fused.pair_loss import PairInputs, PreferenceOutput, pair_problem
+from fastpref.logps.checks import adapter_tensors
 from fastpref.logps.forward import HeadTensors, TokenStats
 from fastpref.logps.linear import prepare
 from fastpref.logps.logits import token_logps
 from fastpref.logps.options import take_head_options
+from fastpref.logps.prepared import PreparedLogps
 from fastpref.losses.options import take_options
 
 
@@ -36,6 +38,9 @@ def linear_preference_loss(
     nll_labels: Tensor | None = None,
     extras: Sequence[str] = (),
     token_indices: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    dora_scale: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     weight_scale: Tensor | None = None,
     **options: Any,
@@ -62,8 +67,8 @@ def linear_preference_loss(
             rejected sequences are not read. token_indices are then the positions labelled in
             either.
         extras: per-token outputs to return in stats, as in `linear_token_logps`.
-        token_indices, low_rank, weight_scale: as in `linear_token_logps`. The reference inside has
-            no adapter.
+        token_indices, lora_hidden, lora_B, dora_scale, low_rank, weight_scale: as in
+            `linear_token_logps`. The reference inside has no adapter.
         options: of the loss, as in `fastpref.LossOptions`: loss_type="sigmoid" (or a list, or a
             function of your own), beta=0.1, loss_weights, label_smoothing, ipo_normalization,
             reference_free, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
@@ -97,10 +102,12 @@ def linear_preference_loss(
         backend=head.backend,
         wants_stats=len(extras) > 0,
     )
-    low, up = (None, None) if low_rank is None else low_rank
-    own, head_labels = HeadTensors(weight, bias, up, weight_scale), problem.head_labels
+    lora_hidden, lora_B, dora_scale = adapter_tensors(
+        low_rank, weight_scale, lora_hidden, lora_B, dora_scale
+    )
+    tensors, head_labels = HeadTensors(weight, bias, lora_B, dora_scale), problem.head_labels
     names = problem.head_extras(extras)
-    policy = prepare(hidden, own, head_labels, head, names, token_indices, low)
+    policy = prepare(hidden, tensors, head_labels, head, names, token_indices, lora_hidden)
     if ref_hidden is not None:
         if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
@@ -112,18 +119,23 @@ def linear_preference_loss(
         ref_weight = weight if ref_weight is None else ref_weight
         with torch.no_grad():
             # The same kernels on both sides: where the two models agree, so do all bits.
-            if policy.has_grads:
-                way = True if head.fused is True else "match"
-                head = replace(head, fused=way if policy.fused else False)
+            if not policy.logit_free:
+                head = replace(head, fused=False)
+            if policy.has_grads and head.strategy == "forward-only":
+                head = replace(head, strategy="auto")
             ref_head = HeadTensors(ref_weight, ref_bias)
             reference = prepare(
                 ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"
             )
-            ref_tokens = reference.run()
-        assert isinstance(ref_tokens, Tensor)
+            ref_tokens = reference.spread(reference.compute()).logps
         inputs = problem.inputs._replace(ref_logps=problem.sums(ref_tokens))
         problem = problem._replace(inputs=inputs)
-    return problem.run(policy)
+    pair_loss = problem.pair_loss_inputs(policy)
+    if isinstance(policy, PreparedLogps):
+        out = policy.compute(None if problem.wants_stats else pair_loss)
+    else:
+        out = policy.compute()
+    return problem.output(policy, pair_loss, out)
 
 
 def linear_dpo_loss(
@@ -174,7 +186,7 @@ def _logits_loss(
         backend=backend,
     )
     shared = dict(ignore_index=ignore_index, backend=backend, **options)
-    return problem.solve(TokenStats(token_logps(logits, problem.head_labels, **shared)))
+    return problem.loss_from_logps(TokenStats(token_logps(logits, problem.head_labels, **shared)))
 
 
 def dpo_loss(

@@ -45,10 +45,13 @@ class Head:
     row_scale: Tensor | None = None
 
     @property
-    def fused(self) -> bool | str:
-        """The `fused` of the `linear_*` functions with which a policy and its reference, which may
-        be the same model with its adapters switched off, take the same kernels."""
-        return False if self.adapted else "match"
+    def fused(self) -> bool | None:
+        """The `fused` option of the `linear_*` functions for a policy and its reference alike.
+
+        False with adapters, which a logit-free product does not have: the reference may be the same
+        model with its adapters switched off, and takes the policy's kernels.
+        """
+        return False if self.adapted else None
 
     @property
     def vocab_size(self) -> int:

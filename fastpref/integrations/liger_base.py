@@ -44,8 +44,7 @@ class LigerLoss(nn.Module):
     def _tokens(
         self, _input: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
     ) -> Tensor:
-        # The same kernels for policy and reference, so that equal models give margins of exactly 0.
-        options = {"ignore_index": self.ignore_index, "fused": "match", **self.head}
+        options = {"ignore_index": self.ignore_index, **self.head}
         out = linear_token_logps(_input, weight, labels, bias, **options)
         assert isinstance(out, Tensor)
         return out

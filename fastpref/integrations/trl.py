@@ -201,8 +201,6 @@ def patch_trl(
     options: dict[str, Any] = dict(
         precision=precision, strategy=strategy, memory_budget=memory_budget, backend=backend
     )
-    # A reference without gradients takes the same kernels as the policy: the first margins are 0.
-    options["fused"] = "match"
     HeadOptions(**options)
     try:
         trl = importlib.import_module("trl")
@@ -218,7 +216,7 @@ def patch_trl(
     before, function = _now(_originals), FusedLogProbs(options)
     ours = {place: _ours(place, function) for place in _originals}
     _assign(ours)
-    shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "fused")
+    shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return TRLPatch(before, ours, f"<fastpref in {version}: {shown}>")
 
 

@@ -45,7 +45,7 @@ def pair_loss(options, given, logps):
     problem = pair_problem(labels, options, PairInputs(sums), has_reference=sums is not None)
     statistic = given["log_sum_sq_probs"].to(logps.dtype)
     logps = logps.masked_fill(~given["kept"], 0.0)  # as the head gives them
-    return problem.solve(TokenStats(logps, log_sum_sq_probs=statistic)).loss
+    return problem.loss_from_logps(TokenStats(logps, log_sum_sq_probs=statistic)).loss
 
 
 def unpaired_loss(options, given, logps):

@@ -322,7 +322,7 @@ def main() -> None:
             raise SystemExit("torch finds no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
     working = {
-        name: module.why_not(device, torch.bfloat16)
+        name: module.unavailable_reason(device, torch.bfloat16)
         for name, module in backends._MODULES.items()
         if name != "eager"
     }
