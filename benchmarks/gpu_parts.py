@@ -34,18 +34,13 @@ def row_passes(
     precisions: list[str],
     excluded: dict[str, str],
 ) -> tuple[dict[str, Pass], list[dict[str, Any]]]:
-    """fold and grad, and both in one where there is that, of every backend over tiles as large as a
-    step has them, and a copy; and those that cannot run, with the reason. D gets memory of its own,
-    as where all of it is kept."""
-    from fastpref import backends as modules
-
+    """The row passes of every backend, over tiles as large as a step has them, and a copy; and
+    those that cannot run, with the reason. D gets memory of its own, as where it is stashed."""
     passes: dict[str, Pass] = {}
     missing = []
     for backend in backends:
         for precision in precisions:
             for kernel in ("fold", "grad", "fold_grad"):
-                if not hasattr(modules._MODULES[backend], kernel):
-                    continue
                 name = f"{backend} {precision} {kernel}"
                 about = {"backend": backend, "precision": precision, "kernel": kernel}
                 if name in excluded:

@@ -217,7 +217,8 @@ class Worker:
 
     def _fuses(self, shape: Shape) -> bool:
         """Whether a pass without gradients runs in one kernel if it is left to the plan."""
-        return self._plan(shape, "forward-only", Entry("", Side))["fused"]
+        fastest = Entry("", Side, options=(("strategy", "forward-only"),))
+        return self._plan(shape, "forward-only", fastest)["logit_free"]
 
     def _warm_up(
         self, entry: Entry, row: dict[str, Any], problem: HeadProblem, truth: Truth, mode: str

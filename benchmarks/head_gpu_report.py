@@ -92,7 +92,9 @@ def _cell_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         if mode == "forward-only":
             if name == "a":
                 aim("fraction of the roofline", 0.92, fraction)
-            chosen = [r for r in ours if r.get("plan", {}).get("fused") == result["plan_fuses"]]
+            chosen = [
+                r for r in ours if r.get("plan", {}).get("logit_free") == result["plan_fuses"]
+            ]
             aim("the plan's choice over the faster one", 1.03, _over(chosen, best), most=True)
         if name in _MEMORY.get(mode, {}):
             used = best["memory"]["peak_beyond"] / 1e9 if best else None

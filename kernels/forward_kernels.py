@@ -18,7 +18,7 @@ same way from the same accumulator: log p <= 0 up to the rounding of s, and is c
 
 A pass with gradients stores d as well, bf16: minus the terms of s, but relative to a base that the
 row has from the start, its label's exponent less OFFSET. The gradient of the log-prob in u is then
-d times one factor per token (docs/algorithm.md, "A product that keeps its logits"). d stays below
+d times one factor per token (docs/algorithm.md, "The logit-free product"). d stays below
 2^LIMIT: a tile whose largest exponent is further above the base takes that for its base, and
 `finish` brings such a row, whose label has less than 2^-120, to its normaliser.
 """

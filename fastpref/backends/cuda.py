@@ -7,6 +7,7 @@ torch's: both work in the device's primary context, where addresses and streams 
 
 The products are torch's, but for the logit-free one on Hopper GPUs (cuda_forward.py).
 """
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
@@ -27,44 +28,12 @@ from fastpref.backends.tile import Stats, Transform
 
 NAME = "cuda"
 LOGIT_FREE_BY_DEFAULT = True
-__all__ = [
-    "CLOSED_FORMS",
-    "LOGIT_FREE_BY_DEFAULT",
-    "NAME",
-    "describe",
-    "fold",
-    "fold_grad",
-    "grad",
-    "linear",
-    "logit_free_forward",
-    "logit_free_reason",
-    "outer",
-    "pair_loss",
-    "problem",
-    "project",
-    "scale_rows",
-    "unavailable_reason",
-]
 
-# As PAIR_FORMS in csrc/cuda/launch.h, by which they are numbered.
+# In the order of PAIR_FORMS in csrc/cuda/launch.h.
 _PAIR_FORMS = (
-    "sigmoid",
-    "sigmoid_norm",
-    "ipo",
-    "hinge",
-    "exo_pair",
-    "robust",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "cpo",
-    "simpo",
-    "alphapo",
-    "orpo",
-)
+    "sigmoid sigmoid_norm ipo hinge exo_pair robust nca_pair bco_pair sppo_hard apo_zero apo_down "
+    "discopop cpo simpo alphapo orpo"
+).split()
 CLOSED_FORMS = frozenset(_PAIR_FORMS)
 
 

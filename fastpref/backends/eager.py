@@ -1,4 +1,5 @@
 """The tile primitives in plain torch: every device, every dtype, the oracle in float64."""
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
@@ -21,25 +22,6 @@ from fastpref.backends.tile import Stats, Transform, fold_then_grad
 NAME = "eager"
 CLOSED_FORMS: frozenset[str] = frozenset()  # every loss runs through autograd
 LOGIT_FREE_BY_DEFAULT = False
-
-__all__ = [
-    "CLOSED_FORMS",
-    "LOGIT_FREE_BY_DEFAULT",
-    "NAME",
-    "describe",
-    "fold",
-    "fold_grad",
-    "grad",
-    "linear",
-    "logit_free_forward",
-    "logit_free_reason",
-    "outer",
-    "pair_loss",
-    "problem",
-    "project",
-    "scale_rows",
-    "unavailable_reason",
-]
 
 
 def problem() -> str | None:

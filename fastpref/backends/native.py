@@ -3,6 +3,7 @@
 Tensors cross the boundary as addresses, so the module links no torch. What torch would check is
 checked here: device, dtype, unit inner stride. Tensors stay alive in the caller's locals.
 """
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
@@ -27,24 +28,6 @@ except ImportError as error:
 
 NAME = "native"
 LOGIT_FREE_BY_DEFAULT = False
-__all__ = [
-    "CLOSED_FORMS",
-    "LOGIT_FREE_BY_DEFAULT",
-    "NAME",
-    "describe",
-    "fold",
-    "fold_grad",
-    "grad",
-    "linear",
-    "logit_free_forward",
-    "logit_free_reason",
-    "outer",
-    "pair_loss",
-    "problem",
-    "project",
-    "scale_rows",
-    "unavailable_reason",
-]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOSSES = {"sigmoid": 0, "ipo": 1}

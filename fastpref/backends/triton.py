@@ -3,6 +3,7 @@
 Triton is imported when it is first needed, so that a machine without it can import fastpref. The
 kernels run on the current stream of the tensors' device; nothing here waits for the GPU.
 """
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
@@ -22,25 +23,6 @@ from fastpref.backends.tile import Stats, Transform, fold_then_grad
 NAME = "triton"
 CLOSED_FORMS = frozenset({"sigmoid", "ipo"})
 LOGIT_FREE_BY_DEFAULT = False  # not measured on a GPU yet
-
-__all__ = [
-    "CLOSED_FORMS",
-    "LOGIT_FREE_BY_DEFAULT",
-    "NAME",
-    "describe",
-    "fold",
-    "fold_grad",
-    "grad",
-    "linear",
-    "logit_free_forward",
-    "logit_free_reason",
-    "outer",
-    "pair_loss",
-    "problem",
-    "project",
-    "scale_rows",
-    "unavailable_reason",
-]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = (3, 4)
@@ -180,8 +162,8 @@ def _factors(t: Transform) -> tuple[float | None, float | None]:
     """inner and outer of z = outer tanh(inner raw); None where they are left out."""
     if t.softcap is not None:
         return t.scale / t.softcap, t.softcap / t.temperature
-    outer = t.scale / t.temperature
-    return None, None if outer == 1.0 else outer
+    factor = t.scale / t.temperature
+    return None, None if factor == 1.0 else factor
 
 
 def _check(tile: Tensor, labels: Tensor, *vectors: Tensor | None) -> None:

@@ -63,9 +63,11 @@ def token_logps(
     y = flat.masked_fill(flat < 0, logits.shape[-1]).masked_fill(ignored, -1)
     if torch.compiler.is_compiling():  # torch.compile plans the backward pass's memory itself
         op = torch.ops.fastpref.token_logps
-        return op(rows, y, scale, softcap, temperature, backend)[0].view(labels.shape)
-    module = backends.choose(logits.device, logits.dtype, backend)
-    return TokenLogps.apply(rows, y, transform, module, inplace_backward).view(labels.shape)
+        logps: Tensor = op(rows, y, scale, softcap, temperature, backend)[0]
+    else:
+        module = backends.choose(logits.device, logits.dtype, backend)
+        logps = TokenLogps.apply(rows, y, transform, module, inplace_backward)
+    return logps.view(labels.shape)
 
 
 def _row_blocks(logits: Tensor, backend: Backend) -> Iterator[tuple[int, int]]:

@@ -44,7 +44,9 @@ class PreparedLogps(NamedTuple):
         `Backend.pair_loss` makes of their log-probs, without its derivative."""
         tensors = self.hidden, self.lora_hidden, *self.head, self.labels, self.positions
         with without_autocast(self.hidden.device.type):
-            return LinearTokenLogps.apply(*tensors, self.call, pair_loss)
+            out: Sequence[Tensor | None]
+            out = LinearTokenLogps.apply(*tensors, self.call, pair_loss)
+            return out
 
     def spread(self, out: Sequence[Tensor | None]) -> TokenStats:
         """The result of `compute` at its places among the ignored tokens, shaped as the labels."""
