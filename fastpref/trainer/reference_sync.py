@@ -66,11 +66,11 @@ class ReferenceSync(TrainerCallback):
 
     def __init__(self, policy: Any, reference: Any, args: BaseConfig) -> None:
         self.policy, self.reference = policy, reference
-        self.alpha, self.every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+        self.alpha, self.interval = args.ref_model_mixup_alpha, args.ref_model_sync_steps
         self._check()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
+        if state.global_step % self.interval == 0:
             self.mix()
 
     @torch.no_grad()
