@@ -40,11 +40,11 @@ PYBIND11_MODULE(MODULE, m) {
     });
     m.def("grad", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
                      Address labels, float scale, float softcap, float inv_temperature, Address lse,
-                     Address logps, Address coef, Address entropy, Address entropy_coef, Address out,
+                     Address logps, Address dlogp, Address entropy, Address dentropy, Address out,
                      int out_dtype, int64_t out_stride, int threads) {
         Tile tile = tile_of(data, dtype, rows, cols, stride, col0, labels);
-        GradRows g{at<float>(lse), at<float>(logps), at<float>(coef), at<float>(entropy),
-                   at<float>(entropy_coef)};
+        GradRows g{at<float>(lse), at<float>(logps), at<float>(dlogp), at<float>(entropy),
+                   at<float>(dentropy)};
         Dtype out_type = dtype_of(out_dtype);
         py::gil_scoped_release release;
         grad(tile, {scale, softcap, inv_temperature}, g, at<void>(out), out_type, out_stride, threads);
@@ -60,13 +60,13 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,
                           double label_smoothing, Address out_loss, Address sequence_logps,
-                          Address rewards, Address coef) {
+                          Address rewards, Address dlogp) {
         if (loss < 0 || loss > 1) throw std::invalid_argument("loss code: expected 0 or 1");
         PairLoss in{static_cast<Loss>(loss), tokens, pairs, at<float>(logps), at<int64_t>(sequence_ids),
                     at<float>(ref_logps), at<float>(lengths), at<float>(weight), at<float>(margin), beta,
                     label_smoothing};
         PairLossOut out{at<float>(out_loss), at<float>(sequence_logps), at<float>(rewards),
-                        at<float>(coef)};
+                        at<float>(dlogp)};
         py::gil_scoped_release release;
         pair_loss(in, out);
     });

@@ -245,7 +245,7 @@ KERNEL(THREADS, BLOCKS) fold_kernel(const FoldArgs a) {
 
     // A warp of nothing but -inf has no base; its exponentials are 0.
     const float gain = mine == -INF ? 0.f : -a.affine.slope * exponential(mine - lse);
-    // The label's own entry is that of its log-prob, to which a difference of probabilities is not.
+    // The label's entry comes from its log-prob: a difference of probabilities would lose its digits.
     float at_label = a.affine.slope * -expm1f(logp);
     if (CAP) at_label *= flatness(tanh_label);
     void* out = row_of(a.out, a.out_dtype, row, a.out_stride);

@@ -1,5 +1,5 @@
-// The forward pass without logits for Hopper GPUs (sm_90a): x W^T, and of each row max and sum of
-// exponentials, in one kernel.
+// The logit-free product for Hopper GPUs (sm_90a): x W^T, and each row's maximum and sum of exponentials,
+// in one kernel.
 //
 // Persistent clusters of two thread blocks take the tiles in turn. The two share 128 entries of the
 // vocabulary, of which each loads half for both, and have 128 tokens each. In a block one warp copies
@@ -10,9 +10,10 @@
 //
 // A pass with gradients also needs D, whose entries are -exp(z - lse) but for the label's. The
 // exponentials are in the registers; lse is not known before the row's last tile, but it is one number
-// per row. So they are written relative to a base that a row has from the start, in bf16, whose
-// precision does not depend on their size: d. D = factor d, and factor goes on vectors of tokens that
-// the products' other operands are multiplied by anyway. See forward_rows.h for the base.
+// per row. So the exponentials are written as d, relative to a base that the row has from the start, in
+// bf16, whose precision does not depend on their size. D = row_scale d, and row_scale is multiplied onto
+// the vectors of tokens by which the products' other operands are scaled anyway. forward_rows.h has the
+// base.
 #include <algorithm>
 
 #include "forward_tile.h"
@@ -96,8 +97,8 @@ DEVICE void release(const Ring& ring, int stage) {
     barrier_arrive(ring.empty + stage, 1);
 }
 
-// done: the other group's turn, which comes once this one has waited for its last tiles. Waiting for
-// a stage before its last tiles were there, that one could not tell those from its own.
+// done: the barrier that starts the other group's turn. It is arrived at once this group has waited for
+// its last tiles: a group that waited for a stage earlier could take this group's tiles for its own.
 template <class T>
 DEVICE void product(const Ring& ring, Turn turn, int depths, uint64_t* done, float (&acc)[2][64]) {
     int before = 0;
@@ -228,7 +229,7 @@ void forward(const ForwardCall& f, const Where& where) {
     const int clusters = std::min<int64_t>(int64_t(pairs) * tiles,
                                            most_clusters(kernel, 2, THREADS, SHARED_BYTES, where.device));
     launch("forward", kernel, a, 2 * clusters, THREADS, 2, where.device, where.stream, SHARED_BYTES);
-    CombineArgs b{rows, f.stats, f.factor, f.transform.scale * f.transform.inv_temperature};
+    CombineArgs b{rows, f.stats, f.row_scale, f.transform.scale * f.transform.inv_temperature};
     launch("forward", f.d ? combine_for<true>(cap, extras) : combine_for<false>(cap, extras), b,
            (f.tokens + COMBINE_ROWS - 1) / COMBINE_ROWS, COMBINE_ROWS * SLICES, 1, where.device, where.stream);
 }

@@ -31,9 +31,9 @@ LOGIT_FREE_BY_DEFAULT = True
 
 # In the order of PAIR_FORMS in csrc/cuda/launch.h.
 _PAIR_FORMS = (
-    "sigmoid sigmoid_norm ipo hinge exo_pair robust nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop cpo simpo alphapo orpo"
-).split()
+    *("sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair"),
+    *("sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"),
+)
 CLOSED_FORMS = frozenset(_PAIR_FORMS)
 
 
