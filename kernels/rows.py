@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Not specialised on alignment: only the tile's accesses gain from it. The vectors' alignment changes
-# with the number of rows, which would compile more variants.
+# Not specialised on alignment: only the tile's accesses gain from it. The alignment of the vectors
+# changes with the number of rows, which would compile more variants.
 _VECTORS = [
     "labels",
     "max_",

@@ -66,7 +66,8 @@ def token_logps(
         logps: Tensor = op(rows, y, scale, softcap, temperature, backend)[0]
     else:
         module = backends.choose(logits.device, logits.dtype, backend)
-        logps = TokenLogps.apply(rows, y, transform, module, inplace_backward)
+        options = transform, module, inplace_backward
+        logps = TokenLogps.apply(rows, y, *options)  # type: ignore[no-untyped-call]
     return logps.view(labels.shape)
 
 

@@ -43,9 +43,10 @@ class PreparedLogps(NamedTuple):
         """The fields of a `TokenStats` [N] of the labelled tokens; or, with pair_loss, what
         `Backend.pair_loss` makes of their log-probs, without its derivative."""
         tensors = self.hidden, self.lora_hidden, *self.head, self.labels, self.positions
+        arguments = *tensors, self.call, pair_loss
         with without_autocast(self.hidden.device.type):
             out: Sequence[Tensor | None]
-            out = LinearTokenLogps.apply(*tensors, self.call, pair_loss)
+            out = LinearTokenLogps.apply(*arguments)  # type: ignore[no-untyped-call]
             return out
 
     def spread(self, out: Sequence[Tensor | None]) -> TokenStats:
