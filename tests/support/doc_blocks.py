@@ -1,11 +1,11 @@
 """The code blocks of a Markdown page, in order, and what stands in comments before them.
 
-    <!-- test: skip REASON -->      the next block does not run, for this reason
-    <!-- test: needs PACKAGE -->    the next block runs where the package is installed
-    <!-- test: run -->              the next shell block runs; otherwise it is only parsed
-    <!-- test: hidden               Python that runs here and is not shown
-    ...
-    -->
+<!-- test: skip REASON -->      the next block does not run, for this reason
+<!-- test: needs PACKAGE -->    the next block runs where the package is installed
+<!-- test: run -->              the next shell block runs; otherwise it is only parsed
+<!-- test: hidden               Python that runs here and is not shown
+...
+-->
 """
 
 from __future__ import annotations
