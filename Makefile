@@ -67,8 +67,8 @@ lint: install
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory docs
 
-# The pages of docs/ as a site, in build/site. Nothing is downloaded; a broken link is an error.
-docs: install
+# Nothing is downloaded; a broken link is an error.
+docs: install ## Build the pages of docs/ as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: install
