@@ -12,7 +12,7 @@ PIP = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(LIMITS) --bu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test test-latest lint bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
+.PHONY: install demo test test-latest lint docs bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+# Nothing is downloaded; a broken link is an error.
+docs: install ## Build the pages of docs/ as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: install
 	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
