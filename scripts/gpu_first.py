@@ -18,8 +18,8 @@ downloads nothing. The steps, the most important first:
     memcheck      the smoke run under compute-sanitizer, where that is installed
 
 Each step is a process of its own with a time limit; one that fails, crashes or hangs ends there,
-and the next one starts. DIR gets results.json and report.txt, rewritten after every step and while a
-head is measured, and log.txt: a run that is cut short leaves what it has found.
+and the next one starts. DIR gets results.json and report.txt, rewritten after every step and while
+a head is measured, and log.txt: a run that is cut short leaves what it has found.
 """
 
 from __future__ import annotations
@@ -223,7 +223,10 @@ class First:
         results["wall_s"] = round(time.monotonic() - self._begun, 1)
         write_json(self._out / "results.json", results)  # before anything can go wrong with it
         try:
-            results["cells"] = gpu_report.cells(results["heads"])
+            heads = dict(results["heads"])
+            peers = {"peers": heads.pop("peers")} if "peers" in heads else {}
+            results["cells"] = gpu_report.cells(heads)
+            results["peer_cells"] = gpu_report.cells(peers)
             results["verdict"] = gpu_report.verdict(results["cells"], results["smoke"])
             text = gpu_report.report(results)
         except Exception as error:  # a report that fails must not cost the steps to come

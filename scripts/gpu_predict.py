@@ -26,6 +26,8 @@ _PASSES = {
     # One pass over the logits forward; backward reads them and writes their gradient.
     ("compiled", "compiled"): (6, 2),
 }
+# More of eager's with a softcap, whose three operations read and write the logits each.
+_SOFTCAP = (26, 12)
 # More of a recomputed tile: written wider, read once and D written.
 _RECOMPUTED = 2 + 6
 
@@ -74,13 +76,15 @@ def way(row: dict[str, Any]) -> tuple[str, str] | None:
     return row["backend"], "tiles" if "tiles" in name else "logit-free"
 
 
-def _moved(backend: str, kind: str, mode: str) -> float | None:
+def _moved(backend: str, kind: str, mode: str, softcap: bool) -> float | None:
     """Bytes per logit; None where nothing is known of this backend."""
     # The first pass of a recomputing variant is as of tiles; the second one makes D once more.
     known = _PASSES.get((backend, "tiles" if kind == "recompute" else kind))
     if known is None:
         return None
-    return known[mode == "forward-only"] + (_RECOMPUTED if kind == "recompute" else 0)
+    forward = mode == "forward-only"
+    more = _SOFTCAP[forward] if softcap and kind == "eager" else 0
+    return known[forward] + more + (_RECOMPUTED if kind == "recompute" else 0)
 
 
 def assumed_ms(row: dict[str, Any], mode: str, size: dict[str, Any]) -> float | None:
@@ -92,7 +96,7 @@ def assumed_ms(row: dict[str, Any], mode: str, size: dict[str, Any]) -> float | 
     one = 2 * n * h * v / ASSUMED.product
     first = one / logits_efficiency(h)
     rest = (LEAST[mode] - 1) * one / _gradient_efficiency(h)
-    return _sum(chosen, mode, n * v, h, first, rest, ASSUMED.copy)
+    return _sum(chosen, mode, size, first, rest, ASSUMED.copy)
 
 
 def measured_ms(
@@ -110,25 +114,23 @@ def measured_ms(
         return None
     first = (logits_ms or roofline_ms / LEAST[mode]) / 1e3
     rest = max(roofline_ms / 1e3 - first, 0.0)
-    logits = size["n"] * size["v"]
-    return _sum(chosen, mode, logits, size["h"], first, rest, copy or ASSUMED.copy)
+    return _sum(chosen, mode, size, first, rest, copy or ASSUMED.copy)
 
 
 def _sum(
     chosen: tuple[str, str],
     mode: str,
-    logits: int,
-    h: int,
+    size: dict[str, Any],
     first: float,  # seconds of the product X W^T
     rest: float,  # seconds of the products after it
     copy: float,
 ) -> float | None:
     """Milliseconds."""
     backend, kind = chosen
-    moved = _moved(backend, kind, mode)
+    moved = _moved(backend, kind, mode, size.get("softcap") is not None)
     if moved is None:
         return None
-    seconds = rest + first / (_own(backend, h) if kind == "logit-free" else 1.0)
+    seconds = rest + first / (_own(backend, size["h"]) if kind == "logit-free" else 1.0)
     seconds += first * (kind == "recompute")
-    seconds += logits * moved / (_PASS_SPEED * copy)
+    seconds += size["n"] * size["v"] * moved / (_PASS_SPEED * copy)
     return 1e3 * seconds

@@ -268,7 +268,9 @@ def report(results: dict[str, Any]) -> str:
         out.append(f"{about.get('gpu', 'no GPU')}, {about['processors']} processors, {packages}")
         out += [f"  {name}: {b['reason']}" for name, b in about["backends"].items()]
     heads = results["heads"]
-    out += ["", *(f"{_cell_text(cell)}\n" for cell in results["cells"])]
+    for title, found in (("", results["cells"]), ("With peers:", results["peer_cells"])):
+        if found:
+            out += [title, *(f"{_cell_text(cell)}\n" for cell in found)]
     if results["cells"]:
         out.append(
             "predicted: from assumed rates; model: from the products and the copy of this run\n"
