@@ -108,7 +108,7 @@ def run_step(
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, **step.env},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,

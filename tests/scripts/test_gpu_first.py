@@ -195,7 +195,7 @@ def test_end_to_end_in_emulation(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(SCRIPTS / "gpu_first.py"), "--emulate"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "SANITIZER": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "SANITIZER": "", "GPU_TEST_PROCESSES": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500)
     results, report = on_disk(tmp_path)
     told = {name: step["state"] for name, step in results["steps"].items()}

@@ -381,6 +381,7 @@ def main() -> None:
             more.append(captured)
     todo += [(f"{f.__name__} {name}", (f, name)) for f in more for name in names]
     failed = tried = 0
+    stopped = ""
     for name, what in todo[: args.most]:
         tried += 1
         try:
@@ -393,12 +394,18 @@ def main() -> None:
             failed += 1
             print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if lost(device):
-                print(f"the GPU is beyond use; {len(todo) - tried} cases did not run")
+                stopped = f"the GPU is beyond use; {len(todo) - tried} cases did not run"
                 break
+        except KeyboardInterrupt:  # its time was up
+            tried -= 1
+            stopped = f"interrupted at {name}; {len(todo) - tried} cases did not run"
+            break
     for (which, what), error in sorted(worst.items()):
         print(f"largest error of {which} in {what}: {error:.1e}")
     where = torch.cuda.get_device_name(0) if device.type == "cuda" else "the CPU"
     print(f"{tried - failed} passed, {failed} failed: {', '.join(names)} on {where}")
+    if stopped:
+        raise SystemExit(stopped)
     if failed:
         raise SystemExit(1)
 
