@@ -63,6 +63,12 @@ def _head(name: str, work: Path, options: Sequence[str], seconds: float, **about
     return Step(f"head {name}", command, seconds, grace=10, **about)
 
 
+def _import_from(*folders: Path) -> dict[str, str]:
+    """Before what PYTHONPATH names already."""
+    others = filter(None, [os.environ.get("PYTHONPATH")])
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *others])}
+
+
 def plan(work: Path, peers: Path | None, emulate: bool = False) -> list[Step]:
     """The steps on a GPU; emulate: a few of each kind where there is none, for tests.
 
@@ -71,7 +77,7 @@ def plan(work: Path, peers: Path | None, emulate: bool = False) -> list[Step]:
     """
     site = work / "site"
     build = str(ROOT / "scripts" / "gpu_build.py")
-    env = {"PYTHONPATH": str(site)}
+    env = _import_from(site)
     no_gpu = ["--no-cuda"] if emulate else []
     steps = [
         Step("build", [PYTHON, build, str(site), *no_gpu], 150),
@@ -98,7 +104,7 @@ def plan(work: Path, peers: Path | None, emulate: bool = False) -> list[Step]:
                 _head(shape, work, [*common, "--shapes", shape], seconds, least=20, env=env)
             )
     if peers is not None:
-        there = {"PYTHONPATH": os.pathsep.join([str(site), str(work / "peers")])}
+        there = _import_from(site, work / "peers")
         wheels = sorted(map(str, peers.glob("*.whl")))
         options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
         options += ["--target", str(work / "peers"), *wheels]

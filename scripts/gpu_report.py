@@ -240,6 +240,9 @@ def _passes_text(heads: dict[str, Any]) -> list[str]:
                     lines.append([name, f"{k['gb_per_s']:.0f}", share])
                 elif not k.get("peer"):
                     lines.append([f"{name}: {k['missing'][:60]}", "-", "-"])
+    rate = copy_rate(heads)
+    if rate is not None:
+        lines.append(["a copy", f"{rate / 1e9:.0f}", "1.00"])
     return [table(["", "GB/s", "of a copy"], lines)] if lines else []
 
 

@@ -221,6 +221,7 @@ def test_the_plan_on_a_gpu(tmp_path, monkeypatch):
     import head
 
     monkeypatch.setenv("SANITIZER", "/opt/compute-sanitizer")
+    monkeypatch.setenv("PYTHONPATH", "/own")
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     (wheels / "peer-1-py3-none-any.whl").touch()
@@ -242,9 +243,11 @@ def test_the_plan_on_a_gpu(tmp_path, monkeypatch):
     assert len(parsed) == 6
     site = str(tmp_path / "work" / "site")
     peers = next(s for s in steps if s.name == "head peers")
-    assert peers.env["PYTHONPATH"] == os.pathsep.join([site, str(tmp_path / "work" / "peers")])
+    assert peers.env["PYTHONPATH"] == os.pathsep.join(
+        [site, str(tmp_path / "work" / "peers"), "/own"]
+    )
     others = [s for s in steps if s.name.startswith(("head", "smoke", "tests")) and s is not peers]
-    assert all(s.env["PYTHONPATH"] == site for s in others)
+    assert all(s.env["PYTHONPATH"] == os.pathsep.join([site, "/own"]) for s in others)
     assert not any("peers" in n for n in (s.name for s in gpu_first.plan(tmp_path, None)))
 
 
