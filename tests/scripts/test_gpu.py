@@ -166,3 +166,31 @@ def test_a_package_made_of_links(tmp_path):
         str(package / "__init__.py"),
         str(package / "kernels" / "__init__.py"),
     ], done.stderr
+
+
+def test_the_module_is_built_for_this_gpu(tmp_path, monkeypatch):
+    """With an nvcc that is none; one that fails leaves no module of other sources."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        f'#!/bin/sh\necho "$@" >>{tmp_path}/log\n[ -z "$FAIL" ] || exit 2\n'
+        "while [ $# -gt 0 ]; do\n"
+        '  case "$1" in -o) : >"$2" ;; -MF) echo "x:" >"$2" ;; esac; shift\ndone\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FASTPREF_CUDA_ARCH", "")
+    monkeypatch.delenv("FASTPREF_CUDA_ARCH")
+    monkeypatch.setattr(gpu, "architecture", lambda: "90")
+    package = gpu_build.link_package(tmp_path / "site")
+    gpu_build.build(package, tmp_path / "site" / ".objects")
+    (module,) = package.glob("_cuda*.so")
+    commands = (tmp_path / "log").read_text()
+    assert "arch=compute_90,code=sm_90" in commands and "arch=compute_90a" in commands
+    monkeypatch.setenv("FAIL", "1")
+    with pytest.raises(RuntimeError):
+        gpu_build.build(package, tmp_path / "site" / ".again")
+    assert not module.exists()
+    monkeypatch.setattr(gpu, "architecture", lambda: None)
+    with pytest.raises(SystemExit, match="torch finds no GPU"):
+        gpu_build.build(package, tmp_path / "site" / ".objects")

@@ -187,6 +187,7 @@ def test_a_run_that_is_cut_has_told_what_it_found(tmp_path, number):
 # ---- end to end --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_end_to_end_in_emulation(tmp_path):
     """The real steps but for nvcc, on the CPU: Triton interpreted, CUDA emulated."""
     for backend in ("triton", "cuda"):
