@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 
-import gpu_peers
 import torch
-from gpu_shapes import DTYPE, parse_shape
-from problem import zipf_problem
+from lib import gpu_peers
+from lib.problem import zipf_problem
+from lib.shapes import DTYPE, parse_shape
 
 from fastpref import backends
 

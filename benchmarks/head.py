@@ -3,7 +3,7 @@
     python benchmarks/head.py
     python benchmarks/head.py --shapes 1024,1024,32768 --modes frozen --precision fast --repeats 9
 
-On a machine with a GPU, or with --device cuda, head_gpu_run.py measures that instead; this one is
+On a machine with a GPU, or with --device cuda, lib/gpu_run.py measures that instead; this one is
 for CPUs.
 
 Prints a table, and writes a JSON and a PNG to benchmarks/results/. Times come from one process and
@@ -21,12 +21,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import head_report
-import peers
-import runner
 import torch
-from peers import Variant
-from problem import HeadProblem, Truth, errors, float64_truth, make_problem
+from lib import peers, runner
+from lib import report as head_report
+from lib.peers import Variant
+from lib.problem import HeadProblem, Truth, errors, float64_truth, make_problem
 
 SHAPES = "1024,1024,32768 2048,576,49152 1024,896,151936"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -77,7 +76,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def gpu_mode(argv: list[str] | None) -> bool:
-    """Whether head_gpu_run.py takes over: with --device cuda, or where there is a GPU."""
+    """Whether lib/gpu_run.py takes over: with --device cuda, or where there is a GPU."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device")
     parser.add_argument("--worker", action="store_true")
@@ -272,14 +271,20 @@ def _say(line: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     if gpu_mode(argv):
-        import head_gpu_run
+        from lib import gpu_run as head_gpu_run
 
         head_gpu_run.main(argv)
         return
     args = arguments(argv)
     quiet()
     if args.worker:
-        print(json.dumps(memory_worker(json.load(sys.stdin))))
+        request = json.load(sys.stdin)
+        if "tasks" in request:
+            from lib import gpu_worker
+
+            gpu_worker.main(request)
+        else:
+            print(json.dumps(memory_worker(request)))
         return
     begun = time.perf_counter()
     cells = []

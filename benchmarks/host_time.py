@@ -18,10 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import peers
-import problem
-import runner
 import torch
+from lib import peers, problem, runner
 
 import fastpref
 from fastpref import validation

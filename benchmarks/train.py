@@ -24,9 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import runner
+from lib import runner
 
-WORKER = Path(__file__).with_name("train_worker.py")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
@@ -105,7 +104,7 @@ class Run:
         self.result: dict[str, Any] | None = None
         self.errors = (folder / f"{name.replace(' ', '-')}.log").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, os.fspath(WORKER)],
+            [sys.executable, __file__, "--worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -336,6 +335,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if "--worker" in (sys.argv[1:] if argv is None else argv):
+        from lib import train_worker
+
+        train_worker.main()
+        return
     args = arguments(argv)
     begun = time.perf_counter()
     train, judged = split(args.data, args.steps * args.batch, args.held_out, args.seed)

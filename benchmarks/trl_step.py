@@ -22,8 +22,8 @@ import tempfile
 import warnings
 from typing import Any
 
-import runner
 import torch
+from lib import runner
 
 SIDES = ("TRL", "fastpref")
 

@@ -15,16 +15,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import gpu  # noqa: E402
-import gpu_logits  # noqa: E402
-import gpu_peers  # noqa: E402
 import head  # noqa: E402
-import head_gpu  # noqa: E402
-import head_gpu_report  # noqa: E402
-import head_gpu_run  # noqa: E402
-from gpu_shapes import SHAPES, parse_shape  # noqa: E402
-from problem import dpo_loss, float64_truth, zipf_problem  # noqa: E402
-from supervise import Supervisor  # noqa: E402
+from lib import device as gpu  # noqa: E402
+from lib import gpu_peers  # noqa: E402
+from lib import gpu_report as head_gpu_report  # noqa: E402
+from lib import gpu_run as head_gpu_run  # noqa: E402
+from lib import gpu_worker as head_gpu  # noqa: E402
+from lib import logits as gpu_logits  # noqa: E402
+from lib.problem import dpo_loss, float64_truth, zipf_problem  # noqa: E402
+from lib.shapes import SHAPES, parse_shape  # noqa: E402
+from lib.supervise import Supervisor  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = "16,8,64"

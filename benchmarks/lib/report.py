@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import runner
+from . import runner
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

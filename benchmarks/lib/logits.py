@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu import Gpu, PretendGpu, failure
-from gpu_parts import COPY, Pass, copy_pass
-from problem import HeadProblem
 from torch import Tensor
+
+from .device import Gpu, PretendGpu, failure
+from .parts import COPY, Pass, copy_pass
+from .problem import HeadProblem
 
 # logits [N, V] and labels [N] to the negative log-probs [N].
 Side = Callable[[Tensor, Tensor], Tensor]

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import peers
 import torch
-from problem import BETA, HeadProblem, dpo_loss
 from torch import Tensor
+
+from . import peers
+from .problem import BETA, HeadProblem, dpo_loss
 
 MODES = ("trainable", "frozen", "forward-only")
 # The products with the fewest FLOPs: 6NHV, 4NHV and 2NHV.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu import Gpu, PretendGpu, Rounds, failure
-from gpu_peers import Entry, step
-from problem import HeadProblem
+
+from .device import Gpu, PretendGpu, Rounds, failure
+from .gpu_peers import Entry, step
+from .problem import HeadProblem
 
 COPY = "copy"
 _SMALL_ROUNDS = 40

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from problem import BETA, HeadProblem, dpo_loss
 from torch import Tensor
+
+from .problem import BETA, HeadProblem, dpo_loss
 
 
 class Output(NamedTuple):

@@ -64,7 +64,7 @@ class Supervisor:
         """What the worker was at, and why it stopped before its end; None: it did not."""
         request = {**self._request, "tasks": list(self._tasks.values()), "first": self._first}
         worker = subprocess.Popen(
-            [sys.executable, self._script],
+            [sys.executable, self._script, "--worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

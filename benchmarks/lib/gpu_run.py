@@ -14,17 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gpu_peers
-import head_gpu_report
-import runner
-from gpu_peers import MODES
-from gpu_shapes import parse_shape
-from supervise import Supervisor
+from . import gpu_peers, gpu_report, runner
+from .gpu_peers import MODES
+from .shapes import parse_shape
+from .supervise import Supervisor
 
 # The most important first: where time is short, the last ones are left out.
 SHAPES = "a e c b d a/1024 e/1024 c/1024 b/1024 d/1024"
 SMALL = "d/256 a/256"
-HERE = Path(__file__).resolve().parent
+HEAD = Path(__file__).resolve().parents[1] / "head.py"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -147,11 +145,11 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     def write() -> None:
-        done = [head_gpu_report.compared(r) for r in supervisor.results]
+        done = [gpu_report.compared(r) for r in supervisor.results]
         results["wall_s"] = round(time.perf_counter() - begun, 1)
         results["dropped"] = list(supervisor.dropped)
         results["stops"] = list(supervisor.stops)
-        results["targets"] = head_gpu_report.targets(done)
+        results["targets"] = gpu_report.targets(done)
         results["results"] = done
         runner.write_json(path.with_suffix(".json"), results)
 
@@ -161,17 +159,17 @@ def main(argv: list[str] | None = None) -> None:
         if "dropped" in message:
             print(f"{message['dropped']}: left out, no time left", flush=True)
         if "result" in message:
-            print(head_gpu_report.report(head_gpu_report.compared(message["result"])), flush=True)
+            print(gpu_report.report(gpu_report.compared(message["result"])), flush=True)
             write()
 
-    script = os.fspath(HERE / "head_gpu.py")
+    script = os.fspath(HEAD)
     supervisor = Supervisor(script, request, hear=hear, patience=args.patience)
     try:
         supervisor.run()
     finally:  # also when it is interrupted
         write()
-        head_gpu_report.plot(results["results"], path.with_suffix(".png"))
-    print(head_gpu_report.closing(results))
+        gpu_report.plot(results["results"], path.with_suffix(".png"))
+    print(gpu_report.closing(results))
     print(f"{results['wall_s']:.0f} s in all; wrote {path.stem}.json and {path.stem}.png")
     if all("failed" in r for r in supervisor.results):
         raise SystemExit("nothing was measured")

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import runner
 import torch
+
+from . import runner
 
 # Before each timed call the GPU spins for so long, in which the host prepares the call's launches:
 # in training it is ahead as well. What the host takes is reported beside.

@@ -15,8 +15,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import runner
 from transformers import TrainerCallback
+
+from . import runner
 
 CHANNEL = None  # what was stdout; stdout itself goes to stderr, where libraries may print
 
@@ -171,7 +172,3 @@ def main() -> None:
     except Exception as error:
         say({"failed": runner.one_line(error)})
         raise
-
-
-if __name__ == "__main__":
-    main()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import gpu_peers
 import torch
-from problem import HeadProblem
 
 import fastpref
+
+from . import gpu_peers
+from .problem import HeadProblem
 
 DTYPE = torch.bfloat16
 

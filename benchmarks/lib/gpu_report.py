@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import runner
-from gpu_peers import EAGER, TRL
+from . import runner
+from .gpu_peers import EAGER, TRL
 
 # Of the roofline, with a gradient: what the large heads allow, and the small ones, where the passes
 # over the logits weigh more.

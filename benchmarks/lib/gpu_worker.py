@@ -1,6 +1,6 @@
 """The GPU mode of head.py: what it measures, task by task, in a process of its own.
 
-head_gpu_run.py starts this file as its worker, hands it the tasks and writes the results: a peer
+gpu_run.py starts head.py as its worker, hands it the tasks and writes the results: a peer
 that takes its process down, or hangs, costs its own figure and no other.
 """
 
@@ -15,16 +15,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import gpu_logits
-import gpu_parts
-import gpu_peers
-import runner
 import torch
-from gpu import Gpu, Lost, PretendGpu, Rounds, failure, open_device
-from gpu_peers import PRODUCTS, Entry, Output, Side, step
-from gpu_shapes import DTYPE, Products, Shape, parse_shape
-from problem import HeadProblem, Truth, errors, float64_truth, logp_errors, zipf_problem
 from torch import Tensor
+
+from . import gpu_peers, logits, parts, runner
+from .device import Gpu, Lost, PretendGpu, Rounds, failure, open_device
+from .gpu_peers import PRODUCTS, Entry, Output, Side, step
+from .problem import HeadProblem, Truth, errors, float64_truth, logp_errors, zipf_problem
+from .shapes import DTYPE, Products, Shape, parse_shape
 
 # Gradients further off than this are wrong, not imprecise; so are log-probs, in nats.
 WRONG_GRADIENT, WRONG_LOGP = 0.05, 0.2
@@ -274,7 +272,7 @@ class Worker:
     def _rows(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         problem, _, _ = self._prepare(shape)
         self._gpu.free()
-        passes, missing = gpu_parts.row_passes(
+        passes, missing = parts.row_passes(
             self._gpu,
             problem,
             self._backends,
@@ -282,18 +280,18 @@ class Worker:
             task.get("excluded", {}),
         )
         rounds = Rounds(self._gpu, self._request["repeats"], self._request["seconds"])
-        result = gpu_parts.time_passes(self._gpu, rounds, passes, self._teller(task))
+        result = parts.time_passes(self._gpu, rounds, passes, self._teller(task))
         result["kernels"] += missing
         return {"size": asdict(shape), **result}
 
     def _logits(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         problem, _, _ = self._prepare(shape)
         self._gpu.free()
-        passes, missing = gpu_logits.passes(
+        passes, missing = logits.passes(
             self._gpu, problem, self._backends, task.get("excluded", {})
         )
         rounds = Rounds(self._gpu, self._request["repeats"], self._request["seconds"])
-        result = gpu_parts.time_passes(self._gpu, rounds, passes, self._teller(task))
+        result = parts.time_passes(self._gpu, rounds, passes, self._teller(task))
         result["kernels"] += missing
         return {"size": asdict(shape), **result}
 
@@ -314,13 +312,13 @@ class Worker:
                     continue
                 self._teller(task)(entry.name)
                 try:
-                    calls[entry.name] = gpu_parts.small_call(self._gpu, entry, problem, mode)
+                    calls[entry.name] = parts.small_call(self._gpu, entry, problem, mode)
                     calls[entry.name]()
                 except Exception as error:
                     row["missing"] = failure(error)
                     self._gpu.check(row["missing"])
                     calls.pop(entry.name, None)
-            for name, times in gpu_parts.small_rows(calls).items():
+            for name, times in parts.small_rows(calls).items():
                 rows[name] |= times
             problem.clear()
             modes[mode] = list(rows.values())
@@ -335,9 +333,8 @@ def _results(problem: HeadProblem, out: Any) -> list[Tensor]:
     return [t for t in given if t is not None]
 
 
-def main() -> None:
-    """The worker: a request in on stdin; what it says, a line each, out on stdout."""
-    request = json.load(sys.stdin)
+def main(request: dict[str, Any]) -> None:
+    """The worker: what it says goes out on stdout, a line each."""
     # Whatever else prints to stdout, a peer or its compiler, goes to stderr.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -355,7 +352,3 @@ def main() -> None:
         say({"lost": str(error)})
         sys.exit(1)
     say({"done": True})
-
-
-if __name__ == "__main__":
-    main()

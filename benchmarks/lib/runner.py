@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 PACKAGES = (
     "torch",
     "transformers",
@@ -200,7 +200,7 @@ def run_worker(script: str, request: dict[str, Any], env: dict[str, str]) -> dic
 
 
 def _git(*args: str) -> str | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=30)
     except OSError:
@@ -226,7 +226,7 @@ def machine() -> dict[str, Any]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    sources = ("../fastpref", "../csrc", "../kernels")
+    sources = ("fastpref", "csrc", "kernels")
     dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *sources)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
