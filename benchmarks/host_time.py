@@ -19,7 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lib import peers, problem, runner
+from lib import peers
+from lib.device import Device
+from lib.ours import entries
+from lib.peers import TRL
+from lib.problem import HeadProblem, make_problem
+from lib.results import machine, results_path, table, write_json
+from lib.runner import failure
 
 import fastpref
 from fastpref import validation
@@ -50,7 +56,7 @@ def without_kernels() -> Iterator[None]:
             setattr(module, name, function)
 
 
-def parts(p: problem.HeadProblem) -> dict[str, Callable[[], float]]:
+def parts(p: HeadProblem) -> dict[str, Callable[[], float]]:
     """Seconds of each part of a call without kernels."""
     index = torch.arange(p.labels.numel())
 
@@ -102,17 +108,20 @@ def by_turns(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    p = problem.make_problem(args.tokens, args.hidden, args.vocab, torch.float32)
+    p = make_problem(args.tokens, args.hidden, args.vocab, torch.float32)
     calls: dict[str, Callable[[], float]] = {}
     missing = {}
-    for variant in peers.variants(True, torch.float32, ["exact"], [peers.TRL]):
-        if variant.ours and variant.name != OURS:
+    listed = entries(
+        Device(), "trainable", torch.float32, backends=[None], precisions=["exact"], names=[TRL]
+    )
+    for entry in listed:
+        if entry.ours and entry.name != OURS:
             continue
         try:
-            step = variant.make()
+            step = peers.step(entry.make(), "trainable")
             step(p)
         except ImportError as error:
-            missing[variant.name] = runner.one_line(error)
+            missing[entry.name] = failure(error)
             continue
 
         def call(step=step) -> float:
@@ -120,7 +129,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             step(p)
             return time.perf_counter() - start
 
-        calls[f"step, {variant.name}"] = call
+        calls[f"step, {entry.name}"] = call
     us = by_turns(calls, p.clear, args)
     with without_kernels():  # apart: replacing functions makes Python forget what it knew of them
         empty = {f"without kernels, {name}": part for name, part in parts(p).items()}
@@ -141,13 +150,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", default="host_time", help="name of the file in results/, or a path")
     args = parser.parse_args(argv)
     options = {k: v for k, v in vars(args).items() if k != "output"}
-    results = {"machine": runner.machine(), "options": options, **measure(args)}
-    runner.write_json(runner.results_path(args.output), results)
+    results = {"machine": machine(), "options": options, **measure(args)}
+    write_json(results_path(args.output), results)
     rows = [
         [name, f"{found['median']:.0f} us", "{:.0f} to {:.0f}".format(*found["quartiles"])]
         for name, found in results["us"].items()
     ]
-    print(runner.table(["", "median", "quartiles"], rows))
+    print(table(["", "median", "quartiles"], rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Two parts of a step on their own: the passes over a tile of logits, and what a call costs the
-host when there is next to nothing to compute."""
+"""Parts of a step on their own: the passes over a tile of logits, ready logits to log-probs and
+back, and what a call costs the host when there is next to nothing to compute."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .device import Gpu, PretendGpu, Rounds, failure
-from .gpu_peers import Entry, step
+from .device import Device
+from .peers import EAGER, Entry, step
 from .problem import HeadProblem
+from .runner import Rounds, failure
 
 COPY = "copy"
 _SMALL_ROUNDS = 40
@@ -28,47 +30,92 @@ class Pass:
     call: Callable[[], object]
 
 
-def row_passes(
-    gpu: Gpu | PretendGpu,
-    problem: HeadProblem,
-    backends: list[str],
-    precisions: list[str],
-    excluded: dict[str, str],
-) -> tuple[dict[str, Pass], list[dict[str, Any]]]:
-    """fold and grad, and both in one where there is that, of every backend over tiles as large as a
-    step has them, and a copy; and those that cannot run, with the reason. D gets memory of its own,
-    as where all of it is kept."""
-    from fastpref import backends as modules
-
-    passes: dict[str, Pass] = {}
-    missing = []
-    for backend in backends:
-        for precision in precisions:
-            for kernel in ("fold", "grad", "fold_grad"):
-                if not hasattr(modules._MODULES[backend], kernel):
-                    continue
-                name = f"{backend} {precision} {kernel}"
-                about = {"backend": backend, "precision": precision, "kernel": kernel}
-                if name in excluded:
-                    missing.append({**about, "missing": excluded[name]})
-                    continue
-                try:
-                    passes[name] = _row_pass(problem, about)
-                except Exception as error:
-                    missing.append({**about, "missing": failure(error)})
-                    gpu.check(failure(error))
-    # As large as a tile, or what a copy of twice the cache is.
-    columns = max(p.bytes for p in passes.values()) // 4 if passes else 2**27
-    passes[COPY] = copy_pass(gpu, columns)
-    return passes, missing
+# What a pass is about, and what makes it, or raises where it cannot run.
+Maker = tuple[dict[str, Any], Callable[[], Pass]]
 
 
-def copy_pass(gpu: Gpu | PretendGpu, numbers: int) -> Pass:
+def copy_pass(device: Device, numbers: int) -> Pass:
     """A copy of so many bf16 numbers, which is what the memory can do."""
-    source = torch.ones(numbers, dtype=torch.bfloat16, device=gpu.device)
+    source = torch.ones(numbers, dtype=torch.bfloat16, device=device.device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
     return Pass({}, moved, lambda: target.copy_(source))
+
+
+def measure(
+    device: Device,
+    rounds: Rounds,
+    makers: dict[str, Maker],
+    excluded: dict[str, str],
+    doing: Callable[[str], None],
+) -> dict[str, Any]:
+    """Rates of the passes, and fractions of the rate of a copy. Those that cannot run are listed
+    with the reason, and so are those that are excluded."""
+    passes: dict[str, Pass] = {}
+    cost: dict[str, float] = {}
+    missing = []
+
+    def warm(name: str, made: Pass) -> None:
+        passes[name] = made
+        device.time(made.call)
+        cost[name] = device.time(made.call).device
+
+    for name, (about, make) in makers.items():
+        if name in excluded:
+            missing.append({**about, "missing": excluded[name]})
+            continue
+        doing(name)
+        try:
+            warm(name, make())
+        except Exception as error:
+            passes.pop(name, None)
+            missing.append({**about, "missing": failure(error)})
+            device.check(failure(error))
+    # As large as a tile, or what a copy of twice the cache is.
+    doing(COPY)
+    warm(COPY, copy_pass(device, max((p.bytes for p in passes.values()), default=2**29) // 4))
+    calls = {name: p.call for name, p in passes.items()}
+    rounds.run(calls, cost, doing=doing)
+    rates = {
+        name: passes[name].bytes / timing.median / 1e9
+        for name, timing in rounds.device.items()
+        if name not in rounds.failed
+    }
+    kernels = []
+    for name, p in passes.items():
+        if name == COPY:
+            continue
+        if name in rounds.failed:
+            kernels.append({**p.about, "missing": rounds.failed[name]})
+            continue
+        row = {**p.about, "bytes": p.bytes, "time": rounds.device[name].to_json()}
+        row["gb_per_s"] = round(rates[name], 1)
+        if COPY in rates:
+            row["of_copy"] = round(rates[name] / rates[COPY], 4)
+        kernels.append(row)
+    copy = {"bytes": passes[COPY].bytes, "gb_per_s": round(rates.get(COPY, 0.0), 1)}
+    return {"copy": copy, "kernels": kernels + missing}
+
+
+# ---- passes over a tile ------------------------------------------------------------------------
+
+
+def row_passes(
+    problem: HeadProblem, backends: list[str], precisions: list[str]
+) -> dict[str, Maker]:
+    """fold and grad, and both in one where there is that, of every backend over tiles as large as a
+    step has them. D gets memory of its own, as where all of it is kept."""
+    from fastpref import backends as modules
+
+    makers: dict[str, Maker] = {}
+    for backend in backends:
+        for precision in precisions:
+            for kernel in ("fold", "grad", "fold_grad"):
+                if hasattr(modules._MODULES[backend], kernel):
+                    about = {"backend": backend, "precision": precision, "kernel": kernel}
+                    name = f"{backend} {precision} {kernel}"
+                    makers[name] = about, lambda about=about: _row_pass(problem, about)
+    return makers
 
 
 def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
@@ -106,46 +153,88 @@ def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     return Pass(about, read + d.numel() * d.element_size(), call)
 
 
-def time_passes(
-    gpu: Gpu | PretendGpu,
-    rounds: Rounds,
-    passes: dict[str, Pass],
-    doing: Callable[[str], None],
-) -> dict[str, Any]:
-    """Rates, and fractions of the rate of the copy."""
-    calls = {name: p.call for name, p in passes.items()}
-    cost = {}
-    for name, call in calls.items():
-        doing(name)
-        gpu.time(call)
-        cost[name] = gpu.time(call).device
-    rounds.run(calls, cost, doing=doing)
-    rates = {
-        name: passes[name].bytes / timing.median / 1e9
-        for name, timing in rounds.device.items()
-        if name not in rounds.failed
-    }
-    kernels = []
-    for name, p in passes.items():
-        if name == COPY:
-            continue
-        if name in rounds.failed:
-            kernels.append({**p.about, "missing": rounds.failed[name]})
-            continue
-        row = {**p.about, "bytes": p.bytes, "time": rounds.device[name].to_json()}
-        row["gb_per_s"] = round(rates[name], 1)
-        if COPY in rates:
-            row["of_copy"] = round(rates[name] / rates[COPY], 4)
-        kernels.append(row)
-    copy = {"bytes": passes[COPY].bytes, "gb_per_s": round(rates.get(COPY, 0.0), 1)}
-    return {"copy": copy, "kernels": kernels}
+# ---- ready logits ------------------------------------------------------------------------------
+
+# logits [N, V] and labels [N] to the negative log-probs [N].
+Side = Callable[[Tensor, Tensor], Tensor]
+_MOST_BYTES = 2**31  # of the logits: as many rows as fit
+
+
+def _ours(backend: str) -> Side:
+    import fastpref
+
+    return lambda x, y: -fastpref.token_logps(x, y, backend=backend, inplace_backward=True)
+
+
+def _plain(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _liger() -> Side:
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return lambda x, y: LigerCrossEntropyFunction.apply(x, y, None, -100, 0.0, 0.0, "none")[0]
+
+
+def _flash_attention() -> Side:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return lambda x, y: cross_entropy_loss(x, y, inplace_backward=True)[0]
+
+
+LOGITS_PEERS: dict[str, Callable[[], Side]] = {
+    EAGER: lambda: _plain,
+    "torch.compile": lambda: torch.compile(_plain, dynamic=False),
+    "Liger cross-entropy": _liger,
+    "flash-attention cross-entropy": _flash_attention,
+}
+
+
+def logits_passes(
+    device: Device, problem: HeadProblem, backends: list[str], names: list[str] | None
+) -> dict[str, Maker]:
+    """Ready bf16 logits [N, V] to token log-probs and back: fastpref's token_logps and the peers'
+    cross-entropies, forward and backward together. names: of peers, beside eager; None: all.
+
+    The least that has to move is counted, whatever a side moves: forward reads the logits, backward
+    reads them and writes their gradient, 6 bytes a logit.
+    """
+    vocab, labels = problem.weight.shape[0], problem.labels.flatten()
+    n = max(1, min(labels.shape[0], _MOST_BYTES // (2 * vocab)))
+    labels = labels[:n].contiguous()
+    source = (2 * torch.randn(n, vocab, device=device.device)).bfloat16()
+    coef = torch.rand(n, device=device.device)
+
+    def make(about: dict[str, Any], side: Callable[[], Side]) -> Pass:
+        return Pass(about, 6 * n * vocab, _call(side(), source, labels, coef))
+
+    sides = {f"fastpref {name}": (lambda name=name: _ours(name), False) for name in backends}
+    wanted = LOGITS_PEERS if names is None else [EAGER, *names]
+    sides |= {name: (side, True) for name, side in LOGITS_PEERS.items() if name in wanted}
+    makers: dict[str, Maker] = {}
+    for name, (side, peer) in sides.items():
+        about = {"backend": name, "precision": "bf16", "kernel": "token_logps", "peer": peer}
+        makers[name] = about, lambda about=about, side=side: make(about, side)
+    return makers
+
+
+def _call(side: Side, source: Tensor, labels: Tensor, coef: Tensor) -> Callable[[], object]:
+    """Several sides write their gradient over the logits, so each has a copy of its own. A call
+    goes on from what the one before left, which takes as long."""
+    leaf = source.clone().requires_grad_()
+
+    def run() -> None:
+        losses = side(leaf, labels)
+        torch.autograd.grad(losses, leaf, coef.to(losses.dtype))
+
+    return run
 
 
 # ---- what a call costs the host ----------------------------------------------------------------
 
 
 def small_call(
-    gpu: Gpu | PretendGpu, entry: Entry, problem: HeadProblem, mode: str
+    device: Device, entry: Entry, problem: HeadProblem, mode: str
 ) -> Callable[[], tuple[float, ...]]:
     """A warm call of a small batch on an idle GPU. Seconds of the host in the forward pass and, but
     for a pass without gradients, in the backward pass; and until the GPU is done as well."""
@@ -157,22 +246,22 @@ def small_call(
     clock = time.perf_counter
 
     def evaluate() -> tuple[float, ...]:
-        gpu.synchronize()
+        device.synchronize()
         a = clock()
         run(problem)
         b = clock()
-        gpu.synchronize()
+        device.synchronize()
         return b - a, clock() - a
 
     def train() -> tuple[float, ...]:
         problem.clear()
-        gpu.synchronize()
+        device.synchronize()
         a = clock()
         out = side.loss(problem)
         b = clock()
         out.loss.backward()
         c = clock()
-        gpu.synchronize()
+        device.synchronize()
         return b - a, c - b, clock() - a
 
     return evaluate if mode == "forward-only" else train

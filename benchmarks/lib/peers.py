@@ -1,8 +1,8 @@
-"""Every way to compute the DPO loss of a head that is measured: fastpref's and the peers'.
+"""Every way to compute the DPO loss of a head that is measured; fastpref's are in ours.py.
 
-Each variant is one function from a `HeadProblem` to the loss with its gradients, in the problem's
-`grad` fields. All get the same inputs, labels and reference log-probs; each peer gives its token
-log-probs and an ordinary torch DPO loss follows, but for Liger, which has a loss of its own.
+All get the same inputs, labels and reference log-probs. On a GPU fastpref is called as its trainer
+calls it, with the indices of the labelled tokens. Peers get their tokens compacted, and those
+without a loss of their own an ordinary torch DPO loss.
 """
 
 from __future__ import annotations
@@ -14,202 +14,288 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import BETA, HeadProblem, dpo_loss
+from .device import Device
+from .problem import BETA, HeadProblem, capped, dpo_loss
+
+MODES = ("trainable", "frozen", "forward-only")
 
 
 class Output(NamedTuple):
-    """loss []; sums [2P]; token_logps [2P, T], or None where the variant does not return them."""
+    """loss []; sums [2P], or [P] of the chosen and [P] of the rejected; token_logps [2P, T]. None
+    where a side does not give them."""
 
     loss: Tensor
-    sums: Tensor
+    sums: Tensor | tuple[Tensor, Tensor] | None = None
     token_logps: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Variant:
-    """make: imports what it needs and returns the step; raises where it cannot run.
+class Side:
+    """What one implementation offers.
 
-    compiled: it takes two calls to warm up, and a time to compile before that. with_reference:
-    whether its loss uses the reference log-probs. logps: gives the token log-probs that the step
-    does not return. by_default: measured unless peers are named.
+    loss: the loss with a graph. logps: the token log-probs [2P, T], with a graph too; None where
+    they are not to be had. forward: what a pass without gradients runs; default: logps.
+    """
+
+    loss: Callable[[HeadProblem], Output]
+    logps: Callable[[HeadProblem], Tensor] | None = None
+    forward: Callable[[HeadProblem], object] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table. make: imports what it needs; raises where it cannot run.
+
+    options: of fastpref's. products: how many of the head's products it computes to train it, 3
+    being the fewest. compiled: its second call compiles, too. softcap: whether it has one.
+    with_reference: whether its loss uses the reference log-probs. other: it computes another
+    function, so it has no errors and no part in any target. on: kinds of devices. by_default:
+    measured unless peers are named.
     """
 
     name: str
-    make: Callable[[], Callable[[HeadProblem], Output]]
+    make: Callable[[], Side]
     note: str = ""
     ours: bool = False
-    strategy: str | None = None
-    precision: str | None = None
+    backend: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    products: int | None = None
     compiled: bool = False
+    softcap: bool = True
     with_reference: bool = True
+    other: bool = False
+    on: tuple[str, ...] = ("cpu", "cuda")
     by_default: bool = True
-    logps: Callable[[HeadProblem], Tensor] | None = None
+    modes: tuple[str, ...] = MODES
+
+    def runs_on(self, device: Device) -> bool:
+        return ("cuda" if device.like_gpu else "cpu") in self.on
 
 
-def _step(logps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[HeadProblem], Output]:
-    """A step around a function (hidden, weight, labels) -> token log-probs [2P, T]."""
+def step(side: Side, mode: str) -> Callable[[HeadProblem], Any]:
+    """The call that is timed. It gives its Output, or what `forward` gives."""
+    if mode == "forward-only":
+        forward = side.forward or side.logps
+        if forward is None:
+            raise RuntimeError("it has no pass without gradients")
 
-    def step(p: HeadProblem) -> Output:
-        tokens = logps(p.hidden, p.weight, p.labels)
-        sums = tokens.float().sum(1)
-        loss = dpo_loss(sums, p.ref_logps)
-        loss.backward()
-        return Output(loss.detach(), sums.detach(), tokens.detach())
+        def evaluate(p: HeadProblem) -> object:
+            with torch.no_grad():
+                return forward(p)
 
-    return step
+        return evaluate
 
-
-# ---- fastpref ----------------------------------------------------------------------------------
-
-
-def _fastpref(precision: str, strategy: str | None) -> Variant:
-    import fastpref
-
-    options: dict[str, Any] = dict(precision=precision, strategy=strategy or "auto")
-
-    def step(p: HeadProblem) -> Output:
-        out = fastpref.linear_dpo_loss(
-            p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **options
-        )
+    def train(p: HeadProblem) -> Output:
+        out = side.loss(p)
         out.loss.backward()
-        return Output(out.loss.detach(), torch.cat([out.chosen_logps, out.rejected_logps]))
+        return out
 
-    def logps(p: HeadProblem) -> Tensor:
-        return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **options).detach()
+    return train
 
-    return Variant(
-        name=f"fastpref {precision}" + (f", {strategy}" if strategy else ""),
-        make=lambda: step,
-        ours=True,
-        strategy=strategy or "frozen",
-        precision=precision,
-        logps=logps,
-    )
+
+def _from_logps(logps: Callable[[HeadProblem], Tensor]) -> Side:
+    def loss(p: HeadProblem) -> Output:
+        tokens = logps(p)
+        sums = tokens.float().sum(1)
+        return Output(dpo_loss(sums, p.ref_logps), sums, tokens)
+
+    return Side(loss, logps)
 
 
 # ---- peers -------------------------------------------------------------------------------------
 
 
-def _logits_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = hidden @ weight.t()
+def _full(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    logits = capped(hidden @ weight.t(), softcap)
     return logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
 
 
-def _logits_logps_narrow(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = hidden @ weight.t()
-    return logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+def _eager() -> Side:
+    return _from_logps(lambda p: _full(p.hidden, p.weight, p.labels, p.softcap))
 
 
-def _compiled_eager() -> Callable[[HeadProblem], Output]:
-    return _step(torch.compile(_logits_logps, dynamic=False))
+def _narrow() -> Side:
+    def logps(p: HeadProblem) -> Tensor:
+        logits = capped(p.hidden @ p.weight.t(), p.softcap)
+        return logits.log_softmax(-1).gather(-1, p.labels[..., None])[..., 0]
+
+    return _from_logps(logps)
 
 
-def _trl() -> Callable[[HeadProblem], Output]:
+def _compiled() -> Side:
+    full = torch.compile(_full, dynamic=False)
+    return _from_logps(lambda p: full(p.hidden, p.weight, p.labels, p.softcap))
+
+
+def _rows(p: HeadProblem) -> tuple[Tensor, Tensor]:
+    return p.hidden.reshape(-1, p.hidden.shape[-1]), p.labels.reshape(-1)
+
+
+def _trl() -> Side:
     from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])
+    try:
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
+    except ImportError:  # the trainers need packages that the kernels do without
+        chunk = 32768
+
+    def logps(p: HeadProblem) -> Tensor:
+        rows, labels = _rows(p)
         out = ChunkedLogProbFunction.apply(
-            rows, weight, None, labels.reshape(-1), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+            rows, p.weight, None, labels, 1.0, chunk, p.softcap, 1.0, ()
         )
-        return out[0].view(labels.shape)
+        return out[0].view(p.labels.shape)
 
-    return _step(logps)
+    return _from_logps(logps)
 
 
-def _liger() -> Callable[[HeadProblem], Output]:
+def _liger_dpo() -> Side:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     head = LigerFusedLinearDPOLoss(beta=BETA, compiled=True, use_ref_model=False)
 
-    def step(p: HeadProblem) -> Output:
-        loss, (chosen, rejected, *_) = head(p.weight, p.hidden, p.labels)
-        loss.backward()
-        return Output(loss.detach(), torch.cat([chosen, rejected]).detach())
+    def loss(p: HeadProblem) -> Output:
+        # It marks the labels it is given as dynamic, for which others would compile again.
+        value, (chosen, rejected, *_) = head(p.weight, p.hidden, p.labels.detach())
+        return Output(value, (chosen, rejected))
 
-    return step
+    return Side(loss)
 
 
-def _torch_lce(**chosen: Any) -> Callable[[HeadProblem], Output]:
+def _liger_scaled() -> Side:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as scaled
+
+    def logps(p: HeadProblem) -> Tensor:
+        rows, labels = _rows(p)
+        return -scaled.apply(rows, p.weight, labels).view(p.labels.shape)
+
+    return _from_logps(logps)
+
+
+def _cce(impl: str = "cce", **options: Any) -> Side:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def logps(p: HeadProblem) -> Tensor:
+        rows, labels = _rows(p)
+        losses = linear_cross_entropy(
+            rows, p.weight, labels, softcap=p.softcap, reduction="none", impl=impl, **options
+        )
+        return -losses.view(p.labels.shape)
+
+    return _from_logps(logps)
+
+
+def _torch_lce(chunks: bool = True) -> Side:
+    """chunks: on a CPU in chunks of 256 tokens, which there is many times as fast."""
     from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy
 
-    options = LinearCrossEntropyOptions(**chosen)
+    few = LinearCrossEntropyOptions(
+        chunking_method=None, batch_chunk_size=256, acc_policy="accurate"
+    )
 
-    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        losses = linear_cross_entropy(
-            rows, weight, labels.reshape(-1), reduction="none", options=options
-        )
-        return -losses.view(labels.shape)
+    def logps(p: HeadProblem) -> Tensor:
+        rows, labels = _rows(p)
+        options = {"options": few} if chunks and not rows.is_cuda else {}
+        losses = linear_cross_entropy(rows, p.weight, labels, reduction="none", **options)
+        return -losses.view(p.labels.shape)
 
-    return _step(logps)
-
-
-def _cce() -> Callable[[HeadProblem], Output]:
-    from cut_cross_entropy import linear_cross_entropy
-
-    def logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="torch_compile")
-
-    return _step(logps)
+    return _from_logps(logps)
 
 
-EAGER = "eager"
-COMPILED = "torch.compile"
-TRL = "TRL chunked"
-LIGER = "Liger DPO"
+def _quack() -> Side:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
+    def loss(p: HeadProblem) -> Output:
+        rows, labels = _rows(p)
+        value = chunked_linear_cross_entropy(rows, p.weight, labels, reduction="sum")
+        return Output(value, None)
+
+    return Side(loss, forward=loss)
+
+
+EAGER, NARROW, TRL, LIGER = "eager", "eager bf16", "TRL chunked", "Liger DPO"
+# The most important first: where time is short, the last ones are left out.
 PEERS = (
-    Variant(EAGER, lambda: _step(_logits_logps), "softmax in float32"),
-    Variant(
-        "eager bf16", lambda: _step(_logits_logps_narrow), "softmax in bf16, as in older trainers"
+    Entry(EAGER, _eager, "softmax in float32", products=3),
+    Entry(NARROW, _narrow, "softmax in bf16, as in older trainers", products=3, on=("cpu",)),
+    Entry(
+        TRL,
+        _trl,
+        "trl.kernels.ChunkedLogProbFunction, log-probs only, TRL's own tile sizes",
+        products=4,
     ),
-    Variant(COMPILED, _compiled_eager, "the eager function, static shapes", compiled=True),
-    Variant(TRL, _trl, "trl.kernels.ChunkedLogProbFunction, log-probs only, its own tile sizes"),
-    Variant(
-        LIGER,
-        _liger,
-        "LigerFusedLinearDPOLoss(compiled=True); it takes no reference log-probs, so it runs with "
-        "use_ref_model=False and is spared the reference's product",
-        compiled=True,
-        with_reference=False,
+    Entry(
+        "Liger scaled CE",
+        _liger_scaled,
+        "LigerFusedLinearScaledCrossEntropyFunction: log-probs per token, no softcap",
+        products=4,
+        softcap=False,
+        on=("cuda",),
     ),
-    Variant(
+    Entry(
+        "CCE",
+        lambda: _cce(),
+        "cut_cross_entropy.linear_cross_entropy, impl='cce', its own filter of small gradients",
+        products=4,
+        on=("cuda",),
+    ),
+    Entry(
+        "QuACK",
+        _quack,
+        "chunked_linear_cross_entropy, reduction='sum': one coefficient for all tokens, so it "
+        "computes no DPO loss; no softcap",
+        products=3,
+        softcap=False,
+        other=True,
+        on=("cuda",),
+    ),
+    Entry(
         "torch LCE",
-        lambda: _torch_lce(chunking_method=None, batch_chunk_size=256, acc_policy="accurate"),
-        "torch.nn.functional.linear_cross_entropy, reduction='none', chunks of 256 tokens, which "
-        "on CPUs is many times as fast as its default",
-    ),
-    Variant(
-        "torch LCE default",
         _torch_lce,
+        "torch.nn.functional.linear_cross_entropy, reduction='none'; its defaults on a GPU, chunks "
+        "of 256 tokens on a CPU, where that is many times as fast; no softcap",
+        products=4,
+        softcap=False,
+    ),
+    Entry(
+        "torch LCE default",
+        lambda: _torch_lce(chunks=False),
         "the same with LinearCrossEntropyOptions(): chunks of a few tokens; runs only if named",
+        products=4,
+        softcap=False,
+        on=("cpu",),
         by_default=False,
     ),
-    Variant(
+    Entry(
         "CCE torch_compile",
-        _cce,
+        lambda: _cce("torch_compile"),
         "cut_cross_entropy.linear_cross_entropy, impl='torch_compile'",
+        products=4,
         compiled=True,
+        on=("cpu",),
+    ),
+    Entry(
+        "torch.compile", _compiled, "the eager function, static shapes", products=3, compiled=True
+    ),
+    Entry(
+        LIGER,
+        _liger_dpo,
+        "LigerFusedLinearDPOLoss(compiled=True); it takes no reference log-probs, so it runs with "
+        "use_ref_model=False and is spared the reference's product; no softcap, and its forward "
+        "pass computes the gradients",
+        products=3,
+        compiled=True,
+        softcap=False,
+        with_reference=False,
+        modes=("trainable", "frozen"),
+    ),
+    Entry(
+        "CCE, unfiltered",
+        lambda: _cce(filter_eps=None),
+        "the same with filter_eps=None: all of the gradient",
+        products=4,
+        modes=("trainable", "frozen"),
+        on=("cuda",),
     ),
 )
-
-
-def variants(
-    trainable: bool, dtype: torch.dtype, precisions: list[str], peers: list[str] | None = None
-) -> list[Variant]:
-    """What is measured with a trainable, or a frozen, head. peers: names; None: the usual ones."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        precisions = precisions[:1]  # the two differ for 16-bit inputs only
-    ours = [
-        _fastpref(precision, strategy)
-        for precision in precisions
-        for strategy in (("stash", "recompute") if trainable else (None,))
-    ]
-    named = [v.name for v in PEERS if v.by_default] if peers is None else [EAGER, *peers]
-    chosen = [v for v in PEERS if v.name in named]
-    if dtype != torch.bfloat16:
-        chosen = [v for v in chosen if v.name != "eager bf16"]
-    return [*ours, *chosen]

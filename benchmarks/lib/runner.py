@@ -1,52 +1,31 @@
-"""What every benchmark shares: interleaved timing, peak memory, the machine, targets, results.
+"""Running: interleaved calls, workers in processes of their own, and who watches over them.
 
-Variants are timed call by call in one process, in a new order every round, so that a slow spell of
-the machine hits all of them; medians and quartiles are reported, and beside them those of a canary
-product that shows such spells.
+A worker is a benchmark's script, started with --worker. It reads a request from stdin, a line of
+JSON, and answers in lines of JSON on stdout (`serve`); `Child` is the other end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import importlib.metadata
+import itertools
 import json
 import os
-import platform
+import queue
 import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "liger_kernel",
-    "cut-cross-entropy",
-    "accelerate",
-    "datasets",
-    "peft",
-    "triton",
-    "quack-kernels",
-    "nvidia-cutlass-dsl",
-    "fastpref",
-)
-# With these glibc gives every large block back at once, so that resident memory is live memory.
-TIGHT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-
-
-# ---- time --------------------------------------------------------------------------------------
+from .device import Device, Times
 
 
 @dataclass
@@ -74,43 +53,6 @@ class Timing:
         }
 
 
-def timed(call: Callable[[], object], reset: Callable[[], object] | None = None) -> float:
-    """Seconds of one call. reset runs before it, outside of the measurement."""
-    if reset is not None:
-        reset()
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    finally:
-        gc.enable()
-
-
-def interleave(
-    calls: dict[str, Callable[[], object]],
-    cost: dict[str, float],
-    *,
-    repeats: int,
-    seconds: float,
-    reset: Callable[[], object] | None = None,
-    seed: int = 0,
-) -> dict[str, Timing]:
-    """Time the calls round by round, in an order that is shuffled every round.
-
-    cost: seconds that a call takes once it is warm. seconds: what one variant may spend in all; a
-    slower one takes part in fewer rounds, spread evenly, but in three at least.
-    """
-    shares = share_rounds({name: cost[name] for name in calls}, repeats, seconds)
-    timings = {name: Timing(limited=shares[name] < repeats) for name in calls}
-    order = random.Random(seed)
-    for i in range(repeats):
-        for name in due(shares, i, repeats, order):
-            timings[name].seconds.append(timed(calls[name], reset))
-    return timings
-
-
 def share_rounds(cost: dict[str, float], repeats: int, seconds: float) -> dict[str, int]:
     """Of so many rounds, how many each call takes part in when it may spend so many seconds."""
     fits = {name: int(seconds / max(c, 1e-9)) for name, c in cost.items()}
@@ -124,176 +66,288 @@ def due(shares: dict[str, int], i: int, repeats: int, order: random.Random) -> l
     return names
 
 
-def canary(dtype: torch.dtype) -> Callable[[], object]:
-    """A fixed product, 8.6 GFLOP: its spread is the machine's, not any variant's."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(512, 1024, generator=generator).to(dtype)
-    b = torch.randn(1024, 8192, generator=generator).to(dtype)
-    out = torch.empty(512, 8192, dtype=dtype)
-    return lambda: torch.mm(a, b, out=out)
+class Rounds:
+    """Interleaved calls: each round all of them, in an order of its own, so that a slow spell of
+    the machine hits every side."""
+
+    def __init__(self, device: Device, repeats: int, seconds: float, seed: int = 0):
+        """repeats: rounds. seconds: what one call may spend in all its rounds."""
+        self._device, self._repeats, self._seconds = device, repeats, seconds
+        self._order = random.Random(seed)
+        self.device: dict[str, Timing] = {}
+        self.host: dict[str, Timing] = {}
+        self.failed: dict[str, str] = {}
+
+    def run(
+        self,
+        calls: dict[str, Callable[[], object]],
+        cost: dict[str, float],
+        reset: Callable[[], object] | None = None,
+        doing: Callable[[str], object] = lambda name: None,
+        whole: bool = False,
+    ) -> None:
+        """cost: seconds of a warm call; one that is slow sits out rounds, but takes part in three.
+
+        doing: told whose turn it is. whole: with the wall clock, until the device is done. A call
+        that fails is out, and `failed` says why. Raises Lost.
+        """
+        clock = self._device.wall if whole else self._device.time
+        wanted = {name: cost[name] for name in calls}
+        shares = share_rounds(wanted, self._repeats, self._seconds)
+        for name, k in shares.items():
+            self.device[name] = Timing(limited=k < self._repeats)
+            self.host[name] = Timing(limited=k < self._repeats)
+        gc.collect()
+        gc.freeze()  # what lives now stays; it need not be looked at again every round
+        gc.disable()
+        try:
+            for i in range(self._repeats):
+                for name in due(shares, i, self._repeats, self._order):
+                    if name not in self.failed:
+                        doing(name)
+                        self._once(name, lambda n=name: clock(calls[n], reset))
+                gc.collect()
+        finally:
+            gc.enable()
+            gc.unfreeze()
+
+    def _once(self, name: str, timed: Callable[[], Times]) -> None:
+        try:
+            times = timed()
+        except Exception as error:
+            self.failed[name] = failure(error)
+            self._device.check(self.failed[name])
+            return
+        self.device[name].seconds.append(times.device)
+        self.host[name].seconds.append(times.host)
 
 
-def head_products(n: int, h: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The three products of a head, bare, at the measured shape: the machine's own GEMM rates."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n, h, generator=generator).to(dtype)
-    w = torch.randn(v, h, generator=generator).to(dtype)
-    d = torch.empty(n, v, dtype=dtype).uniform_(generator=generator)
-    u, dw = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
-    return {
-        "X W^T": lambda: torch.mm(x, w.t(), out=d),
-        "D W": lambda: torch.mm(d, w, out=u),
-        "D^T X": lambda: torch.mm(d.t(), x, out=dw),
-    }
+def failure(error: BaseException) -> str:
+    """One line on why something cannot run here; running out of memory is a result like others."""
+    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
+    line = f"{type(error).__name__}: {text}"[:200]
+    return f"out of memory: {line}" if isinstance(error, torch.OutOfMemoryError) else line
 
 
-# ---- memory ------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------
 
 
-def _status(key: str) -> int:
-    """A line of /proc/self/status that is in kB, as bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only")
+def serve(answer: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]) -> None:
+    """The worker's end: call `answer` with the request and with a function that sends a message.
+
+    Whatever else prints to stdout, a peer or its compiler, goes to stderr. An error is told as
+    {"failed": why}, and ends the process.
+    """
+    warnings.filterwarnings("ignore")
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+
+    try:
+        answer(json.loads(sys.stdin.readline()), say)
+    except Exception as error:
+        say({"failed": failure(error)})
+        raise
 
 
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held, or since the last `reset_peak`."""
-    return _status("VmHWM")
+class Child:
+    """A worker process. `last` is the last line of its stderr, which is passed on if `loud`."""
 
+    def __init__(
+        self,
+        script: str,
+        request: dict[str, Any],
+        env: dict[str, str] | None = None,
+        loud: bool = True,
+    ):
+        self._process = subprocess.Popen(
+            [sys.executable, script, "--worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, **(env or {})},
+        )
+        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._loud, self.last = loud, ""
+        self._readers = [
+            threading.Thread(target=self._read, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+        self.tell(json.dumps(request))
 
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    def tell(self, line: str = "") -> None:
+        """A line to its stdin. If it is dead, the end of its output says so."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
+    def hear(self, timeout: float | None = None) -> dict[str, Any] | None:
+        """The next message; None at its end. Raises queue.Empty after `timeout` seconds."""
+        message = self._messages.get(timeout=timeout)
+        if message is None:
+            self._process.wait()
+            self._readers[1].join(timeout=5)
+        return message
 
-def peak_beyond(call: Callable[[], object], reset: Callable[[], object]) -> dict[str, int]:
-    """Peak resident memory of a call beyond what was resident before it, in bytes."""
-    reset()
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _status("VmRSS")
-    reset_peak()
-    call()
-    peak = peak_resident_bytes()
-    return {"resident_before": before, "peak_resident": peak, "peak_beyond": peak - before}
+    def ending(self) -> str:
+        """How it ended, once `hear` gave None."""
+        return f"the process ended with status {self._process.wait()}: {self.last}"
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        for reader in self._readers:
+            reader.join(timeout=5)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    message = json.loads(line)
+                    if isinstance(message, dict):
+                        self._messages.put(message)
+        self._messages.put(None)
+
+    def _read_errors(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                if self._loud:
+                    sys.stderr.write(line)
+                if line.strip():
+                    self.last = " ".join(line.split())
 
 
 def run_worker(script: str, request: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
-    """Run `script --worker` in a process of its own: request in on stdin, the last line of stdout
-    back. Raises RuntimeError with the last line of stderr."""
-    done = subprocess.run(
-        [sys.executable, script, "--worker"],
-        input=json.dumps(request),
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"the worker failed: {lines[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-# ---- what it ran on ----------------------------------------------------------------------------
-
-
-def _git(*args: str) -> str | None:
-    here = Path(__file__).resolve().parents[2]
+    """The one message of a worker. Raises RuntimeError if it ends without."""
+    child = Child(script, request, env, loud=False)
     try:
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=30)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        message = child.hear()
+        if message is None or "failed" in message:
+            raise RuntimeError(message["failed"] if message else child.ending())
+        return message
+    finally:
+        child.stop()
 
 
-def machine() -> dict[str, Any]:
-    """Device, versions, threads and commit; no host name and no path."""
-    import fastpref.backends
+_STRIKES = 2  # tasks that a part may take down before it is left out of all
 
-    cpu, flags = platform.processor(), ""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                cpu = value.strip()
-            elif key.strip() == "flags":
-                flags = value
+
+class Supervisor:
+    """Runs a worker over a list of tasks, and goes on without whatever takes the worker down.
+
+    Messages of the worker:
+
+        {"doing": id, "entry": name}   what it is at; entry: which part of the task, if any
+        {"result": {"id": id, ...}}    a task is done
+        {"dropped": id}                no time for that task
+        {"lost": why}                  it cannot go on, and ends
+        {"done": true}                 all tasks are done
+
+    It is stopped when it is silent for too long or past its time. Then, or when it died, another
+    one gets the tasks that are left, without the part that the first one was at. Tasks with an
+    environment of their own, `env`, get a worker of their own.
+
+    results: in the order in which they came. dropped: ids of tasks. stops: what went wrong.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        request: dict[str, Any],
+        *,
+        hear: Callable[[dict[str, Any]], None] = lambda message: None,
+        patience: float = 120.0,
+        grace: float = 30.0,
+    ):
+        """hear: gets every message but `doing`. patience: seconds of silence that are too many.
+        grace: seconds past request["deadline"], in time.time()'s terms, until the end."""
+        self._script, self._request, self._hear = script, request, hear
+        self._patience, self._end = patience, request["deadline"] + grace
+        self._tasks = {task["id"]: {**task, "excluded": {}} for task in request["tasks"]}
+        self._strikes: dict[str, int] = {}
+        self._first = True
+        self.results: list[dict[str, Any]] = []
+        self.dropped: list[str] = []
+        self.stops: list[str] = []
+
+    def run(self) -> None:
+        while self._tasks and time.time() < self._end:
+            before = len(self._tasks)
+            at, why = self._one_worker()
+            if why is not None:
+                self._learn(at, why, len(self._tasks) < before)
+            elif len(self._tasks) == before:  # it says that it is done, and did nothing
                 break
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    sources = ("fastpref", "csrc", "kernels")
-    dirty = _git("status", "--porcelain", "--untracked-files=no", "--", *sources)
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": cpu,
-        "cpu_features": [f for f in wanted if f in flags.split()],
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": versions,
-        "backend": fastpref.backends.active(),
-        # COMMIT: for a copy of the tree that is no checkout.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("COMMIT"),
-        "uncommitted_changes": None if dirty is None else bool(dirty),
-    }
+        self.dropped += self._tasks
 
+    def _one_worker(self) -> tuple[dict[str, Any], str | None]:
+        """What the worker was at, and why it stopped before its end; None: it did not."""
+        env, tasks = next(itertools.groupby(self._tasks.values(), lambda task: task.get("env")))
+        request = {**self._request, "tasks": list(tasks), "first": self._first}
+        child = Child(self._script, request, env)
+        at: dict[str, Any] = {}
+        why: str | None = None
+        try:
+            while True:
+                wait = min(self._patience, self._end - time.time())
+                try:
+                    message = child.hear(timeout=max(wait, 0.0))
+                except queue.Empty:
+                    silent = f"nothing heard for {wait:.0f} s"
+                    return at, silent if wait == self._patience else "the time was up"
+                if message is None:
+                    return at, (why or child.ending())[:300]
+                if "doing" in message:
+                    at = message
+                    continue
+                if "result" in message:
+                    self.results.append(message["result"])
+                    self._tasks.pop(message["result"]["id"])
+                    at = {}
+                elif "dropped" in message:
+                    self.dropped.append(message["dropped"])
+                    self._tasks.pop(message["dropped"])
+                elif "lost" in message or "failed" in message:
+                    why = message.get("lost") or message["failed"]
+                elif "machine" in message:
+                    self._first = False
+                elif "done" in message:
+                    return {}, None
+                self._hear(message)
+        finally:
+            child.stop()
 
-# ---- results -----------------------------------------------------------------------------------
+    def _learn(self, at: dict[str, Any], why: str, moved: bool) -> None:
+        """Leave out the part that did it, or the task where it was no part. moved: it did some."""
+        name, entry = at.get("doing"), at.get("entry")
+        self.stops.append(": ".join(part for part in (name, entry, why) if part))
+        print(f"stopped at {self.stops[-1]}", file=sys.stderr, flush=True)
+        if name not in self._tasks:
+            if not moved:  # it cannot even start: no task would go better
+                self.dropped += self._tasks
+                self._tasks.clear()
+            return
+        if entry is None or entry in self._tasks[name]["excluded"]:
+            self._fail(name, why)
+            return
+        self._strikes[entry] = self._strikes.get(entry, 0) + 1
+        tasks = self._tasks.values() if self._strikes[entry] >= _STRIKES else [self._tasks[name]]
+        for task in tasks:
+            task["excluded"][entry] = f"it stopped the process: {why}"
 
-
-def target(what: str, wanted: float, measured: float | None, *, most: bool = False) -> dict:
-    """One aim beside what was measured. most: the aim is an upper bound."""
-    met = None if measured is None else (measured <= wanted if most else measured >= wanted)
-    rounded = None if measured is None else round(measured, 4)
-    bound = "at most" if most else "at least"
-    return {"target": what, "bound": bound, "wanted": wanted, "measured": rounded, "met": met}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Left-aligned first column, right-aligned others."""
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        first, *others = zip(row, widths, strict=True)
-        cells = [first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(lines)
-
-
-def target_table(targets: list[dict]) -> str:
-    marks = {True: "met", False: "MISSED", None: "not measured"}
-    rows = [
-        [
-            t["target"],
-            f"{'<=' if t['bound'] == 'at most' else '>='} {t['wanted']:.3g}",
-            "-" if t["measured"] is None else f"{t['measured']:.3g}",
-            marks[t["met"]],
-        ]
-        for t in targets
-    ]
-    return table(["target", "wanted", "measured", ""], rows)
-
-
-def results_path(output: str) -> Path:
-    """Where --output says: a path that ends in .json, or the name of a file in results/."""
-    path = Path(output)
-    return path if path.suffix == ".json" else RESULTS / f"{output}.json"
-
-
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error, for a variant that cannot run."""
-    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
-    return f"{type(error).__name__}: {text}"[:200]
+    def _fail(self, name: str, why: str) -> None:
+        result = {**self._tasks.pop(name), "failed": f"the process stopped: {why}"}
+        self.results.append(result)
+        self._hear({"result": result})
