@@ -173,10 +173,7 @@ def closing(results: dict[str, Any]) -> str:
 _PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("speed over eager", lambda r: r.get("speed_over_eager")),
     ("fraction of the roofline", lambda r: r.get("roofline_fraction")),
-    (
-        "extra memory, MiB",
-        lambda r: None if (mib := _mib(r, "extra")) is None else max(mib, 0.1),
-    ),
+    ("extra memory, MiB", lambda r: None if (mib := _mib(r, "extra")) is None else max(mib, 0.1)),
 )
 
 

@@ -13,10 +13,7 @@ Row = dict[str, Any]
 # over the logits weigh more.
 _ROOFLINE = {"a": 0.90, "e": 0.90, "c": 0.85, "b": 0.75, "d": 0.68}
 # Bytes at the peak beyond those before the call, the returned gradients among them, in GB.
-_MEMORY = {
-    "trainable": {"a": 3.2, "b": 2.8, "c": 3.3, "d": 1.7, "e": 2.7},
-    "frozen": {"a": 1.1},
-}
+_MEMORY = {"trainable": {"a": 3.2, "b": 2.8, "c": 3.3, "d": 1.7, "e": 2.7}, "frozen": {"a": 1.1}}
 _WIDE = ("a", "c", "e")
 _SMALL_CALL_US = 100.0
 
