@@ -107,21 +107,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     there = device.PretendGpu if args.device != "cpu" else device.Device
-    for name, known in {
+    known = {
         "modes": list(MODES),
         "parts": list(PARTS),
         "precision": ["exact", "fast"],
         "dtype": list(DTYPES),
         "backends": ["cuda", "triton", "native", "eager"],
         "peers": [*ours.known(there()), *parts.LOGITS_PEERS],
-    }.items():
-        if (text := getattr(args, name)) is None:
-            continue
-        given = [part for part in text.split(",") if part]
-        if not set(given) <= set(known):
-            parser.error(f"--{name}: got {text}, expected some of {','.join(known)}")
-        ordered = [k for k in known if k in given]
-        setattr(args, name, given if name in ("backends", "peers") else ordered)
+    }
+    for name, names in known.items():
+        if (text := getattr(args, name)) is not None:
+            given = [part for part in text.split(",") if part]
+            if not set(given) <= set(names):
+                parser.error(f"--{name}: got {text}, expected some of {','.join(names)}")
+            ordered = [n for n in names if n in given]
+            setattr(args, name, given if name in ("backends", "peers") else ordered)
     args.only = [part for part in (args.only or "").split(";") if part]
     for name in ("shapes", "small"):
         setattr(args, name, getattr(args, name).split())
@@ -212,17 +212,15 @@ class Record:
             "settings": settings(args),
         }
 
-    def cell_of(self, memory: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """The cell whose rows a memory task is about, with its figures put in."""
-        keys = "shape", "dtype", "mode"
-        for cell in done:
-            same = all(cell.get(k) == memory[k] for k in keys)
-            if cell["kind"] == "cell" and same and "failed" not in cell:
-                why = {"failed": memory.get("failed", "not measured")}
-                for row in cell["variants"]:
-                    row["memory"] = memory.get("memory", {}).get(row["variant"], why)
-                return _compared(cell)
-        return None
+    def add_memory(self, found: dict[str, Any], done: list[dict[str, Any]]) -> Any:
+        """Put a memory task's figures into the rows of the cell that it is about, and give that."""
+        about = [(r["kind"], r["shape"], r["dtype"], r.get("mode")) for r in done]
+        wanted = "cell", found["shape"], found["dtype"], found["mode"]
+        cell = done[about.index(wanted)] if wanted in about else {}
+        why = {"failed": found.get("failed", "not measured")}
+        for row in cell.get("variants", ()):
+            row["memory"] = found.get("memory", {}).get(row["variant"], why)
+        return cell if "variants" in cell else None
 
     def write(self, supervisor: runner.Supervisor) -> None:
         done = [_compared(r) for r in supervisor.results if r["kind"] != "memory"]
@@ -282,12 +280,15 @@ def main(argv: list[str] | None = None) -> None:
         if "dropped" in message:
             print(f"{message['dropped']}: left out, no time left", flush=True)
         if "result" in message:
-            result: dict[str, Any] | None = message["result"]
-            if message["result"]["kind"] == "memory":
-                result = record.cell_of(message["result"], supervisor.results)
+            result = message["result"]
+            told = result
+            if result["kind"] == "memory":  # the last of a cell
+                told = record.add_memory(result, supervisor.results)
+            elif args.device == "cpu" and result["kind"] == "cell" and "failed" not in result:
+                told = None
             record.write(supervisor)
-            if result is not None:
-                print(report.report(result), flush=True)
+            if told is not None:
+                print(report.report(told), flush=True)
 
     script = str(Path(__file__).resolve())
     supervisor = runner.Supervisor(script, request, hear=hear, patience=args.patience)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch
 from lib import peers
 from lib.device import Device
 from lib.ours import entries
+from lib.parts import by_turns
 from lib.peers import TRL
 from lib.problem import HeadProblem, make_problem
 from lib.results import machine, results_path, table, write_json
@@ -84,26 +84,20 @@ def parts(p: HeadProblem) -> dict[str, Callable[[], float]]:
     return {"forward": forward, "backward": backward, "log-probs without gradients": reference}
 
 
-def by_turns(
+def medians(
     calls: dict[str, Callable[[], float]], clear: Callable[[], None], args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Median and quartiles of each, in microseconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, names = random.Random(0), list(calls)
-    for i in range(args.repeats + args.warm_up):
-        order.shuffle(names)
-        for name in names:
-            clear()
-            took = calls[name]()
-            if i >= args.warm_up:
-                seconds[name].append(1e6 * took)
-    return {
-        name: {
+    told = {name: lambda call=call: (1e6 * call(),) for name, call in calls.items()}
+    out = {}
+    for name, taken in by_turns(told, args.repeats, args.warm_up, clear).items():
+        us = [took for (took,) in taken]
+        low, _, high = statistics.quantiles(us, n=4)
+        out[name] = {
             "median": round(statistics.median(us), 1),
-            "quartiles": [round(q, 1) for q in statistics.quantiles(us, n=4)[::2]],
+            "quartiles": [round(low, 1), round(high, 1)],
         }
-        for name, us in seconds.items()
-    }
+    return out
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -130,10 +124,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             return time.perf_counter() - start
 
         calls[f"step, {entry.name}"] = call
-    us = by_turns(calls, p.clear, args)
+    us = medians(calls, p.clear, args)
     with without_kernels():  # apart: replacing functions makes Python forget what it knew of them
         empty = {f"without kernels, {name}": part for name, part in parts(p).items()}
-        us.update(by_turns(empty, p.clear, args))
+        us.update(medians(empty, p.clear, args))
     return {"missing": missing, "us": us}
 
 

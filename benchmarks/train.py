@@ -64,9 +64,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---- data --------------------------------------------------------------------------------------
-
-
 def split(path: str, train: int, held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Pairs to train on and pairs to judge, which share no prompt."""
     opened = gzip.open(path, "rt") if path.endswith(".gz") else open(path)
@@ -90,9 +87,6 @@ def split(path: str, train: int, held_out: int, seed: int) -> tuple[list[dict], 
 def write_lines(path: Path, pairs: list[dict]) -> str:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return os.fspath(path)
-
-
-# ---- runs --------------------------------------------------------------------------------------
 
 
 class Run:
@@ -130,28 +124,10 @@ class Run:
 
 
 def request(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    steps = changes.get("steps", args.steps)
-    return {
-        "trainer": "fastpref",
-        "model": args.model,
-        "loss": "sigmoid",
-        "steps": steps,
-        "warmup_steps": math.ceil(steps / 10),
-        "batch": args.batch,
-        "max_length": args.max_length,
-        "learning_rate": args.learning_rate,
-        "beta": args.beta,
-        "seed": args.seed,
-        "dtype": args.dtype,
-        "autocast": not args.no_autocast,
-        "checkpointing": not args.no_checkpointing,
-        "precision": args.precision,
-        "precompute": True,
-        "segment": None,
-        "held_out": None,
-        "keep_data": None,
-        **changes,
-    }
+    """What a worker is told: the options, and what is said of this run."""
+    asked = vars(args) | {"trainer": "fastpref", "loss": "sigmoid", "precompute": True}
+    asked |= {"segment": None, "held_out": None, "keep_data": None, **changes}
+    return asked | {"warmup_steps": math.ceil(asked["steps"] / 10)}
 
 
 def against_trl(args: argparse.Namespace, pairs: list[dict], folder: Path) -> dict[str, Any]:
@@ -223,9 +199,6 @@ def train_alone(
         if keep:
             files = {name: os.fspath(keep / name) for name in files}
     return out
-
-
-# ---- report ------------------------------------------------------------------------------------
 
 
 def report(found: dict[str, Any]) -> str:

@@ -50,9 +50,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---- a step ------------------------------------------------------------------------------------
-
-
 def rows(args: argparse.Namespace) -> list[dict[str, list[int]]]:
     """Pairs of random token ids, the answers of different lengths, as answers are."""
     draw = random.Random(args.seed)
@@ -185,9 +182,6 @@ def patched(side: str) -> Any:
 def call(step: Any, side: str) -> Any:
     with patched(side):
         return step()
-
-
-# ---- measuring ---------------------------------------------------------------------------------
 
 
 def answer(request: dict[str, Any], say: Any) -> None:

@@ -3,6 +3,7 @@ back, and what a call costs the host when there is next to nothing to compute.""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -97,9 +98,6 @@ def measure(
     return {"copy": copy, "kernels": kernels + missing}
 
 
-# ---- passes over a tile ------------------------------------------------------------------------
-
-
 def row_passes(
     problem: HeadProblem, backends: list[str], precisions: list[str]
 ) -> dict[str, Maker]:
@@ -152,8 +150,6 @@ def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     call()
     return Pass(about, read + d.numel() * d.element_size(), call)
 
-
-# ---- ready logits ------------------------------------------------------------------------------
 
 # logits [N, V] and labels [N] to the negative log-probs [N].
 Side = Callable[[Tensor, Tensor], Tensor]
@@ -230,9 +226,6 @@ def _call(side: Side, source: Tensor, labels: Tensor, coef: Tensor) -> Callable[
     return run
 
 
-# ---- what a call costs the host ----------------------------------------------------------------
-
-
 def small_call(
     device: Device, entry: Entry, problem: HeadProblem, mode: str
 ) -> Callable[[], tuple[float, ...]]:
@@ -267,14 +260,29 @@ def small_call(
     return evaluate if mode == "forward-only" else train
 
 
-def small_rows(calls: dict[str, Callable[[], tuple[float, ...]]]) -> dict[str, dict[str, float]]:
-    """Medians in microseconds of interleaved calls."""
+def by_turns(
+    calls: dict[str, Callable[[], tuple[float, ...]]],
+    rounds: int,
+    warm_up: int = 0,
+    reset: Callable[[], object] = lambda: None,
+) -> dict[str, list[tuple[float, ...]]]:
+    """What each call says that it took, of interleaved calls."""
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
-    for _ in range(_SMALL_ROUNDS):
-        for name, call in calls.items():
-            samples[name].append(call())
+    order, names = random.Random(0), list(calls)
+    for i in range(rounds + warm_up):
+        order.shuffle(names)
+        for name in names:
+            reset()
+            took = calls[name]()
+            if i >= warm_up:
+                samples[name].append(took)
+    return samples
+
+
+def small_rows(calls: dict[str, Callable[[], tuple[float, ...]]]) -> dict[str, dict[str, float]]:
+    """Medians in microseconds."""
     out = {}
-    for name, taken in samples.items():
+    for name, taken in by_turns(calls, _SMALL_ROUNDS).items():
         *host, wall = (round(1e6 * statistics.median(s), 1) for s in zip(*taken, strict=True))
         out[name] = dict(zip(("forward_us", "backward_us"), host, strict=False)) | {"wall_us": wall}
     return out

@@ -102,9 +102,6 @@ def _from_logps(logps: Callable[[HeadProblem], Tensor]) -> Side:
     return Side(loss, logps)
 
 
-# ---- peers -------------------------------------------------------------------------------------
-
-
 def _full(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     logits = capped(hidden @ weight.t(), softcap)
     return logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]

@@ -18,7 +18,7 @@ def report(result: dict[str, Any]) -> str:
         return f"\n{result['id']}: {result['failed']}"
     made = {"cell": _cell_table, "overhead": _small_table}.get(result["kind"], _row_table)
     size = result["size"]
-    head = f"\n{result['id']}, {result['dtype']}: N={size['n']} H={size['h']} V={size['v']}"
+    head = f"\n{result['id']}: N={size['n']} H={size['h']} V={size['v']}"
     if size["softcap"] is not None:
         head += f" softcap {size['softcap']:g}"
     if size["model"]:
@@ -167,8 +167,6 @@ def closing(results: dict[str, Any]) -> str:
     )
     return "\n".join(lines)
 
-
-# ---- plot --------------------------------------------------------------------------------------
 
 _PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
     ("speed over eager", lambda r: r.get("speed_over_eager")),

@@ -129,9 +129,6 @@ def failure(error: BaseException) -> str:
     return f"out of memory: {line}" if isinstance(error, torch.OutOfMemoryError) else line
 
 
-# ---- processes ---------------------------------------------------------------------------------
-
-
 def serve(answer: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]) -> None:
     """The worker's end: call `answer` with the request and with a function that sends a message.
 

@@ -3,6 +3,7 @@ or hangs, costs its own figure and no other."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -112,8 +113,6 @@ class Worker:
         assert self._kept is not None
         return self._kept
 
-    # ---- one shape in one mode -----------------------------------------------------------------
-
     def _cell(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         mode, dtype = task["mode"], task["dtype"]
         problem, truth, products = self._prepare(shape, dtype)
@@ -127,6 +126,8 @@ class Worker:
             if "missing" in row:
                 continue
             self._teller(task)(entry.name)
+            if not self._device.like_gpu:
+                print(f"  {task['id']}: {entry.name}", file=sys.stderr, flush=True)
             begun = time.perf_counter()
             try:
                 call, seconds = self._warm_up(entry, row, problem, truth, mode)
@@ -320,8 +321,6 @@ class Worker:
             found[entry.name] = usage
             problem.clear()
         return {"memory": found}
-
-    # ---- the parts ------------------------------------------------------------------------------
 
     def _rows(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         problem, _, _ = self._prepare(shape, task["dtype"])
