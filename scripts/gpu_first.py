@@ -11,8 +11,8 @@ downloads nothing. The steps, the most important first:
     smoke triton  every kind of call, against float64
     smoke cuda
     head a, b, c  the head of a model, with a trainable and a frozen head and without gradients, by
-    head d, e     each of fastpref's ways, eager, torch.compile and the bare products; passes over a
-                  tile and over ready logits
+    head d, e     each of fastpref's ways, eager, torch.compile, bare products, passes over tiles
+    head logits   ready logits to log-probs and back
     peers         heads a, b and c by the peers whose wheels are in --peers
     tests         as many of the tests of kernels and log-probs as fit
     memcheck      the smoke run under compute-sanitizer, where that is installed
@@ -57,7 +57,7 @@ _READ_BYTES = 1 << 23
 
 
 def _head(name: str, work: Path, options: Sequence[str], seconds: float, **about: Any) -> Step:
-    command = [PYTHON, HEAD, "--output", str(work / f"head {name}.json"), "--small", ""]
+    command = [PYTHON, HEAD, "--output", str(work / f"head {name}.json")]
     # The benchmark gives up what does not fit; the rest is for its start and for writing.
     command += ["--budget", "{seconds-10}", "--patience", "60", "--precision", "exact", *options]
     return Step(f"head {name}", command, seconds, grace=10, **about)
@@ -86,23 +86,26 @@ def plan(work: Path, peers: Path | None, emulate: bool = False) -> list[Step]:
     ]  # fmt: skip
     smoke = [*gpu.SMOKE, "--few"]
     smoke += ["--emulate", "--most", "1"] if emulate else []
-    for backend, seconds in (("triton", 90.0), ("cuda", 45.0)):
+    limits = {"triton": 90.0, "cuda": 45.0}
+    for backend, seconds in limits.items():
         needs = ("build",) if backend == "cuda" else ()
         command = [*smoke, "--backends", backend]
+        seconds = 300.0 if emulate else seconds  # it may have to compile the emulation
         steps.append(Step(f"smoke {backend}", command, seconds, 15, needs=needs, env=env))
     if emulate:
-        tiny = ["--device", "pretend", "--shapes", "16,8,64/16", "--backends", "native,eager"]
-        tiny += ["--repeats", "2", "--peers", ""]
-        steps.append(_head("tiny", work, tiny, 60, env=env))
+        tiny = ["--device", "pretend", "--shapes", "16,8,64", "--backends", "native,eager"]
+        tiny += ["--repeats", "2", "--peers", "", "--parts", "head,rows"]
+        steps.append(_head("tiny", work, tiny, 300, env=env))
     else:
         common = ["--device", "cuda", "--backends", "triton,cuda", "--peers", "torch.compile"]
         common += ["--repeats", "8", "--seconds", "1"]
         for shape in SHAPES.split():
             # The first one compiles what all of them run.
             seconds = 90.0 if shape == "a" else 60.0
-            steps.append(
-                _head(shape, work, [*common, "--shapes", shape], seconds, least=20, env=env)
-            )
+            options = [*common, "--shapes", shape, "--parts", "head,rows"]
+            steps.append(_head(shape, work, options, seconds, least=20, env=env))
+        options = [*common, "--shapes", SHAPES, "--parts", "logits"]
+        steps.append(_head("logits", work, options, 45, least=15, env=env))
     if peers is not None:
         there = _import_from(site, work / "peers")
         wheels = sorted(map(str, peers.glob("*.whl")))
@@ -111,6 +114,7 @@ def plan(work: Path, peers: Path | None, emulate: bool = False) -> list[Step]:
         steps.append(Step("install peers", [PYTHON, "-m", "pip", "install", *options], 60, 10))
         arguments = ["--device", "cuda", "--shapes", PEER_SHAPES, "--modes", "trainable,frozen"]
         arguments += ["--backends", "triton,cuda", "--repeats", "6", "--seconds", "1"]
+        arguments += ["--parts", "head"]
         needs = ("install peers",)
         steps.append(_head("peers", work, arguments, 120, least=30, needs=needs, env=there))
     steps.append(_tests(env, emulate))

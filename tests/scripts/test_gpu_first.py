@@ -196,8 +196,9 @@ def test_end_to_end_in_emulation(tmp_path):
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(SCRIPTS / "gpu_first.py"), "--emulate"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    command += ["--seconds", "900"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SANITIZER": "", "GPU_TEST_PROCESSES": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=900)
     results, report = on_disk(tmp_path)
     told = {name: step["state"] for name, step in results["steps"].items()}
     assert set(told.values()) == {"passed"} and done.returncode == 0, (told, done.stdout[-3000:])
@@ -228,20 +229,19 @@ def test_the_plan_on_a_gpu(tmp_path, monkeypatch):
     (wheels / "peer-1-py3-none-any.whl").touch()
     steps = gpu_first.plan(tmp_path / "work", wheels)
     names = [step.name for step in steps]
-    heads = [f"head {shape}" for shape in "abcde"]
+    heads = [*(f"head {shape}" for shape in "abcde"), "head logits"]
     assert names == [
         "build", "import", "smoke triton", "smoke cuda", *heads, "install peers", "head peers",
         "tests", "memcheck",
     ]  # fmt: skip
     assert sum(step.least for step in steps) < 300
     parsed = []
-    monkeypatch.setattr(head, "main", parsed.append)
     for step in steps:
         if step.name.startswith("head "):
             options = [part.replace("{seconds-10}", "50") for part in step.command[2:]]
-            parsed.append(gpu_arguments(head, options))
-            assert parsed[-1].budget == 50
-    assert len(parsed) == 6
+            parsed.append(head.arguments(options))
+            assert parsed[-1].device == "cuda" and parsed[-1].budget == 50
+    assert [" ".join(given.shapes) for given in parsed[:2]] == ["a", "b"] and len(parsed) == 7
     site = str(tmp_path / "work" / "site")
     peers = next(s for s in steps if s.name == "head peers")
     assert peers.env["PYTHONPATH"] == os.pathsep.join(
@@ -250,13 +250,6 @@ def test_the_plan_on_a_gpu(tmp_path, monkeypatch):
     others = [s for s in steps if s.name.startswith(("head", "smoke", "tests")) and s is not peers]
     assert all(s.env["PYTHONPATH"] == os.pathsep.join([site, "/own"]) for s in others)
     assert not any("peers" in n for n in (s.name for s in gpu_first.plan(tmp_path, None)))
-
-
-def gpu_arguments(head, options):
-    import head_gpu_run
-
-    assert head.gpu_mode(options)
-    return head_gpu_run.arguments(options)
 
 
 # ---- the report --------------------------------------------------------------------------------
