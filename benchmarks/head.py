@@ -101,6 +101,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="seconds after which a silent peer is stopped\n" + default("patience"),
     )
     add("--output", help=f"name of the files in results/, or a path\n{default('output')}")
+    add("--no-plot", action="store_true", help="write the JSON alone")
     args = parser.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, value in DEFAULTS["cpu" if args.device == "cpu" else "cuda"].items():
@@ -204,6 +205,7 @@ class Record:
     def __init__(self, args: argparse.Namespace):
         self._cpu, self._begun = args.device == "cpu", time.perf_counter()
         self._path = results.results_path(args.output)
+        self._plotted = "" if args.no_plot else " and .png"
         on = "" if self._cpu else " on a GPU"
         modes = ", and forward alone" if "forward-only" in args.modes else ""
         self.file: dict[str, Any] = {
@@ -240,7 +242,7 @@ class Record:
         report.plot(self.cells, self._path.with_suffix(".png"))
 
     def closing(self) -> str:
-        last = f"{self.file['wall_s']:.0f} s in all; wrote {self._path.stem}.json and .png"
+        last = f"{self.file['wall_s']:.0f} s in all; wrote {self._path.stem}.json{self._plotted}"
         return f"{report.closing(self.file)}\n{last}"
 
 
@@ -296,7 +298,8 @@ def main(argv: list[str] | None = None) -> None:
         supervisor.run()
     finally:  # also when it is interrupted
         record.write(supervisor)
-        record.plot()
+        if not args.no_plot:
+            record.plot()
     print(record.closing())
     if all("failed" in r for r in supervisor.results):
         raise SystemExit("nothing was measured")

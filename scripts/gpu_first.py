@@ -57,7 +57,7 @@ _READ_BYTES = 1 << 23
 
 
 def _head(name: str, work: Path, options: Sequence[str], seconds: float, **about: Any) -> Step:
-    command = [PYTHON, HEAD, "--output", str(work / f"head {name}.json")]
+    command = [PYTHON, HEAD, "--no-plot", "--output", str(work / f"head {name}.json")]
     # The benchmark gives up what does not fit; the rest is for its start and for writing.
     command += ["--budget", "{seconds-10}", "--patience", "60", "--precision", "exact", *options]
     return Step(f"head {name}", command, seconds, grace=10, **about)

@@ -193,7 +193,6 @@ def test_end_to_end_in_emulation(tmp_path):
     for backend in ("triton", "cuda"):
         if machine.HAS_GPU or machine.why_not(backend) is not None:
             pytest.skip(machine.why_not(backend) or "this is for CPUs")
-    pytest.importorskip("matplotlib")
     command = [sys.executable, str(SCRIPTS / "gpu_first.py"), "--emulate"]
     command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     command += ["--seconds", "900"]
