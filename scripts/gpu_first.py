@@ -120,7 +120,7 @@ def plan(work: Path, peers: Path | None, emulate: bool = False) -> list[Step]:
     steps.append(_tests(env, emulate))
     if gpu.toolkit_program("compute-sanitizer", "SANITIZER") is not None:
         memcheck = [PYTHON, str(ROOT / "scripts" / "gpu.py"), "memcheck"]
-        steps.append(Step("memcheck", memcheck, 90, 30, env=env))
+        steps.append(Step("memcheck", memcheck, 90, 45, env=env))
     return steps
 
 
