@@ -166,36 +166,30 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    out = {
+    """benchmarks/README.md says more."""
+    cpu = args.device == "cpu"
+    return {
         "dtype": ",".join(args.dtype),
         "shapes": args.shapes,
         "repeats": args.repeats,
         "seconds_per_variant": args.seconds,
         "budget_s": args.budget,
+        "inputs": "random, label probability about a half, sequences of 512 labelled tokens"
+        + ("" if cpu else "; the rest is spread by Zipf's law over the vocabulary"),
         "slow_variants": "one whose calls would take longer than seconds_per_variant gets fewer "
         "repeats, at least 3; on a CPU one whose single call does is timed in its first call only",
+        "time": "wall time"
+        if cpu
+        else "between events on the GPU, with a cold cache, after a spin of 2 ms in which the host "
+        "gets ahead; host_ms is the call's time on the host, which counts where it is longer",
+        "memory": "peak_beyond is what "
+        + ("was resident" if cpu else "torch's allocator held")
+        + " at the peak of one warm call beyond what was before it; extra is that less the bytes "
+        "of the gradients it returns, also where they did not exist yet at the peak, as in eager",
         "errors": "against float64 on the same inputs; dhidden and dweight are relative",
         "roofline": "time of the bare products with the least FLOPs (6NHV trainable, 4NHV frozen, "
-        "2NHV forward-only), measured one after the other in the same rounds on the same data, "
-        "over the variant's time",
+        "2NHV forward-only), in the same rounds, over the variant's time",
         "other_function": "computes something else than this loss: in no target",
-    }
-    if args.device == "cpu":
-        return out | {
-            "inputs": "random, with a label probability of about a half; sequences of 512 tokens, "
-            "all of them labelled",
-            "memory": "peak_beyond is the peak resident memory of one warm call beyond what was "
-            "resident before it; extra is that less the bytes of the gradients it returns, also "
-            "where these did not exist yet at the peak, as in eager, which flatters eager",
-        }
-    return out | {
-        "inputs": "random, with a label probability of about a half and the rest spread by Zipf's "
-        "law over the vocabulary; sequences of 512 tokens, all of them labelled",
-        "time": "between events on the GPU, call by call in an order that changes every round, "
-        "with a cold cache; it spins for 2 ms first, in which the host gets ahead as in training. "
-        "host_ms is what the call took on the host, which counts where it is the longer one",
-        "memory": "peak_beyond is what torch's allocator held at the peak of a warm call beyond "
-        "what it held before; extra is that less the gradients it returns",
     }
 
 

@@ -207,6 +207,8 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         cost = {name: device.wall(timed).device for name, timed in calls.items()}
         rounds = runner.Rounds(device, args.repeats, seconds=1e9, seed=args.seed)
         rounds.run(calls, cost, whole=True)
+        if rounds.failed:
+            raise RuntimeError(f"a step failed: {rounds.failed}")
         timings = rounds.device
     memory = {}
     for side in SIDES:

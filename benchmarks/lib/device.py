@@ -62,9 +62,6 @@ class Device:
         forget_compiled()
         gc.collect()
 
-    def generator(self, seed: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(seed)
-
     def time(self, call: Callable[[], object], reset: Callable[[], object] | None = None) -> Times:
         """One call, after `reset`, which is not timed."""
         return self.wall(call, reset)

@@ -328,7 +328,7 @@ class Supervisor:
 
     def _learn(self, at: dict[str, Any], why: str, moved: bool) -> None:
         """Leave out the part that did it, or the task where it was no part. moved: it did some."""
-        name, entry = at.get("doing"), at.get("entry")
+        name, entry = at.get("doing", ""), at.get("entry")
         self.stops.append(": ".join(part for part in (name, entry, why) if part))
         print(f"stopped at {self.stops[-1]}", file=sys.stderr, flush=True)
         if name not in self._tasks:

@@ -117,33 +117,20 @@ class Worker:
         mode, dtype = task["mode"], task["dtype"]
         problem, truth, products = self._prepare(shape, dtype)
         problem.set_trainable(mode == "trainable")
-        rows: dict[str, dict[str, Any]] = {}
         calls: dict[str, Callable[[], object]] = {}
         cost: dict[str, float] = {}
         once: dict[str, Timing] = {}
-        for entry, row in self._entries(shape, mode, task):
-            rows[entry.name] = row
-            if "missing" in row:
-                continue
-            self._teller(task)(entry.name)
-            if not self._device.like_gpu:
-                print(f"  {task['id']}: {entry.name}", file=sys.stderr, flush=True)
-            begun = time.perf_counter()
-            try:
-                call, seconds = self._warm_up(entry, row, problem, truth, mode)
-                if self._device.like_gpu:
-                    seconds = self._device.time(call, problem.clear).device
-                elif seconds > self._request["seconds"]:  # so slow that this call has to do
-                    once[entry.name] = Timing([seconds], limited=True)
-                    continue
-                calls[entry.name], cost[entry.name] = call, seconds
-            except Exception as error:
-                row["missing"] = failure(error)
-                self._device.check(row["missing"])
-            finally:
-                problem.clear()
-                took = time.perf_counter() - begun
-                self._warm[entry.name] = max(took, self._warm.get(entry.name, 0.0))
+
+        def warm_up(entry: Entry, row: dict[str, Any]) -> None:
+            call, seconds = self._warm_up(entry, row, problem, truth, mode)
+            if self._device.like_gpu:
+                seconds = self._device.time(call, problem.clear).device
+            elif seconds > self._request["seconds"]:  # so slow that this call has to do
+                once[entry.name] = Timing([seconds], limited=True)
+                return
+            calls[entry.name], cost[entry.name] = call, seconds
+
+        rows = self._each(shape, task, problem, warm_up)
         bare = self._bare(products, mode, problem.weight.dtype)
         for name, (_, call) in bare.items():
             self._teller(task)(name)
@@ -180,6 +167,34 @@ class Worker:
             "variants": list(rows.values()),
         }
 
+    def _each(
+        self,
+        shape: Shape,
+        task: dict[str, Any],
+        problem: HeadProblem,
+        measure: Callable[[Entry, dict[str, Any]], None],
+    ) -> dict[str, dict[str, Any]]:
+        """A row for each side; one that fails, or is not there, has the reason in its row."""
+        rows = {}
+        for entry, row in self._entries(shape, task):
+            rows[entry.name] = row
+            if "missing" in row:
+                continue
+            self._teller(task)(entry.name)
+            if not self._device.like_gpu:
+                print(f"  {task['id']}: {entry.name}", file=sys.stderr, flush=True)
+            begun = time.perf_counter()
+            try:
+                measure(entry, row)
+            except Exception as error:
+                row["missing"] = failure(error)
+                self._device.check(row["missing"])
+            finally:
+                problem.clear()
+                took = time.perf_counter() - begun
+                self._warm[entry.name] = max(took, self._warm.get(entry.name, 0.0))
+        return rows
+
     def _listed(self, mode: str, dtype: str) -> list[Entry]:
         found = entries(
             self._device,
@@ -193,10 +208,10 @@ class Worker:
         return [e for e in found if not only or any(part in e.name for part in only)]
 
     def _entries(
-        self, shape: Shape, mode: str, task: dict[str, Any]
+        self, shape: Shape, task: dict[str, Any]
     ) -> Iterator[tuple[Entry, dict[str, Any]]]:
         """Each side with its row, which says where it is missing and why."""
-        excluded = task.get("excluded", {})
+        mode, excluded = task["mode"], task.get("excluded", {})
         for entry in self._listed(mode, task["dtype"]):
             options = dict(entry.options)
             row: dict[str, Any] = {
@@ -304,22 +319,16 @@ class Worker:
         problem.set_trainable(mode == "trainable")
         small = make_problem(64, shape.h, 1024, DTYPES[dtype], softcap=shape.softcap)
         small.set_trainable(problem.trainable)
-        found: dict[str, Any] = {}
-        for entry, row in self._entries(shape, mode, task):
-            if "missing" in row:
-                found[entry.name] = {"failed": row["missing"]}
-                continue
-            self._teller(task)(entry.name)
-            try:
-                run = step(entry.make(), mode)
-                run(problem if entry.compiled else small)
-                problem.clear()
-                usage = self._device.peak(lambda run=run: run(problem))
-                usage["extra"] = usage["peak_beyond"] - _returned(problem, mode)
-            except Exception as error:
-                usage = {"failed": failure(error)}
-            found[entry.name] = usage
+
+        def peak(entry: Entry, row: dict[str, Any]) -> None:
+            run = step(entry.make(), mode)
+            run(problem if entry.compiled else small)
             problem.clear()
+            row["memory"] = self._device.peak(lambda: run(problem))
+            row["memory"]["extra"] = row["memory"]["peak_beyond"] - _returned(problem, mode)
+
+        rows = self._each(shape, task, problem, peak)
+        found = {n: row.get("memory", {"failed": row.get("missing")}) for n, row in rows.items()}
         return {"memory": found}
 
     def _rows(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
@@ -345,23 +354,19 @@ class Worker:
     def _overhead(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         """All modes of a small batch. Its inputs need no float64 truth."""
         problem = self._problem(shape, task["dtype"])
+        calls: dict[str, Callable[[], tuple[float, ...]]] = {}
         modes = {}
         for mode in self._request["modes"]:
             problem.set_trainable(mode == "trainable")
             self._device.free()
-            rows, calls = {}, {}
-            for entry, row in self._entries(shape, mode, task):
-                rows[entry.name] = row
-                if "missing" in row:
-                    continue
-                self._teller(task)(entry.name)
-                try:
-                    calls[entry.name] = parts.small_call(self._device, entry, problem, mode)
-                    calls[entry.name]()
-                except Exception as error:
-                    row["missing"] = failure(error)
-                    self._device.check(row["missing"])
-                    calls.pop(entry.name, None)
+            calls.clear()
+
+            def warm_up(entry: Entry, row: dict[str, Any], mode: str = mode) -> None:
+                call = parts.small_call(self._device, entry, problem, mode)
+                call()
+                calls[entry.name] = call
+
+            rows = self._each(shape, {**task, "mode": mode}, problem, warm_up)
             for name, times in parts.small_rows(calls).items():
                 rows[name] |= times
             problem.clear()

@@ -409,3 +409,26 @@ def test_the_whole_command(tmp_path, capsys):
     assert [r["id"] for r in results["results"]] == wanted
     assert results["machine"]["gpu"].startswith("none") and results["targets"]
     assert "targets: " in capsys.readouterr().out
+
+
+def test_the_whole_command_on_a_cpu(tmp_path):
+    """Memory comes from another process and stands in the rows; --only leaves sides out."""
+    options = ["--device", "cpu", "--dtype", "fp32", "--shapes", SMALL, "--modes", "frozen"]
+    options += ["--only", "fastpref;eager", "--repeats", "2", "--output", str(tmp_path / "out")]
+    head.main(options)
+    (cell,) = json.loads((tmp_path / "out.json").read_text())["cells"]
+    assert cell["shape"] == {"N": 16, "H": 8, "V": 64} and cell["canary"]["median_ms"] > 0
+    assert [r["variant"] for r in cell["variants"]] == ["fastpref exact", "eager"]
+    assert all(
+        r["memory"]["peak_beyond"] >= 0 and r["time"]["median_ms"] > 0 for r in cell["variants"]
+    )
+    assert [name for name in cell["head_products"]] == ["X W^T", "D W"]
+
+
+def test_single_parts_are_asked_for():
+    def names(*argv):
+        return [t["id"] for t in head.tasks(head.arguments([*GPU, *argv]))]
+
+    assert names("--shapes", "b", "--parts", "logits") == ["ready logits of b"]
+    only = ["--shapes", "c d", "--modes", "forward-only", "--parts", "head"]
+    assert names(*only) == ["c forward-only", "d forward-only"]
