@@ -12,7 +12,7 @@ PIP = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(LIMITS) --bu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test test-latest lint docs bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
+.PHONY: install demo test test-latest lint docs bench sanitize gpu-first gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
 install: $(VENV)/.installed
 
@@ -93,66 +93,16 @@ sanitize: install
 	  $(addprefix $(CURDIR)/tests/,backends/test_tile.py backends/test_native.py logps/test_logps.py losses/test_losses.py)
 
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
-# download nothing. gpu-test and gpu-bench take less than 8 minutes each.
-GPU_TEST_SECONDS ?= 190
-GPU_TEST_PROCESSES ?= 8
-SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
-  $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer))
+# download nothing. gpu-first takes 9 minutes at most, gpu-test and gpu-bench less than 8 each. What they
+# take from the environment is in scripts/gpu.py.
+gpu-first:
+	$(PYTHON) scripts/gpu_first.py $(if $(OUT),--out '$(OUT)') $(if $(PEERS),--peers '$(PEERS)')
 
-# fastpref._cuda, where nvcc is found, is built for the GPU that is here.
 gpu-install:
-	FASTPREF_CUDA_ARCH=$${FASTPREF_CUDA_ARCH-$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)} \
-	  $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+	$(PYTHON) scripts/gpu.py install
 
-# Every step runs, whatever the ones before it gave; plugins that happen to be installed stay out.
-gpu-test: gpu-install
-	@failed=; \
-	say() { echo; echo "== $$*"; }; \
-	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"' || exit 1; \
-	say the backends; \
-	$(PYTHON) -c 'import sys; sys.path.insert(0, "csrc/cuda"); import nvcc_build; from fastpref.backends import cuda; \
-	  sys.exit(nvcc_build.wanted() and cuda.problem() or 0)' || failed="$$failed cuda-backend"; \
-	say a small run; \
-	timeout 90 $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed gpu_smoke"; \
-	say the tests; \
-	xdist=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n $(GPU_TEST_PROCESSES)"); \
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout -s INT $(GPU_TEST_SECONDS) \
-	  $(PYTHON) -m pytest $$xdist --continue-on-collection-errors --durations=5 -rfE $(PYTEST_ARGS) || failed="$$failed pytest"; \
-	filters=$$($(PYTHON) tests/support/gpu_smoke.py --filters) || failed="$$failed filters"; \
-	if [ -z "$(SANITIZER)" ]; then \
-	  say "compute-sanitizer is not installed: memcheck and racecheck did not run"; \
-	elif ! timeout 45 $(SANITIZER) $(PYTHON) -c 'import torch; torch.ones(1, device="cuda").sum().item()'; then \
-	  say "compute-sanitizer refuses this machine (above): memcheck and racecheck did not run"; \
-	else \
-	  say memcheck; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 70 $(SANITIZER) --tool memcheck --error-exitcode 9 \
-	    --report-api-errors no $$filters $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed memcheck"; \
-	  say racecheck; \
-	  timeout 70 $(SANITIZER) --tool racecheck --error-exitcode 9 $$filters \
-	    $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed racecheck"; \
-	fi; \
-	if [ -n "$$failed" ]; then say "failed:$$failed"; exit 1; fi; say all passed
-
-# Longer looks with tools of the CUDA toolkit. The sanitizer's other two tools over the small run: initcheck
-# over every kernel, as it has to see what torch's write.
-gpu-sanitize: gpu-install
-	@failed=; filters=$$($(PYTHON) tests/support/gpu_smoke.py --filters) || exit 1; \
-	for tool in synccheck initcheck; do \
-	  echo; echo "== $$tool"; \
-	  if [ $$tool = initcheck ]; then filters=; fi; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 220 $(or $(SANITIZER),compute-sanitizer) --tool $$tool \
-	    --report-api-errors no --error-exitcode 9 $$filters $(PYTHON) tests/support/gpu_smoke.py --few \
-	    || failed="$$failed $$tool"; \
-	done; \
-	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi; echo "== all passed"
-
-# What each kernel of a call moves and how long it takes, in benchmarks/results/ncu.csv. The clocks stay as
-# they are.
-NCU ?= $(or $(shell command -v ncu),$(or $(CUDA_HOME),/usr/local/cuda)/bin/ncu)
-gpu-profile: gpu-install
-	$(NCU) --profile-from-start off --clock-control none --csv --log-file benchmarks/results/ncu.csv \
-	  --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,launch__registers_per_thread \
-	  $(PYTHON) benchmarks/gpu_profile.py b
+gpu-test gpu-sanitize gpu-profile: gpu-%: gpu-install
+	$(PYTHON) scripts/gpu.py $*
 
 gpu-bench: gpu-install
 	$(PYTHON) benchmarks/head.py --device cuda $(BENCH_ARGS)

@@ -2,7 +2,9 @@
 
     python tests/support/gpu_smoke.py             # all cases
     python tests/support/gpu_smoke.py --few       # one of each kind: a sanitizer takes its time
+    python tests/support/gpu_smoke.py --backends triton
     python tests/support/gpu_smoke.py --filters   # compute-sanitizer's options for our kernels
+    python tests/support/gpu_smoke.py --emulate   # with Triton's interpreter and CUDA emulated
 
 Every result is compared with float64. Not a test module: pytest does not collect it.
 """
@@ -133,16 +135,28 @@ def run(case: Case, p: Problem) -> tuple[Tensor, list[Tensor]]:
     return sums, [t.grad for t in leaves if t.grad is not None]
 
 
+# The largest errors so far, by backend, dtype and precision, and what was compared.
+worst: dict[tuple[str, str], float] = {}
+
+
+def _note(case: Case, what: str, error: float) -> None:
+    precision = dict(case.options).get("precision", "exact")
+    key = f"{case.backend} {str(case.dtype)[6:]} {precision}", what
+    worst[key] = max(error, worst.get(key, 0.0))
+
+
 def check(case: Case, p: Problem, result: tuple[Tensor, list[Tensor]]) -> None:
     logps, grads = result
     exact = p.logps if case.mode == "forward-only" else p.logps.sum(1)
     fast = dict(case.options).get("precision") == "fast"
     off = (logps.double() - exact).abs().max().item()
+    _note(case, "log-probs", off)
     limit = (0.5 if fast else 1e-3) * (1 if case.mode == "forward-only" else 4)
     assert off < limit, f"log-probs off by {off:.2e} nat"
     tolerance = TOLERANCE[case.dtype] * (2 if fast else 1)
     for name, got, wanted in zip(("hidden", "weight", "bias"), grads, p.grads, strict=False):
         off = ((got.double() - wanted).norm() / wanted.norm()).item()
+        _note(case, f"d{name}", off)
         assert off < tolerance, f"the gradient of {name} is off by {off:.2e}"
 
 
@@ -316,6 +330,26 @@ def filters() -> str:
     return " ".join(f"--kernel-name kns={name}" for name in names)
 
 
+def lost(device: torch.device) -> bool:
+    """Whether an error has left the GPU beyond use for this process."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception:
+            return True
+    return False
+
+
+def emulate() -> None:
+    """Before anything of fastpref.kernels is imported."""
+    import cuda_emulated
+    import triton_interpret  # noqa: F401  interpreted from here on
+
+    why = cuda_emulated.install()
+    if why is not None:
+        raise SystemExit(why)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -323,26 +357,33 @@ def main() -> None:
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--filters", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu tries this script itself")
+    parser.add_argument("--emulate", action="store_true", help="CUDA and Triton on the CPU")
+    parser.add_argument("--backends", default=None, help="such as triton,cuda; default: all")
+    parser.add_argument("--most", type=int, default=None, help="so many of the cases")
     args = parser.parse_args()
     if args.filters:
         print(filters())
         return
+    if args.emulate:
+        emulate()
+        args.device = "cpu"
     device = torch.device(args.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("torch finds no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
+    wanted = None if args.backends is None else args.backends.split(",")
     working = {
         name: module.unavailable_reason(device, torch.bfloat16)
         for name, module in backends._MODULES.items()
-        if name != "eager"
+        if name != "eager" and (wanted is None or name in wanted)
     }
     names = [name for name, why in working.items() if why is None]
     for name, why in working.items():
         print(f"{name}: {'works' if why is None else why}")
     if not names:
         raise SystemExit(f"no backend works on {device}: {working}")
-    todo = [(str(case), case) for case in cases(names, args.few)]
+    todo: list[tuple[str, Any]] = [(str(case), case) for case in cases(names, args.few)]
     more = [ready_logits, rare_labels]
     if device.type == "cuda":
         more += [no_synchronisation, other_stream, other_device]
@@ -350,8 +391,10 @@ def main() -> None:
         if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
             more.append(captured)
     todo += [(f"{f.__name__} {name}", (f, name)) for f in more for name in names]
-    failed = 0
-    for name, what in todo:
+    failed = tried = 0
+    stopped = ""
+    for name, what in todo[: args.most]:
+        tried += 1
         try:
             if isinstance(what, Case):
                 p = problem(what, device)
@@ -360,9 +403,20 @@ def main() -> None:
                 what[0](device, what[1])
         except Exception as error:
             failed += 1
-            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    print(f"{len(todo) - failed} passed, {failed} failed: {', '.join(names)} on {where}")
+            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if lost(device):
+                stopped = f"the GPU is beyond use; {len(todo) - tried} cases did not run"
+                break
+        except KeyboardInterrupt:  # its time was up
+            tried -= 1
+            stopped = f"interrupted at {name}; {len(todo) - tried} cases did not run"
+            break
+    for (which, what), error in sorted(worst.items()):
+        print(f"largest error of {which} in {what}: {error:.1e}")
+    where = torch.cuda.get_device_name(0) if device.type == "cuda" else "the CPU"
+    print(f"{tried - failed} passed, {failed} failed: {', '.join(names)} on {where}")
+    if stopped:
+        raise SystemExit(stopped)
     if failed:
         raise SystemExit(1)
 
