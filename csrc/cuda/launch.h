@@ -21,13 +21,14 @@ struct Where {
 
 // Fold and, with `out`, write D as well. exact: null, or the labels' exact logits [rows], which then
 // replace the tile's in the label's log-prob and in the normaliser, as Stats.replace_target does.
-void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact,
-          void* out, Dtype out_dtype, int64_t out_stride, const Where& where);
-
-void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
+void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact, void* out,
           Dtype out_dtype, int64_t out_stride, const Where& where);
 
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
+          int64_t out_stride, const Where& where);
+
 // The losses with a closed form, by their place in the binding's list of names.
+// clang-format off
 enum class PairForm : int {
     sigmoid, sigmoid_norm, ipo, hinge, exo_pair, robust, nca_pair, bco_pair, sppo_hard, apo_zero,
     apo_down, discopop, cpo, simpo, alphapo, orpo
@@ -35,6 +36,7 @@ enum class PairForm : int {
 constexpr const char* PAIR_FORMS[] = {
     "sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair",
     "sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"};
+// clang-format on
 
 struct PairArgs {
     PairForm form;
