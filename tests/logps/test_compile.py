@@ -117,6 +117,7 @@ def test_no_graph_break(device, step, dtype, known):
         _compare(step, compiled, inputs, index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor(device):
     """In a process of its own: what it imports does not get on with what other tests import."""
