@@ -1,4 +1,4 @@
-"""How far long work has come, as lines in a log file where there is no terminal for a bar."""
+"""Progress of long work, as lines in a log file where there is no terminal for a bar."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import IO, Any, TypeVar
 T = TypeVar("T")
 INTERVAL = 30.0  # seconds between two lines
 
-_chosen: IO[str] | None = None  # by `lines_to`
-_silent = False  # by `silenced`
-_current: ProgressLines | None = None  # of `counting`, which `count` adds to
+_chosen_stream: IO[str] | None = None  # set by `lines_to`
+_silent = False  # set by `silenced`
+_current: ProgressLines | None = None  # set by `counting`, used by `count`
 
 
 class ProgressLines:
-    """Prints a line about some work at most every `interval` seconds: done, rate and time left.
+    """Prints a line about some work at most every `interval` seconds: count, rate and time left.
 
-    Work that is over before the first line prints nothing, other work one more line at its end.
+    A last line follows when the work is done, unless it took less than one interval.
 
     Args:
-        what: names the work.
-        unit: of what is counted, in the plural.
-        total: how many there are, or None.
-        stream: where the lines go.
-        start: how many were done before.
-        interval: seconds; by default `INTERVAL`.
-        clock: the time in seconds.
-        shared: whether forked processes count, too.
+        what: the name of the work.
+        unit: what is counted, in the plural, such as "rows".
+        total: the expected count, or None.
+        stream: where the lines are printed.
+        start: the count at the beginning, of a run that was resumed.
+        interval: seconds between two lines; by default `INTERVAL`.
+        clock: returns the time in seconds.
+        shared: whether forked processes count as well.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ProgressLines:
         self.what, self.unit, self.total, self.stream = what, unit, total, stream
         self.start, self.clock, self.began = start, clock, clock()
         self.interval = INTERVAL if interval is None else interval
-        # What is done, and when the last line was printed.
+        # The count, and the time of the last line.
         self._now: Any = [float(start), self.began]
         self._lock: Any = contextlib.nullcontext()
         if shared:
@@ -56,7 +56,7 @@ class ProgressLines:
             self._lock = self._now.get_lock()
 
     def add(self, count: int = 1) -> None:
-        """Count some more as done."""
+        """Increase the count."""
         with self._lock:
             self._now[0] += count
             now = self.clock()
@@ -67,11 +67,11 @@ class ProgressLines:
         self._print(done, now - self.began)
 
     def update(self, done: int) -> None:
-        """Say how many are done in all."""
+        """Set the count."""
         self.add(done - int(self._now[0]))
 
     def close(self) -> None:
-        """The work has ended."""
+        """Print the last line."""
         done = int(self._now[0])
         if self._now[1] > self.began and done > self.start:
             spent = duration(self.clock() - self.began)
@@ -98,7 +98,7 @@ def _rate(rate: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them: 45 s, 12 min, 3 h 20 min."""
+    """Seconds as text: 45 s, 12 min, 3 h 20 min."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -106,27 +106,27 @@ def duration(seconds: float) -> str:
 
 
 def stream_for_lines(disabled: bool = False) -> IO[str] | None:
-    """Where lines go; None where a bar can be shown instead, or where no progress is wanted."""
-    if _chosen is not None:
-        return _chosen
-    notebook = "ipykernel" in sys.modules  # which has bars of its own
+    """The stream for lines; None if a bar can be shown instead, or if progress is disabled."""
+    if _chosen_stream is not None:
+        return _chosen_stream
+    notebook = "ipykernel" in sys.modules  # notebooks show bars
     return None if disabled or _silent or notebook or sys.stderr.isatty() else sys.stderr
 
 
 @contextlib.contextmanager
 def lines_to(stream: IO[str] | None) -> Iterator[None]:
-    """Within it all progress goes to this stream as lines; None changes nothing."""
-    global _chosen
-    before, _chosen = _chosen, stream or _chosen
+    """Print all progress as lines to this stream; None has no effect."""
+    global _chosen_stream
+    before, _chosen_stream = _chosen_stream, stream or _chosen_stream
     try:
         yield
     finally:
-        _chosen = before
+        _chosen_stream = before
 
 
 @contextlib.contextmanager
 def silenced(yes: bool) -> Iterator[None]:
-    """Within it there are no lines, unless `lines_to` asks for them."""
+    """Print no lines if `yes`, except to the stream of `lines_to`."""
     global _silent
     before, _silent = _silent, _silent or yes
     try:
@@ -136,9 +136,15 @@ def silenced(yes: bool) -> Iterator[None]:
 
 
 def watched(
-    work: Iterable[T], what: str, unit: str, total: int, each: int, disabled: bool
+    work: Iterable[T], what: str, unit: str, total: int, units_per_item: int, disabled: bool
 ) -> Iterator[T]:
-    """The items of work, each of which counts for so many units, under a bar or with lines."""
+    """The items of `work`, with a bar or with lines.
+
+    Args:
+        what, unit, total: as in `ProgressLines`.
+        units_per_item: how much an item adds to the count.
+        disabled: whether to show no progress.
+    """
     stream = stream_for_lines(disabled)
     if stream is None:
         from tqdm.auto import tqdm
@@ -149,7 +155,7 @@ def watched(
     done = 0
     for item in work:
         yield item
-        done = min(done + each, total)
+        done = min(done + units_per_item, total)
         lines.update(done)
     lines.close()
 
@@ -158,7 +164,10 @@ def watched(
 def counting(
     what: str, unit: str, total: int, *, disabled: bool, shared: bool
 ) -> Iterator[ProgressLines | None]:
-    """Within it `count` prints lines, where they are wanted; otherwise there are none."""
+    """Direct `count` to lines, which are yielded; None if `stream_for_lines` says so.
+
+    Arguments as in `ProgressLines`.
+    """
     global _current
     stream = stream_for_lines(disabled)
     before, lines = _current, None
@@ -174,6 +183,6 @@ def counting(
 
 
 def count(number: int = 1) -> None:
-    """Count what is done within `counting`, in this process or in a forked one."""
+    """Increase the count of `counting`, from this process or from a forked one."""
     if _current is not None:
         _current.add(number)

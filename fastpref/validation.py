@@ -1,6 +1,6 @@
-"""Checks of what users give, which every layer may use.
+"""Checks of arguments, for every layer.
 
-They raise a ValueError with the argument's name, what was given and what was expected.
+A failed check raises a ValueError that names the argument, its value and what was expected.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def check_float(name: str, t: Tensor) -> None:
+    """Raise ValueError unless t is a tensor of float64, float32, bfloat16 or float16."""
     if not isinstance(t, Tensor):
         raise ValueError(f"{name}: got {type(t).__name__}, expected a tensor")
     if t.dtype not in FLOATS:
@@ -31,12 +32,15 @@ def check_float(name: str, t: Tensor) -> None:
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:
-    """Raise ValueError unless ids is a vector of int64 with values in [0, size)."""
+    """Raise ValueError unless ids is a vector of int64 with values in [0, size).
+
+    The values are read only where `may_synchronise` allows it.
+    """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
-        given = type(ids).__name__
+        description = type(ids).__name__
         if isinstance(ids, Tensor):
-            given = f"{str(ids.dtype)[6:]} of shape {tuple(ids.shape)}"
-        raise ValueError(f"{name}: got {given}, expected a vector of int64")
+            description = f"{str(ids.dtype)[6:]} of shape {tuple(ids.shape)}"
+        raise ValueError(f"{name}: got {description}, expected a vector of int64")
     if ids.numel() and may_synchronise(ids.device):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= size:
@@ -46,25 +50,32 @@ def check_ids(name: str, ids: Tensor, size: int) -> None:
 
 
 def may_synchronise(device: torch.device) -> bool:
-    """Whether checks may read tensors: on a CPU always, on a GPU with FASTPREF_DEBUG=1; never while
-    torch.compile traces, where there are none to read."""
+    """Whether a check may read a tensor's values, which synchronises a GPU with the host.
+
+    True on a CPU, and on a GPU with FASTPREF_DEBUG=1. False while torch.compile traces, since a
+    traced tensor has no values.
+    """
     if torch.compiler.is_compiling():
         return False
     return device.type == "cpu" or os.environ.get("FASTPREF_DEBUG") == "1"
 
 
 _Options = TypeVar("_Options")
-_PLAIN = frozenset({str, int, float, bool, type(None)})
+_CACHEABLE = frozenset({str, int, float, bool, type(None)})
 
 
 @functools.lru_cache(maxsize=256, typed=True)
-def _made(kind: Any, **given: Any) -> Any:
-    return kind(**given)
+def _construct(options_class: Any, **values: Any) -> Any:
+    return options_class(**values)
 
 
-def cached_options(kind: type[_Options], given: dict[str, Any]) -> _Options:
-    """kind(**given), remembered: every step of a training run gives the same plain values, and
-    checking them anew takes the host as long as several kernels run."""
-    if torch.compiler.is_compiling() or not all(type(value) in _PLAIN for value in given.values()):
-        return kind(**given)
-    return _made(kind, **given)  # type: ignore[arg-type]
+def cached_options(options_class: type[_Options], values: dict[str, Any]) -> _Options:
+    """options_class(**values), from a cache if all values are strings, numbers, booleans or None.
+
+    Every training step passes the same values. Checking them again would take the host as long as
+    several kernels run.
+    """
+    cacheable = all(type(value) in _CACHEABLE for value in values.values())
+    if torch.compiler.is_compiling() or not cacheable:
+        return options_class(**values)
+    return _construct(options_class, **values)  # type: ignore[arg-type]

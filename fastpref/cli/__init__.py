@@ -1,6 +1,6 @@
 """The command line: `fastpref train`, `fastpref demo`, `fastpref doctor`.
 
-Bad input ends in one sentence on stderr and exit code 2; `--debug` shows the traceback instead.
+Bad input ends with one sentence on stderr and exit code 2, or with a traceback under `--debug`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastpref import backends
 from fastpref.cli import doctor
 
 NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
-EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)  # from bad input, and explained
+EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)  # errors that explain a bad input
 app: Any = None  # the typer application; None where typer is not installed
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Entry point of the `fastpref` command."""
     if app is not None:
         app(prog_name="fastpref")
-    elif sys.argv[1:2] == ["doctor"]:  # it must work where nothing but torch is installed
+    elif sys.argv[1:2] == ["doctor"]:  # it works where only torch is installed
         doctor.run(as_json="--json" in sys.argv[2:])
     else:
         print(missing_packages(), file=sys.stderr)
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def missing_packages() -> str | None:
-    """One sentence that says what to install, or None where everything is there."""
+    """One sentence that says what to install; None if nothing is missing."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if not missing:
         return None
@@ -46,7 +46,7 @@ def missing_packages() -> str | None:
 
 
 def sentence(error: BaseException) -> str:
-    """The message of an error on one line, or its type where it has none."""
+    """The message of an error on one line; its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -57,7 +57,7 @@ def check_backend() -> None:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn whatever a command raises into a sentence and exit code 2."""
+    """The command with its errors turned into one sentence on stderr and exit code 2."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
@@ -73,7 +73,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             text = sentence(error)
             if not isinstance(error, EXPECTED):
                 if not isinstance(error, RuntimeError):
-                    text = f"{type(error).__name__}: {text}"  # a KeyError is nothing but its key
+                    text = f"{type(error).__name__}: {text}"  # a KeyError's message is its key
                 text += " (--debug shows the traceback)"
             typer.echo(f"fastpref: {text}", err=True)
             raise typer.Exit(2) from None

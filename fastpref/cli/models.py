@@ -1,4 +1,4 @@
-"""What a command line names: a model, an adapter, a checkpoint."""
+"""Loading the models, adapters and checkpoints that a command line names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def adapter_of(name: str) -> dict[str, Any] | None:
-    """The adapter_config.json of an adapter's directory or hub name; None for another model's."""
+    """The adapter_config.json of a directory or hub name; None if it is not an adapter."""
     from fastpref.trainer.adapter_loading import find_adapter
 
     try:
@@ -19,7 +19,10 @@ def adapter_of(name: str) -> dict[str, Any] | None:
 
 
 def continues(name: str, options: list[str]) -> bool:
-    """Whether --model is an adapter to train on. options: those given that shape a new one."""
+    """Whether --model is an adapter, which is trained further.
+
+    options: the options of a new adapter that were passed; they raise ValueError then.
+    """
     if adapter_of(name) is None:
         return False
     if options:
@@ -31,6 +34,7 @@ def continues(name: str, options: list[str]) -> bool:
 
 
 def load_model(name: str, dtype: torch.dtype) -> Any:
+    """The model of --model; of an adapter a PeftModel that trains it."""
     from fastpref.trainer.adapter_loading import load_adapter
 
     adapter = adapter_of(name)
@@ -47,19 +51,19 @@ def _load_base(name: str, options: dict[str, Any]) -> Any:
     return _load_whole(name, options, "base")
 
 
-def _load_whole(name: str, options: dict[str, Any], said: str = "--model") -> Any:
+def _load_whole(name: str, options: dict[str, Any], argument: str = "--model") -> Any:
     from transformers import AutoModelForCausalLM
 
     from fastpref.trainer.loading import check_loaded
 
     options = {**options, "output_loading_info": True}
-    model, info = from_pretrained(AutoModelForCausalLM, name, said, **options)
-    check_loaded(model, info, f"{said} {name}")
+    model, info = from_pretrained(AutoModelForCausalLM, name, argument, **options)
+    check_loaded(model, info, f"{argument} {name}")
     return model
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, or of an adapter or else of its base."""
+    """The tokenizer of a model; of an adapter its tokenizer or else its base model's."""
     from transformers import AutoTokenizer
 
     from fastpref.trainer.adapter_loading import tokenizer_of
@@ -73,10 +77,10 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any) -> Any:
-    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence.
+def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **options: Any) -> Any:
+    """`auto_class.from_pretrained`, with errors of one sentence.
 
-    said: what the name is called there.
+    argument: what errors call the name.
     """
     from safetensors import SafetensorError
 
@@ -85,20 +89,20 @@ def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{said} {name} is a directory without config.json, so no model")
+            raise ValueError(f"{argument} {name} is a directory without config.json, so no model")
         name = str(path)
     elif path.exists() or is_path(name):
-        raise ValueError(f"{said} {name} is not a directory")
+        raise ValueError(f"{argument} {name} is not a directory")
     try:
-        return kind.from_pretrained(name, **options)
+        return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(" .:")
-        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
-        raise ValueError(f"{said} {name}: no {what} could be loaded ({first})") from error
+        kind = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
+        raise ValueError(f"{argument} {name}: no {kind} could be loaded ({first})") from error
 
 
 def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:
-    """The adapter; None stands for the default of each option."""
+    """The configuration of a new adapter; None means the default of an option."""
     from peft import LoraConfig
 
     modules = [name.strip() for name in (targets or "all-linear").split(",")]
@@ -111,9 +115,12 @@ def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:
 
 
 def latest_checkpoint(output: Path) -> str:
-    """The newest complete checkpoint: trainer_state.json is what a checkpoint gets last."""
-    found = [p.parent for p in output.glob("checkpoint-*/trainer_state.json")]
-    steps = {int(step): path for path in found if (step := path.name[11:]).isdecimal()}
+    """The newest complete checkpoint in a directory.
+
+    A checkpoint is complete if it has trainer_state.json, which is written last.
+    """
+    complete = [p.parent for p in output.glob("checkpoint-*/trainer_state.json")]
+    steps = {int(step): path for path in complete if (step := path.name[11:]).isdecimal()}
     if not steps:
         raise ValueError(f"--resume latest: there is no complete checkpoint in {output}")
     return str(steps[max(steps)])

@@ -1,9 +1,9 @@
 """Preference data: reading it, tokenising it and batching it.
 
-Three steps, each usable alone: `load_preference_data` turns a file, a hub name or rows into a
-`datasets.Dataset`; `prepare_dataset` tokenises it, drops rows that cannot be trained on and says
-how many; `PreferenceCollator` makes a padded batch. `prepare_unpaired_dataset` and
-`UnpairedCollator` do the same for single answers. docs/data.md says what is read.
+The three steps can be used on their own. `load_preference_data` turns a file, a hub name or rows
+into a `datasets.Dataset`. `prepare_dataset` tokenises it, drops the rows that cannot be trained on
+and reports their number. `PreferenceCollator` makes padded batches. `prepare_unpaired_dataset` and
+`UnpairedCollator` are the counterparts for single answers. docs/data.md describes the input.
 """
 
 from __future__ import annotations

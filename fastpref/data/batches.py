@@ -1,4 +1,4 @@
-"""What a collated batch gives to the model and to `linear_preference_loss`."""
+"""From a collated batch to the arguments of the model and of `linear_preference_loss`."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ from fastpref.data.columns import NUMBERS
 def loss_inputs(
     batch: dict[str, Any], ref_logps: Tensor | None, nll_on_prompt: bool
 ) -> dict[str, Tensor | None]:
-    """What the loss takes of a batch, on the batch's device.
+    """Arguments of `linear_preference_loss` from a batch, on the batch's device.
 
     Args:
-        batch: as `PreferenceCollator` makes it, or with no more than input_ids, attention_mask and
-            completion_mask.
-        ref_logps: [2P] of the reference, if there is one.
-        nll_on_prompt: whether an NLL counts the prompts' tokens as well.
+        batch: a batch of `PreferenceCollator`; or another one with at least input_ids,
+            attention_mask and completion_mask, [2P, T] int64.
+        ref_logps: [2P], of the reference, or None.
+        nll_on_prompt: whether the NLL counts the prompts' tokens as well.
     """
     inputs = {
         "labels": batch_labels(batch),
         "token_indices": batch.get("token_indices"),
         "ref_logps": ref_logps,
-        # As in TRL, IPO divides by all completion tokens, also one at position 0.
+        # As in TRL, IPO divides by all completion tokens, also by an unlabelled one at position 0.
         "lengths": batch["completion_mask"].sum(1).clamp(min=1),
         "pair_weight": batch.get("weight"),
         "margin": batch.get("margin"),
         "soft_labels": batch.get("soft_label"),
     }
     if nll_on_prompt:
-        tokens, real = batch["input_ids"], batch["attention_mask"]
-        whole = torch.full_like(tokens, -100)
-        whole[:, :-1] = tokens[:, 1:].masked_fill(real[:, 1:] == 0, -100)
-        inputs |= {"nll_labels": whole, "token_indices": None}
+        nll_labels = _next_tokens(batch["input_ids"], batch["attention_mask"])
+        inputs |= {"nll_labels": nll_labels, "token_indices": None}
     return inputs
 
 
@@ -44,15 +42,22 @@ _NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a collator's batch the model itself takes."""
+    """The part of a collated batch that is passed to the model."""
     return {key: value for key, value in batch.items() if key not in _NOT_FOR_MODEL}
 
 
 def batch_labels(batch: Mapping[str, Any]) -> Tensor:
-    """A batch's labels [2P, T], aligned with the hidden states; made if the collator does not."""
+    """A batch's labels [B, T] int64, aligned with the hidden states.
+
+    Computed from input_ids and completion_mask if the collator does not return them.
+    """
     if "labels" in batch:
         return batch["labels"]
-    ids, mask = batch["input_ids"], batch["completion_mask"]
-    labels = torch.full_like(ids, -100)
-    labels[:, :-1] = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    return _next_tokens(batch["input_ids"], batch["completion_mask"])
+
+
+def _next_tokens(input_ids: Tensor, mask: Tensor) -> Tensor:
+    """[B, T]: at position t the token t + 1, or -100 where mask [B, T] is 0 for it."""
+    labels = torch.full_like(input_ids, -100)
+    labels[:, :-1] = input_ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     return labels

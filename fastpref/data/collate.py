@@ -13,7 +13,7 @@ from fastpref.data.columns import NUMBERS, UNPAIRED_NUMBERS
 
 
 def check_truncation(max_length: int | None, mode: str) -> None:
-    """Raise a ValueError unless these are a length and an end to cut at."""
+    """Raise ValueError for a max_length below 2 or an unknown truncation_mode."""
     if mode not in ("keep_start", "keep_end"):
         raise ValueError(f"truncation_mode is {mode!r}; expected 'keep_start' or 'keep_end'")
     if max_length is not None and max_length < 2:
@@ -23,7 +23,7 @@ def check_truncation(max_length: int | None, mode: str) -> None:
 def truncate(
     ids: list[int], start: int, max_length: int | None, keep_start: bool
 ) -> tuple[list[int], int]:
-    """What is kept of a sequence, and where its answer starts in that."""
+    """The tokens that truncation leaves, and the position at which the answer starts in them."""
     if max_length is None or len(ids) <= max_length:
         return ids, start
     if keep_start:
@@ -42,7 +42,7 @@ class _Collator:
         check_truncation(self.max_length, self.truncation_mode)
 
     def _padded(self, examples: list[dict[str, Any]], *keys: str) -> dict[str, torch.Tensor]:
-        """The examples' prompts, each with its first answer, and then with its second."""
+        """The padded sequences prompt + answer: all examples' for the first key, then the next."""
         sequences = []
         for key in keys:
             for example in examples:
@@ -73,7 +73,8 @@ class _Collator:
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
 
-def _numbers(examples: list[dict[str, Any]], keys: Sequence[str]) -> dict[str, torch.Tensor]:
+def _number_columns(examples: list[dict[str, Any]], keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The number columns that the examples have, float32 [P], and their `rows`, int64 [P]."""
     batch = {}
     for key in keys:
         if key in examples[0]:
@@ -86,30 +87,47 @@ def _numbers(examples: list[dict[str, Any]], keys: Sequence[str]) -> dict[str, t
 
 @dataclass
 class PreferenceCollator(_Collator):
-    """Make a right-padded batch [chosen; rejected] of P pairs from tokenised rows.
+    """Makes right-padded batches [chosen; rejected] of P pairs from tokenised rows.
 
-    Returns a dict of CPU tensors: `input_ids`, `attention_mask`, `completion_mask` and `labels`
-    int64 [2P, T]; `token_indices` int64 [N], the flat positions where `labels` is not -100, so that
-    no device has to be asked for them; and, where the rows have them, `ref_chosen_logps`,
-    `ref_rejected_logps`, `weight`, `margin`, `soft_label` float32 [P] and `rows` int64 [P].
-    `labels[:, t]` is the completion token at t + 1, already aligned with the hidden state at t. An
-    answer whose tokens are all truncated has no label; neither has a completion token at 0.
+    A batch is a dict of CPU tensors:
+
+    - `input_ids`, `attention_mask`, `completion_mask`: int64 [2P, T].
+    - `labels`: int64 [2P, T]. `labels[:, t]` is the completion token at t + 1, so labels are
+      aligned with the hidden states; -100 elsewhere. A completion token at position 0, and an
+      answer whose tokens are all truncated, have no label.
+    - `token_indices`: int64 [N], the flat positions where `labels` is not -100. Computing them here
+      saves a synchronisation of the GPU.
+    - `ref_chosen_logps`, `ref_rejected_logps`, `weight`, `margin`, `soft_label`: float32 [P], if
+      the rows have them.
+    - `rows`: int64 [P], the rows' numbers in the input, if the rows have them.
+
+    Args:
+        pad_token_id: the token that pads `input_ids`.
+        max_length: maximum number of tokens of prompt + answer; None for no maximum.
+        truncation_mode: "keep_start" or "keep_end".
+        pad_to_multiple_of: T is a multiple of this.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = self._padded(examples, "chosen_ids", "rejected_ids")
-        return {**batch, **_numbers(examples, NUMBERS)}
+        return {**batch, **_number_columns(examples, NUMBERS)}
 
 
 @dataclass
 class UnpairedCollator(_Collator):
-    """Make a right-padded batch of B labelled answers from tokenised rows.
+    """Makes right-padded batches of B labelled answers from tokenised rows.
 
-    Returns a dict of CPU tensors: `input_ids`, `attention_mask`, `completion_mask`, `labels` and
-    `token_indices` as `PreferenceCollator`, of B sequences; the same with `KL_` before their names,
-    of the same prompts with other prompts' answers, where the rows have `KL_completion_ids`;
-    `label` bool [B], whether the answer is desirable; and, where the rows have them, `ref_logps`,
-    `ref_KL_logps` and `weight` float32 [B] and `rows` int64 [B].
+    A batch is a dict of CPU tensors:
+
+    - `input_ids`, `attention_mask`, `completion_mask`, `labels`, `token_indices`: as those of
+      `PreferenceCollator`, for B sequences.
+    - the same five with the prefix `KL_`: the prompts with answers to other prompts, if the rows
+      have `KL_completion_ids`.
+    - `label`: bool [B], whether the answer is desirable.
+    - `ref_logps`, `ref_KL_logps`, `weight`: float32 [B], if the rows have them.
+    - `rows`: int64 [B], the rows' numbers in the input, if the rows have them.
+
+    Args: those of `PreferenceCollator`.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -118,4 +136,4 @@ class UnpairedCollator(_Collator):
             other = self._padded(examples, "KL_completion_ids")
             batch.update({f"KL_{key}": value for key, value in other.items()})
         batch["label"] = torch.tensor([bool(example["label"]) for example in examples])
-        return {**batch, **_numbers(examples, UNPAIRED_NUMBERS)}
+        return {**batch, **_number_columns(examples, UNPAIRED_NUMBERS)}

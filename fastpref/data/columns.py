@@ -8,38 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-
-
 TEXT = ("prompt", "chosen", "rejected")
-
-
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-
-
-# Columns of a number for each pair, with their names as inputs of a preference loss.
+# Number columns of pairs -> the names of these inputs in a preference loss.
 PER_PAIR = {"weight": "weight", "margin": "margin", "soft_label": "soft_labels"}
-
-
 NUMBERS = (*REFERENCE, *PER_PAIR)
-
-
-# The same of single answers: of their own log-probs and of mismatched answers', for KTO's KL.
+# Reference log-probs of single answers, and of the mismatched answers of KTO's KL estimate.
 UNPAIRED_REFERENCE = ("ref_logps", "ref_KL_logps")
-
-
 UNPAIRED_NUMBERS = (*UNPAIRED_REFERENCE, "weight")
-
-
-# What a chat template takes beside the messages; JSON text, or the object itself.
+# Arguments of a chat template besides the messages, as JSON text or as the object.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
-class Form:
-    """The columns of one kind of preference data.
+class Columns:
+    """The columns of one kind of preference data: `PAIRS` or `UNPAIRED`.
 
-    answers: the texts beside the prompt. numbers: optional columns of one number a row. labels:
-    columns that say yes or no. extra: columns that only prepared data has.
+    Attributes:
+        answers: columns of the answers' text or messages.
+        numbers: optional columns with one number a row.
+        expected: the end of an error message: which columns are expected.
+        labels: columns of booleans.
+        extra: columns that only prepared data has.
     """
 
     answers: tuple[str, ...]
@@ -50,14 +40,16 @@ class Form:
 
     @property
     def ids(self) -> tuple[str, ...]:
+        """The columns of token ids."""
         return ("prompt_ids", *(f"{answer}_ids" for answer in self.answers))
 
     @property
     def prepared(self) -> set[str]:
+        """All columns that prepared data may have."""
         return {*self.ids, *self.numbers, *self.labels, *self.extra, "row"}
 
 
-PAIRS = Form(
+PAIRS = Columns(
     ("chosen", "rejected"),
     NUMBERS,
     "expected prompt, chosen and rejected (strings or message lists), chosen and rejected with the "
@@ -65,7 +57,7 @@ PAIRS = Form(
 )
 
 
-UNPAIRED = Form(
+UNPAIRED = Columns(
     ("completion",),
     ("weight",),
     "expected prompt, completion (strings or message lists) and label (true or false), or "
@@ -81,7 +73,7 @@ def is_messages(value: Any) -> bool:
 
 
 def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) -> None:
-    """Raise a ValueError unless value is a list of token ids that the vocabulary has."""
+    """Raise ValueError unless value is a list of ids in [0, vocab_size); None: no upper bound."""
     if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
         raise ValueError(f"{where}: {key} is {describe(value)}; expected a list of token ids")
     if not value:
@@ -96,7 +88,7 @@ def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) ->
 
 
 def check_number(value: Any, key: str, where: str) -> float:
-    """The value as a float; a ValueError unless it is finite, and a soft label in [0, 1]."""
+    """The value as a float. ValueError unless it is finite, and in [0, 1] for a soft label."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{where}: {key} is {value!r}; expected a finite number")
     if key == "soft_label" and not 0 <= value <= 1:
@@ -105,14 +97,17 @@ def check_number(value: Any, key: str, where: str) -> float:
 
 
 def check_label(value: Any, key: str, where: str) -> bool:
-    """The value as a bool; a ValueError unless it is one, or 0 or 1."""
+    """The value as a bool. ValueError unless it is a bool, 0 or 1."""
     if value not in (0, 1) or isinstance(value, float):
         raise ValueError(f"{where}: {key} is {value!r}; expected true or false")
     return bool(value)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether a chat template shows two values alike: 1 is not true, and keys have an order."""
+    """Whether a chat template renders two values alike.
+
+    Stricter than ==: 1 differs from True, and the order of a dict's keys matters.
+    """
     return a == b and (isinstance(a, str) or repr(a) == repr(b))
 
 
@@ -124,7 +119,7 @@ def describe(value: Any) -> str:
 
 
 def check_encodable(text: str, where: str) -> None:
-    """Raise a ValueError if the text has a lone surrogate, which no tokenizer takes."""
+    """Raise ValueError if the text has a lone surrogate, which tokenizers do not accept."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -135,6 +130,6 @@ def check_encodable(text: str, where: str) -> None:
 
 
 def origin(dataset: Any, name: str) -> str:
-    """What errors call a data set: its file's or its hub name, and what it is for."""
+    """The name of a data set in errors: that of its file or hub data set, and `name`."""
     source = getattr(getattr(dataset, "info", None), "dataset_name", None)
     return f"{source}: {name} data" if source else f"{name} data"

@@ -1,6 +1,6 @@
-"""`load_preference_data`: preference data from files, the hub and rows.
+"""`load_preference_data`: preference data from files, from the hub, or from rows.
 
-Lines of a file are numbered from 1, rows from 0.
+In errors, lines of a file are numbered from 1 and rows from 0.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, is_messages
 
 
 def load_preference_data(source: Any, *, split: str = "train", streaming: bool = False) -> Any:
-    """Read preference data from wherever it is.
+    """Load preference data.
 
     Args:
         source: a path ending in .jsonl, .json, .csv (each also with .gz) or .parquet, a directory
             written by `Dataset.save_to_disk`, the name of a data set on the hub, a
             `datasets.Dataset` or `IterableDataset` (returned as is), or an iterable of dicts.
-        split: which split of a hub data set, such as "train" or "train[:100]".
-        streaming: stream a hub data set instead of downloading it.
+        split: the split of a hub data set, such as "train" or "train[:100]".
+        streaming: whether to stream a hub data set instead of downloading it.
 
     Returns:
-        A `datasets.Dataset`, or an `IterableDataset` when streaming.
+        A `datasets.Dataset`, or an `IterableDataset` with streaming=True.
 
     Raises:
-        ValueError: the file is missing or empty, a line is not JSON, a column is missing.
+        ValueError: a missing or empty file, a line that is not JSON, rows of different types, a hub
+            data set that cannot be loaded.
     """
     import datasets
 
@@ -80,6 +81,7 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
 
 
 def _named(dataset: Any, path: Path) -> Any:
+    """The data set with its file's name, which errors use."""
     dataset.info.dataset_name = path.name
     return dataset
 
@@ -135,7 +137,7 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 def _read_json(path: Path) -> Iterable[dict]:
     with _open(path) as file:
         text = file.read()
-    if not text.lstrip().startswith("["):  # many a .json file holds one object a line
+    if not text.lstrip().startswith("["):  # a .json file may hold one object per line
         return _read_jsonl(path)
     try:
         return json.loads(text)
@@ -144,7 +146,7 @@ def _read_json(path: Path) -> Iterable[dict]:
 
 
 def _read_csv(path: Path) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than one long answer
+    csv.field_size_limit(2**31 - 1)  # a long answer exceeds the default of 128 KiB
     with _open(path) as file:
         reader = csv.DictReader(file)
         for row in reader:
@@ -161,7 +163,7 @@ def _csv_cell(key: str, value: str) -> Any:
         try:
             return float(value)
         except ValueError:
-            return value  # reported with its row number when the row is tokenised
+            return value  # `prepare_dataset` reports it with the row's number
     if key in UNPAIRED.labels:
         return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
     known = (*TEXT, *IDS, *UNPAIRED.answers, *UNPAIRED.ids)
@@ -176,7 +178,7 @@ def _csv_cell(key: str, value: str) -> Any:
 
 
 READERS: dict[str, Any] = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-READERS[".parquet"] = None  # read as columns, not row by row
+READERS[".parquet"] = None  # read by `_load_parquet`, as columns
 
 
 def _from_rows(rows: list, name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Rows as a `datasets.Dataset` without what Arrow does to free-form dicts.
+"""Rows as a `datasets.Dataset` that keeps free-form dicts unchanged.
 
-Arrow gives all dicts of a column the same keys, filled with null, and the same type of value. Of
-tool calls, tools and content parts that would make something else than the rows say. So a column
-that Arrow would change is stored as JSON, one text a row, and read back as it was.
+Arrow gives all dicts of a column the same keys, with null for missing ones, and each key one type.
+That changes the content of tool calls, tools and content parts. So a column that Arrow would change
+is stored as JSON text and decoded when it is read.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastpref.data.columns import PAIRS, TEMPLATE_COLUMNS, UNPAIRED, check_encod
 
 @dataclass
 class FreeForm:
-    """The `datasets` feature of a column of JSON texts that are read as Python objects.
+    """The `datasets` feature of a column that is stored as JSON text and read as Python objects.
 
-    `datasets.Json` stores 10 decimal places and 64-bit integers; this one keeps every number.
+    Numbers are exact; `datasets.Json` stores 10 decimal places and 64-bit integers.
     """
 
     id: str | None = field(default=None, repr=False)
@@ -41,20 +41,20 @@ class FreeForm:
         return json.loads(value)
 
 
-with warnings.catch_warnings():  # that registering is experimental
+with warnings.catch_warnings():  # datasets warns that registering a feature is experimental
     warnings.simplefilter("ignore", UserWarning)
     register_feature(FreeForm, "FastprefFreeForm")
 
 
 def dataset_of(columns: Mapping[str, list], name: str) -> Dataset:
-    """The data set of these columns, each with one value a row.
+    """A data set from its columns' values, one value per row.
 
     Raises:
-        ValueError: a value cannot be stored; the message says of which column and row.
+        ValueError: a value that cannot be stored; the message names its column and row.
     """
     data, features = {}, {}
     for key, values in columns.items():
-        if key in TEMPLATE_COLUMNS:  # as JSON in any case; a text is JSON already
+        if key in TEMPLATE_COLUMNS:  # always JSON text; a string is JSON already
             values = [
                 v if v is None or isinstance(v, str) else _json(v, key, row, name)
                 for row, v in enumerate(values)
@@ -64,7 +64,10 @@ def dataset_of(columns: Mapping[str, list], name: str) -> Dataset:
 
 
 def _feature(key: str, values: list, name: str) -> Any:
-    """The feature that keeps the values of a column as they are; Arrow's own if not JSON."""
+    """The feature that keeps the values of a column unchanged.
+
+    `FreeForm` if Arrow would change them; Arrow's if it would not, or if they are not JSON.
+    """
     array = None
     try:
         array = pyarrow.array(values)
@@ -80,11 +83,11 @@ def _feature(key: str, values: list, name: str) -> Any:
         return generate_from_arrow_type(array.type)
     try:
         texts = [_json(value, key, row, name) for row, value in enumerate(values)]
-    except ValueError:  # Arrow has dates and bytes, too
+    except ValueError:  # dates and bytes, which Arrow has and JSON lacks
         if array is None:
             raise
         return generate_from_arrow_type(array.type)
-    if array is None or any("null" in text for text in texts):  # nulls of the rows' own stay
+    if array is None or any("null" in text for text in texts):  # told apart from Arrow's nulls
         return FreeForm()
     changed = any(
         json.dumps(value) != text for value, text in zip(array.to_pylist(), texts, strict=True)

@@ -1,12 +1,12 @@
-"""Layouts of preference data: which columns hold the prompt, and rows in the one form that is read.
+"""Layouts of preference data: where the prompt is, and rows as prompt and answers.
 
-Used through `fastpref.data`. `find_layout` looks at a data set's columns and first rows, `arrange`
-turns one row of it into prompt and answers. What is recognised beside prompt, chosen and rejected:
+Used through `fastpref.data`. `find_layout` reads a data set's columns and first rows; `arrange`
+turns a row into prompt and answers. Recognised besides prompt, chosen and rejected:
 
     question | instruction (+ input) | query | input   the prompt under another name
     system | system_prompt                             the prompt's system message
-    prompt as text, answers as conversations           the user's message, or inside the answers
-    the prompt at the start of the answers as well     left out of the answers
+    prompt as text, answers as conversations           the prompt is the user's message, or inside
+    the prompt at the start of the answers as well     it is removed from the answers
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from fastpref.data.columns import (
     PAIRS,
     REFERENCE,
     TEMPLATE_COLUMNS,
-    Form,
+    Columns,
     describe,
     is_messages,
     same,
 )
+from fastpref.data.merged_dicts import has_struct, merged_columns, without_nulls
 
 PROMPTS = ("question", "instruction", "query", "input")
 SYSTEMS = ("system", "system_prompt")
-SAMPLE = 64  # rows that are looked at before a data set is read
+SAMPLE = 64  # rows that determine the layout
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where a data set has its prompt.
 
-    prompt, context, system: the columns of the prompt, of what is added to it on a line of its own,
-    and of its system message. inside: each answer starts with the prompt's text. merged: columns
-    whose messages went through Arrow, which puts null where rows have different keys. unread:
-    columns that nothing reads. streamed: the rows' origin is not known, so each batch is looked at.
+    Attributes:
+        prompt: the column of the prompt; None if it is only inside the answers.
+        context: a column whose text is appended to the prompt on a new line.
+        system: the column of the system message.
+        inside: whether each answer starts with the prompt's text.
+        merged: columns of messages whose dicts Arrow merged, with null for missing keys.
+        streamed: whether the features are unknown, so that `merged` is determined per batch.
+        unread: columns that are not read.
     """
 
     prompt: str | None = "prompt"
@@ -52,138 +57,143 @@ class Layout:
 
 
 def sample(dataset: Any) -> list[dict[str, Any]]:
-    """The first rows of a data set or stream, each with the columns that any of them has."""
+    """The first rows of a data set or stream, with None for the columns that a row lacks."""
     rows = list(islice(iter(dataset), SAMPLE))
     columns = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in columns} for row in rows]
 
 
-def find_layout(dataset: Any, rows: list[dict[str, Any]], name: str, form: Form = PAIRS) -> Layout:
-    """The layout of a data set, of which `rows` are the first.
+def find_layout(
+    dataset: Any, rows: list[dict[str, Any]], name: str, columns: Columns = PAIRS
+) -> Layout:
+    """The layout of a data set.
+
+    Args:
+        dataset: a data set or stream.
+        rows: its first rows, from `sample`.
+        name: what errors call the data, such as "train".
+        columns: the kind of data.
 
     Raises:
-        ValueError: columns that the data needs are missing, or several could be the prompt.
+        ValueError: a missing column, or several columns that could be the prompt.
     """
-    columns = list(dataset.column_names or rows[0])
-    check_columns(columns, name, form)
-    read = {*form.numbers, *form.labels, "row"}
-    if set(form.ids) <= set(columns):
-        return Layout(unread=tuple(c for c in columns if c not in {*read, *form.ids}))
-    prompt, context = _prompt_columns(columns, name)
-    if prompt != "prompt" and _holds_prompt(rows, form):
-        prompt = context = None  # the column is something else, such as a note on the row
-    systems = [c for c in SYSTEMS if c in columns]
+    column_names = list(dataset.column_names or rows[0])
+    check_columns(column_names, name, columns)
+    read = {*columns.numbers, *columns.labels, "row"}
+    if set(columns.ids) <= set(column_names):
+        return Layout(unread=tuple(c for c in column_names if c not in {*read, *columns.ids}))
+    prompt, context = _prompt_columns(column_names, name)
+    if prompt != "prompt" and _holds_prompt(rows, columns):
+        prompt = context = None  # the column is not a prompt but, say, a note on the row
+    systems = [c for c in SYSTEMS if c in column_names]
     if len(systems) > 1:
         raise ValueError(f"{name} data has the columns {systems}; expected one system prompt")
     system = systems[0] if systems else None
-    if system and prompt is None and all(isinstance(r[form.answers[0]], str) for r in rows):
+    if system and prompt is None and all(isinstance(r[columns.answers[0]], str) for r in rows):
         raise ValueError(
             f"{name} data has the column {system!r} but no prompt; found columns "
-            f"{sorted(columns)}; rename the one with the prompt to 'prompt'"
+            f"{sorted(column_names)}; rename the one with the prompt to 'prompt'"
         )
     read |= {c for c in (prompt, context, system) if c is not None}
-    read |= {*form.answers, *TEMPLATE_COLUMNS}
-    known = getattr(dataset, "features", None)
-    text = [c for c in columns if c in {prompt, system, *form.answers, *TEMPLATE_COLUMNS}]
+    read |= {*columns.answers, *TEMPLATE_COLUMNS}
+    features = getattr(dataset, "features", None)
+    text = [c for c in column_names if c in {prompt, system, *columns.answers, *TEMPLATE_COLUMNS}]
     return Layout(
         prompt,
         context,
         system,
-        prompt is not None and _text_inside(rows, prompt, form),
-        frozenset(c for c in text if known is not None and _has_struct(known.get(c))),
-        streamed=known is None,
-        unread=tuple(c for c in columns if c not in read),
+        prompt is not None and _text_inside(rows, prompt, columns),
+        frozenset(c for c in text if features is not None and has_struct(features.get(c))),
+        streamed=features is None,
+        unread=tuple(c for c in column_names if c not in read),
     )
 
 
-def _prompt_columns(columns: list[str], name: str) -> tuple[str | None, str | None]:
-    """The columns of the prompt and of its context."""
-    if "prompt" in columns:
+def _prompt_columns(column_names: list[str], name: str) -> tuple[str | None, str | None]:
+    """The column of the prompt and that of its context, or None for each."""
+    if "prompt" in column_names:
         return "prompt", None
-    found = [c for c in PROMPTS if c in columns]
-    if found == ["instruction", "input"]:
+    candidates = [c for c in PROMPTS if c in column_names]
+    if candidates == ["instruction", "input"]:
         return "instruction", "input"
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise ValueError(
-            f"{name} data: any of the columns {found} could be the prompt; rename that one to "
+            f"{name} data: any of the columns {candidates} could be the prompt; rename that one to "
             "'prompt' and remove or rename the others"
         )
-    return (found[0] if found else None), None
+    return (candidates[0] if candidates else None), None
 
 
-def _holds_prompt(rows: list[dict[str, Any]], form: Form) -> bool:
-    """Whether the answers of pairs are conversations that start before the answer."""
-    values = [row[key] for row in rows for key in form.answers] if form is PAIRS else []
+def _holds_prompt(rows: list[dict[str, Any]], columns: Columns) -> bool:
+    """Whether the answers of pairs are conversations that include the prompt's messages."""
+    values = [row[key] for row in rows for key in columns.answers] if columns is PAIRS else []
     return bool(values) and all(
         is_messages(v) and len(v) > 1 and v[0]["role"] in ("user", "system") for v in values
     )
 
 
-def check_columns(columns: list[str], name: str, form: Form = PAIRS) -> None:
-    """Raise a ValueError unless a data set has the columns of one of the forms that are read."""
-    found = f"found columns {sorted(columns)}; {form.expected}"
-    if {"image", "images"} & set(columns):
-        raise ValueError(f"{name} data has images, which are not supported; {found}")
-    wanted = form.ids if set(form.ids) & set(columns) else form.answers
-    if form is not PAIRS and wanted is form.answers and not {*PROMPTS} & set(columns):
-        wanted = ("prompt", *wanted)  # a pair's may be inside its answers
-    for column in (*wanted, *form.labels):
-        if column not in columns:
-            raise ValueError(f"{name} data: column {column!r} is missing; {found}")
-    given = [column for column in REFERENCE if column in columns]
-    if len(given) == 1:
-        raise ValueError(f"{name} data has {given[0]} but not the other of {REFERENCE}")
+def check_columns(column_names: list[str], name: str, columns: Columns = PAIRS) -> None:
+    """Raise ValueError unless a data set has the columns of this kind of data."""
+    hint = f"found columns {sorted(column_names)}; {columns.expected}"
+    if {"image", "images"} & set(column_names):
+        raise ValueError(f"{name} data has images, which are not supported; {hint}")
+    required = columns.ids if set(columns.ids) & set(column_names) else columns.answers
+    if columns is not PAIRS and required is columns.answers and not {*PROMPTS} & set(column_names):
+        required = ("prompt", *required)  # only a pair's prompt may be inside its answers
+    for column in (*required, *columns.labels):
+        if column not in column_names:
+            raise ValueError(f"{name} data: column {column!r} is missing; {hint}")
+    reference = [column for column in REFERENCE if column in column_names]
+    if len(reference) == 1:
+        raise ValueError(f"{name} data has {reference[0]} but not the other of {REFERENCE}")
 
 
-def _text_inside(rows: list[dict[str, Any]], prompt: str, form: Form) -> bool:
-    """Whether the prompt is the start of all answers, too, in every row that has one."""
-    found = False
+def _text_inside(rows: list[dict[str, Any]], prompt: str, columns: Columns) -> bool:
+    """Whether all answers start with the prompt's text, in every row that has a prompt."""
+    has_prompt = False
     for row in rows:
-        text, answers = row[prompt], [row[key] for key in form.answers]
+        text, answers = row[prompt], [row[key] for key in columns.answers]
         if not (isinstance(text, str) and text.strip()):
             continue
         if not all(isinstance(a, str) and a.startswith(text) for a in answers):
             return False
-        found = True
-    return found
-
-
-def _has_struct(feature: Any) -> bool:
-    """Whether a column's values are dicts whose keys Arrow has merged."""
-    if isinstance(feature, (dict, list)):
-        return True
-    inner = getattr(feature, "feature", None)  # of a List
-    return inner is not None and _has_struct(inner)
+        has_prompt = True
+    return has_prompt
 
 
 def arrange_batch(
     batch: Mapping[str, list],
     layout: Layout,
-    form: Form,
+    columns: Columns,
     data: str,
     rows: Sequence[int] | None = None,
 ) -> list[tuple[dict[str, Any], bool]]:
-    """Each row of a batch as `arrange` makes it; and whether nulls of Arrow's were left out of it.
+    """Each row of a batch after `arrange`, with whether it had nested nulls of Arrow's.
 
-    rows: their numbers, for errors; by default from 0.
+    Args:
+        batch: lists of values by column.
+        data: what errors call the data.
+        rows: the rows' numbers, for errors; by default from 0.
     """
-    merged = merged_columns(batch, layout, form)
-    size = len(batch[form.answers[0]])
+    merged = layout.merged
+    if layout.streamed:
+        merged = merged_columns(batch, (layout.prompt, *columns.answers, *TEMPLATE_COLUMNS))
+    size = len(batch[columns.answers[0]])
     out = []
     for i, index in enumerate(range(size) if rows is None else rows):
-        row, found = without_nulls({key: values[i] for key, values in batch.items()}, merged)
-        out.append((arrange(row, layout, form, f"{data}: row {index}"), found))
+        row, had_nulls = without_nulls({key: values[i] for key, values in batch.items()}, merged)
+        out.append((arrange(row, layout, columns, f"{data}: row {index}"), had_nulls))
     return out
 
 
 def row_numbers(batch: Mapping[str, list], rows: list[int]) -> list[int]:
-    """The numbers that a batch's rows have in errors: a column of them, or their places."""
-    given = batch.get("row")
-    return given if given and all(type(number) is int for number in given) else rows
+    """The rows' numbers in errors: the column `row` if it holds integers, else `rows`."""
+    numbers = batch.get("row")
+    return numbers if numbers and all(type(number) is int for number in numbers) else rows
 
 
 def has_no_prompt(row: Mapping[str, Any], layout: Layout) -> bool:
-    """Whether a row's prompt says nothing: it is empty, or a few letters that two answers share."""
+    """Whether a row's prompt is empty, or only a few letters that its two answers share."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         words = prompt.split()
@@ -191,13 +201,16 @@ def has_no_prompt(row: Mapping[str, Any], layout: Layout) -> bool:
     return is_messages(prompt) and not any(m.get("content") or m.get("tool_calls") for m in prompt)
 
 
-def arrange(row: Mapping[str, Any], layout: Layout, form: Form, where: str) -> dict[str, Any]:
-    """The row with its prompt and its answers apart, both as text or both as messages.
+def arrange(row: Mapping[str, Any], layout: Layout, columns: Columns, where: str) -> dict[str, Any]:
+    """The row with prompt and answers separated, as text or as messages.
+
+    Args:
+        where: the start of error messages.
 
     Raises:
-        ValueError: prompt and answers do not fit together; the message starts with where.
+        ValueError: a missing answer or prompt, or prompt and answers that do not fit together.
     """
-    answers = {key: _conversation(row.get(key), key, where) for key in form.answers}
+    answers = {key: _conversation(row.get(key), key, where) for key in columns.answers}
     for key, value in answers.items():
         if value is None:
             raise ValueError(f"{where}: {key} is missing; expected a string or a message list")
@@ -207,14 +220,15 @@ def arrange(row: Mapping[str, Any], layout: Layout, form: Form, where: str) -> d
     else:
         prompt = _conversation(row.get(layout.prompt), layout.prompt, where)
         if prompt is None:
-            what = f"{layout.prompt} is missing; expected a string or a message list"
-            raise ValueError(f"{where}: {what}")
+            raise ValueError(
+                f"{where}: {layout.prompt} is missing; expected a string or a message list"
+            )
     if layout.inside and prompt and all(a.startswith(prompt) for a in answers.values()):
         answers = {key: a[len(prompt) :] for key, a in answers.items()}
     if layout.context is not None and row.get(layout.context):
         prompt = f"{prompt}\n{row[layout.context]}"
     if isinstance(prompt, str) and all(is_messages(a) and a for a in answers.values()):
-        prompt, answers = _around(prompt, layout, answers, where)
+        prompt, answers = _text_before_messages(prompt, layout, answers, where)
     elif is_messages(prompt) and all(isinstance(a, str) for a in answers.values()):
         answers = {key: [_message("assistant", a)] for key, a in answers.items()}
     if layout.system is not None:
@@ -229,7 +243,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _conversation(value: Any, key: str, where: str) -> Any:
-    """A single message as a list; anything else as it is."""
+    """A single message as a list of one; any other value unchanged."""
     if isinstance(value, Mapping) and "role" in value:
         return [value]
     first = value[0] if isinstance(value, list) and value else value
@@ -241,10 +255,13 @@ def _conversation(value: Any, key: str, where: str) -> Any:
     return value
 
 
-def _around(
+def _text_before_messages(
     prompt: str, layout: Layout, answers: dict[str, list], where: str
 ) -> tuple[list, dict[str, list]]:
-    """A prompt of text for answers that are conversations: before them, or inside them."""
+    """Prompt and answers as messages, for a prompt of text and answers that are conversations.
+
+    The prompt becomes the user's message before the answers, unless they include the user's.
+    """
     if all(a[0]["role"] not in ("user", "system") for a in answers.values()):
         return [_message("user", prompt)], answers
     first, *others = answers.values()
@@ -266,7 +283,7 @@ def _around(
 def _with_system(
     system: Any, prompt: Any, answers: dict[str, Any], where: str
 ) -> tuple[list, dict[str, Any]]:
-    """The conversation that starts with the system message, if there is one."""
+    """Prompt and answers as messages, with the system message in front if there is one."""
     if system is not None and not isinstance(system, str):
         raise ValueError(f"{where}: the system prompt is {describe(system)}; expected a string")
     if isinstance(prompt, str):
@@ -287,9 +304,10 @@ def _with_system(
 def _without_repeats(
     prompt: list, answers: dict[str, list[Any]]
 ) -> tuple[list, dict[str, list[Any]]]:
-    """Prompt and answers of a row whose answers start with the prompt's messages again.
+    """Prompt and answers of a row whose answers repeat the prompt's messages at their start.
 
-    They may leave out its first messages, or have others before it, such as a system message.
+    The repetition may lack the prompt's first messages, or have others in front, such as a system
+    message.
     """
     first, *others = answers.values()
     if not all(a and a[0]["role"] in ("user", "system") for a in answers.values()):
@@ -306,10 +324,20 @@ def _without_repeats(
 
 
 def extract_prompt(row: Mapping, where: str = "data") -> dict[str, Any]:
-    """Split chosen and rejected that both start with the prompt (strings or message lists).
+    """Split chosen and rejected, two strings or two message lists, that start with the prompt.
 
-    The prompt is their longest common prefix of characters or messages; a space right before the
-    point where they part goes to the answers. Chosen and rejected must differ.
+    The prompt is their longest common prefix of characters or messages. A space at its end goes to
+    the answers.
+
+    Args:
+        row: has chosen and rejected.
+        where: the start of error messages.
+
+    Returns:
+        A dict with prompt, chosen and rejected.
+
+    Raises:
+        ValueError: chosen and rejected are of different types, or one is empty.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
@@ -325,55 +353,3 @@ def extract_prompt(row: Mapping, where: str = "data") -> dict[str, Any]:
     if chosen[cut] != rejected[cut] and cut > 0 and chosen[cut - 1] == " ":
         cut -= 1
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-
-
-# ---- messages that went through Arrow ----
-
-
-def without_nulls(row: Mapping[str, Any], columns: frozenset[str]) -> tuple[dict[str, Any], bool]:
-    """The row without the nulls that Arrow puts into dicts; and whether a nested one had any.
-
-    A message's own content stays, since null is a common value of it.
-    """
-    out, found = dict(row), False
-    for key in columns:
-        value, nested = _without_nulls(out.get(key), depth=0)
-        out[key], found = value, found or nested
-    return out, found
-
-
-def _without_nulls(value: Any, depth: int) -> tuple[Any, bool]:
-    if isinstance(value, list):
-        parts = [_without_nulls(v, depth) for v in value]
-        return [v for v, _ in parts], any(found for _, found in parts)
-    if not isinstance(value, dict):
-        return value, False
-    kept = {k: v for k, v in value.items() if v is not None or (k == "content" and "role" in value)}
-    inner = {k: _without_nulls(v, depth + 1) for k, v in kept.items()}
-    found = depth > 0 and len(kept) < len(value)
-    return {k: v for k, (v, _) in inner.items()}, found or any(f for _, f in inner.values())
-
-
-def merged_columns(batch: Mapping[str, list], layout: Layout, form: Form) -> frozenset[str]:
-    """The columns of a batch whose messages Arrow has merged.
-
-    Of a stream whose features are not known, those whose dicts all have the same keys in the same
-    place, as Arrow leaves them: where rows were never merged, other calls have other arguments.
-    """
-    if not layout.streamed:
-        return layout.merged
-    found = []
-    for key in (layout.prompt, *form.answers, *TEMPLATE_COLUMNS):
-        if key is not None and _have_same_keys(batch.get(key, [])):
-            found.append(key)
-    return frozenset(found)
-
-
-def _have_same_keys(values: list) -> bool:
-    """Whether the dicts among the values, in lists, and inside each other have the same keys."""
-    dicts = [v for v in values if isinstance(v, dict)]
-    if any(list(d) != list(dicts[0]) for d in dicts):
-        return False
-    inside = [[item for v in values if isinstance(v, list) for item in v]]
-    inside += [[d[key] for d in dicts] for key in (dicts[0] if dicts else ())]
-    return all(_have_same_keys(part) for part in inside if part)

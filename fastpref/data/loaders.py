@@ -1,10 +1,8 @@
-"""Loaders: of evaluation data, whose rows are known again, of data that one process dispatches, of
-rows by their length.
+"""Data loaders: with row positions, with dispatch from one process, and by length.
 
-accelerate's dispatcher reads batches in the first process, joins them on dimension 0 and cuts it
-into as many pieces as there are processes. A batch [chosen; rejected] would be torn apart, and flat
-token positions cut. So a batch that is to be dispatched is a stack of finished batches, one for
-each process, and the cut falls between them.
+With dispatch, accelerate reads batches in the first process, joins them on dimension 0 and splits
+the result among the processes. That would separate chosen from rejected sequences, and split flat
+token positions. So a dispatched batch here is a stack of complete batches, one for each process.
 """
 
 from __future__ import annotations
@@ -19,14 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-POSITION = "position"  # of a row in its data set; also the batch's key of all of them
-_FLAT = "token_indices"  # ends the keys of positions in flattened labels
+POSITION = "position"  # the key of a row's position in its data set, in rows and in batches
+_FLAT = "token_indices"  # the suffix of keys that hold positions in flattened labels
 Batch = dict[str, Tensor]
 Collator = Callable[[list[dict]], Batch]
 
 
 class NumberedRows(Dataset):
-    """A map-style data set whose rows have their position."""
+    """A map-style data set that adds its position to each row."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -38,28 +36,31 @@ class NumberedRows(Dataset):
         return {**self.dataset[index], POSITION: index}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        several = getattr(self.dataset, "__getitems__", None)
-        rows = several(indices) if several else [self.dataset[i] for i in indices]
+        get_rows = getattr(self.dataset, "__getitems__", None)
+        rows = get_rows(indices) if get_rows else [self.dataset[i] for i in indices]
         return [{**row, POSITION: i} for row, i in zip(rows, indices, strict=True)]
 
 
 class NumberedStream(IterableDataset):
-    """A stream whose rows have their position: the same in every process, and its own in every
-    worker of a loader."""
+    """A stream that adds a position to each row.
+
+    A row's position is the same in every process. Two workers of a loader, which read different
+    rows, never give the same position.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
-        workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
         for i, row in enumerate(self.dataset):
-            yield {**row, POSITION: i * workers + own}
+            yield {**row, POSITION: i * workers + worker_id}
 
 
 @dataclass
 class NumberedCollator:
-    """Any collator's batches, with their rows' positions, int64 [P]."""
+    """Another collator's batches, with the positions of their rows, int64 [P]."""
 
     collator: Collator
 
@@ -71,11 +72,11 @@ class NumberedCollator:
 
 @dataclass
 class StackedCollator:
-    """Any collator's batches of so many processes, stacked [processes, ...].
+    """Another collator's batches, one for each process, stacked to [processes, ...].
 
-    Batches of different lengths are padded, labels with -100 and all else with 0, and rows are
-    repeated where there are too few for batches of one size. Flat token positions are left out:
-    they differ in number, and the loss finds them itself.
+    Batches are padded to the same length, labels with -100 and all else with 0. Rows are repeated
+    if their number is not divisible by the number of processes. Flat token positions are left out,
+    since their number differs between batches; the loss computes them.
     """
 
     collator: Collator
@@ -103,18 +104,18 @@ def _stack(tensors: list[Tensor], key: str) -> Tensor:
 
 
 def row_lengths(dataset: Any) -> list[int]:
-    """The tokens of each row of tokenised data: its prompt with its longest answer."""
+    """The number of tokens of each row of tokenised data: prompt + longest answer."""
     answers = [key for key in dataset.column_names if key.endswith("_ids") and key != "prompt_ids"]
     return [len(row["prompt_ids"]) + max(len(row[key]) for key in answers) for row in dataset]
 
 
 class LengthSampler(Sampler):
-    """Rows of like lengths in the same batches, in another order in every pass.
+    """Samples rows so that those of a batch have similar lengths, in a new order in every epoch.
 
     Args:
-        lengths: of the rows.
-        batch_size: rows per step.
-        seed: with the number of the pass it determines the order.
+        lengths: the rows' numbers of tokens.
+        batch_size: rows per optimiser step.
+        seed: determines the order, together with the epoch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -130,12 +131,12 @@ class LengthSampler(Sampler):
         self.epoch += 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which pass is next."""
+        """Set the number of the next epoch."""
         self.epoch = epoch
 
 
 def set_sampler_epoch(loader: Any, epoch: int) -> None:
-    """Say which pass is next to the sampler under however many batch samplers."""
+    """Set the next epoch of a loader's sampler, which may be inside several batch samplers."""
     batches = getattr(loader, "batch_sampler", None)
     while batches is not None:
         sampler: Any = getattr(batches, "sampler", None)
@@ -145,7 +146,7 @@ def set_sampler_epoch(loader: Any, epoch: int) -> None:
 
 
 def own_part(batch: Any) -> Any:
-    """A process's batch [1, ...], as the dispatcher cuts it off a stack of them, without the 1."""
+    """This process's batch from its part [1, ...] of a dispatched stack."""
     return {key: value.squeeze(0) for key, value in batch.items()}
 
 
@@ -158,14 +159,16 @@ def make_loader(
     dispatch: bool = False,
     **options: Any,
 ) -> Any:
-    """A loader of each process's part of a data set, on its device.
+    """A loader of this process's part of a data set, on its device.
 
     Args:
         dataset: map-style or a stream.
-        batch_size: rows per batch and process; of all processes where the accelerator's
-            split_batches is set.
-        dispatch: the first process reads the data and sends the others theirs; batches are those of
-            `StackedCollator`, for `own_part`.
+        collator: makes a batch from a list of rows.
+        accelerator: the `accelerate.Accelerator`.
+        batch_size: rows per batch and process; with split_batches of the accelerator, rows per
+            batch of all processes.
+        dispatch: whether the first process reads the data for all. Batches are then parts of a
+            `StackedCollator`'s, to be passed through `own_part`.
         options: of `torch.utils.data.DataLoader`.
     """
     processes = accelerator.num_processes
@@ -173,10 +176,11 @@ def make_loader(
         collator = StackedCollator(collator, processes)
         batch_size *= 1 if accelerator.split_batches else processes
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator, **options)
-    shared = getattr(accelerator, "_prepare_device_mesh", lambda: None)  # who shares batches
-    more = {
+    # The mesh says which processes get the same batches. Older versions of accelerate lack it.
+    device_mesh = getattr(accelerator, "_prepare_device_mesh", lambda: None)
+    version_options = {
         "data_seed": getattr(accelerator.dataloader_config, "data_seed", None),
-        "torch_device_mesh": shared(),
+        "torch_device_mesh": device_mesh(),
     }
     return prepare_data_loader(
         loader,
@@ -187,8 +191,8 @@ def make_loader(
         put_on_device=True,
         rng_types=list(accelerator.rng_types or ()),
         dispatch_batches=dispatch,
-        even_batches=True,  # so that processes wait for one another; repeated rows count once
+        even_batches=True,  # equal numbers of batches; evaluation counts repeated rows once
         use_seedable_sampler=accelerator.use_seedable_sampler,
         non_blocking=accelerator.non_blocking,
-        **{name: value for name, value in more.items() if value is not None},
+        **{name: value for name, value in version_options.items() if value is not None},
     )

@@ -1,8 +1,8 @@
-"""The tokens of one row of preference data: its prompt, and its prompt with each answer.
+"""`RowTokenizer`: the tokens of a row's prompt, and of its prompt with each answer.
 
 Used through `fastpref.data`. Tokenisation, end-of-sequence and prompts follow TRL 1.16, with two
-differences: special tokens that a text already holds are not added again, and a prompt that ends
-with a begun assistant message is continued.
+differences. Special tokens that a text already contains are not added again. A prompt that ends
+with an unfinished assistant message is continued by the answers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 from fastpref.data.columns import check_encodable, describe, is_messages
 
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # a message's text beside its content
-_MARK = "\ue0f2\ue0f3"  # characters without a meaning, so that no text has them
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message's reasoning
+_MARK = "\ue0f2\ue0f3"  # private-use characters, which texts do not contain
 
 
 class RowTokenizer:
-    """Tokenises rows that `arrange` has made: all text, or all lists of messages.
+    """Tokenises the rows that `arrange` returns, which are all text or all lists of messages.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -32,11 +32,15 @@ class RowTokenizer:
         self.ends = _end_tokens(tokenizer)
 
     def __call__(self, row: Mapping[str, Any], where: str) -> list[list[int]]:
-        """The tokens of the prompt, and of the prompt with each answer.
+        """The token ids of the prompt, and those of the prompt with each answer.
+
+        Args:
+            row: has prompt and the answers.
+            where: the start of error messages about the row.
 
         Raises:
-            ValueError: the row, or the tokenizer, is not fit for that; the message starts with
-                where if it is the row.
+            ValueError: a row of mixed types, an empty answer, text or messages on which tokenizer
+                or chat template fail, a tokenizer without EOS or chat template.
         """
         keys = ("prompt", *self.answers)
         values = [row[key] for key in keys]
@@ -70,14 +74,17 @@ class RowTokenizer:
         return [self._encode(text, where) for text in (prompt, *(prompt + a for a in answers))]
 
     def _is_ended(self, answer: str) -> bool:
-        """Whether a template has ended the turn: with EOS or a token like it, then white space."""
+        """Whether a text ends with EOS or a template's end-of-turn token, then white space."""
         return answer.rstrip().endswith(self.ends)
 
     def _encode(self, text: str, where: str) -> list[int]:
-        """The text's tokens, with what the tokenizer puts in front, once, and nothing behind."""
+        """The text's tokens, with the tokenizer's special tokens in front but not behind.
+
+        The ones in front are not doubled if the text contains them.
+        """
         try:
             ids = list(self.tokenizer(text=text)["input_ids"])
-        except Exception as error:  # of a library below, which knows no row
+        except Exception as error:  # the tokenizer's errors do not name the row
             check_encodable(text, where)
             raise ValueError(f"{where}: the tokenizer fails: {_sentence(error)}") from error
         size = len(self.prefix)
@@ -94,20 +101,22 @@ class RowTokenizer:
     ) -> list[list[int]]:
         if prompt and all(_continues(prompt[-1], answer[0]) for answer in answers):
             whole = [_continued(prompt, answer) for answer in answers]
-            first = self._begun(prompt, answers[0], options, where)
+            first = self._unfinished_prompt(prompt, answers[0], options, where)
         else:
-            turn = all(answer[0]["role"] not in ("user", "system", "tool") for answer in answers)
-            start = {"add_generation_prompt": True} if turn else {}
+            replies = all(answer[0]["role"] not in ("user", "system", "tool") for answer in answers)
+            start = {"add_generation_prompt": True} if replies else {}
             whole = [prompt + answer for answer in answers]
             first = self._apply(prompt, {**start, **options}, where)
         return [first, *(self._apply(messages, options, where) for messages in whole)]
 
-    def _begun(self, prompt: list, answer: list, options: dict[str, Any], where: str) -> list[int]:
-        """The tokens up to where the answer goes on with the prompt's last message.
+    def _unfinished_prompt(
+        self, prompt: list, answer: list, options: dict[str, Any], where: str
+    ) -> list[int]:
+        """The tokens of a prompt whose last message the answer continues.
 
-        A template may render a message by what follows in it or after it (one with thoughts, say),
-        so the place is marked in the text of the whole. A template that leaves out the beginning
-        leaves the start of the turn.
+        How a template renders a message may depend on its later parts and on later messages, such
+        as one with thoughts. So the whole conversation is rendered, with a mark at the end of the
+        prompt. If the template drops the marked text, the prompt ends at the start of the turn.
         """
         for marked in _marked(prompt[-1]):
             messages = _continued([*prompt[:-1], marked], answer)
@@ -120,17 +129,17 @@ class RowTokenizer:
     def _apply(
         self, messages: list, options: dict[str, Any], where: str, tokenize: bool = True
     ) -> Any:
-        """The tokens of a conversation, or its text."""
+        """The tokens of a conversation; its text with tokenize=False."""
         try:
             out = self.tokenizer.apply_chat_template(
                 messages, **options, tokenize=tokenize, return_dict=tokenize
             )
-        except Exception as error:  # of a template, or of a library below, which know no row
-            given = [messages, options]
-            check_encodable(json.dumps(given, ensure_ascii=False, default=str), where)
-            what = "an empty conversation" if not messages else "this conversation"
+        except Exception as error:  # errors of a template or tokenizer do not name the row
+            arguments = json.dumps([messages, options], ensure_ascii=False, default=str)
+            check_encodable(arguments, where)
+            conversation = "an empty conversation" if not messages else "this conversation"
             raise ValueError(
-                f"{where}: the chat template fails on {what}: {_sentence(error)}"
+                f"{where}: the chat template fails on {conversation}: {_sentence(error)}"
             ) from error
         return list(out["input_ids"]) if tokenize else out
 
@@ -153,9 +162,10 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _decoded(value: Any, what: str) -> Any:
+    """A value that may be JSON text, as an object; `what` names it in errors."""
     if not isinstance(value, str):
         return value
-    if not value.strip():  # as a table without null, such as CSV, says that there is nothing
+    if not value.strip():  # CSV, which has no null, has an empty text instead
         return None
     try:
         return json.loads(value)
@@ -164,7 +174,7 @@ def _decoded(value: Any, what: str) -> Any:
 
 
 def _affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts in front of a text and behind it."""
+    """The special tokens that a tokenizer adds in front of a text and behind it."""
     whole = list(tokenizer(text="a")["input_ids"])
     bare = list(tokenizer(text="a", add_special_tokens=False)["input_ids"])
     for start in range(len(whole) - len(bare) + 1 if bare else 0):
@@ -174,7 +184,7 @@ def _affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens that may end an answer: EOS, and a template's own, such as <|eot_id|>."""
+    """The special tokens that may end an answer: EOS, and a template's, such as <|eot_id|>."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in added if token.special and str(token) in template}
@@ -182,16 +192,16 @@ def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def _continues(last: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
-    """Whether a prompt's last message is the begun one that the answer's first one goes on with."""
+    """Whether the answer's first message continues the prompt's last one, of the same role."""
     finished = last["role"] in ("user", "system", "tool") or last.get("tool_calls")
     return last["role"] == first["role"] and not finished
 
 
-def _joined(begun: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """One message of its beginning and its end."""
-    out = {**begun, **rest}
+def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """One message from two: first, continued by second."""
+    out = {**first, **second}
     for key in ("content", *_THOUGHTS):
-        parts = [m[key] for m in (begun, rest) if m.get(key)]
+        parts = [m[key] for m in (first, second) if m.get(key)]
         if len(parts) == 2:
             out[key] = _joined_content(*parts)
         elif parts:
@@ -199,26 +209,33 @@ def _joined(begun: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]
     return out
 
 
-def _joined_content(begun: Any, rest: Any) -> Any:
-    """One content of two; where they meet, two parts of text become one, as nothing parts them."""
-    if isinstance(begun, str) and isinstance(rest, str):
-        return begun + rest
-    begun, rest = (
+def _joined_content(first: Any, second: Any) -> Any:
+    """One content from two, each text or a list of parts.
+
+    If the last part of first and the first part of second are text, they become one part.
+    """
+    if isinstance(first, str) and isinstance(second, str):
+        return first + second
+    first, second = (
         [{"type": "text", "text": value}] if isinstance(value, str) else list(value)
-        for value in (begun, rest)
+        for value in (first, second)
     )
-    last, first = begun[-1], rest[0]
-    if all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in (last, first)):
-        return [*begun[:-1], {**last, "text": last["text"] + first["text"]}, *rest[1:]]
-    return begun + rest
+    left, right = first[-1], second[0]
+    if all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in (left, right)):
+        return [*first[:-1], {**left, "text": left["text"] + right["text"]}, *second[1:]]
+    return first + second
 
 
 def _continued(prompt: list, answer: list) -> list:
+    """The conversation in which the answer's first message continues the prompt's last."""
     return [*prompt[:-1], _joined(prompt[-1], answer[0]), *answer[1:]]
 
 
 def _marked(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The message with a mark at its end: after its content, or else after its thoughts."""
+    """Versions of the message with a mark at its end: of its thoughts, then of its content.
+
+    Those of its thoughts come first, and only for a message without content.
+    """
     if not message.get("content"):
         for key in (key for key in _THOUGHTS if message.get(key)):
             yield {**message, key: _joined_content(message[key], _MARK)}
@@ -226,5 +243,6 @@ def _marked(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _sentence(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}{': ' + lines[0] if lines else ''}"

@@ -1,4 +1,4 @@
-"""`prepare_dataset`: a data set of text becomes one of token ids, and what was found on the way.
+"""`prepare_dataset`: from a data set of text to one of token ids, and a report on its rows.
 
 Tokenisation, end-of-sequence and truncation follow TRL 1.16. Rows are numbered from 0.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from fastpref.data.collate import check_truncation, truncate
 from fastpref.data.columns import (
     PAIRS,
-    Form,
+    Columns,
     check_label,
     check_number,
     check_token_ids,
@@ -51,24 +51,40 @@ FLAG_NAMES = {
 
 @dataclass
 class DataReport:
-    """What `prepare_dataset` did to a data set. Counts are rows; None when streaming."""
+    """The result of `prepare_dataset` in numbers of rows. Of a stream no row is counted.
+
+    Attributes:
+        name: what the data is for, such as "train".
+        rows: rows of the input; None for a stream.
+        kept: rows of the result; None for a stream.
+        identical: dropped, since chosen and rejected have the same tokens within max_length.
+        too_long: dropped, since the prompt alone has max_length tokens.
+        unlabelled: dropped, since no answer has a token that follows another token.
+        not_prefix: kept, although the prompt's tokens are not a prefix of prompt + answer.
+        truncated: kept, with at least one answer cut at max_length.
+        nulls: kept, without the nulls inside tool calls, tools or content parts.
+        unread: columns that are not read.
+        implicit: whether the prompts are inside the answers and not in a column.
+        max_length: as passed to `prepare_dataset`.
+        examples: the numbers of the first five rows of each kind above.
+    """
 
     name: str
     rows: int | None = None
     kept: int | None = None
-    identical: int = 0  # dropped: chosen and rejected are the same tokens within max_length
-    too_long: int = 0  # dropped: the prompt alone fills max_length
-    unlabelled: int = 0  # dropped: no answer has a token that another one precedes
-    not_prefix: int = 0  # kept: the prompt's tokens are not a prefix of prompt + answer
-    truncated: int = 0  # kept: at least one answer is cut by max_length
-    nulls: int = 0  # kept: nulls inside tool calls, tools or content parts are left out
-    unread: tuple[str, ...] = ()  # columns that nothing reads
-    implicit: bool = False  # there is no column of prompts: they are inside the answers
+    identical: int = 0
+    too_long: int = 0
+    unlabelled: int = 0
+    not_prefix: int = 0
+    truncated: int = 0
+    nulls: int = 0
+    unread: tuple[str, ...] = ()
+    implicit: bool = False
     max_length: int | None = None
-    examples: dict[str, list[int]] = field(default_factory=dict)  # first row numbers of each kind
+    examples: dict[str, list[int]] = field(default_factory=dict)
 
     def warnings(self) -> list[str]:
-        """One sentence for each kind of problem that was found."""
+        """One sentence for each kind of row above, and for unread columns."""
         limit = f"max_length={self.max_length} tokens"
         cut = "" if self.max_length is None else f" once cut at {limit}"
         texts = {
@@ -86,8 +102,8 @@ class DataReport:
         if self.unread:
             names = ", ".join(map(repr, self.unread))
             inside = "; the prompt is the text that chosen and rejected start with"
-            said = f"{self.name} data: nothing reads the columns {names}"
-            out.append(said + (inside if self.implicit else ""))
+            sentence = f"{self.name} data: nothing reads the columns {names}"
+            out.append(sentence + (inside if self.implicit else ""))
         for key, text in texts.items():
             if count := getattr(self, key):
                 rows = ", ".join(map(str, self.examples[key]))
@@ -108,29 +124,31 @@ def prepare_dataset(
 ) -> tuple[Any, DataReport]:
     """Tokenise preference data and drop the rows that cannot be trained on.
 
-    The completion starts after the longest token prefix that the prompt shares with prompt + chosen
-    and with prompt + rejected. EOS is appended to plain strings that do not end with it; messages
-    rely on the chat template.
+    Prompt and answers are split at the end of the longest token prefix that the prompt shares with
+    prompt + chosen and with prompt + rejected. EOS is appended to strings that do not end with it;
+    the end of messages is the chat template's.
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset` with columns prompt, chosen, rejected
             (strings or message lists), or chosen and rejected with the prompt inside, or
             prompt_ids, chosen_ids, rejected_ids. Optional: ref_chosen_logps and
-            ref_rejected_logps (sequence sums), weight, margin, soft_label, tools,
+            ref_rejected_logps (sequence sums in nats), weight, margin, soft_label, tools,
             chat_template_kwargs.
         tokenizer: a transformers tokenizer; not needed for token ids.
-        max_length: tokens kept of prompt + answer. With `keep_start`, rows whose prompt alone
-            reaches it are dropped; None keeps everything.
+        max_length: maximum number of tokens of prompt + answer; None for no maximum. With
+            `keep_start`, rows whose prompt alone reaches it are dropped.
         truncation_mode: "keep_start" or "keep_end".
-        vocab_size: the model's; token ids that it does not have are an error.
+        num_proc: number of processes; not for a stream.
+        name: what errors and the report call the data.
+        vocab_size: the model's; larger token ids are an error. None: not checked.
 
     Returns:
-        The data set with prompt_ids, chosen_ids, rejected_ids, row (its number in the input) and
-        the optional number columns; and a `DataReport`.
+        The data set with prompt_ids, chosen_ids, rejected_ids, row (the row's number in the input)
+        and the optional number columns; and a `DataReport`.
 
     Raises:
-        ValueError: a column is missing, a row is malformed (with its number), the tokenizer lacks
-            a chat template or EOS that the data needs, or no row is left.
+        ValueError: a missing column, a malformed row (with its number), a tokenizer without the
+            chat template or the EOS that the data needs, or no row left.
     """
     return tokenise(
         dataset,
@@ -147,7 +165,7 @@ def prepare_dataset(
 def tokenise(
     dataset: Any,
     tokenizer: Any,
-    form: Form,
+    columns: Columns,
     *,
     max_length: int | None,
     truncation_mode: str,
@@ -155,7 +173,7 @@ def tokenise(
     name: str,
     vocab_size: int | None,
 ) -> tuple[Any, DataReport]:
-    """`prepare_dataset` for data of any form."""
+    """`prepare_dataset` for pairs or single answers, as `columns` says."""
     import datasets
 
     check_truncation(max_length, truncation_mode)
@@ -164,28 +182,28 @@ def tokenise(
     first = sample(dataset)
     if not first:
         raise ValueError(f"{name} data has no rows")
-    columns = list(dataset.column_names or first[0])
-    if "row" in columns and set(form.ids) <= set(columns) <= form.prepared:
+    column_names = list(dataset.column_names or first[0])
+    if "row" in column_names and set(columns.ids) <= set(column_names) <= columns.prepared:
         return dataset, report
-    layout = find_layout(dataset, first, name, form)
+    layout = find_layout(dataset, first, name, columns)
     report.unread, report.implicit = layout.unread, layout.prompt is None
-    is_text = not set(form.ids) <= set(columns)
+    is_text = not set(columns.ids) <= set(column_names)
     if is_text and tokenizer is None:
         raise ValueError(f"{name} data is text; a tokenizer is needed")
     ids = datasets.Sequence(datasets.Value("int32"))
-    features = {**dict.fromkeys(form.ids, ids), "row": datasets.Value("int64")}
+    features = {**dict.fromkeys(columns.ids, ids), "row": datasets.Value("int64")}
     features["flags"] = datasets.Value("int16")
-    features.update({k: datasets.Value("float64") for k in form.numbers if k in columns})
-    features.update({k: datasets.Value("bool") for k in form.labels})
+    features.update({k: datasets.Value("float64") for k in columns.numbers if k in column_names})
+    features.update({k: datasets.Value("bool") for k in columns.labels})
     encode = {
         "function": _encode_batch,
         "batched": True,
         "features": datasets.Features(features),
         "with_indices": True,
-        "remove_columns": columns,
+        "remove_columns": column_names,
         "fn_kwargs": {
             "tokenizer": tokenizer,
-            "form": form,
+            "columns": columns,
             "layout": layout,
             "max_length": max_length,
             "keep_start": truncation_mode == "keep_start",
@@ -195,7 +213,7 @@ def tokenise(
     }
     if is_text:
         _check_layout(layout, tokenizer, name)
-        _check_first(first, layout, form, origin(dataset, name), name, streaming)
+        _check_first(first, layout, columns, origin(dataset, name), name, streaming)
     if streaming:
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
@@ -212,10 +230,10 @@ def tokenise(
         report.examples[key] = numbers[hits[:5]].tolist()
     _check_prompts(int((flags & NO_PROMPT > 0).sum()), len(flags), layout, name)
     if report.kept == 0:
-        same = f"in {report.identical} chosen and rejected are identical, "
+        identical = f"in {report.identical} chosen and rejected are identical, "
         raise ValueError(
             f"{name} data: none of {report.rows} rows can be used: "
-            f"{same if form is PAIRS else ''}in {report.too_long} the prompt alone reaches "
+            f"{identical if columns is PAIRS else ''}in {report.too_long} the prompt alone reaches "
             f"max_length={max_length} tokens, in {report.unlabelled} no answer token follows "
             "another token"
         )
@@ -225,7 +243,7 @@ def tokenise(
 
 
 def _check_layout(layout: Layout, tokenizer: Any, name: str) -> None:
-    """Raise a ValueError if a column makes conversations and there is no template for them."""
+    """Raise ValueError if there is a system column but no chat template."""
     if layout.system and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"{name} data has the system column {layout.system!r}, which makes its rows "
@@ -235,20 +253,22 @@ def _check_layout(layout: Layout, tokenizer: Any, name: str) -> None:
 
 
 def _check_first(
-    rows: list[dict], layout: Layout, form: Form, data: str, name: str, streaming: bool
+    rows: list[dict], layout: Layout, columns: Columns, data: str, name: str, streaming: bool
 ) -> None:
-    """Raise a ValueError if the first rows of a stream have no prompt, or if those of any data have
-    conversations of no message for prompts, which no template takes. All other rows are looked at
-    as they are tokenised."""
+    """Raise ValueError if all of the first rows lack a prompt.
+
+    In data that is not a stream only prompts without a message count here: no chat template accepts
+    them, and the other empty prompts are counted while all rows are tokenised.
+    """
     batch = {key: [row[key] for row in rows] for key in rows[0]}
     numbers = row_numbers(batch, list(range(len(rows))))
-    arranged = [row for row, _ in arrange_batch(batch, layout, form, data, numbers)]
+    arranged = [row for row, _ in arrange_batch(batch, layout, columns, data, numbers)]
     if streaming or all(row["prompt"] == [] for row in arranged):
         _check_prompts(sum(has_no_prompt(r, layout) for r in arranged), len(rows), layout, name)
 
 
 def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
-    """Raise a ValueError if no row has a prompt: it may be in a column that nobody reads."""
+    """Raise ValueError if all rows have an empty prompt; an unread column may hold it."""
     if empty < rows:
         return
     why = f"the column {layout.prompt!r} is empty in all of them"
@@ -263,7 +283,10 @@ def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
 
 @contextlib.contextmanager
 def _showing(what: str, rows: int, num_proc: int | None) -> Iterator[str]:
-    """Progress of a `Dataset.map`: lines in a log file or, on a terminal, the bar of datasets."""
+    """Progress of a `Dataset.map`: lines in a log file, or the bar of datasets on a terminal.
+
+    Yields the text for the bar.
+    """
     import datasets
 
     hidden = datasets.are_progress_bars_disabled()
@@ -285,35 +308,37 @@ def _encode_batch(
     batch: dict,
     rows: list[int],
     tokenizer: Any,
-    form: Form,
+    columns: Columns,
     layout: Layout,
     max_length: int | None,
     keep_start: bool,
     data: str,
     vocab_size: int | None,
 ) -> dict[str, list]:
-    numbers = [key for key in form.numbers if key in batch]
-    out: dict[str, list] = {key: [] for key in (*form.ids, *numbers, *form.labels, "row", "flags")}
+    """The columns of a tokenised batch, with `flags` that tell what was found in each row."""
+    numbers = [key for key in columns.numbers if key in batch]
+    out_names = (*columns.ids, *numbers, *columns.labels, "row", "flags")
+    out: dict[str, list] = {key: [] for key in out_names}
     rows = row_numbers(batch, rows)
-    if form.ids[1] in batch:
-        encoded = [([batch[key][i] for key in form.ids], 0) for i in range(len(rows))]
+    if columns.ids[1] in batch:
+        encoded = [([batch[key][i] for key in columns.ids], 0) for i in range(len(rows))]
     else:
-        tokens = RowTokenizer(tokenizer, form.answers)
-        arranged = arrange_batch(batch, layout, form, data, rows)
+        tokens = RowTokenizer(tokenizer, columns.answers)
+        arranged = arrange_batch(batch, layout, columns, data, rows)
         encoded = [
-            _encode_row(row, tokens, layout, found, f"{data}: row {index}")
-            for index, (row, found) in zip(rows, arranged, strict=True)
+            _encode_row(row, tokens, layout, had_nulls, f"{data}: row {index}")
+            for index, (row, had_nulls) in zip(rows, arranged, strict=True)
         ]
     for i, (index, (ids, flags)) in enumerate(zip(rows, encoded, strict=True)):
         where = f"{data}: row {index}"
-        for key, value in zip(form.ids, ids, strict=True):
+        for key, value in zip(columns.ids, ids, strict=True):
             check_token_ids(value, key, where, vocab_size)
             out[key].append(value)
         if not flags & IDENTICAL:
             flags |= _length_flags(ids, max_length, keep_start)
         for key in numbers:
             out[key].append(check_number(batch[key][i], key, where))
-        for key in form.labels:
+        for key in columns.labels:
             out[key].append(check_label(batch[key][i], key, where))
         out["row"].append(index)
         out["flags"].append(flags)
@@ -322,9 +347,10 @@ def _encode_batch(
 
 
 def _encode_row(
-    row: dict, tokens: RowTokenizer, layout: Layout, found_nulls: bool, where: str
+    row: dict, tokens: RowTokenizer, layout: Layout, had_nulls: bool, where: str
 ) -> tuple[list[list[int]], int]:
-    flags = (NULLS if found_nulls else 0) | (NO_PROMPT if has_no_prompt(row, layout) else 0)
+    """The token ids of the prompt and of each answer, and the row's flags."""
+    flags = (NULLS if had_nulls else 0) | (NO_PROMPT if has_no_prompt(row, layout) else 0)
     first, *others = (row[key] for key in tokens.answers)
     if any(same(first, other) for other in others):
         return [[] for _ in ("prompt", *tokens.answers)], flags | IDENTICAL
@@ -336,7 +362,7 @@ def _encode_row(
 
 
 def _length_flags(ids: list[list], max_length: int | None, keep_start: bool) -> int:
-    """What is wrong with a row as the collator will cut it."""
+    """The flags of a row that depend on truncation."""
     prompt, *answers = ids
     flags = 0
     if max_length is not None:
@@ -344,10 +370,10 @@ def _length_flags(ids: list[list], max_length: int | None, keep_start: bool) -> 
             return TOO_LONG
         longest = max(len(prompt) + len(answer) for answer in answers)
         flags = TRUNCATED if longest > max_length else 0
-    kept = [truncate(prompt + answer, len(prompt), max_length, keep_start) for answer in answers]
-    if kept[0] in kept[1:]:
+    cut = [truncate(prompt + answer, len(prompt), max_length, keep_start) for answer in answers]
+    if cut[0] in cut[1:]:
         return flags | IDENTICAL
-    labelled = any(len(ids) > max(start, 1) for ids, start in kept)
+    labelled = any(len(ids) > max(start, 1) for ids, start in cut)
     return flags if labelled else flags | UNLABELLED
 
 

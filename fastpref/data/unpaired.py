@@ -1,4 +1,4 @@
-"""Data of single answers that are labelled desirable or not: from rows or from pairs."""
+"""`prepare_unpaired_dataset`: data of single answers labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastpref.data.columns import NUMBERS, PAIRS, UNPAIRED, origin
 from fastpref.data.layouts import Layout, arrange_batch, find_layout, row_numbers, sample
 from fastpref.data.tokenise import DataReport, tokenise
 
-CHUNK = 1000  # rows within which another prompt is looked for
-SEARCHED = 10_000  # rows of a stream within which there must be two prompts
+CHUNK = 1000  # rows among which an answer to another prompt is searched
+SEARCHED = 10_000  # rows of a stream among which there must be two prompts
 
 
 def prepare_unpaired_dataset(
@@ -30,23 +30,23 @@ def prepare_unpaired_dataset(
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset` with columns prompt, completion (strings
             or message lists) and label (true for a desirable answer), or prompt_ids, completion_ids
-            and label. Or pairs, as `prepare_dataset` takes them: each becomes two rows, in TRL
-            1.16's order, which is all chosen answers of a thousand rows and then their rejected
-            ones. Rows are numbered after that. Optional: weight, tools, chat_template_kwargs.
+            and label. Or pairs, as `prepare_dataset` takes them: each becomes two rows. Their order
+            is TRL 1.16's: all chosen answers of a thousand pairs, then their rejected ones. The
+            rows are numbered in that order. Optional: weight, tools, chat_template_kwargs.
         tokenizer, max_length, truncation_mode, num_proc, name, vocab_size: as `prepare_dataset`.
-        mismatch: add KL_completion_ids, an answer to another prompt: that of the row before, within
-            blocks of so many rows the first of which gets the last's. A batch of a whole block then
-            estimates KTO's KL term from its own answers. Where that row has the same prompt, the
-            nearest row before it that has not is taken, of the block if there is one, or else of
-            the thousand rows around it or of the first rows.
+        mismatch: number of rows in a block; adds the column KL_completion_ids, an answer to another
+            prompt. It is the answer of the row before, cyclically within the block, so that a batch
+            of one block estimates KTO's KL term from its own answers. If that row has the same
+            prompt, the nearest earlier row with another prompt is used: of the block, else of the
+            thousand rows around it, else of the first rows.
 
     Returns:
-        The data set with prompt_ids, completion_ids, label, row (its number in the input), the
-        columns named above; and a `DataReport`.
+        The data set with prompt_ids, completion_ids, label, row (the row's number in the input) and
+        the columns named above; and a `DataReport`.
 
     Raises:
-        ValueError: as `prepare_dataset`; a column of pairs that single answers cannot have; with
-            mismatch, rows that all have the same prompt.
+        ValueError: as `prepare_dataset`; a column that only pairs can have; with mismatch, rows
+            that all have the same prompt.
     """
     dataset, report = tokenise(
         unpair(dataset, name),
@@ -64,44 +64,44 @@ def prepare_unpaired_dataset(
 
 
 def unpair(dataset: Any, name: str = "train") -> Any:
-    """Two rows with completion and label in place of each pair; other data as it is.
+    """Turn each pair into two rows with completion and label; other data is returned unchanged.
 
     Raises:
-        ValueError: a column of pairs that single answers cannot have, such as margin.
+        ValueError: a column that only pairs can have, such as margin.
     """
     first = sample(dataset)
-    columns = dataset.column_names or list(first[0] if first else ())
-    for column in (c for c in NUMBERS if c in columns and c not in UNPAIRED.numbers):
+    column_names = dataset.column_names or list(first[0] if first else ())
+    for column in (c for c in NUMBERS if c in column_names and c not in UNPAIRED.numbers):
         raise ValueError(
             f"{name} data: column {column!r} is of pairs, and here are single answers; expected "
             "data without it"
         )
-    ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(columns)]
+    ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(column_names)]
     if not ends:
         return dataset
     from datasets import Features, IterableDataset, Sequence, Value
 
     from fastpref.data.free_form import FreeForm
 
-    given = dataset.features
+    features = dataset.features
     if ends[-1] == "_ids":
         options: dict[str, Any] = {"function": _split_ids}
-        left = [c for c in columns if c not in ("chosen_ids", "rejected_ids")]
-        made = {"completion_ids": Sequence(Value("int32"))}
+        unchanged = [c for c in column_names if c not in ("chosen_ids", "rejected_ids")]
+        new_features = {"completion_ids": Sequence(Value("int32"))}
     else:
         layout = find_layout(dataset, first, name, PAIRS)
         options = {"function": _split_texts, "with_indices": True}
         used = {layout.prompt, layout.context, layout.system, *PAIRS.answers}
-        left = [c for c in columns if c not in used]
-        stored = not isinstance(dataset, IterableDataset)  # its `map` writes values as they come
+        unchanged = [c for c in column_names if c not in used]
+        stored = not isinstance(dataset, IterableDataset)  # a stream's values are not encoded
         options["fn_kwargs"] = {
             "layout": layout, "used": used, "data": origin(dataset, name), "stored": stored
         }  # fmt: skip
-        made = {"prompt": FreeForm(), "completion": FreeForm()}
-    if given is not None:
-        kept = {key: given[key] for key in left}
-        options["features"] = Features({**kept, **made, "label": Value("bool")})
-    return dataset.map(**options, batched=True, remove_columns=columns)
+        new_features = {"prompt": FreeForm(), "completion": FreeForm()}
+    if features is not None:
+        new_features = {key: features[key] for key in unchanged} | new_features
+        options["features"] = Features({**new_features, "label": Value("bool")})
+    return dataset.map(**options, batched=True, remove_columns=column_names)
 
 
 def _split_ids(batch: dict[str, list]) -> dict[str, list]:
@@ -119,28 +119,28 @@ def _split_texts(
     data: str,
     stored: bool,
 ) -> dict[str, list]:
-    """Prompt, completion and label of a batch of pairs; as JSON where they are stored."""
+    """Prompt, completion and label of a batch of pairs; the first two as JSON if stored."""
     rows = row_numbers(batch, rows)
     pairs = [row for row, _ in arrange_batch(batch, layout, PAIRS, data, rows)]
     out = {key: values * 2 for key, values in batch.items() if key not in used}
-    as_is = json.dumps if stored else lambda value: value
-    out["prompt"] = [as_is(row["prompt"]) for row in pairs] * 2
-    out["completion"] = [as_is(row[key]) for key in PAIRS.answers for row in pairs]
+    encode = json.dumps if stored else lambda value: value
+    out["prompt"] = [encode(row["prompt"]) for row in pairs] * 2
+    out["completion"] = [encode(row[key]) for key in PAIRS.answers for row in pairs]
     return {**out, "label": [True] * len(pairs) + [False] * len(pairs)}
 
 
 def _mismatched(dataset: Any, block: int, name: str) -> Any:
-    """The data with KL_completion_ids, an answer to another prompt."""
+    """The data set with the column KL_completion_ids, an answer to another prompt."""
     chunk = block * max(1, CHUNK // block)
     options = {"block": block, "spare": _two_prompts(dataset, name)}
     return dataset.map(_mismatch, batched=True, batch_size=chunk, fn_kwargs=options)
 
 
 def _two_prompts(dataset: Any, name: str) -> list[tuple[list[int], list[int]]]:
-    """The first row and the first with another prompt: prompts and answers.
+    """Prompt and answer of the first row, and of the first row with another prompt.
 
     Raises:
-        ValueError: there is no other prompt, in a stream not among its first rows.
+        ValueError: all rows, or the first ones of a stream, have the same prompt.
     """
     found: list[tuple[list[int], list[int]]] = []
     limit = None if hasattr(dataset, "__len__") else SEARCHED
@@ -158,8 +158,11 @@ def _two_prompts(dataset: Any, name: str) -> list[tuple[list[int], list[int]]]:
 
 
 def _mismatch(batch: dict[str, list], block: int, spare: list) -> dict[str, list]:
-    """For each row the answer of the row before in its block, the first one's being the last; where
-    that is to the same prompt, of the next before it that is not, and so on through the chunk."""
+    """KL_completion_ids of a chunk of rows; see `prepare_unpaired_dataset`.
+
+    Candidates in order: the rows before in the block, the rest of the block from its end, the rows
+    of the chunk in front of the block, those behind it, and `spare` from `_two_prompts`.
+    """
     prompts, answers = batch["prompt_ids"], batch["completion_ids"]
     size, out = len(prompts), []
     for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""Losses from hidden states or logits to a scalar: what a training step calls."""
+"""Preference losses from hidden states or logits: the functions that a training step calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused losses as modules, for code that builds its loss once."""
+"""The fused losses as `torch.nn.Module`s, whose options are set at construction."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from torch import Tensor, nn
 from fastpref.fused.pair_loss import PreferenceOutput
 from fastpref.fused.preference import linear_preference_loss
 from fastpref.logps.options import HEAD_OPTIONS, HeadOptions
-from fastpref.losses.options import LOSS_OPTIONS, LossType, take_options
+from fastpref.losses.options import LOSS_OPTIONS, LossType, pop_loss_options
 
 _OPTIONS = (*sorted(LOSS_OPTIONS), *HEAD_OPTIONS, "extras")
 
 
 class FusedLinearPreferenceLoss(nn.Module):
-    """`linear_preference_loss` with its options fixed at construction.
+    """`linear_preference_loss` as a module.
 
-    Those of the loss are the attributes of `fastpref.LossOptions` (loss_type, beta,
-    label_smoothing, ...); any other keyword of `linear_preference_loss` that is not a tensor
-    (softcap, precision, memory_budget, extras, ...) is passed through. Raises ValueError at
-    construction for a loss or option that does not exist or does not fit.
+    Args:
+        loss_type: as in `fastpref.LossOptions`.
+        options: the other attributes of `fastpref.LossOptions` (beta, label_smoothing, ...), and
+            the keywords of `linear_preference_loss` that are not tensors (softcap, precision,
+            memory_budget, extras, ...).
+
+    Raises:
+        ValueError: an unknown loss or option, or an option that the loss does not support.
     """
 
     def __init__(self, loss_type: LossType | Sequence[LossType] = "sigmoid", **options: Any):
@@ -31,7 +35,7 @@ class FusedLinearPreferenceLoss(nn.Module):
                 raise ValueError(f"{name}: not an option; expected some of {', '.join(_OPTIONS)}")
         self.options = dict(options, loss_type=loss_type)
         head = dict(self.options)
-        take_options(head)
+        pop_loss_options(head)
         head.pop("extras", None)
         HeadOptions(**head)
 
@@ -43,10 +47,12 @@ class FusedLinearPreferenceLoss(nn.Module):
         ref_logps: Tensor | None = None,
         **inputs: Any,
     ) -> PreferenceOutput:
-        """hidden [2P, T, H], weight [V, H], labels [2P, T], ref_logps [2P].
+        """The loss of one batch.
 
-        inputs: bias, ref_hidden, ref_weight, ref_bias, sequence_ids, lengths, pair_weight, margin,
-        soft_labels, token_indices, ...; they win over the options fixed at construction.
+        Args:
+            hidden: [2P, T, H]. weight: [V, H]. labels: [2P, T] int64. ref_logps: [2P] or None.
+            inputs: any other keyword of `linear_preference_loss`: bias, ref_hidden, pair_weight,
+                margin, token_indices, ... They override the options of the constructor.
         """
         return linear_preference_loss(
             hidden, weight, labels, ref_logps, **{**self.options, **inputs}
@@ -57,14 +63,20 @@ class FusedLinearPreferenceLoss(nn.Module):
 
 
 class FusedLinearDPOLoss(FusedLinearPreferenceLoss):
-    """DPO (arXiv:2305.18290) from hidden states; label_smoothing > 0 is cDPO."""
+    """DPO (Rafailov et al. 2023, arXiv:2305.18290); with label_smoothing > 0 cDPO.
+
+    options: as in `FusedLinearPreferenceLoss`.
+    """
 
     def __init__(self, *, beta: float = 0.1, **options: Any):
         super().__init__("sigmoid", beta=beta, **options)
 
 
 class FusedLinearIPOLoss(FusedLinearPreferenceLoss):
-    """IPO (arXiv:2310.12036) from hidden states; ipo_normalization "token_mean" or "sum"."""
+    """IPO (Azar et al. 2023, arXiv:2310.12036); ipo_normalization is "token_mean" or "sum".
+
+    options: as in `FusedLinearPreferenceLoss`.
+    """
 
     def __init__(self, *, beta: float = 0.1, **options: Any):
         super().__init__("ipo", beta=beta, **options)

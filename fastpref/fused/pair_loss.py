@@ -1,4 +1,7 @@
-"""What is left of a preference loss once the token log-probs are there, checked before they are."""
+"""`PreparedLoss`: the part of a preference loss that follows the token log-probs.
+
+Its inputs are checked before the head runs, so that a bad input costs no product.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,17 @@ from fastpref.validation import check_ids
 
 
 class PreferenceOutput(NamedTuple):
-    """loss []. chosen_logps, rejected_logps [P]: sums over the answer's tokens, detached.
+    """A preference loss from tokens.
 
-    chosen_rewards, rejected_rewards [P]: beta (logp - ref), detached; of losses without a reference
-    see `PreferenceLoss`. stats: the per-token outputs where extras were asked for, else None.
-    nll_loss []: the mean NLL of the chosen answers' tokens where it is part of the loss, detached,
-    without the pairs' weights; else None.
+    Attributes:
+        loss: [], the mean over the pairs.
+        chosen_logps, rejected_logps: [P] log-probabilities of the answers in nats, detached: sums
+            over the answer's tokens.
+        chosen_rewards, rejected_rewards: [P], beta (logp - ref_logp), detached; for losses without
+            a reference see `PreferenceLoss`.
+        stats: the per-token outputs if extras were requested; else None.
+        nll_loss: [], the mean NLL of the chosen answers' tokens if it is part of the loss,
+            detached and not weighted; else None.
     """
 
     loss: Tensor
@@ -41,23 +49,26 @@ class PreferenceOutput(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """What comes with each sequence [2P] and with each pair [P]; None where nothing does."""
+    """The optional inputs of the sequences [2P] and of the pairs [P]."""
 
-    ref_logps: Tensor | None = None
-    lengths: Tensor | None = None
-    pair_weight: Tensor | None = None
-    margin: Tensor | None = None
-    soft_labels: Tensor | None = None
+    ref_logps: Tensor | None = None  # [2P]
+    lengths: Tensor | None = None  # [2P]
+    pair_weight: Tensor | None = None  # [P]
+    margin: Tensor | None = None  # [P]
+    soft_labels: Tensor | None = None  # [P]
 
     def like(self, t: Tensor) -> PairInputs:
-        """On t's device, in its dtype, contiguous."""
+        """The same inputs on t's device and in its dtype, contiguous."""
         return PairInputs(
             *(None if x is None else x.to(t.device, t.dtype).contiguous() for x in self)
         )
 
 
 class _PairLoss(torch.autograd.Function):
-    """Token log-probs [N] -> loss [], through a backend's closed form; backward is one scaling."""
+    """Token log-probs [N] -> loss [], by a backend's closed form, which gives d loss / d log-probs.
+
+    The backward pass is then one scaling.
+    """
 
     @staticmethod
     def forward(ctx, logps, solve: Solve):
@@ -73,11 +84,11 @@ class _PairLoss(torch.autograd.Function):
         return None if dloss is None else ctx.saved_tensors[0] * dloss, None
 
 
-class PairProblem(NamedTuple):
-    """What is left to do once the token log-probs are there; checked before any of them is."""
+class PreparedLoss(NamedTuple):
+    """A preference loss with checked inputs, ready for token log-probs; see `prepare_loss`."""
 
-    labels: Tensor
-    segments: dict[str, Any]  # sequence_ids, num_sequences, ignore_index of sequence_logps
+    labels: Tensor  # [2P, T] or [N]
+    sequence_layout: dict[str, Any]  # sequence_ids, num_sequences, ignore_index of sequence_logps
     options: LossOptions
     inputs: PairInputs
     nll_labels: Tensor | None = None
@@ -86,37 +97,40 @@ class PairProblem(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        return self.segments["num_sequences"] // 2
+        return self.sequence_layout["num_sequences"] // 2
+
+    @property
+    def is_labelled(self) -> Tensor:
+        """Whether a token counts for the compared log-probs, shaped like labels."""
+        return self.labels != self.sequence_layout["ignore_index"]
 
     @property
     def head_labels(self) -> Tensor:
-        """The labels of all tokens whose log-probs are needed."""
+        """The labels of all tokens whose log-probs the loss needs, shaped like labels."""
         if self.nll_labels is None:
             return self.labels
-        ignored = self.labels == self.segments["ignore_index"]
-        return torch.where(
-            ignored, nll_tokens(self.labels, self.nll_labels, **self.segments), self.labels
-        )
+        counted_by_nll = nll_tokens(self.labels, self.nll_labels, **self.sequence_layout)
+        return torch.where(self.is_labelled, self.labels, counted_by_nll)
 
     def head_extras(self, extras: Sequence[str]) -> tuple[str, ...]:
-        """The per-token outputs that are needed of the head: those asked for and the loss's own."""
+        """The per-token outputs that the head must compute: `extras`, and WPO's statistic."""
         names = check_extras(extras)
         if not self.options.use_weighting or "log_sum_sq_probs" in names:
             return names
         return *names, "log_sum_sq_probs"
 
     def sums(self, logps: Tensor) -> Tensor:
-        """Token log-probs to those of the sequences, as the loss compares them."""
+        """Token log-probs -> sequence log-probs [2P], with LD-DPO's weights if ld_alpha is set."""
         if self.options.ld_alpha is None:
-            return sequence_logps(logps, self.labels, **self.segments)
-        return ld_sequence_logps(logps, self.labels, self.options.ld_alpha, **self.segments)
+            return sequence_logps(logps, self.labels, **self.sequence_layout)
+        return ld_sequence_logps(logps, self.labels, self.options.ld_alpha, **self.sequence_layout)
 
     def run(self, call: PreparedLogps | Any) -> PreferenceOutput:
-        """From the prepared head to the output."""
+        """The loss of the log-probs that a prepared call of the head computes."""
         if isinstance(call, PreparedLogps):
             module = self._closed_form_backend(call.rows, call.call.backend)
             if module is not None:
-                # The ignored tokens are not put back for a sum that drops them again.
+                # The log-probs of the labelled tokens suffice: the sums skip the ignored ones.
                 solve = self._closed_form(call.positions, call.labels.shape[0], None, module)
                 if not self.wants_stats:
                     return self._output(call.compute_loss(solve), call.labels.shape[0])
@@ -125,17 +139,17 @@ class PairProblem(NamedTuple):
                 return out._replace(stats=call.spread(stats))
         result = call.run()
         stats = result if isinstance(result, TokenStats) else TokenStats(result)
-        shown = stats
-        if self.nll_labels is not None:  # only the tokens that are compared
-            kept = self.labels != self.segments["ignore_index"]
-            masked = [None if t is None else t * kept for t in stats]
-            shown = TokenStats(*masked)  # type: ignore[arg-type]
-        return self.solve(stats)._replace(stats=shown if self.wants_stats else None)
+        out = self.solve(stats)
+        if not self.wants_stats:
+            return out
+        if self.nll_labels is not None:  # tokens that the NLL alone counts are not returned
+            labelled = [None if t is None else t * self.is_labelled for t in stats]
+            stats = TokenStats(*labelled)  # type: ignore[arg-type]
+        return out._replace(stats=stats)
 
     def solve(self, stats: TokenStats) -> PreferenceOutput:
-        """From token log-probs [2P, T] or [N] to the output; by closed form if there is one."""
-        logps = stats.logps
-        counted = self.labels != self.segments["ignore_index"]
+        """The loss of token log-probs [2P, T] or [N], by a closed form if the backend has one."""
+        logps, counted = stats.logps, self.is_labelled
         module = self._closed_form_backend(logps)
         if module is not None:
             solve = self._closed_form(None, logps.numel(), counted.reshape(-1), module)
@@ -143,30 +157,34 @@ class PairProblem(NamedTuple):
             out = self._output(_PairLoss.apply(flat, solve), logps.numel())
         else:
             out = self._autograd(stats)
-        # Without a labelled token there is nothing to learn; the graph stays connected.
+        # A batch without a labelled token has a zero loss that is connected to the graph.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype))
 
     def _closed_form_backend(
         self, t: Tensor, module: ModuleType | None = None
     ) -> ModuleType | None:
-        """The backend, if its `pair_loss` has this loss in closed form; module: t's, if known."""
-        if torch.compiler.is_compiling():  # which fuses the few operations on [2P] itself
+        """The backend for t if its `pair_loss` has this loss in closed form; else None.
+
+        module: t's backend, if the caller knows it.
+        """
+        if torch.compiler.is_compiling():  # torch.compile fuses the operations on [2P]
             return None
-        given = self.inputs
-        name = None if given.soft_labels is not None else self.options.closed_form
-        learned = (given.ref_logps, given.lengths, given.pair_weight, given.margin)
-        if name is None or any(t is not None and t.requires_grad for t in learned):
+        inputs = self.inputs
+        name = None if inputs.soft_labels is not None else self.options.closed_form
+        constants = (inputs.ref_logps, inputs.lengths, inputs.pair_weight, inputs.margin)
+        if name is None or any(t is not None and t.requires_grad for t in constants):
             return None
         module = module or backends.choose(t.device, t.dtype, self.backend)
         return module if name in module.CLOSED_FORMS else None
 
     @property
-    def _wants_lengths(self) -> bool:
+    def _needs_lengths(self) -> bool:
+        """Whether a loss may read lengths: one of the user's (options None) always may."""
         return self.options.needs_lengths or any(x.options is None for x in self.options.losses)
 
     def _ids(self, index: Tensor | None, tokens: int) -> Tensor:
-        """The sequences [N] of the tokens at these positions; None: of all of them."""
-        ids = self.segments["sequence_ids"]
+        """The sequence ids [N] of the tokens at the positions `index`; None means all tokens."""
+        ids = self.sequence_layout["sequence_ids"]
         if ids is not None:
             return (ids if index is None else ids.index_select(0, index)).contiguous()
         if index is None:
@@ -176,8 +194,12 @@ class PairProblem(NamedTuple):
     def _closed_form(
         self, index: Tensor | None, tokens: int, counted: Tensor | None, module: ModuleType
     ) -> Solve:
-        """The loss of the log-probs [N] of the tokens at these positions, None: of all of them;
-        counted [N]: which of them count, None: every one."""
+        """The function that maps log-probs [N] to the loss by `module`'s closed form.
+
+        Args:
+            index: [N] positions of the tokens among all `tokens`; None means all of them.
+            counted: [N] whether a token counts; None means that all do.
+        """
         pairs, options = self.pairs, self.options
 
         def solve(logps: Tensor) -> tuple[Tensor, ...]:
@@ -185,7 +207,7 @@ class PairProblem(NamedTuple):
             lengths = inputs.lengths if options.needs_lengths else None
             if options.needs_lengths and lengths is None:
                 ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
-                # An id out of range, which on a GPU nobody has looked at, makes the loss NaN later.
+                # Ids out of range, which are not checked on a GPU, make the loss NaN below.
                 known = torch.where((ids >= 0) & (ids < 2 * pairs), ids, 2 * pairs)
                 lengths = logps.new_zeros(2 * pairs + 1).index_add_(0, known, ones)[:-1]
             return module.pair_loss(
@@ -205,32 +227,36 @@ class PairProblem(NamedTuple):
         return solve
 
     def _output(self, solved: tuple[Tensor, ...], tokens: int) -> PreferenceOutput:
-        """From a closed form's loss, sequences [2P] and rewards [2P] of so many tokens."""
+        """The output from a closed form's loss [], sequence log-probs [2P] and rewards [2P].
+
+        tokens: the number of tokens.
+        """
         loss, sequences, rewards = solved
-        # Without a token there is nothing to learn; the graph stays connected.
+        # A batch without a token has a zero loss that is connected to the graph.
         loss = loss if tokens else loss * 0.0
         chosen, rejected = sequences.chunk(2)
         return PreferenceOutput(loss, chosen, rejected, *rewards.chunk(2))  # type: ignore[arg-type]
 
     def _nll(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """The NLL of each chosen answer, and how many tokens it counts, [P]."""
-        labels = nll_tokens(self.labels, self.nll_labels, **self.segments)
-        ones = (labels != self.segments["ignore_index"]).to(logps.dtype)
-        nll, lengths = (sequence_logps(t, labels, **self.segments) for t in (-logps, ones))
+        """The NLL of each chosen answer [P], and the number of tokens that it counts [P]."""
+        layout = self.sequence_layout
+        labels = nll_tokens(self.labels, self.nll_labels, **layout)
+        ones = (labels != layout["ignore_index"]).to(logps.dtype)
+        nll, lengths = (sequence_logps(t, labels, **layout) for t in (-logps, ones))
         return nll[: self.pairs], lengths[: self.pairs]
 
     def per_pair(self, stats: TokenStats) -> tuple[dict[str, Tensor | None], Tensor | None]:
-        """What the loss compares, as `make_pairs` takes it, [P] each; and WPO's weights [P]."""
+        """The arguments of `make_pairs`, [P] each; and WPO's weights [P] or None."""
         logps, inputs = stats.logps, self.inputs.like(stats.logps)
         lengths = inputs.lengths
-        if lengths is None and self._wants_lengths:
-            counted = (self.labels != self.segments["ignore_index"]).to(logps.dtype)
-            lengths = sequence_logps(counted, self.labels, **self.segments)
+        if lengths is None and self._needs_lengths:
+            ones = self.is_labelled.to(logps.dtype)
+            lengths = sequence_logps(ones, self.labels, **self.sequence_layout)
         nll, nll_lengths = self._nll(logps) if self.options.needs_nll else (None, None)
         weight = None
         if self.options.use_weighting:
             assert stats.log_sum_sq_probs is not None
-            weight = wpo_weights(logps, stats.log_sum_sq_probs, self.labels, **self.segments)
+            weight = wpo_weights(logps, stats.log_sum_sq_probs, self.labels, **self.sequence_layout)
         chosen, rejected = self._halves(self.sums(logps))
         ref_chosen, ref_rejected = self._halves(inputs.ref_logps)
         chosen_lengths, rejected_lengths = self._halves(lengths)
@@ -250,20 +276,20 @@ class PairProblem(NamedTuple):
 
     def _autograd(self, stats: TokenStats) -> PreferenceOutput:
         values, weight = self.per_pair(stats)
-        nll, nll_lengths, mean = values["chosen_nll"], values["nll_lengths"], None
+        nll, nll_lengths, nll_loss = values["chosen_nll"], values["nll_lengths"], None
         if nll is not None and nll_lengths is not None:
-            mean = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
-        data = make_pairs(self.options, **values)  # type: ignore[arg-type]
-        out = evaluate(data, self.inputs.like(stats.logps).pair_weight, weight)
-        both = data.chosen_logps.detach(), data.rejected_logps.detach()
+            nll_loss = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
+        pairs = make_pairs(self.options, **values)  # type: ignore[arg-type]
+        out = evaluate(pairs, self.inputs.like(stats.logps).pair_weight, weight)
+        logps = pairs.chosen_logps.detach(), pairs.rejected_logps.detach()
         rewards = out.chosen_rewards, out.rejected_rewards
-        return PreferenceOutput(out.loss, *both, *rewards, nll_loss=mean)
+        return PreferenceOutput(out.loss, *logps, *rewards, nll_loss=nll_loss)
 
     def _halves(self, t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (None, None) if t is None else (t[: self.pairs], t[self.pairs :])
 
 
-def pair_problem(
+def prepare_loss(
     labels: Tensor,
     options: LossOptions,
     inputs: PairInputs,
@@ -275,14 +301,21 @@ def pair_problem(
     ignore_index: int = -100,
     backend: str | None = None,
     wants_stats: bool = False,
-) -> PairProblem:
-    """Check everything that does not need a log-prob. Raises ValueError."""
+) -> PreparedLoss:
+    """Check the inputs of a preference loss that do not depend on log-probs.
+
+    Args: as `linear_preference_loss`; has_reference tells whether ref_logps are passed, or will be
+    computed from ref_hidden. wants_stats: whether to return the per-token outputs.
+
+    Raises:
+        ValueError: as `linear_preference_loss`.
+    """
     size = _count_sequences(labels, sequence_ids, num_sequences, inputs.ref_logps, inputs.lengths)
     options.check_reference(has_reference)
     for name, t in (("ref_logps", inputs.ref_logps), ("lengths", inputs.lengths)):
         if t is not None and (not isinstance(t, Tensor) or t.shape != (size,)):
-            given = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{name}: got {given}, expected a tensor [{size}]")
+            shape = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name}: got {shape}, expected a tensor [{size}]")
     check_inputs(options, size // 2, inputs.pair_weight, inputs.margin, inputs.soft_labels)
     if nll_labels is not None:
         if not options.needs_nll:
@@ -290,14 +323,14 @@ def pair_problem(
                 "nll_labels: the loss has no NLL, so it does not support them; pass nll_weight"
             )
         _check_nll_labels(nll_labels, labels, ignore_index)
-    segments = dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index)
-    return PairProblem(labels, segments, options, inputs, nll_labels, backend, wants_stats)
+    layout = dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index)
+    return PreparedLoss(labels, layout, options, inputs, nll_labels, backend, wants_stats)
 
 
 def _check_nll_labels(nll_labels: Tensor, labels: Tensor, ignore_index: int) -> None:
     if not isinstance(nll_labels, Tensor) or nll_labels.shape != labels.shape:
-        given = tuple(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels)
-        raise ValueError(f"nll_labels: got {given}, expected a tensor {tuple(labels.shape)}")
+        shape = tuple(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels)
+        raise ValueError(f"nll_labels: got {shape}, expected a tensor {tuple(labels.shape)}")
     if nll_labels.dtype != torch.int64 or nll_labels.device != labels.device:
         raise ValueError(
             f"nll_labels: got {str(nll_labels.dtype)[6:]} on {nll_labels.device}, expected int64 "
@@ -318,7 +351,14 @@ def _count_sequences(
     num_sequences: int | None,
     *vectors: Tensor | None,
 ) -> int:
-    """2P: the rows of labels [2P, T]; in the flat form as told, or the length of a vector [2P]."""
+    """The number of sequences, 2P.
+
+    labels [2P, T] have it as their number of rows. With sequence_ids it is num_sequences or else
+    the length of one of the vectors [2P].
+
+    Raises:
+        ValueError: labels and sequence_ids that do not fit together, or an odd number.
+    """
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
     if sequence_ids is None:
@@ -340,10 +380,10 @@ def _count_sequences(
                 f"sequence_ids: got shape {tuple(sequence_ids.shape)} for labels "
                 f"{tuple(labels.shape)}, expected [N] for both"
             )
-        known = [len(t) for t in vectors if isinstance(t, Tensor)]
-        if num_sequences is None and not known:
+        sizes = [len(t) for t in vectors if isinstance(t, Tensor)]
+        if num_sequences is None and not sizes:
             raise ValueError("num_sequences: got None, expected 2P with sequence_ids")
-        size = known[0] if num_sequences is None else num_sequences
+        size = sizes[0] if num_sequences is None else num_sequences
         check_ids("sequence_ids", sequence_ids, size)
     if size % 2:
         raise ValueError(

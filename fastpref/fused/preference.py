@@ -1,4 +1,4 @@
-"""Losses from hidden states or logits to a scalar: the functions that a training step calls."""
+"""Losses of preference pairs, from hidden states and the head or from logits to a scalar."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.fused.pair_loss import PairInputs, PreferenceOutput, pair_problem
+from fastpref.fused.pair_loss import PairInputs, PreferenceOutput, prepare_loss
 from fastpref.logps.forward import HeadTensors, TokenStats
 from fastpref.logps.linear import prepare
 from fastpref.logps.logits import token_logps
 from fastpref.logps.options import take_head_options
-from fastpref.losses.options import take_options
+from fastpref.losses.options import pop_loss_options
 
 
 def linear_preference_loss(
@@ -44,26 +44,28 @@ def linear_preference_loss(
 
     Args:
         hidden: [2P, T, H], the chosen sequences first, then the rejected ones in the same order; or
-            flat [N, H] with sequence_ids.
+            flat [N, H] with sequence_ids. Dtypes as in `linear_token_logps`.
         weight, bias: the head, [V, H] and [V] or None.
         labels: [2P, T] or [N] int64, aligned with hidden; ignore_index where a token does not
             count.
-        ref_logps: [2P] the reference's log-probabilities, summed per sequence. Or give ref_hidden
-            (shaped like hidden) and they are computed here without gradients, under ref_weight and
-            ref_bias, or under the policy's own head where neither is given. Or pass
-            reference_free=True. A loss without a reference (simpo, alphapo, orpo, cpo) takes none.
-        sequence_ids, num_sequences: the flat form: [N] int64 in [0, 2P), chosen ones in [0, P).
-        lengths: [2P] what losses per token divide by; default: the labelled tokens of each
-            sequence.
+        ref_logps: [2P] the reference's log-probabilities in nats, summed per sequence. They may be
+            replaced by ref_hidden, or by reference_free=True. A loss without a reference (simpo,
+            alphapo, orpo, cpo) accepts none of them.
+        ref_hidden: the reference's hidden states, shaped like hidden but for H. ref_logps are then
+            computed here, without gradients and without an adapter.
+        ref_weight, ref_bias: the head for ref_hidden; by default weight and bias.
+        sequence_ids: [N] int64 in [0, 2P), for flat hidden; chosen sequences are in [0, P).
+        num_sequences: 2P, for flat hidden; by default the length of ref_logps or of lengths.
+        lengths: [2P] the divisors of losses per token; by default the number of labelled tokens of
+            each sequence.
         pair_weight, margin, soft_labels: [P], as weight, margin and soft_labels of
             `preference_loss`.
-        nll_labels: shaped like labels, int64: the tokens of the chosen sequences that an NLL counts
-            (ORPO's own code counts the prompt's, too); default: the labelled ones. Those of the
-            rejected sequences are not read. token_indices are then the positions labelled in
-            either.
+        nll_labels: shaped like labels, int64: the labels of the chosen sequences' tokens that an
+            NLL counts; by default labels. (The authors' code for ORPO counts the prompt as well.)
+            Rejected sequences are not read. With it, token_indices are the positions that either
+            labels or nll_labels labels.
         extras: per-token outputs to return in stats, as in `linear_token_logps`.
-        token_indices, low_rank, weight_scale: as in `linear_token_logps`. The reference inside has
-            no adapter.
+        token_indices, low_rank, weight_scale: as in `linear_token_logps`.
         options: of the loss, as in `fastpref.LossOptions`: loss_type="sigmoid" (or a list, or a
             function of your own), beta=0.1, loss_weights, label_smoothing, ipo_normalization,
             reference_free, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
@@ -75,21 +77,22 @@ def linear_preference_loss(
         PreferenceOutput; loss is float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: as the two functions named above, an odd number of sequences, and a reference
-            that is missing or given twice.
+        ValueError: the errors of `preference_loss` and of `linear_token_logps`, an odd number of
+            sequences, both ref_logps and ref_hidden.
+        TypeError: an unknown keyword.
     """
-    given = ref_hidden is not None
-    if given and ref_logps is not None:
+    has_ref_hidden = ref_hidden is not None
+    if has_ref_hidden and ref_logps is not None:
         raise ValueError("ref_hidden: got it with ref_logps, expected one of the two")
     for name, t in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        if t is not None and not given:
+        if t is not None and not has_ref_hidden:
             raise ValueError(f"ref_hidden: got None with {name}, expected the reference's states")
-    loss, head = take_options(options), take_head_options("linear_preference_loss", options)
-    problem = pair_problem(
+    loss, head = pop_loss_options(options), take_head_options("linear_preference_loss", options)
+    prepared = prepare_loss(
         labels,
         loss,
         PairInputs(ref_logps, lengths, pair_weight, margin, soft_labels),
-        has_reference=given or ref_logps is not None,
+        has_reference=has_ref_hidden or ref_logps is not None,
         sequence_ids=sequence_ids,
         num_sequences=num_sequences,
         nll_labels=nll_labels,
@@ -97,10 +100,12 @@ def linear_preference_loss(
         backend=head.backend,
         wants_stats=len(extras) > 0,
     )
-    low, up = (None, None) if low_rank is None else low_rank
-    own, head_labels = HeadTensors(weight, bias, up, weight_scale), problem.head_labels
-    names = problem.head_extras(extras)
-    policy = prepare(hidden, own, head_labels, head, names, token_indices, low)
+    lora_hidden, lora_B = (None, None) if low_rank is None else low_rank
+    policy_head, head_labels = HeadTensors(weight, bias, lora_B, weight_scale), prepared.head_labels
+    head_extras = prepared.head_extras(extras)
+    policy = prepare(
+        hidden, policy_head, head_labels, head, head_extras, token_indices, lora_hidden
+    )
     if ref_hidden is not None:
         if isinstance(ref_hidden, Tensor) and ref_hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
@@ -111,7 +116,7 @@ def linear_preference_loss(
             ref_bias = bias
         ref_weight = weight if ref_weight is None else ref_weight
         with torch.no_grad():
-            # The same kernels on both sides: where the two models agree, so do all bits.
+            # Policy and reference run the same kernels, so that equal models have equal log-probs.
             if policy.has_grads:
                 way = True if head.fused is True else "match"
                 head = replace(head, fused=way if policy.fused else False)
@@ -121,22 +126,24 @@ def linear_preference_loss(
             )
             ref_tokens = reference.run()
         assert isinstance(ref_tokens, Tensor)
-        inputs = problem.inputs._replace(ref_logps=problem.sums(ref_tokens))
-        problem = problem._replace(inputs=inputs)
-    return problem.run(policy)
+        inputs = prepared.inputs._replace(ref_logps=prepared.sums(ref_tokens))
+        prepared = prepared._replace(inputs=inputs)
+    return prepared.run(policy)
 
 
 def linear_dpo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
 ) -> PreferenceOutput:
-    """`linear_preference_loss` with the DPO loss (Rafailov et al. 2023, arXiv:2305.18290)."""
+    """`linear_preference_loss` with loss_type "sigmoid": DPO, Rafailov et al. 2023
+    (arXiv:2305.18290).
+    """
     return linear_preference_loss(hidden, weight, labels, ref_logps, loss_type="sigmoid", **options)
 
 
 def linear_ipo_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
 ) -> PreferenceOutput:
-    """`linear_preference_loss` with the IPO loss (Azar et al. 2023, arXiv:2310.12036)."""
+    """`linear_preference_loss` with loss_type "ipo": Azar et al. 2023 (arXiv:2310.12036)."""
     return linear_preference_loss(hidden, weight, labels, ref_logps, loss_type="ipo", **options)
 
 
@@ -156,13 +163,13 @@ def _logits_loss(
     backend: str | None = None,
     **options: Any,
 ) -> PreferenceOutput:
-    loss = take_options(options)
+    loss = pop_loss_options(options)
     if loss.use_weighting:
         raise ValueError(
             "use_weighting: ready logits do not support it, expected hidden states; use "
             "linear_preference_loss"
         )
-    problem = pair_problem(
+    prepared = prepare_loss(
         labels,
         loss,
         PairInputs(ref_logps, lengths, pair_weight, margin, soft_labels),
@@ -173,20 +180,29 @@ def _logits_loss(
         ignore_index=ignore_index,
         backend=backend,
     )
-    shared = dict(ignore_index=ignore_index, backend=backend, **options)
-    return problem.solve(TokenStats(token_logps(logits, problem.head_labels, **shared)))
+    options |= {"ignore_index": ignore_index, "backend": backend}
+    return prepared.solve(TokenStats(token_logps(logits, prepared.head_labels, **options)))
 
 
 def dpo_loss(
     logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
 ) -> PreferenceOutput:
-    """The DPO loss (Rafailov et al. 2023, arXiv:2305.18290) from ready logits.
+    """The DPO loss (Rafailov et al. 2023, arXiv:2305.18290) from logits that exist already.
 
-    logits [2P, T, V] = [chosen; rejected], labels [2P, T] aligned with them, ref_logps [2P].
+    The forward pass reads the logits once. The backward pass writes their gradient once; with
+    inplace_backward=True it overwrites the logits.
 
-    Forward reads the logits once; backward writes their gradient once, over the logits themselves
-    with inplace_backward=True. Options, returns and errors: those of `token_logps` and of
-    `linear_preference_loss`.
+    Args:
+        logits: [2P, T, V], [chosen; rejected], float64, float32, bfloat16 or float16.
+        labels: [2P, T] int64, aligned with logits.
+        ref_logps: [2P], as in `linear_preference_loss`.
+        options: those of `token_logps` and of `linear_preference_loss`.
+
+    Returns:
+        PreferenceOutput.
+
+    Raises:
+        ValueError: as `token_logps` and `linear_preference_loss`.
     """
     return _logits_loss(logits, labels, ref_logps, loss_type="sigmoid", **options)
 
@@ -194,5 +210,5 @@ def dpo_loss(
 def ipo_loss(
     logits: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
 ) -> PreferenceOutput:
-    """The IPO loss (Azar et al. 2023, arXiv:2310.12036) from ready logits; else as `dpo_loss`."""
+    """The IPO loss (Azar et al. 2023, arXiv:2310.12036) from logits; arguments as `dpo_loss`."""
     return _logits_loss(logits, labels, ref_logps, loss_type="ipo", **options)

@@ -49,21 +49,24 @@ def linear_kto_loss(
     """`kto_loss` from hidden states and the head, without the logits.
 
     Args:
-        hidden: [B, T, H], or flat [N, H] with sequence_ids [N] int64 in [0, B).
+        hidden: [B, T, H], or flat [N, H] with sequence_ids [N] int64 in [0, B). Dtypes as in
+            `linear_token_logps`.
         weight, bias: the head, [V, H] and [V] or None.
         labels: [B, T] or [N] int64, aligned with hidden; ignore_index where a token does not count.
         desirable: [B] bool.
-        ref_logps: [B] the reference's log-probabilities, summed per answer.
+        ref_logps: [B] the reference's log-probabilities in nats, summed per answer.
         kl, kl_logps, ref_kl_logps, loss_type, beta, desirable_weight, undesirable_weight,
-            reference_free: as in `kto_loss`; answer_weight is its weight. kl_logps come from a
-            forward pass of the policy over mismatched answers, without gradients.
+            reference_free: as in `kto_loss`. kl_logps come from a forward pass of the policy over
+            mismatched answers, without gradients.
+        answer_weight: [B] factor on each answer's loss.
         extras, token_indices, low_rank, weight_scale, head: as in `linear_token_logps`.
 
     Returns:
         UnpairedLoss; loss is float32 (float64 for float64 inputs), 0 without a labelled token.
 
     Raises:
-        ValueError: as the two functions named above, before any product.
+        ValueError: as `kto_loss` and `linear_token_logps`, before any product.
+        TypeError: an unknown keyword.
     """
     options = take_head_options("linear_kto_loss", head)
     check_unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
@@ -71,7 +74,7 @@ def linear_kto_loss(
         raise ValueError(f"desirable: got {shape_or_type(desirable)}, expected a tensor [B]")
     size = desirable.shape[0]
     check_answers(size, ref_logps, desirable, reference_free, answer_weight=answer_weight)
-    form: dict[str, Any] = {"ignore_index": options.ignore_index}
+    layout: dict[str, Any] = {"ignore_index": options.ignore_index}
     if sequence_ids is None:
         if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape[0] != size:
             raise ValueError(
@@ -84,15 +87,16 @@ def linear_kto_loss(
                 f"sequence_ids: got {tuple(sequence_ids.shape)} for labels "
                 f"{shape_or_type(labels)}, expected [N] for both"
             )
-        form |= {"sequence_ids": sequence_ids, "num_sequences": size}
-    low, up = (None, None) if low_rank is None else low_rank
-    own = HeadTensors(weight, bias, up, weight_scale)
-    call = prepare(hidden, own, labels, options, extras, token_indices, low)
-    kl_estimate(loss_type, kl, kl_logps, ref_kl_logps, hidden, size)  # raises, before any product
+        layout |= {"sequence_ids": sequence_ids, "num_sequences": size}
+    lora_hidden, lora_B = (None, None) if low_rank is None else low_rank
+    tensors = HeadTensors(weight, bias, lora_B, weight_scale)
+    call = prepare(hidden, tensors, labels, options, extras, token_indices, lora_hidden)
+    # For its errors, which must come before any product; `kto_loss` computes the estimate again.
+    kl_estimate(loss_type, kl, kl_logps, ref_kl_logps, hidden, size)
     result = call.run()
     stats = result if isinstance(result, TokenStats) else None
     tokens = result.logps if isinstance(result, TokenStats) else result
-    sums = sequence_logps(tokens, labels, **form)
+    sums = sequence_logps(tokens, labels, **layout)
     out = kto_loss(
         sums,
         None if ref_logps is None else ref_logps.to(sums.device, sums.dtype),

@@ -1,4 +1,14 @@
-"""The output head of a transformers model: reading it, and calling the model without its logits."""
+"""The output head of a transformers model: reading it, and calling the model without its logits.
+
+Two checks verify what `read_head` returns, since neither finds all errors:
+
+- `install_head_forward` runs the model's forward with stand-ins for backbone and output layer
+  (probe.py). This needs no weights, so it works for models that are sharded or on the meta device.
+  It finds a scale, a softcap or another operation between backbone and logits, and names it.
+- `check_head` runs the whole model on three tokens and compares log-probs. It needs all weights on
+  this process. It finds what the stand-ins hide: an adapter or an output layer that computes
+  something else, a forward that passes its backbone further arguments, NaNs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +41,7 @@ __all__ = [
     "unwrap",
 ]
 
-# Of data packages, which are not imported before they are asked for.
+# Imported on access: they are in fastpref.data.
 _LAZY = {"batch_labels": "fastpref.data.batches", "model_inputs": "fastpref.data.batches"}
 
 

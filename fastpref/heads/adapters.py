@@ -11,11 +11,16 @@ from torch import Tensor
 
 from fastpref.heads.layer import HeadAdapter
 
-_ROWS = 8192  # of the weight at a time, whose lengths DoRA divides by
+_ROWS = 8192  # rows of the weight per block, when DoRA's norms are computed
 
 
 def check_adapters(adapters: Sequence[HeadAdapter], training: bool = False) -> None:
-    """Raise ValueError if the adapters cannot be used unmerged; training: as if they trained."""
+    """Raise ValueError if the adapters cannot be applied without merging them into the weight.
+
+    Args:
+        adapters: the adapters of the output layer.
+        training: check them as if they were in training mode, where dropout is active.
+    """
     for adapter in adapters:
         if adapter.lora_A.numel() == 0 or adapter.lora_B.numel() == 0:
             raise ValueError(
@@ -26,9 +31,9 @@ def check_adapters(adapters: Sequence[HeadAdapter], training: bool = False) -> N
             continue
         dropout = adapter.dropout > 0 and (training or adapter.training)
         if len(adapters) > 1 or dropout or adapter.bias is not None:
-            what = "dropout" if dropout else "lora_bias" if adapter.bias is not None else "others"
+            extra = "dropout" if dropout else "lora_bias" if adapter.bias is not None else "others"
             raise ValueError(
-                f"the output head carries a DoRA adapter with {what}; expected it alone, with "
+                f"the output head carries a DoRA adapter with {extra}; expected it alone, with "
                 "lora_dropout=0 and without lora_bias"
             )
 
@@ -36,39 +41,43 @@ def check_adapters(adapters: Sequence[HeadAdapter], training: bool = False) -> N
 def adapter_options(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[HeadAdapter]
 ) -> dict[str, Any]:
-    """low_rank, weight_scale and bias of `linear_token_logps` for a head with its adapters.
+    """The arguments low_rank, weight_scale and bias of `linear_token_logps` for a head's adapters.
 
-    hidden [..., H], weight [V, H], bias [V] or None. An adapter that trains has its dropout applied
-    here, drawn anew by each call. Nothing of the weight's size is made.
+    An adapter in training mode has its dropout applied here, with a new mask in each call. No
+    tensor of the weight's size is allocated.
+
+    Args:
+        hidden: [..., H]. weight: [V, H]. bias: [V] or None.
+        adapters: the active adapters of the output layer.
 
     Raises:
         ValueError: an adapter that is not whole on this process (ZeRO-3); DoRA together with
-            another adapter, with dropout or with a bias in its B, where PEFT computes something
-            else than magnitude / norm * (hidden W^T + low B^T).
+            another adapter, with dropout or with a bias of lora_B, for which PEFT does not compute
+            magnitude / norm * (hidden W^T + x A^T B^T).
     """
     check_adapters(adapters)
-    scale = None
-    lows, ups = [], []
+    dora_scale = None
+    lora_hidden, lora_B = [], []  # [..., r] and [V, r] of each adapter
     for adapter in adapters:
         dropped = F.dropout(hidden, adapter.dropout, adapter.training)
-        low = F.linear(dropped.to(adapter.lora_A.dtype), adapter.lora_A) * adapter.scaling
-        lows.append(low.to(hidden.dtype))
-        ups.append(adapter.lora_B.to(hidden.dtype))
+        product = F.linear(dropped.to(adapter.lora_A.dtype), adapter.lora_A) * adapter.scaling
+        lora_hidden.append(product.to(hidden.dtype))
+        lora_B.append(adapter.lora_B.to(hidden.dtype))
         if adapter.bias is not None:
-            own = adapter.scaling * adapter.bias.to(weight.dtype)
-            bias = own if bias is None else bias + own
+            lora_bias = adapter.scaling * adapter.bias.to(weight.dtype)
+            bias = lora_bias if bias is None else bias + lora_bias
         if adapter.magnitude is not None:
-            lengths = _lengths(weight, adapter).to(adapter.magnitude.dtype)
-            scale = adapter.magnitude / lengths.masked_fill(lengths == 0, 1.0)  # rows of zeros: 0
-    options: dict[str, Any] = {"bias": bias, "weight_scale": scale}
-    if lows:
-        options["low_rank"] = torch.cat(lows, -1), torch.cat(ups, -1)
+            norms = _row_norms(weight, adapter).to(adapter.magnitude.dtype)
+            dora_scale = adapter.magnitude / norms.masked_fill(norms == 0, 1.0)  # of a zero row: 0
+    options: dict[str, Any] = {"bias": bias, "weight_scale": dora_scale}
+    if lora_hidden:
+        options["low_rank"] = torch.cat(lora_hidden, -1), torch.cat(lora_B, -1)
     return options
 
 
 @torch.no_grad()
-def _lengths(weight: Tensor, adapter: HeadAdapter) -> Tensor:
-    """The length [V] of each row of weight + scaling B A, to which DoRA gives no gradient."""
+def _row_norms(weight: Tensor, adapter: HeadAdapter) -> Tensor:
+    """The norm [V] of each row of weight + scaling B A; DoRA treats it as a constant."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     a = adapter.lora_A.to(wide)
     with torch.autocast(weight.device.type, enabled=False):

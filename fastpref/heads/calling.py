@@ -1,10 +1,11 @@
-"""The output head of a transformers model, and calling a model without building its logits.
+"""Calling a transformers model without computing its logits.
 
-The loss runs inside the model's own forward: `install_head_forward` teaches a causal language model
-one more keyword, `head_fn`, which receives the final hidden states and the head in place of logits.
-So every wrapper around the model (DDP, PEFT, autocast, compile) sees an ordinary call, and with
-bf16 autocast the hidden states are never converted on their way out. Without `head_fn` the model
-behaves as before. docs/heads.md has the families that work and those that are refused.
+`install_head_forward` adds a keyword to the forward of a causal language model: `head_fn`, a
+function that receives the final hidden states and the head instead of the logits being computed.
+The loss thus runs inside the model's forward, and wrappers around the model (DDP, PEFT, autocast,
+compile) see an ordinary call. In mixed precision accelerate converts a model's outputs to fp32;
+hidden states that stay inside are not converted. Without `head_fn` the model behaves as before.
+docs/heads.md lists the model families that work and those that are refused.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _backbone(model: Any) -> nn.Module:
 HeadFunction = Callable[..., Any]  # (hidden [B, T, H], Head, aux_loss or None, **head_inputs)
 RouterFunction = Callable[[Any, Any, Tensor | None], Tensor]  # (model, outputs, attention_mask)
 
-# Arguments of a causal model's forward that concern its logits and what they have to be.
+# Arguments of a causal model's forward that concern its logits, with the values accepted there.
 _OF_LOGITS: dict[str, tuple[Any, ...]] = {
     "labels": (None,),
     "shift_labels": (None,),
@@ -52,23 +53,26 @@ _OF_LOGITS: dict[str, tuple[Any, ...]] = {
 def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = None) -> None:
     """Let `model(..., head_fn=f, head_inputs={...})` return `f(hidden, head, aux_loss, **inputs)`.
 
-    `hidden` is the last hidden state [B, T, H] on the head's device, `head` a `Head`, `aux_loss`
-    the load-balancing loss of a mixture of experts when `output_router_logits=True` was passed and
-    None otherwise; `router_fn=g` puts `g(model, outputs, attention_mask)` in its place, as
-    `fastpref.router.router_rows` does. The model's own forward is asked once, with stand-ins for
-    its backbone and its output layer, whether the head is what `read_head` says. Install before the
-    model is wrapped for distributed training; installing twice changes nothing.
-    `uninstall_head_forward` undoes it.
+    The arguments of f:
+
+    - hidden: the last hidden states [B, T, H], on the head's device;
+    - head: a `Head`;
+    - aux_loss: with output_router_logits=True, the load-balancing loss [] of a mixture of experts;
+      else None. With the further keyword `router_fn=g` it is g(model, outputs, attention_mask).
+
+    Installation checks the head that `read_head` returns against the model's forward, with
+    stand-ins for backbone and output layer. Install before the model is wrapped for distributed
+    training. A second installation has no effect. `uninstall_head_forward` undoes it.
 
     Args:
         model: a causal language model, wrapped or not.
-        transform: {"scale": float, "softcap": float or None} where the config does not tell; the
-            model's forward must agree with it, too.
+        transform: {"scale": float, "softcap": float or None}, if the config does not say it. It is
+            checked against the model's forward.
 
     Raises:
-        ValueError: the model has no output head or none that can be used (see `read_head`), no
-            backbone, or its forward does something else with its backbone's hidden states than
-            a linear layer, this scale and this softcap.
+        ValueError: no output head, or one that `read_head` refuses; no backbone; a forward that
+            applies something else to the hidden states than a linear layer, this scale and this
+            softcap.
     """
     outer, model = model, unwrap(model)
     installed = "_forward_without_head_fn" in model.__dict__
@@ -79,10 +83,10 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         model._head_transform = _checked_transform(transform)
     try:
         head = read_head(model, adapters=True)
-        own = model._forward_without_head_fn if installed else model.forward
+        original = model._forward_without_head_fn if installed else model.forward
         module, base = model.get_output_embeddings(), _backbone(model)
         verify(
-            model, own, base, module, read_layer(module),
+            model, original, base, module, read_layer(module),
             scale=head.scale, softcap=head.softcap, vocab_size=head.vocab_size,
         )  # fmt: skip
     except ValueError:
@@ -111,19 +115,22 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         head = read_head(self, adapters=True)
         return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
 
-    # generate() checks its arguments against the signature. No __wrapped__: accelerate, to undo its
-    # own wrapper, follows that down to the last.
+    # generate() checks its arguments against the signature. __wrapped__ is deleted because
+    # accelerate, to remove its wrapper, follows that attribute down to the innermost function.
     del forward.__wrapped__  # type: ignore[attr-defined]
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
-    model._forward_without_head_fn = own
-    # As tuples of names: a signature cannot be read where torch.compile traces.
+    model._forward_without_head_fn = original
+    # Read here, because torch.compile cannot trace inspect.signature.
     model._head_arguments = _names(type(model).forward)[0], _names(type(base).forward)
     model._forward_with_head_fn = MethodType(forward, model)
-    _replace_forward(outer, own, model._forward_with_head_fn)
+    _replace_forward(outer, original, model._forward_with_head_fn)
 
 
 def _replace_forward(outer: Any, old: Any, new: Any) -> None:
-    """Of the model, and of wrappers that keep its forward as theirs (PEFT's adaption prompts)."""
+    """Replace the forward of the model, and of wrappers that hold it as their own forward.
+
+    PEFT's adaption prompts are such a wrapper.
+    """
     unwrap(outer).forward = new
     for module in outer.modules():
         if module.__dict__.get("forward") == old:
@@ -131,11 +138,10 @@ def _replace_forward(outer: Any, old: Any, new: Any) -> None:
 
 
 def uninstall_head_forward(model: Any) -> None:
-    """Undo `install_head_forward`; a model without it stays as it is.
+    """Undo `install_head_forward`; has no effect on a model without it.
 
     Raises:
-        ValueError: something else has replaced the model's forward since, as `accelerate.prepare`
-            does.
+        ValueError: the model's forward has been replaced since, as `accelerate.prepare` does.
     """
     outer, model = model, unwrap(model)
     if "_forward_without_head_fn" not in model.__dict__:
@@ -146,24 +152,28 @@ def uninstall_head_forward(model: Any) -> None:
             " expected that to be undone first (for accelerate: unwrap_model(model, "
             "keep_fp32_wrapper=False))"
         )
-    own = model._forward_without_head_fn
-    _replace_forward(outer, model.forward, own)
+    original = model._forward_without_head_fn
+    _replace_forward(outer, model.forward, original)
     del model._forward_without_head_fn, model._forward_with_head_fn, model._head_arguments
     model.__dict__.pop("_head_transform", None)
-    if getattr(own, "__func__", None) is type(model).forward:  # which its class gives it anyway
+    if getattr(original, "__func__", None) is type(model).forward:  # the class provides it
         del model.forward
 
 
 def _names(function: Any) -> tuple[tuple[str, ...], bool]:
-    """The function's parameters but self, and whether it takes any other keyword."""
+    """The names of a method's parameters without self, and whether it has **kwargs."""
     parameters = list(inspect.signature(function).parameters.values())[1:]
-    more = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return tuple(p.name for p in parameters), more
+    has_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return tuple(p.name for p in parameters), has_kwargs
 
 
 def _backbone_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a causal model's forward as keyword arguments of its backbone."""
-    names, (base_names, more) = model._head_arguments
+    """The arguments of a causal model's forward as keyword arguments of its backbone.
+
+    Raises:
+        ValueError: an argument that concerns logits, such as labels.
+    """
+    names, (base_names, has_kwargs) = model._head_arguments
     inputs = dict(zip(names, args, strict=False), **kwargs)
     for key, allowed in _OF_LOGITS.items():
         value = inputs.pop(key, None)
@@ -174,34 +184,37 @@ def _backbone_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             )
     _rename_cache(inputs, base_names)
     inputs["use_cache"] = False
-    # PEFT passes None for whatever the caller left out.
+    # None is dropped, because PEFT passes it for every argument that its caller omitted.
     return {
         key: value
         for key, value in inputs.items()
-        if key in base_names or (more if key == "use_cache" else value is not None)
+        if key in base_names or (has_kwargs if key == "use_cache" else value is not None)
     }
 
 
-# The argument for the keys and values of earlier tokens: since transformers 5.24, before that,
-# and in its older state-space models.
+# The argument that holds the keys and values of earlier tokens: its name since transformers 5.24,
+# the name before that, and the name in older state-space models.
 _CACHE = ("cache", "past_key_values", "cache_params")
 
 
 def _rename_cache(inputs: dict[str, Any], names: tuple[str, ...]) -> None:
-    """Give the cache, under whichever name it came, the name that the backbone has for it."""
-    given = [name for name in _CACHE if inputs.get(name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are given; expected one cache")
-    wanted = next((name for name in _CACHE if name in names), None)
-    if given and wanted is not None:
-        inputs[wanted] = inputs.pop(given[0])
+    """Pass the cache under the backbone's name for it; `names` are the backbone's parameters."""
+    present = [name for name in _CACHE if inputs.get(name) is not None]
+    if len(present) > 1:
+        raise ValueError(f"{' and '.join(present)} are given; expected one cache")
+    backbone_name = next((name for name in _CACHE if name in names), None)
+    if present and backbone_name is not None:
+        inputs[backbone_name] = inputs.pop(present[0])
     for name in _CACHE:
-        if name != wanted and inputs.get(name) is None:
+        if name != backbone_name and inputs.get(name) is None:
             inputs.pop(name, None)
 
 
 def _at_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The hidden states on the head's device (a model may be spread over several) and dtype."""
+    """The hidden states on the head's device, and without autocast in the head's dtype.
+
+    A model that is split over several devices may have its head on another one.
+    """
     if weight.is_meta and not hidden.is_meta:
         raise ValueError(
             "the output head's weight is on the meta device (offloaded by accelerate?); expected "
@@ -221,19 +234,22 @@ def _checked_transform(transform: Mapping[str, Any]) -> dict[str, Any]:
     return {"scale": float(scale), "softcap": None if cap is None else float(cap)}
 
 
-# Largest difference of two log-probs, as a part of the largest logit, that is still rounding.
+# Tolerance of `check_head`: the difference of two log-probs relative to the largest logit.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare the model's own log-probs of three tokens with those that `read_head` leads to.
+    """Compare the model's log-probs with those computed from its hidden states and `read_head`.
 
-    Where `install_head_forward` looks at the head alone, this runs the whole model. Costs two
-    forward passes of three tokens; does nothing where weights are not whole on this process.
+    Costs two forward passes of three tokens. Skipped if a weight is not whole on this process.
+    The docstring of `fastpref.heads` compares this check with that of `install_head_forward`.
+
+    Args:
+        model: a causal language model, wrapped or not.
 
     Raises:
-        ValueError: they differ by more than rounding.
+        ValueError: the log-probs differ by more than rounding, or the model's are NaN.
     """
     model = unwrap(model)
     if any(p.is_meta or p.numel() == 0 or is_sharded(p) for p in model.parameters()):
@@ -258,7 +274,7 @@ def check_head(model: Any) -> None:
     if same_shape:
         gap = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
     limit = 1e-5 + _ROUNDING.get(hidden.dtype, 1e-4) * expected.abs().max()
-    if not same_shape or gap > limit:  # not so if there are NaNs, which training will report
+    if not same_shape or gap > limit:  # False for NaNs on both sides, which training reports
         found = f"by up to {gap:.2g}" if same_shape else f"in shape, {tuple(expected.shape)}"
         raise ValueError(
             f"the log-probs of {type(model).__name__} differ {found} from those of a linear output "
@@ -270,8 +286,11 @@ def check_head(model: Any) -> None:
 def hidden_states(model: Any, **inputs: Any) -> Tensor:
     """Call a causal language model, wrapped or not, and return its final hidden states [B, T, H].
 
-    No logits are computed. T is that of input_ids or inputs_embeds: of a sequence that a
-    prompt-learning adapter made longer, the last T positions.
+    No logits are computed. T is the length of input_ids or inputs_embeds; the virtual tokens of a
+    prompt-learning adapter are dropped.
+
+    Raises:
+        ValueError: as `install_head_forward`, and a wrapper that does not pass keywords on.
     """
     install_head_forward(model)
     hidden = model(**inputs, head_fn=_return_hidden)
@@ -280,9 +299,9 @@ def hidden_states(model: Any, **inputs: Any) -> Tensor:
             f"model: the {type(model).__name__} around the language model keeps head_fn from it; "
             "expected a wrapper that passes keywords on: install_head_forward before wrapping"
         )
-    given = inputs.get("input_ids")
-    given = inputs.get("inputs_embeds") if given is None else given
-    return hidden if given is None else align_to_tokens(hidden, given)
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    return hidden if tokens is None else align_to_tokens(hidden, tokens)
 
 
 def _return_hidden(hidden: Tensor, head: Head, aux_loss: Tensor | None) -> Tensor:
@@ -294,16 +313,20 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # What functional dropout reads: an attribute or, in Falcon and Persimmon, the config's.
+        # Functional dropout reads its probability from an attribute of the module or, in Falcon
+        # and Persimmon, of the config. A config's attribute counts if forward names it.
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         config = getattr(module, "config", None)
-        read = [] if code is None or config is None else code.co_names
-        for owner, names in ((module, list(vars(module))), (config, read)):
+        names_in_forward = [] if code is None or config is None else code.co_names
+        for owner, names in ((module, list(vars(module))), (config, names_in_forward)):
             for name in names:
                 if "drop" in name and isinstance(getattr(owner, name, None), float):
                     setattr(owner, name, 0.0)
 
 
 def align_to_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
-    """Drop the virtual tokens that prompt learning put in front: the last T positions remain."""
+    """The last T positions of hidden [B, >= T, H], where labels are [B, T].
+
+    Prompt learning puts virtual tokens in front of a sequence; they are dropped.
+    """
     return hidden if hidden.shape[1] == labels.shape[1] else hidden[:, -labels.shape[1] :]

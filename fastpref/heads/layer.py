@@ -1,4 +1,4 @@
-"""What the layer that makes a model's logits multiplies with, inside the wrappers of PEFT."""
+"""`read_layer`: weight, bias and adapters of an output layer, inside PEFT's wrappers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class HeadAdapter:
         lora_A: [r, H].
         lora_B: [V, r].
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        magnitude: [V] of DoRA, or None.
-        bias: [V] of lora_B, unscaled, or None.
-        dropout: the probability that an element of hidden is dropped in training.
-        training: whether it trains, so that its dropout is active.
+        magnitude: [V], DoRA's; None for LoRA.
+        bias: [V], the bias of lora_B before scaling, or None.
+        dropout: the probability that an element of hidden is dropped in training mode.
+        training: whether the adapter is in training mode, so that its dropout is active.
     """
 
     lora_A: Tensor
@@ -51,10 +51,16 @@ class HeadAdapter:
 
 @dataclass(frozen=True)
 class Layer:
-    """The matrix [V, H] and the bias [V] or None of an output layer, and the module they are of.
+    """The parameters of an output layer.
 
-    adapters: those that are active; adapted: whether it has any, active or not. row_scale: [V]
-    factors of the layer's own on its products, before the bias (nGPT, arXiv 2410.01131), or None.
+    Attributes:
+        module: the layer inside PEFT's wrapper.
+        weight: [V, H].
+        bias: [V] or None.
+        adapters: the active adapters.
+        adapted: whether the layer has adapters, active or not.
+        row_scale: [V] learned factors on hidden @ weight.T, before the bias (nGPT, arXiv
+            2410.01131), or None.
     """
 
     module: nn.Module
@@ -66,20 +72,20 @@ class Layer:
 
 
 def read_layer(module: nn.Module) -> Layer:
-    """Read an output layer as it is active now.
+    """Read an output layer in its present state.
 
-    PEFT's `modules_to_save` gives the active copy, or the original where adapters are switched off;
-    `trainable_token_indices` gives the matrix with its trained rows in place.
+    Of PEFT's `modules_to_save` the active copy is read, or the original layer if adapters are
+    disabled. Of `trainable_token_indices` the weight with the trained rows is read.
 
     Raises:
-        ValueError: a layer that is not one whole matrix of floating-point numbers, an adapter that
-            is neither LoRA nor DoRA, or one on a layer with factors of its own.
+        ValueError: a weight that is not a whole floating-point matrix on this process, an adapter
+            that is neither LoRA nor DoRA, or an adapter on a layer with a row_scale.
     """
     adapters: tuple[HeadAdapter, ...] = ()
     weight: Any = None
     bias: Any = None
     adapted = isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
-    if "peft" in sys.modules:  # nothing is a PEFT layer before that
+    if "peft" in sys.modules:  # otherwise no layer can be PEFT's
         module, weight, adapters = _inside_peft(module)
     if weight is None:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
@@ -94,7 +100,10 @@ def read_layer(module: nn.Module) -> Layer:
 
 
 def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
-    """Learned factors of an output layer (Dory's); `head_probe` checks that they act like that."""
+    """The learned factors on an output layer's logits, as Dory has them; else None.
+
+    probe.py checks that they act like that.
+    """
     scale = getattr(module, "logit_scale", None)
     if not isinstance(scale, Tensor) or scale.shape != weight.shape[:1]:
         return None
@@ -103,7 +112,8 @@ def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
 
 
 def is_sharded(weight: Any) -> bool:
-    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")  # a DTensor
+    """Whether a weight is a DTensor."""
+    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
 
 
 def _check_weight(weight: Any, module: nn.Module) -> None:
@@ -138,7 +148,7 @@ _KEEP = (
 
 
 def _inside_peft(module: nn.Module) -> tuple[nn.Module, Tensor | None, tuple[HeadAdapter, ...]]:
-    """The layer within PEFT's wrapper, its matrix where that is not simply its weight, adapters."""
+    """The layer inside PEFT's wrapper, its weight if that is not `layer.weight`, its adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 

@@ -1,4 +1,4 @@
-"""What a model is changed in for a moment, and exactly as it was afterwards."""
+"""Context managers that change a model's state and restore it exactly."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Within it every module is in evaluation mode; afterwards each is in its own mode again.
+    """Evaluation mode for every module; at the end each module has its previous mode.
 
-    A module that was in evaluation mode stays in it, whatever the modules around it do.
+    `model.eval()` and `model.train()` would put a module that the user keeps in evaluation mode
+    into training mode.
     """
     training = [module for module in model.modules() if module.training]
     try:
@@ -25,10 +26,10 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def same_weights_trained(model: Any) -> Iterator[None]:
-    """Afterwards the same weights are trainable as before.
+    """Restores every weight's requires_grad at the end.
 
-    Within it PEFT may switch, disable or load adapters, each of which makes all of an adapter's
-    weights trainable, those too that the user has frozen.
+    PEFT makes all weights of an adapter trainable when it switches, disables or loads one, also
+    those that the user has frozen.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -17,21 +17,21 @@ from fastpref.heads.layer import HeadAdapter, read_layer
 class Head:
     """An output head: logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
 
-    Adapters add to hidden @ weight.T, without being merged into it.
+    Adapters are applied to hidden without being merged into the weight.
 
     Attributes:
         weight: [V, H].
         bias: [V] or None.
-        scale: multiplies the logits, before the softcap.
-        softcap: None for none.
+        scale: factor on the logits, before the softcap.
+        softcap: bound of the logits' magnitude, or None.
         tied: whether the weight is also the input embedding's.
-        padding: rows of the model's layer that its logits leave out; weight and bias end before
-            them. Padding that a model's own logits count, as after
-            `resize_token_embeddings(pad_to_multiple_of=64)`, counts here too.
-        adapters: LoRA and DoRA adapters that are active on the layer. The head that a `head_fn`
-            gets has them, and that of `read_head(model, adapters=True)`.
-        adapted: whether the layer has such adapters at all, active or not.
-        row_scale: [V] factors on hidden @ weight.T that the layer has of its own, or None.
+        padding: number of rows of the model's layer that its logits leave out; weight and bias end
+            before them. Padding rows that the model's logits include, as after
+            `resize_token_embeddings(pad_to_multiple_of=64)`, are part of V.
+        adapters: the active LoRA and DoRA adapters of the layer. `read_head(model, adapters=True)`
+            and `head_fn` return them; `read_head(model)` refuses them.
+        adapted: whether the layer has such adapters, active or not.
+        row_scale: [V] learned factors on hidden @ weight.T, or None.
     """
 
     weight: Tensor
@@ -46,8 +46,11 @@ class Head:
 
     @property
     def fused(self) -> bool | str:
-        """The `fused` of the `linear_*` functions with which a policy and its reference, which may
-        be the same model with its adapters switched off, take the same kernels."""
+        """The argument `fused` of the `linear_*` functions.
+
+        With it a policy and its reference run the same kernels, also if the reference is the
+        policy with its adapters disabled.
+        """
         return False if self.adapted else "match"
 
     @property
@@ -59,32 +62,32 @@ class Head:
         """Bias, scale, softcap and adapters as keyword arguments of the `linear_*` functions.
 
         Args:
-            hidden: [..., H] the hidden states that those functions are given, which a head with
-                adapters multiplies here with their A; others do without.
+            hidden: [..., H], the hidden states that those functions will get. Only a head with
+                adapters needs them: they are multiplied by lora_A here.
 
         Raises:
-            ValueError: the head has adapters and hidden is None, or adapters that cannot be used
-                unmerged (see docs/heads.md).
+            ValueError: the head has adapters and hidden is None, or it has adapters that must be
+                merged (see docs/heads.md).
         """
-        own = {"scale": self.scale, "softcap": self.softcap}
+        transform = {"scale": self.scale, "softcap": self.softcap}
         if not self.adapters:
             scaled = {} if self.row_scale is None else {"weight_scale": self.row_scale}
-            return {"bias": self.bias, **scaled, **own}
+            return {"bias": self.bias, **scaled, **transform}
         if hidden is None:
             raise ValueError(
                 "the output head carries a PEFT adapter, which multiplies the hidden states; "
                 "expected them: head.options(hidden)"
             )
-        return {**adapter_options(hidden, self.weight, self.bias, self.adapters), **own}
+        return {**adapter_options(hidden, self.weight, self.bias, self.adapters), **transform}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [..., V] of hidden [..., H] in plain torch, float32 at least: for checks."""
+        """The logits [..., V] of hidden [..., H] by plain torch, at least float32; for checks."""
         options = self.options(hidden)
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         z = F.linear(hidden, self.weight).to(wide)
         if options.get("low_rank") is not None:
-            low, up = options["low_rank"]
-            z = z + F.linear(low, up)
+            lora_hidden, lora_B = options["low_rank"]
+            z = z + F.linear(lora_hidden, lora_B)
         if options.get("weight_scale") is not None:
             z = z * options["weight_scale"]
         if options["bias"] is not None:
@@ -114,18 +117,22 @@ def unwrap(model: Any) -> Any:
 
 
 def read_head(model: Any, *, adapters: bool = False) -> Head:
-    """Read a causal language model's output head, as it is active now, and its logits' transform.
+    """Read a causal language model's output head in its present state, and its logits' transform.
 
-    The scale comes from the first config key present of `logit_scale`, `output_multiplier`,
-    `lm_head_multiplier`, `logits_scaling` (which divides, except in HyperCLOVA X), keys and order
-    being TRL 1.16's, and `logits_mup_width_multiplier` (Inkling; divides); the softcap from the
-    first of `final_logit_softcapping`, `logits_soft_cap` (RecurrentGemma) and
-    `output_logit_soft_cap` (xLSTM); how many rows count from `unpadded_vocab_size` (Inkling). A
-    `transform` that was given to `install_head_forward` goes before scale and softcap.
+    They come from the first of these config keys that is present:
+
+    - scale: `logit_scale`, `output_multiplier`, `lm_head_multiplier`, `logits_scaling` (a divisor,
+      except in HyperCLOVA X), `logits_mup_width_multiplier` (Inkling; a divisor). All but the last
+      are TRL 1.16's, in TRL's order.
+    - softcap: `final_logit_softcapping`, `logits_soft_cap` (RecurrentGemma),
+      `output_logit_soft_cap` (xLSTM).
+    - number of rows: `unpadded_vocab_size` (Inkling).
+
+    The `transform` of `install_head_forward` takes precedence over scale and softcap.
 
     Args:
         model: a causal language model, wrapped or not.
-        adapters: return the head's LoRA and DoRA adapters too instead of refusing them.
+        adapters: whether to return the head's LoRA and DoRA adapters; by default they are refused.
 
     Raises:
         ValueError: the model has no output head, its head carries a PEFT adapter (unless
@@ -150,18 +157,17 @@ def read_head(model: Any, *, adapters: bool = False) -> Head:
     }
     weight, bias, active = layer.weight, layer.bias, layer.adapters
     rows = weight.shape[0]
-    kept = min(rows, getattr(config, "unpadded_vocab_size", None) or rows)
-    if kept < rows:
-        weight, bias = weight[:kept], None if bias is None else bias[:kept]
-        active = tuple(adapter.rows(kept) for adapter in active)
-    row_scale = None if layer.row_scale is None else layer.row_scale[:kept]
-    padding = rows - kept
+    vocab_size = min(rows, getattr(config, "unpadded_vocab_size", None) or rows)
+    if vocab_size < rows:
+        weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
+        active = tuple(adapter.rows(vocab_size) for adapter in active)
+    row_scale = None if layer.row_scale is None else layer.row_scale[:vocab_size]
     return Head(
         weight,
         bias,
         **transform,
         tied=tied,
-        padding=padding,
+        padding=rows - vocab_size,
         adapters=active,
         adapted=layer.adapted,
         row_scale=row_scale,

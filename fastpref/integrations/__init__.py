@@ -1,7 +1,7 @@
-"""Swap-ins for code written for other libraries: TRL, Liger-Kernel, cut-cross-entropy, torch.
+"""Drop-in replacements for functions of TRL, Liger-Kernel, cut-cross-entropy and torch.
 
-Each has the names, arguments and return values of what it replaces. docs/trl.md, docs/liger.md and
-docs/cce.md say what changes; docs/migration.md lists the options side by side.
+Each has the names, arguments and return values of the original. docs/trl.md, docs/liger.md and
+docs/cce.md list the differences; docs/migration.md compares the options.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linear cross-entropy with cut-cross-entropy's signature, and with torch's own.
+"""Linear cross-entropy with the signatures of cut-cross-entropy and of torch.
 
     - from cut_cross_entropy import linear_cross_entropy
     + from fastpref.integrations.cce import linear_cross_entropy
@@ -6,7 +6,7 @@
     - torch.nn.functional.linear_cross_entropy(...)
     + fastpref.integrations.torch_linear_cross_entropy(...)
 
-Both are the negated `linear_token_logps`; docs/cce.md lists what differs from the originals.
+Both are the negated `linear_token_logps`; docs/cce.md lists the differences from the originals.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = [
 ]
 
 _REDUCTIONS = ("mean", "sum", "none")
-_ROWS = 8192
-# What `linear_token_logps` calls a function's tensors, and what the function itself does.
+_ROWS = 8192  # rows of the head per block, when label smoothing sums over it
+# The tensors' names in `linear_token_logps` -> their names in the function, for error messages.
 _CCE = {"hidden": "e", "weight": "c", "labels": "targets"}
 _TORCH = {"hidden": "input", "weight": "linear_weight", "labels": "target", "bias": "linear_bias"}
 
 
 class _InputError(ValueError, RuntimeError):
-    """torch's own function raises a RuntimeError, or a ValueError, for such an input."""
+    """An input for which torch's function raises a RuntimeError or a ValueError."""
 
 
 class _TargetError(ValueError, IndexError):
-    """torch's own function raises an IndexError for a target outside [0, V)."""
+    """A target outside [0, V), for which torch's function raises an IndexError."""
 
 
 class LinearCrossEntropyImpl(enum.IntEnum):
-    """cut-cross-entropy's implementations, for code that names them; they make no difference."""
+    """cut-cross-entropy's implementations. Accepted for compatibility, without effect."""
 
     CCE = enum.auto()
     TORCH_COMPILE = enum.auto()
@@ -72,9 +72,9 @@ def linear_cross_entropy(
         targets: [...] int64; ignore_index where a position does not count.
         softcap: s in s * tanh(logits / s), or None.
         reduction: "mean" over the positions that count, "sum" or "none".
-        shift: e[..., t, :] predicts targets[..., t + shift]; True is 1, and no copy of e is made.
-        filter_eps: checked and without effect: no gradient is filtered away.
-        impl: checked and without effect.
+        shift: e[..., t, :] predicts targets[..., t + shift]; True means 1. e is not copied.
+        filter_eps: checked but without effect, since no gradient is filtered.
+        impl: checked but without effect.
         head: scale, temperature, strategy, memory_budget, precision, fused, backend of
             `linear_token_logps`.
 
@@ -95,29 +95,29 @@ def linear_cross_entropy(
     elif filter_eps is not None:
         check_number("filter_eps", filter_eps)
     _check_options("linear_cross_entropy", head)
-    named = getattr(impl, "name", impl)  # theirs is another enumeration
-    if not isinstance(named, str) or named.lower() not in ("cce", "torch_compile"):
+    impl_name = getattr(impl, "name", impl)  # also of cut-cross-entropy's own enumeration
+    if not isinstance(impl_name, str) or impl_name.lower() not in ("cce", "torch_compile"):
         raise ValueError(f"impl: got {impl!r}, expected 'cce' or 'torch_compile'")
-    by = int(shift)
+    offset = int(shift)
     _check("e", e, "c", c, "targets", targets, reduction)
-    if by < 0 or by and (targets.dim() < 1 or targets.shape[-1] < by):
+    if offset < 0 or offset and (targets.dim() < 1 or targets.shape[-1] < offset):
         raise ValueError(
             f"shift: got {shift!r} with targets {tuple(targets.shape)}, expected False, True or a "
             "number of positions that there are"
         )
     labels = targets
-    if by:  # moving the labels costs less than slicing the hidden states
+    if offset:  # shifting the labels costs less than slicing the hidden states
         labels = torch.full_like(targets, ignore_index)
-        labels[..., :-by] = targets[..., by:]
+        labels[..., :-offset] = targets[..., offset:]
     losses = -_logps(_CCE, e, c, labels, bias, ignore_index, softcap=softcap, **head)
     if reduction == "none":
-        return losses[..., :-by] if by else losses
+        return losses[..., :-offset] if offset else losses
     total = losses.sum()
     return total / (labels != ignore_index).sum().clamp(min=1) if reduction == "mean" else total
 
 
 class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` with its options fixed at construction."""
+    """`linear_cross_entropy` as a module; the arguments of the constructor are its options."""
 
     def __init__(
         self,
@@ -165,16 +165,18 @@ def torch_linear_cross_entropy(
 ) -> Tensor:
     """`torch.nn.functional.linear_cross_entropy` (torch 2.13) without the logits.
 
-    With w the class weights and e the label smoothing, a position's loss is
+    With w the class weights and e the label smoothing, the loss of a position is
     -(1 - e) w_y log p_y - e/V sum_v w_v log p_v, and the mean divides by the sum of the w_y. The
-    second term needs no logits either: sum_v w_v log p_v = x . (W^T w) + b . w - lse sum_v w_v.
-    Its part of the head's gradient is a second tensor of the head's size.
+    second term needs no logits: sum_v w_v log p_v = x . (W^T w) + b . w - lse sum_v w_v. With label
+    smoothing the backward pass allocates a second tensor of the head's size.
 
     Args:
         input: [H] or [..., H]. linear_weight: [V, H]. linear_bias: [V] or None.
-        target: [] or [...] int64. weight: [V] or None.
-        ignore_index: default -100.
-        options: without effect: tiles follow `memory_budget`, here or in `linear_token_logps`.
+        target: [] or [...] int64. weight: [V] class weights or None.
+        reduction: "mean", "sum" or "none".
+        ignore_index: None means -100.
+        label_smoothing: e, in [0, 1].
+        options: without effect; the size of tiles follows `memory_budget`.
         head: softcap, scale and temperature (without label_smoothing), strategy, memory_budget,
             precision, fused, backend of `linear_token_logps`.
 
@@ -183,9 +185,9 @@ def torch_linear_cross_entropy(
         torch returns the input's dtype. The mean over no position is 0 instead of NaN.
 
     Raises:
-        ValueError: class probabilities as target or a K-dimensional loss, which need a tensor of
-            the logits' size anyway; and as `linear_cross_entropy`. What torch raises a RuntimeError
-            or an IndexError for is such an error, too.
+        ValueError: as `linear_cross_entropy`; class probabilities as target or a K-dimensional
+            loss, which need a tensor of the logits' size. The error is also a RuntimeError or an
+            IndexError if torch raises one.
         TypeError: an unknown keyword.
     """
     _check_options("torch_linear_cross_entropy", head)
@@ -246,25 +248,25 @@ def _torch_loss(
     logps = _logps(_TORCH, input, linear_weight, target, linear_bias, ignored, **head)
     counted = target != ignored
     labels = target.masked_fill(~counted, 0)
-    own = counted.to(logps.dtype)
+    label_weights = counted.to(logps.dtype)
     if weight is not None:
-        own = own * weight.to(logps.dtype)[labels]
-    losses = -logps * own
+        label_weights = label_weights * weight.to(logps.dtype)[labels]
+    losses = -logps * label_weights
     if label_smoothing:
         inputs = input, linear_weight, linear_bias, labels, weight
-        rest = _smooth(*inputs, logps).masked_fill(~counted, 0.0)
+        uniform = _uniform_loss(*inputs, logps).masked_fill(~counted, 0.0)
         share = label_smoothing / linear_weight.shape[0]
-        losses = (1 - label_smoothing) * losses + share * rest
+        losses = (1 - label_smoothing) * losses + share * uniform
     if reduction == "none":
         return losses
     total = losses.sum()
     if reduction == "sum":
         return total
-    size = own.sum()
+    size = label_weights.sum()
     return total / (size + (size == 0))
 
 
-def _smooth(
+def _uniform_loss(
     x: Tensor,
     head: Tensor,
     bias: Tensor | None,
@@ -272,22 +274,22 @@ def _smooth(
     weight: Tensor | None,
     logps: Tensor,
 ) -> Tensor:
-    """-sum_v w_v log p_v of every position [...], from the label's log-prob."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):  # the logits of which logps are made
-        x, head = (t.to(torch.get_autocast_dtype(kind)) for t in (x, head))
+    """-sum_v w_v log p_v of every position [...], from the label's log-prob logps [...]."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):  # the same operands as in logps
+        x, head = (t.to(torch.get_autocast_dtype(device_type)) for t in (x, head))
     wide = logps.dtype
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(device_type, enabled=False):
         x = x.to(wide)
         rows = head.index_select(0, labels.reshape(-1)).view(*labels.shape, -1)
-        own = (x * rows.to(wide)).sum(-1)
-        w = own.new_ones(head.shape[0]) if weight is None else weight.to(wide)
-        parts = zip(w.split(_ROWS), head.split(_ROWS), strict=True)  # no wide copy of the head
-        every = x @ sum(a @ rows.to(wide) for a, rows in parts)
+        label_logit = (x * rows.to(wide)).sum(-1)
+        w = label_logit.new_ones(head.shape[0]) if weight is None else weight.to(wide)
+        blocks = zip(w.split(_ROWS), head.split(_ROWS), strict=True)  # avoids a copy of the head
+        weighted_logits = x @ sum(w_block @ rows.to(wide) for w_block, rows in blocks)
         if bias is not None:
-            own = own + bias.to(wide)[labels]
-            every = every + bias.to(wide) @ w
-        return (own - logps) * w.sum() - every
+            label_logit = label_logit + bias.to(wide)[labels]
+            weighted_logits = weighted_logits + bias.to(wide) @ w
+        return (label_logit - logps) * w.sum() - weighted_logits  # label_logit - logps is lse
 
 
 def _logps(
@@ -299,7 +301,10 @@ def _logps(
     ignored: int,
     **head: Any,
 ) -> Tensor:
-    """`linear_token_logps`, whose errors get the caller's names."""
+    """`linear_token_logps`, with the caller's names for the tensors in its errors.
+
+    names: maps the names of `linear_token_logps` to the caller's.
+    """
     try:
         out = linear_token_logps(hidden, weight, labels, bias, ignore_index=ignored, **head)
     except ValueError as error:
@@ -310,7 +315,7 @@ def _logps(
 
 
 def _check_options(function: str, head: dict[str, Any]) -> None:
-    """Refuse other keywords than the head's, as Python does for a function without **head."""
+    """Raise TypeError for a keyword that is not an option of the head, with Python's message."""
     if "extras" in head:
         raise ValueError("extras: not an option of a cross-entropy; use linear_token_logps")
     for name in head:
@@ -334,7 +339,7 @@ def _check(
     labels: Tensor,
     reduction: str,
 ) -> None:
-    """Under the caller's names; `linear_token_logps` checks the rest."""
+    """Check the tensors' shapes and the reduction; `linear_token_logps` checks the rest."""
     _check_tensors(**{x_name: x, head_name: head, labels_name: labels})
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")

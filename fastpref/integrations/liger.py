@@ -1,10 +1,10 @@
-"""Liger-Kernel's chunked preference losses, by name, argument order and return values.
+"""Liger-Kernel's chunked preference losses, with its names, argument order and return values.
 
     - from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
     + from fastpref.integrations.liger import LigerFusedLinearDPOLoss
 
-The values are those of Liger 0.8.5; docs/liger.md lists where they differ and why. Nothing here
-imports Liger.
+The values are those of Liger 0.8.5; docs/liger.md lists the differences and their reasons. Liger is
+not imported.
 """
 
 from __future__ import annotations
@@ -38,14 +38,26 @@ _DPO = tuple(name for name, loss in LOSSES.items() if loss.reference == "require
 class LigerFusedLinearDPOLoss(PairedLoss):
     """DPO and its relatives (Rafailov et al. 2023, arXiv:2305.18290).
 
-    loss_type: Liger's sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero,
-    apo_down and discopop, and ipo (token mean), sigmoid_norm, aot and aot_unpaired, which Liger
-    refuses. loss = alpha * nll + mean loss of the pairs. compiled and chunk_size have no effect.
-    head: precision, strategy, memory_budget, backend of `fastpref.linear_token_logps`.
+    The loss is alpha * nll + the mean loss of the pairs.
+
+    Args:
+        ignore_index: the label of positions that do not count.
+        beta: strength of the pull towards the reference.
+        alpha: weight of the NLL.
+        compute_nll_loss: whether the NLL of the chosen answers is added.
+        compiled, chunk_size: without effect.
+        use_ref_model: whether there is a reference; without one its log-probs count as 0.
+        average_log_prob: whether sequence log-probs are means over tokens instead of sums.
+        loss_type: Liger's sigmoid, hinge, exo_pair, nca_pair, robust, bco_pair, sppo_hard,
+            apo_zero, apo_down and discopop; and ipo (token mean), sigmoid_norm, aot and
+            aot_unpaired, which Liger refuses.
+        label_smoothing, discopop_tau: as in `fastpref.LossOptions`.
+        head: precision, strategy, memory_budget, backend of `fastpref.linear_token_logps`.
 
     Raises:
         ValueError: an unknown loss_type; a label_smoothing or discopop_tau that the loss_type does
-            not use (Liger drops it); exo_pair without label_smoothing; one outside [0, 0.5).
+            not use (Liger ignores it); exo_pair without label_smoothing; a label_smoothing outside
+            [0, 0.5).
     """
 
     def __init__(
@@ -99,20 +111,25 @@ class LigerFusedLinearDPOLoss(PairedLoss):
         ref_bias: Tensor | None = None,
         ref_logps: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """lin_weight [V, H], _input [2B, T, H], target [2B, T] int64, already shifted.
+        """The loss of B pairs.
 
-        The reference is ref_input [2B, T, H] under ref_weight (default: the policy's head), or
-        ref_logps [2B]: sums over each sequence's labelled tokens, means with average_log_prob.
+        Args:
+            lin_weight: [V, H]. _input: [2B, T, H]. bias: [V] or None.
+            target: [2B, T] int64, already shifted.
+            ref_input: [2B, T, H], the reference's hidden states; or ref_logps.
+            ref_weight, ref_bias: the reference's head; by default the policy's.
+            ref_logps: [2B] sums over each sequence's labelled tokens; means with average_log_prob.
 
-        Returns loss [] and, without gradients, (chosen_logps [B], rejected_logps [B],
-        chosen_logits_mean [], rejected_logits_mean [], nll_loss [], chosen_rewards [B],
-        rejected_rewards [B]).
+        Returns:
+            The loss [] and, without gradients, (chosen_logps [B], rejected_logps [B],
+            chosen_logits_mean [], rejected_logits_mean [], nll_loss [], chosen_rewards [B],
+            rejected_rewards [B]).
         """
         average = self.average_log_prob
         scores = self._scores(lin_weight, _input, target, bias, average, self.compute_nll_loss)
         policy = _input, lin_weight, bias
-        given = ref_input, ref_weight, ref_bias, ref_logps
-        ref = self._reference(self.use_ref_model, target, average, policy, *given)
+        reference = ref_input, ref_weight, ref_bias, ref_logps
+        ref = self._reference(self.use_ref_model, target, average, policy, *reference)
         refs = (None, None) if ref is None else ref.to(scores.chosen).chunk(2)
         chosen_lengths, rejected_lengths = scores.lengths
         out = preference_loss(
@@ -129,8 +146,8 @@ class LigerFusedLinearDPOLoss(PairedLoss):
 class LigerFusedLinearCPOLoss(PairedLoss):
     """CPO (Xu et al. 2024, arXiv:2401.08417): DPO's loss with a uniform reference, plus the NLL.
 
-    Sums of log-probs unless average_log_prob. label_smoothing e: -(1-e) log sigmoid(x) -
-    e log sigmoid(-x). compiled and chunk_size have no effect; head as in the DPO class.
+    Sequence log-probs are sums, or means with average_log_prob. With label_smoothing e the loss of
+    a pair is -(1-e) log sigmoid(x) - e log sigmoid(-x). Arguments as in `LigerFusedLinearDPOLoss`.
     """
 
     def __init__(
@@ -149,7 +166,7 @@ class LigerFusedLinearCPOLoss(PairedLoss):
         super().__init__(ignore_index, beta, compiled, chunk_size, head, **numbers)
         self.alpha, self.label_smoothing = alpha, label_smoothing
         self.compute_nll_loss, self.average_log_prob = compute_nll_loss, average_log_prob
-        # nll_weight: `_scores` has the NLL already.
+        # nll_weight is 0, because `_scores` computes the NLL.
         self._options: dict[str, Any] = dict(
             loss_type="cpo", beta=beta, label_smoothing=label_smoothing, nll_weight=0.0
         )
@@ -159,19 +176,19 @@ class LigerFusedLinearCPOLoss(PairedLoss):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Arguments and returns as the DPO class's, without a reference."""
+        """Arguments and returns as in `LigerFusedLinearDPOLoss`, without a reference."""
         average = self.average_log_prob
         scores = self._scores(lin_weight, _input, target, bias, average, self.compute_nll_loss)
         margin = torch.full_like(scores.chosen, self._margin)
-        given = scores.chosen, scores.rejected
-        out = preference_loss(*given, margin=margin, **self._options)
+        out = preference_loss(scores.chosen, scores.rejected, margin=margin, **self._options)
         return scores.result(self.alpha * scores.nll + out.loss, *out[1:])
 
 
 class LigerFusedLinearSimPOLoss(LigerFusedLinearCPOLoss):
     """SimPO (Meng et al. 2024, arXiv:2405.14734): token-mean log-probs and a margin gamma.
 
-    As in Liger the NLL is on by default; compute_nll_loss=False gives SimPO alone.
+    As in Liger the NLL is added by default; with compute_nll_loss=False the loss is the paper's.
+    Arguments as in `LigerFusedLinearDPOLoss`.
     """
 
     def __init__(
@@ -187,15 +204,24 @@ class LigerFusedLinearSimPOLoss(LigerFusedLinearCPOLoss):
         **head: Any,
     ):
         check_number("gamma", gamma)
-        shared = ignore_index, beta, alpha, label_smoothing, compute_nll_loss, compiled
-        super().__init__(*shared, True, chunk_size, **head)
+        super().__init__(
+            ignore_index,
+            beta,
+            alpha,
+            label_smoothing,
+            compute_nll_loss,
+            compiled,
+            average_log_prob=True,
+            chunk_size=chunk_size,
+            **head,
+        )
         self.gamma = self._margin = gamma
 
 
 class LigerFusedLinearORPOLoss(PairedLoss):
     """ORPO (Hong et al. 2024, arXiv:2403.07691): NLL - beta log sigmoid(log-odds ratio).
 
-    On token-mean log-probs. compiled and chunk_size have no effect; head as in the DPO class.
+    Sequence log-probs are means over tokens. Arguments as in `LigerFusedLinearDPOLoss`.
     """
 
     def __init__(
@@ -218,12 +244,17 @@ class LigerFusedLinearORPOLoss(PairedLoss):
         bias: Tensor | None = None,
         nll_target: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """nll_target [2B, T] (its chosen half counts): labels of the NLL, default target.
+        """The loss of B pairs.
 
-        Returns as the DPO class's, and then log_odds_ratio [] and log_odds_chosen [].
+        Args:
+            lin_weight, _input, target, bias: as in `LigerFusedLinearDPOLoss`.
+            nll_target: [2B, T], the labels of the NLL, whose chosen half is read; default: target.
+
+        Returns:
+            As in `LigerFusedLinearDPOLoss`, then log_odds_ratio [] and log_odds_chosen [].
         """
-        nll = self.compute_nll_loss
-        scores = self._scores(lin_weight, _input, target, bias, True, nll, nll_target)
+        average, nll = True, self.compute_nll_loss
+        scores = self._scores(lin_weight, _input, target, bias, average, nll, nll_target)
         chosen, rejected = scores[:2]
         odds = log_odds(chosen) - log_odds(rejected)
         pairs = max(chosen.shape[0], 1)
@@ -236,8 +267,10 @@ class LigerFusedLinearORPOLoss(PairedLoss):
 class LigerFusedLinearKTOLoss(LigerLoss):
     """KTO (Ethayarajh et al. 2024, arXiv:2402.01306): 1 - sigmoid(+-beta (logratio - kl)).
 
-    desirable_weight, undesirable_weight: factors on the two kinds' losses, which Liger has not.
-    compiled and chunk_size have no effect; head as in the DPO class.
+    Args:
+        desirable_weight, undesirable_weight: weights of the two classes, which Liger lacks.
+        ignore_index, beta, compiled, use_ref_model, average_log_prob, chunk_size, head: as in
+            `LigerFusedLinearDPOLoss`.
     """
 
     def __init__(
@@ -271,37 +304,46 @@ class LigerFusedLinearKTOLoss(LigerLoss):
         kl: Tensor | None = None,
         ref_logps: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """_input [B, T, H] comes first here, as in Liger; preference_labels [B] bool.
+        """The loss of B answers. As in Liger, _input comes before lin_weight here.
 
-        kl: [] or [B], without gradient. Returns loss [] and, without gradients, sums over the
-        sequences of each kind: (chosen_logps, rejected_logps, chosen_logits, rejected_logits,
-        chosen_rewards, rejected_rewards), all [].
+        Args:
+            _input: [B, T, H]. lin_weight: [V, H]. target: [B, T] int64. bias: [V] or None.
+            preference_labels: [B] bool, whether an answer is desirable.
+            ref_input, ref_weight, ref_bias, ref_logps: as in `LigerFusedLinearDPOLoss`, for B.
+            kl: [] or [B] estimate of the KL divergence, without a gradient; None means 0.
+
+        Returns:
+            The loss [] and, without gradients, sums over the desirable (chosen) and over the other
+            (rejected) sequences: (chosen_logps, rejected_logps, chosen_logits, rejected_logits,
+            chosen_rewards, rejected_rewards), all [].
         """
         self._check(_input, lin_weight, target, paired=False)
         size = target.shape[:1]
         if preference_labels is None or preference_labels.dtype != torch.bool:
-            given = None if preference_labels is None else str(preference_labels.dtype)[6:]
-            raise ValueError(f"preference_labels: got {given}, expected a bool tensor {[*size]}")
+            dtype = None if preference_labels is None else str(preference_labels.dtype)[6:]
+            raise ValueError(f"preference_labels: got {dtype}, expected a bool tensor {[*size]}")
         if preference_labels.shape != size:
             raise ValueError(
                 f"preference_labels: got shape {tuple(preference_labels.shape)}, expected {[*size]}"
             )
-        average, good = self.average_log_prob, preference_labels
+        average, desirable = self.average_log_prob, preference_labels
         logps = self._sums(self._tokens(_input, lin_weight, target, bias), target, average)
         policy = _input, lin_weight, bias
-        given_ref = ref_input, ref_weight, ref_bias, ref_logps
-        ref = self._reference(self.use_ref_model, target, average, policy, *given_ref)
+        reference = ref_input, ref_weight, ref_bias, ref_logps
+        ref = self._reference(self.use_ref_model, target, average, policy, *reference)
         out = kto_loss(
             logps,
             None if ref is None else ref.to(logps),
-            good,
+            desirable,
             0.0 if kl is None else kl,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
             reference_free=ref is None,
         )
-        sums = [(t * mask).sum() for t in (logps, out.rewards) for mask in (good, ~good)]
-        logits = self._logit_means(_input, lin_weight, bias, good)
-        logits *= torch.stack([good.sum(), (~good).sum()]) * (target.shape[1] * lin_weight.shape[0])
+        masks = desirable, ~desirable
+        sums = [(t * mask).sum() for t in (logps, out.rewards) for mask in masks]
+        logits = self._logit_means(_input, lin_weight, bias, desirable)
+        logits_per_sequence = target.shape[1] * lin_weight.shape[0]
+        logits *= torch.stack([mask.sum() for mask in masks]) * logits_per_sequence
         return out.loss, tuple(t.detach() for t in (*sums[:2], *logits, *sums[2:]))

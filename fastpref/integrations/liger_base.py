@@ -1,4 +1,4 @@
-"""What the Liger swap-ins share: the constructor's checks and the passes over the head."""
+"""Base classes of the Liger losses: the constructor's checks and the passes over the head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fastpref.validation import check_number
 
 
 class LigerLoss(nn.Module):
-    """What the five have in common: the constructor's checks and the passes over the head."""
+    """Base class of all Liger losses.
+
+    Args: as in `LigerFusedLinearDPOLoss`; numbers are further arguments that must be numbers.
+    """
 
     def __init__(
         self,
@@ -36,15 +39,18 @@ class LigerLoss(nn.Module):
             if name not in expected:
                 raise ValueError(f"{name}: not an option; expected some of {', '.join(expected)}")
         HeadOptions(**head)
-        # compiled and chunk_size are kept for code that reads them: there is nothing to compile,
-        # and the tiles follow memory_budget.
+        # compiled and chunk_size are stored for code that reads them. There is nothing to compile,
+        # and the size of tiles follows memory_budget.
         self.ignore_index, self.beta, self.head = ignore_index, beta, head
         self.compiled, self.chunk_size = compiled, chunk_size
 
     def _tokens(
         self, _input: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
     ) -> Tensor:
-        # The same kernels for policy and reference, so that equal models give margins of exactly 0.
+        """Token log-probs [B, T], with the same kernels for policy and reference.
+
+        Equal models thus have margins of exactly 0.
+        """
         options = {"ignore_index": self.ignore_index, "fused": "match", **self.head}
         out = linear_token_logps(_input, weight, labels, bias, **options)
         assert isinstance(out, Tensor)
@@ -64,7 +70,13 @@ class LigerLoss(nn.Module):
         ref_bias: Tensor | None,
         ref_logps: Tensor | None,
     ) -> Tensor | None:
-        """The reference's log-probs of the sequences; None without a reference."""
+        """The reference's sequence log-probs [B]; None without a reference.
+
+        Args:
+            use: whether the loss has a reference.
+            average: whether sequence log-probs are means over tokens.
+            policy: _input, lin_weight and bias of the policy.
+        """
         if (ref_input is not None) + (ref_logps is not None) != use:
             raise ValueError(
                 f"ref_input: got use_ref_model={use} with "
@@ -91,10 +103,10 @@ class LigerLoss(nn.Module):
     def _logit_means(
         self, _input: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor
     ) -> Tensor:
-        """The mean logit [2] of the sequences in the mask first [B] and of the others, over the
-        vocabulary and over all positions, ignored ones too.
+        """The mean logit [2] of the sequences in the mask `first` [B] and of the other sequences.
 
-        A mean of logits is the mean logit of the mean hidden state: two tokens for the head.
+        The mean is over the vocabulary and over all positions, including ignored ones. It equals
+        the mean logit of the mean hidden state, so the head is applied to two tokens only.
         """
         wide = torch.float64 if _input.dtype == torch.float64 else torch.float32
         masks = torch.stack([first, ~first]).to(wide)
@@ -131,21 +143,22 @@ class LigerLoss(nn.Module):
 
 
 class Scores(NamedTuple):
-    """Of B pairs: log-probs [B], labelled tokens [B], both sides' mean logit [2], and the NLL."""
+    """The quantities of B pairs that all paired losses use."""
 
-    chosen: Tensor
-    rejected: Tensor
-    lengths: tuple[Tensor, Tensor]
-    logit_means: Tensor
-    nll: Tensor
+    chosen: Tensor  # [B] log-probs
+    rejected: Tensor  # [B]
+    lengths: tuple[Tensor, Tensor]  # [B] each: labelled tokens
+    logit_means: Tensor  # [2] of chosen and rejected sequences
+    nll: Tensor  # []
 
     def result(self, loss: Tensor, *others: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and Liger's auxiliary outputs, detached."""
         aux = self.chosen, self.rejected, *self.logit_means, self.nll, *others
         return loss, tuple(t.detach() for t in aux)
 
 
 class PairedLoss(LigerLoss):
-    """DPO, CPO, SimPO and ORPO: sequences [chosen; rejected]."""
+    """Base class of the losses of pairs: DPO, CPO, SimPO and ORPO."""
 
     def _scores(
         self,
@@ -157,33 +170,36 @@ class PairedLoss(LigerLoss):
         nll: bool,
         nll_target: Tensor | None = None,
     ) -> Scores:
+        """The pairs' log-probs and NLL. nll_target: the labels of the NLL, if not `target`."""
         self._check(_input, lin_weight, target, paired=True)
         pairs, ignored = target.shape[0] // 2, self.ignore_index
-        labels, apart = target, False
+        labels, second_pass = target, False
         if nll and nll_target is not None:
             if nll_target.shape[0] < pairs or nll_target.shape[1:] != target.shape[1:]:
                 raise ValueError(
                     f"nll_target: got shape {tuple(nll_target.shape)}, expected "
                     f"{tuple(target.shape)}"
                 )
-            wanted = nll_target[:pairs]
-            both = (target[:pairs] != ignored) & (wanted != ignored)
-            apart = bool((both & (target[:pairs] != wanted)).any())
-            if not apart:  # one pass over the head for the labels of both
-                chosen = torch.where(target[:pairs] == ignored, wanted, target[:pairs])
+            nll_labels = nll_target[:pairs]
+            both = (target[:pairs] != ignored) & (nll_labels != ignored)
+            second_pass = bool((both & (target[:pairs] != nll_labels)).any())
+            if not second_pass:  # one pass over the head has the labels of both
+                chosen = torch.where(target[:pairs] == ignored, nll_labels, target[:pairs])
                 labels = torch.cat([chosen, target[pairs:]])
         tokens = self._tokens(_input, lin_weight, labels, bias)
         sums = self._sums(tokens, target, average)
         loss = tokens.new_zeros(())
         if nll:
-            wanted = (target if nll_target is None else nll_target)[:pairs]
-            counted = wanted != ignored
-            own = self._tokens(_input[:pairs], lin_weight, wanted, bias) if apart else tokens
-            total = own[:pairs].masked_fill(~counted, 0.0).sum(dtype=torch.float64)
+            nll_labels = (target if nll_target is None else nll_target)[:pairs]
+            counted = nll_labels != ignored
+            nll_tokens = tokens
+            if second_pass:
+                nll_tokens = self._tokens(_input[:pairs], lin_weight, nll_labels, bias)
+            total = nll_tokens[:pairs].masked_fill(~counted, 0.0).sum(dtype=torch.float64)
             loss = (-total / counted.sum().clamp(min=1)).to(tokens.dtype)
         first = torch.arange(2 * pairs, device=target.device) < pairs
         means = self._logit_means(_input, lin_weight, bias, first)
         lengths = (target != ignored).sum(1)
-        if average:  # nothing is left to divide by
+        if average:  # the log-probs are divided by the lengths already
             lengths = torch.ones_like(lengths)
         return Scores(sums[:pairs], sums[pairs:], (lengths[:pairs], lengths[pairs:]), means, loss)

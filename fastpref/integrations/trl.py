@@ -1,13 +1,14 @@
-"""`patch_trl`: TRL's trainers run on our operation, with no other change.
+"""`patch_trl`: TRL's trainers compute log-probabilities with `linear_token_logps`.
 
 TRL's DPO, KTO, GRPO, RLOO and SFT trainers give their model a forward pass that returns per-token
-log-probabilities (`trl.trainer.utils.add_fused_lm_head`). It looks two names up on every call:
-`_ChunkedLogProbFunction`, which computes them, and `_use_triton`, which says whether the positions
-without a label are dropped first. Those two are replaced: trainers made before or after take part.
+log-probabilities (`trl.trainer.utils.add_fused_lm_head`). Each call looks up two names in TRL's
+module: `_ChunkedLogProbFunction` computes the log-probabilities, and `_use_triton` says whether
+positions without a label are dropped first. Both are replaced, so the patch applies to trainers
+made before and after it.
 
-An adapter on the output layer needs two more names, which only differ for a model that has one: the
-class that the trainers refuse as an output layer, and `add_fused_lm_head` itself, since TRL passes
-the layer's weight on but not the layer.
+Two more names are replaced for adapters on the output layer; a model without one is not affected.
+They are the class of output layers that the trainers refuse, and `add_fused_lm_head`, since TRL
+passes on the layer's weight but not the layer.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo
 _FUNCTION = _UTILS, "_ChunkedLogProbFunction"
 _COMPACT = _UTILS, "_use_triton"
 _ADD, _ADAPTED = "add_fused_lm_head", "BaseTunerLayer"
-# What TRL passes, in this order. Another list of names means another contract, which is refused.
+# The arguments that TRL passes, in this order. A TRL with other arguments is refused.
 _PARAMETERS = (
     "hidden",
     "weight",
@@ -48,15 +49,15 @@ _PARAMETERS = (
     "logit_scale",
     "outputs",
 )
-# TRL's names of the extra outputs in the order in which it expects them, and ours.
+# TRL's names of the extra outputs, in TRL's order -> the names in `TokenStats`.
 _OUTPUTS = {
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }
-# Where dropping the positions without a label costs no recompilation, as it does on accelerators
-# whose graphs are compiled for one shape.
+# Devices on which positions without a label are dropped. The number of labels varies, which costs a
+# compilation on other accelerators, whose graphs are for one shape.
 _COMPACT_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 Names = dict[tuple[str, str], Any]  # values of (module, attribute)
@@ -64,8 +65,10 @@ _originals: Names = {}
 
 
 class _Running(threading.local):
-    """The output layers of the models whose fused forward pass is running in this thread, the inner
-    one last; None for a layer without an adapter."""
+    """The output layers of the models whose fused forward pass runs in this thread.
+
+    The innermost call is the last. The entry of a layer without an adapter is None.
+    """
 
     def __init__(self) -> None:
         self.layers: list[nn.Module | None] = []
@@ -75,7 +78,10 @@ _running = _Running()
 
 
 class FusedLogProbs:
-    """Stands where TRL has its autograd function: `apply` has the same arguments and outputs."""
+    """Replaces TRL's autograd function; `apply` has the same arguments and outputs.
+
+    options: of `linear_token_logps`.
+    """
 
     def __init__(self, options: dict[str, Any]):
         self.options = options
@@ -92,28 +98,36 @@ class FusedLogProbs:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = tuple(_OUTPUTS),
     ) -> tuple[Tensor | None, ...]:
-        """hidden [N, H], weight [V, H], bias [V] or None, targets [N] int64 in [0, V).
+        """The log-probs of the targets, and further outputs.
 
-        Returns log_probs and, where `outputs` names them, else None: entropy, log_sum_sq_probs,
-        mean_logits and is_top1, each [N]. log_probs and entropy are differentiable, as in TRL.
-        chunk_size has no effect: `fastpref.plan_head` chooses the tiles, and patch_trl's
-        memory_budget bounds them.
+        Args:
+            hidden: [N, H]. weight: [V, H]. bias: [V] or None. targets: [N] int64 in [0, V).
+            temperature, final_logit_softcapping, logit_scale: the logits' transform.
+            chunk_size: without effect. `fastpref.plan_head` chooses the tiles, within patch_trl's
+                memory_budget.
+            outputs: which further outputs to compute.
+
+        Returns:
+            log_probs, entropy, log_sum_sq_probs, mean_logits and is_top1, each [N], or None for
+            what `outputs` leaves out. log_probs and entropy are differentiable, as in TRL.
         """
-        kind = hidden.device.type
+        device_type = hidden.device.type
         adapter: dict[str, Any] = {}
-        adapted = _running.layers[-1] if _running.layers else None
-        if adapted is not None:
-            layer = read_layer(adapted)
+        adapted_layer = _running.layers[-1] if _running.layers else None
+        if adapted_layer is not None:
+            layer = read_layer(adapted_layer)
             adapter = adapter_options(hidden, layer.weight, layer.bias, layer.adapters)
             weight, bias = layer.weight, adapter.pop("bias")
-            # The reference, without its adapter, must not take another way.
+            # The reference, the model without its adapter, must run the same kernels.
             adapter["fused"] = False
-        if not torch.is_autocast_enabled(kind):  # TRL computes in the hidden states' dtype
+        if not torch.is_autocast_enabled(device_type):  # TRL computes in hidden's dtype
             weight = weight.to(hidden.dtype)
         if bias is not None:
             bias = bias.to(weight.dtype)
-        # Every target counts; on a GPU, knowing that saves a synchronisation.
-        every = None if kind == "cpu" else torch.arange(targets.shape[0], device=targets.device)
+        # All targets count. Passing their positions saves a synchronisation of a GPU.
+        token_indices = None
+        if device_type != "cpu":
+            token_indices = torch.arange(targets.shape[0], device=targets.device)
         out = linear_token_logps(
             hidden,
             weight,
@@ -123,7 +137,7 @@ class FusedLogProbs:
             softcap=final_logit_softcapping,
             temperature=temperature,
             extras=tuple(ours for theirs, ours in _OUTPUTS.items() if theirs in outputs),
-            token_indices=every,
+            token_indices=token_indices,
             **{**self.options, **adapter},
         )
         stats = out if isinstance(out, TokenStats) else TokenStats(out)
@@ -133,8 +147,10 @@ class FusedLogProbs:
 
 
 def _gather_in_backward(logps: Tensor, *parameters: Tensor | None) -> None:
-    """DeepSpeed ZeRO-3 partitions the head again after the forward pass; the backward pass may read
-    it once more (`strategy="recompute"`, the entropy's gradient) and must return its whole shape.
+    """Gather a head that DeepSpeed ZeRO-3 has partitioned, for the backward pass of logps.
+
+    ZeRO-3 partitions the head after the forward pass. The backward pass may read it
+    (strategy="recompute", the entropy's gradient) and returns a gradient of its whole shape.
     """
     node = logps.grad_fn
     while node is not None and node.name() != "LinearTokenLogpsBackward":
@@ -152,16 +168,18 @@ def _gather_in_backward(logps: Tensor, *parameters: Tensor | None) -> None:
 
 
 class TRLPatch:
-    """What `patch_trl` returns: a context manager that puts back what was there before it, and that
-    may be used again."""
+    """The result of `patch_trl`, a context manager that can be used repeatedly.
+
+    Entering applies the patch if it is not active; leaving restores the previous values.
+    """
 
     def __init__(self, before: Names, ours: Names, text: str):
         self._before, self._ours, self._text = before, ours, text
 
     def __enter__(self) -> TRLPatch:
-        now = _now(self._ours)
-        if now[_FUNCTION] is not self._ours[_FUNCTION]:  # undone, or replaced, since
-            self._before = now
+        current = _current_values(self._ours)
+        if current[_FUNCTION] is not self._ours[_FUNCTION]:  # undone or replaced since
+            self._before = current
             _assign(self._ours)
         return self
 
@@ -181,27 +199,31 @@ def patch_trl(
 ) -> TRLPatch:
     """Run TRL's DPO, KTO, GRPO, RLOO and SFT trainers on `linear_token_logps`.
 
-    Call it anywhere before `trainer.train()`; `unpatch_trl()` undoes it, and so does the end of a
-    `with patch_trl():` block. Losses, metrics and outputs are TRL's, to rounding. What changes:
-    the logits of 16-bit models stay in fp32, the backward pass computes them once less, positions
-    without a label are skipped on CPUs too, and LoRA and DoRA on the output layer, which TRL
-    refuses, are trained (call it before the trainer is made, then). Calling it again replaces the
-    options.
+    Call it before `trainer.train()`; for an adapter on the output layer, before the trainer is
+    made. `unpatch_trl()` or the end of a `with patch_trl():` block undoes it. A second call
+    replaces the options. Losses, metrics and outputs are TRL's up to rounding. The differences:
+
+    - the logits of 16-bit models are fp32;
+    - the backward pass computes the logits once less;
+    - positions without a label are skipped on CPUs, too;
+    - LoRA and DoRA on the output layer are trained, while TRL refuses them.
 
     Args:
         precision, strategy, memory_budget, backend: as in `linear_token_logps`.
 
     Returns:
-        A handle that is a context manager.
+        A context manager.
 
     Raises:
-        ImportError: TRL is not installed. RuntimeError: this version of TRL has no fused head
-        (before 1.15), or one with other arguments than those known here. ValueError: a bad option.
+        ImportError: TRL is not installed.
+        RuntimeError: this version of TRL has no fused head (before 1.15), or one with other
+            arguments.
+        ValueError: a bad option.
     """
     options: dict[str, Any] = dict(
         precision=precision, strategy=strategy, memory_budget=memory_budget, backend=backend
     )
-    # A reference without gradients takes the same kernels as the policy: the first margins are 0.
+    # The reference, without gradients, runs the policy's kernels, so that the first margins are 0.
     options["fused"] = "match"
     HeadOptions(**options)
     try:
@@ -215,19 +237,19 @@ def patch_trl(
     if not _originals:
         _check_contract(utils, version)
         _originals.update(_find(utils))
-    before, function = _now(_originals), FusedLogProbs(options)
-    ours = {place: _ours(place, function) for place in _originals}
+    before, function = _current_values(_originals), FusedLogProbs(options)
+    ours = {place: _replacement(place, function) for place in _originals}
     _assign(ours)
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "fused")
     return TRLPatch(before, ours, f"<fastpref in {version}: {shown}>")
 
 
 def unpatch_trl() -> None:
-    """Put TRL's own implementation back; does nothing where `patch_trl` was not called."""
+    """Restore TRL's implementation; has no effect if `patch_trl` was not called."""
     _assign(_originals)
 
 
-def _now(places: Mapping[tuple[str, str], Any]) -> Names:
+def _current_values(places: Mapping[tuple[str, str], Any]) -> Names:
     return {place: getattr(sys.modules[place[0]], place[1]) for place in places}
 
 
@@ -237,23 +259,23 @@ def _assign(values: Mapping[tuple[str, str], Any]) -> None:
 
 
 def _find(utils: ModuleType) -> Names:
-    """The names that are replaced, with TRL's own values."""
+    """The names that are replaced, with TRL's values."""
     places = [_FUNCTION, (_UTILS, _ADD)]
     if hasattr(utils, _COMPACT[1]):  # TRL 1.15 drops ignored positions on every device
         places.append(_COMPACT)
     for name in _TRAINERS:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # a trainer whose own dependencies are missing cannot be used anyway
+        except ImportError:  # a trainer whose dependencies are missing, which cannot be used
             continue
         if hasattr(module, _ADD):
             places += [
                 (name, attribute) for attribute in (_ADD, _ADAPTED) if hasattr(module, attribute)
             ]
-    return _now(dict.fromkeys(places))
+    return _current_values(dict.fromkeys(places))
 
 
-def _ours(place: tuple[str, str], function: FusedLogProbs) -> Any:
+def _replacement(place: tuple[str, str], function: FusedLogProbs) -> Any:
     if place == _FUNCTION:
         return function
     if place == _COMPACT:
@@ -266,7 +288,7 @@ def _compact(device: torch.device) -> bool:
 
 
 class _Refused(type):
-    """isinstance(layer, _RefusedLayer): whether a PEFT layer cannot be the output layer."""
+    """isinstance(layer, _RefusedLayer): whether `read_layer` refuses an adapted layer."""
 
     def __instancecheck__(cls, layer: Any) -> bool:
         if not _is_adapted(layer):
@@ -279,7 +301,7 @@ class _Refused(type):
 
 
 class _RefusedLayer(metaclass=_Refused):
-    """Stands where TRL has PEFT's class of adapted layers, all of which it refuses."""
+    """Replaces PEFT's class of adapted layers in TRL, whose instances TRL refuses."""
 
 
 def _is_adapted(layer: Any) -> bool:
@@ -289,8 +311,10 @@ def _is_adapted(layer: Any) -> bool:
 
 
 def _add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
-    """TRL's own, and a forward pass that leaves the output layer, if it is an adapted one, where we
-    find it. Adapters come and go: each call looks."""
+    """TRL's `add_fused_lm_head`, with a forward pass that makes the output layer known.
+
+    The forward pass puts the layer into `_running`, or None if it has no adapter at that time.
+    """
     if isinstance(getattr(model.get_output_embeddings(), "logit_scale", None), Tensor):
         raise ValueError(
             f"the output layer of {type(model).__name__} scales each logit by itself, which TRL's "
@@ -298,8 +322,8 @@ def _add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
         )
     add: Callable[..., None] = _originals[_UTILS, _ADD]
     add(model, *args, **kwargs)
-    given = inspect.signature(add).bind(model, *args, **kwargs).arguments
-    cast = bool(given.get("cast_lm_head_to_fp32"))
+    arguments = inspect.signature(add).bind(model, *args, **kwargs).arguments
+    cast = bool(arguments.get("cast_lm_head_to_fp32"))
     _adapted_head(model, cast)
     inner = model.forward
 
@@ -324,7 +348,10 @@ def _add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _adapted_head(model: Any, cast: bool) -> nn.Module | None:
-    """The model's output layer if it has an adapter. ValueError if TRL keeps it in float32, too."""
+    """The model's output layer if it has an adapter, else None.
+
+    cast: whether TRL casts the layer to float32, which raises ValueError for an adapted one.
+    """
     layer = model.get_output_embeddings() if "peft" in sys.modules else None
     if layer is None or not _is_adapted(layer):
         return None
@@ -337,26 +364,26 @@ def _adapted_head(model: Any, cast: bool) -> nn.Module | None:
 
 
 def _check_contract(utils: ModuleType, version: str) -> None:
-    """Raise RuntimeError unless TRL's fused head calls what we replace in the way we expect."""
+    """Raise RuntimeError unless TRL's fused head has the arguments and outputs known here."""
     if not hasattr(utils, _ADD) or not hasattr(utils, _FUNCTION[1]):
         raise RuntimeError(
             f"patch_trl: {version} has no fused output head (trl.trainer.utils.add_fused_lm_head); "
             "expected TRL 1.15 or newer: pip install 'trl>=1.16'. fastpref.PreferenceTrainer has "
             "the same options and needs no TRL"
         )
-    theirs = getattr(utils, _FUNCTION[1])
-    if theirs is None:  # TRL 1.15 without Triton, whose trainers run only with the patch
+    function = getattr(utils, _FUNCTION[1])
+    if function is None:  # TRL 1.15 without Triton, whose trainers run only with the patch
         return
-    names = tuple(inspect.signature(theirs.forward).parameters)[1:]
+    names = tuple(inspect.signature(function.forward).parameters)[1:]
     outputs = getattr(
         importlib.import_module("trl.kernels.chunked_logprob"), "OPTIONAL_OUTPUTS", ()
     )
-    for what, given, expected in (
+    for kind, found, expected in (
         ("arguments", names, _PARAMETERS),
         ("outputs", tuple(outputs), tuple(_OUTPUTS)),
     ):
-        if given != expected:
+        if found != expected:
             raise RuntimeError(
-                f"patch_trl: the fused output head of {version} has the {what} "
-                f"{', '.join(given)}; expected {', '.join(expected)}. A newer fastpref may know it"
+                f"patch_trl: the fused output head of {version} has the {kind} "
+                f"{', '.join(found)}; expected {', '.join(expected)}. A newer fastpref may know it"
             )

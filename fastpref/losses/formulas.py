@@ -1,10 +1,15 @@
-"""The losses of pairs: one function each, from `Pairs` to [P]. The names are TRL's.
+"""The losses of pairs: one function each, from `Pairs` to the loss of each pair, [P].
 
-Notation: l_w, l_l are the policy's log-probabilities of the chosen and the rejected answer, a_w and
-a_l their means over the answer's tokens, r_w, r_l the log-ratios log(pi / pi_ref), s_w and s_l
-their scores (the same, unless f_divergence_type says otherwise), d = s_w - s_l, x = beta d - margin
-and sig the logistic function. Gradients are those of one pair's loss, without the NLL that CPO and
-ORPO add. The losses from `sft` on need no reference.
+The names are TRL's. The losses from `sft` on need no reference. Gradients are those of one pair's
+loss, without the NLL that CPO and ORPO add. Notation:
+
+    l_w, l_l   the policy's log-probabilities of the chosen and of the rejected answer
+    a_w, a_l   their means over the answer's tokens
+    r_w, r_l   the log-ratios log(pi / pi_ref)
+    s_w, s_l   the scores of the f-divergence; for reverse_kl, the default, the log-ratios
+    d          s_w - s_l
+    x          beta d - margin
+    sig        the logistic function
 """
 
 from __future__ import annotations
@@ -74,8 +79,8 @@ def exo_pair(pairs: Pairs) -> Tensor:
     0; the paper takes 1e-3. Gradient in d: beta sig(x) sig(-x) (x - log((1-e)/e)).
     """
     x, e = pairs.advantage(), pairs.options.label_smoothing
-    kept, flipped = F.logsigmoid(x), F.logsigmoid(-x)
-    return x.sigmoid() * (kept - math.log1p(-e)) + (-x).sigmoid() * (flipped - math.log(e))
+    log_p, log_q = F.logsigmoid(x), F.logsigmoid(-x)
+    return x.sigmoid() * (log_p - math.log1p(-e)) + (-x).sigmoid() * (log_q - math.log(e))
 
 
 def robust(pairs: Pairs) -> Tensor:
@@ -84,7 +89,8 @@ def robust(pairs: Pairs) -> Tensor:
     (-(1-e) log sig(x) + e log sig(-x)) / (1 - 2e), where label_smoothing e is the rate of flipped
     labels. Gradient in d: -beta ((1-e) sig(-x) + e sig(x)) / (1 - 2e).
     """
-    x, e = pairs.advantage(), pairs.options.label_smoothing
+    x = pairs.advantage()
+    e: float = pairs.options.label_smoothing
     return ((1 - e) * logistic(x) - e * logistic(-x)) / (1 - 2 * e)
 
 
@@ -111,8 +117,8 @@ def sppo_hard(pairs: Pairs) -> Tensor:
     """SPPO, Wu et al. 2024 (arXiv:2405.00675), Eq. 4.7 with P = 1 for the winner and 0 for the
     loser: (r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2; 1/beta is their eta.
 
-    A soft label p takes the expectation over who wins, whose gradient is that of the paper's soft
-    form. Gradients: 2 (r_w - 1/(2 beta)) in r_w, 2 (r_l + 1/(2 beta)) in r_l.
+    A soft label p gives the expectation over the winner. Its gradient is that of the paper's form
+    with probabilities. Gradients: 2 (r_w - 1/(2 beta)) in r_w, 2 (r_l + 1/(2 beta)) in r_l.
     """
     half = 1 / (2 * pairs.beta)
     return pairs.expected(lambda r: (r - half) ** 2, pairs.chosen) + pairs.expected(
@@ -121,13 +127,14 @@ def sppo_hard(pairs: Pairs) -> Tensor:
 
 
 def aot(pairs: Pairs) -> Tensor:
-    """AOT for pairs, Melnyk et al. 2024 (arXiv:2406.05882): the batch's log-ratios are compared as
-    distributions, quantile by quantile.
+    """AOT for pairs, Melnyk et al. 2024 (arXiv:2406.05882): compares the distribution of the
+    policy's log-ratios over the batch with the reference's, quantile by quantile.
 
-    -(1-e) log sig(beta q) - e log sig(-beta q), e label_smoothing, where q_i is the i-th smallest
-    of log pi(y_w) - log pi(y_l) minus the i-th smallest of the reference's. The order statistics
-    are those of the pairs of this call, so a larger batch is another loss, and [i] is a quantile,
-    not a pair. Gradient in q: as `sigmoid` in d; it goes to the pair that the quantile came from.
+    -(1-e) log sig(beta q) - e log sig(-beta q), where e is label_smoothing and q_i is the i-th
+    smallest log pi(y_w) - log pi(y_l) minus the i-th smallest of the reference's. Element i of the
+    result belongs to a quantile, not to a pair. The quantiles are those of the pairs of one call,
+    so the loss depends on the batch size. Gradient in q: as `sigmoid` in d; it goes to the pair at
+    the quantile.
     """
     policy = (pairs.chosen_logps - pairs.rejected_logps).sort().values
     reference = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort().values
@@ -147,8 +154,8 @@ def apo_zero(pairs: Pairs) -> Tensor:
     """APO-zero, D'Oosterlinck et al. 2024 (arXiv:2408.06266), Eq. 7:
     sig(-beta r_w) + sig(beta r_l).
 
-    For chosen answers that are better than the model's own: their likelihood goes up. Gradients,
-    with s' = sig (1 - sig): -beta s'(beta r_w) in r_w, beta s'(beta r_l) in r_l.
+    For chosen answers that are better than the model's: raises their likelihood. Gradients, with
+    s' = sig (1 - sig): -beta s'(beta r_w) in r_w, beta s'(beta r_l) in r_l.
     """
     return (-pairs.beta * pairs.chosen).sigmoid() + (pairs.beta * pairs.rejected).sigmoid()
 
@@ -157,8 +164,8 @@ def apo_down(pairs: Pairs) -> Tensor:
     """APO-down, D'Oosterlinck et al. 2024 (arXiv:2408.06266), Eq. 8:
     sig(beta r_w) + sig(-beta (r_w - r_l)).
 
-    For chosen answers that are worse than the model's own: both likelihoods go down, the rejected
-    one's more. Gradients: beta (s'(beta r_w) - s'(beta (r_w - r_l))) in r_w and
+    For chosen answers that are worse than the model's: lowers both likelihoods, the rejected
+    answer's more. Gradients: beta (s'(beta r_w) - s'(beta (r_w - r_l))) in r_w and
     beta s'(beta (r_w - r_l)) in r_l, s' = sig (1 - sig).
     """
     difference = pairs.chosen - pairs.rejected
@@ -171,8 +178,9 @@ def discopop(pairs: Pairs) -> Tensor:
 
     Gradient in x: -(1-m) sig(-x) - m exp(-x) + m (1-m) (log sig(x) + exp(-x)) / discopop_tau.
     """
-    x, tau = pairs.advantage(), pairs.options.discopop_tau
-    # m exp(-x) as one exponential: apart they are 0 times infinity for very negative x.
+    x = pairs.advantage()
+    tau: float = pairs.options.discopop_tau
+    # m exp(-x) as one exponential: as a product it is 0 times infinity for very negative x.
     exponential = (F.logsigmoid(x / tau) - x).clamp(max=LARGEST_EXPONENT).exp()
     return (-x / tau).sigmoid() * logistic(x) + exponential
 
@@ -180,9 +188,9 @@ def discopop(pairs: Pairs) -> Tensor:
 def sft(pairs: Pairs) -> Tensor:
     """The NLL of the chosen answers: minus the mean of their tokens' log-probabilities.
 
-    The mean is over all tokens of the batch, as in TRL and Liger, so longer answers count for more.
-    [i] is the share of answer i: P nll_i / (all tokens). Gradient in a token's log-probability:
-    -1 / (all tokens).
+    The mean is over all tokens of the batch, as in TRL and Liger, so a longer answer has a larger
+    weight. Element i is the share of answer i: P nll_i / (all tokens). Gradient in a token's
+    log-probability, after the mean over the pairs: -1 / (all tokens).
     """
     assert pairs.chosen_nll is not None and pairs.nll_lengths is not None
     tokens = pairs.nll_lengths.sum().clamp(min=1)
@@ -213,7 +221,7 @@ def simpo(pairs: Pairs) -> Tensor:
 
 
 def alphapo_rewards(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """(1 - exp(-alpha a)) / alpha of both answers; the exponent stops at 80, where float32 ends."""
+    """(1 - exp(-alpha a)) / alpha of both answers, [P] each; exponents are clamped at 80."""
     alpha = pairs.options.alpha
     chosen, rejected = (
         -torch.expm1((-alpha * mean).clamp(max=LARGEST_EXPONENT)) / alpha
@@ -226,7 +234,8 @@ def alphapo(pairs: Pairs) -> Tensor:
     """AlphaPO, Gupta et al. 2025 (arXiv:2501.03884): SimPO with the rewards
     (1 - exp(-alpha a)) / alpha in place of a.
 
-    alpha must not be 0, where it is SimPO. Gradient in l_w: -beta sig(-x) exp(-alpha a_w) / |y_w|.
+    alpha must not be 0; the limit at 0 is SimPO. Gradient in l_w:
+    -beta sig(-x) exp(-alpha a_w) / |y_w|.
     """
     chosen, rejected = alphapo_rewards(pairs)
     x = pairs.beta * (chosen - rejected) - (pairs.options.simpo_gamma + pairs.margin)
@@ -237,15 +246,16 @@ def orpo(pairs: Pairs) -> Tensor:
     """ORPO, Hong et al. 2024 (arXiv:2403.07691), Eq. 6 and 7: -beta log sig(o_w - o_l), and the NLL
     of the chosen answer with nll_weight, 1 by default; beta is the paper's lambda.
 
-    o = a - log(1 - exp(a)) are the log-odds of the mean log-probability. An answer of probability 1
-    (an empty one, too) counts as 1 minus the dtype's epsilon, without a gradient. Gradient in l_w:
-    -beta sig(o_l - o_w) / (|y_w| (1 - exp(a_w))).
+    o = a - log(1 - exp(a)) are the log-odds of the mean log-probability. An answer of probability
+    1, such as an empty one, counts as 1 minus the dtype's epsilon, without a gradient.
+
+    Gradient in l_w: -beta sig(o_l - o_w) / (|y_w| (1 - exp(a_w))).
     """
     chosen, rejected = (log_odds(mean) for mean in pairs.mean_logps())
     return pairs.beta * pairs.expected(logistic, chosen - rejected)
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """logp - log(1 - exp(logp)), finite at 0, where an answer without a token is."""
+    """logp - log(1 - exp(logp)); logp is clamped below 0, so that an empty answer's is finite."""
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     return logp - torch.log(-torch.expm1(logp))

@@ -1,4 +1,4 @@
-"""Every loss by its name, with the options and the inputs that mean something to it."""
+"""The table of preference losses by name, with the options and inputs that each supports."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from fastpref.losses.pairs import Pairs
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function and what it takes.
+    """A loss function, and the options and inputs that it supports.
 
     Attributes:
-        function: from `Pairs` to the loss of each pair, [P].
-        options: which of the options that not every loss has it understands; None: all of them.
-        needs_lengths: whether it reads the answers' lengths.
-        needs_nll: whether it reads the NLL of the chosen answers.
-        reference: "required"; "optional" where only the rewards, which are reported, depend on it;
-            "none" for a loss that has none.
-        sums: whether it reads them for ipo_normalization="token_mean" alone.
-        per_pair: whether [i] is the loss of pair i, to which weights per pair can be applied.
-        batch_mean: whether [i] is pair i's share of one mean over the batch, as in the NLL.
-        nll_weight: the weight of the NLL that comes with it unless an option says otherwise.
-        rewards: from `Pairs` to the rewards of both answers over beta; None: the log-ratios.
+        function: maps `Pairs` to the loss of each pair, [P].
+        options: the loss-specific options that the function reads; None means all of them.
+        needs_lengths: whether the function divides by the answers' lengths.
+        needs_nll: whether the function reads the NLL of the chosen answers.
+        reference: "required" if the loss depends on the reference; "optional" if only the reported
+            rewards do; "none" if the loss has no reference.
+        sums: whether ipo_normalization="sum" makes the lengths unnecessary.
+        per_pair: whether element i of the result is the loss of pair i, so that pairs can be
+            weighted.
+        batch_mean: whether element i is pair i's share of one mean over the batch, as in the NLL.
+        nll_weight: the default weight of the NLL that is added to the loss.
+        rewards: maps `Pairs` to the chosen and the rejected reward divided by beta, [P] each; None
+            means the log-ratios.
     """
 
     function: Callable[[Pairs], Tensor]
@@ -46,7 +48,10 @@ class Loss:
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def takes(self, option: str) -> bool:
-        """Whether an option, or an input, means something to this loss."""
+        """Whether the loss supports an option of `LossOptions` or an input of each pair.
+
+        The inputs are "weight", "margin" and "soft_labels".
+        """
         if option == "weight":
             return self.per_pair
         if option == "use_weighting":
@@ -56,8 +61,8 @@ class Loss:
         return self.options is None or option in self.options
 
 
-def _loss(function: Callable[[Pairs], Tensor], options: str = "", **more: Any) -> Loss:
-    return Loss(function, frozenset(options.split()), **more)
+def _loss(function: Callable[[Pairs], Tensor], options: str = "", **attributes: Any) -> Loss:
+    return Loss(function, frozenset(options.split()), **attributes)
 
 
 _SMOOTH = "label_smoothing soft_labels margin"

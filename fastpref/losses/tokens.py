@@ -1,7 +1,8 @@
-"""What some losses need from the tokens, beyond the sums of their log-probabilities.
+"""Per-token parts of preference losses: LD-DPO's and WPO's weights, and the tokens of the NLL.
 
-Everywhere: token log-probs [2P, T] with labels [2P, T], or flat [N] with sequence_ids [N] in
-[0, 2P); the chosen sequences first, then the rejected ones in the same order.
+Token log-probs are [2P, T] with labels [2P, T], or flat [N] with sequence_ids [N] in [0, 2P). The
+chosen sequences come first, then the rejected ones in the same order. `**sequence_layout` stands
+for sequence_ids, num_sequences and ignore_index, as in `sequence_logps`.
 """
 
 from __future__ import annotations
@@ -23,29 +24,31 @@ def ld_weights(
     ignore_index: int = -100,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """LD-DPO's weight of each token, Liu et al. 2024 (arXiv:2409.06411), shaped like labels.
+    """LD-DPO's weight of each token, Liu et al. 2024 (arXiv:2409.06411).
 
-    The labelled tokens of an answer up to the length of the pair's shorter answer weigh 1, those
-    past it ld_alpha. So log-probabilities become a^alpha a'^(1-alpha) with a the whole answer's and
-    a' that of its first tokens, for the policy and for the reference.
+    Let L be the length of the pair's shorter answer. An answer's first L labelled tokens have
+    weight 1, the later ones ld_alpha. With a the probability of the whole answer and a' that of its
+    first L tokens, the weighted sum is the logarithm of a^ld_alpha a'^(1 - ld_alpha).
 
     Args:
-        labels: [2P, T], or [N] with sequence_ids.
+        labels: [2P, T], or [N] with sequence_ids, int64.
         ld_alpha: in [0, 1].
-        num_sequences: 2P, for the flat form.
+        sequence_ids: [N] int64 in [0, 2P), for flat labels.
+        num_sequences: 2P, for flat labels.
+        dtype: of the result.
 
     Returns:
-        In dtype; 1 where there is no label.
+        Shaped like labels; 1 where there is no label.
     """
     counted = labels != ignore_index
     if sequence_ids is None:
-        position = counted.cumsum(1)  # from 1 on
+        position = counted.cumsum(1)  # the first labelled token has 1
         lengths = counted.sum(1)
         shared = torch.minimum(*lengths.chunk(2)).repeat(2)[:, None]
     else:
         assert num_sequences is not None
-        # Unlabelled tokens go to a sequence of their own, so that they take no position.
-        # So do those whose id is out of range, which on a GPU nobody has looked at.
+        # Unlabelled tokens form an extra sequence, so that they do not advance the positions.
+        # So do tokens whose id is out of range, which is not checked on a GPU.
         outside = ~counted | (sequence_ids < 0) | (sequence_ids >= num_sequences)
         ids = sequence_ids.masked_fill(outside, num_sequences)
         lengths = ids.new_zeros(num_sequences + 1).index_add(0, ids, torch.ones_like(ids))
@@ -59,33 +62,39 @@ def ld_weights(
     return torch.ones(labels.shape, dtype=dtype, device=labels.device).masked_fill(past, ld_alpha)
 
 
-def ld_sequence_logps(token_logps: Tensor, labels: Tensor, ld_alpha: float, **form: Any) -> Tensor:
-    """`sequence_logps` with LD-DPO's weights, [2P]; reference log-probs for ld_alpha are such sums.
+def ld_sequence_logps(
+    token_logps: Tensor, labels: Tensor, ld_alpha: float, **sequence_layout: Any
+) -> Tensor:
+    """`sequence_logps` with LD-DPO's weights, [2P].
 
-    Arguments as in `ld_weights`.
+    With ld_alpha, policy and reference log-probs are both such weighted sums. Arguments: those of
+    `ld_weights`.
     """
-    weights = ld_weights(labels, ld_alpha, **form, dtype=token_logps.dtype)
-    return sequence_logps(token_logps * weights, labels, **form)
+    weights = ld_weights(labels, ld_alpha, **sequence_layout, dtype=token_logps.dtype)
+    return sequence_logps(token_logps * weights, labels, **sequence_layout)
 
 
 @torch.no_grad()
 def wpo_weights(
-    token_logps: Tensor, log_sum_sq_probs: Tensor, labels: Tensor, **form: Any
+    token_logps: Tensor, log_sum_sq_probs: Tensor, labels: Tensor, **sequence_layout: Any
 ) -> Tensor:
     """WPO's weight of each pair, Zhou et al. 2024 (arXiv:2406.11827), Eq. 2, without a gradient.
 
-    w(y_w) w(y_l) with w(y) = exp(mean over y's tokens of (log p_t - log sum_v p(v)^2)): how likely
-    the policy is to write y, against what it would write by itself.
+    The weight is w(y_w) w(y_l), where w(y) = exp(mean over y's tokens of
+    (log p_t - log sum_v p(v)^2)) compares the probability of y's tokens with that of tokens sampled
+    from the policy.
 
     Args:
-        token_logps, log_sum_sq_probs: outputs of `linear_token_logps` with that extra.
-        form: sequence_ids, num_sequences, ignore_index of the flat form, as in `sequence_logps`.
+        token_logps, log_sum_sq_probs: `linear_token_logps` with the extra "log_sum_sq_probs".
+        labels: shaped like token_logps, int64.
 
     Returns:
-        [P], in token_logps' dtype. An answer without tokens weighs 1.
+        [P], in token_logps' dtype. An answer without tokens has w = 1.
     """
-    aligned = sequence_logps(token_logps - log_sum_sq_probs, labels, average=True, **form)
-    chosen, rejected = aligned.chunk(2)
+    log_weights = sequence_logps(
+        token_logps - log_sum_sq_probs, labels, average=True, **sequence_layout
+    )
+    chosen, rejected = log_weights.chunk(2)
     return (chosen + rejected).exp()
 
 
@@ -97,12 +106,16 @@ def nll_tokens(
     num_sequences: int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The labels of the tokens that the NLL counts, shaped like labels: the chosen sequences'."""
-    chosen = labels if nll_labels is None else nll_labels
+    """The labels of the tokens that the NLL counts, shaped like labels; elsewhere ignore_index.
+
+    Only tokens of chosen sequences count. nll_labels None means that the NLL counts the labelled
+    ones.
+    """
+    counted_labels = labels if nll_labels is None else nll_labels
     if sequence_ids is None:
         pairs = labels.shape[0] // 2
         is_chosen = (torch.arange(labels.shape[0], device=labels.device) < pairs)[:, None]
     else:
         assert num_sequences is not None
         is_chosen = sequence_ids < num_sequences // 2
-    return chosen.masked_fill(~is_chosen, ignore_index)
+    return counted_labels.masked_fill(~is_chosen, ignore_index)

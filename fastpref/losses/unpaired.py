@@ -1,4 +1,4 @@
-"""Losses of single answers that are labelled desirable or not: KTO and APO-zero without pairs."""
+"""Losses of single answers labelled desirable or undesirable: KTO and unpaired APO-zero."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ UNPAIRED_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
 
 class UnpairedLoss(NamedTuple):
-    """loss []: mean over the answers. rewards [B]: beta (logp - ref), detached.
+    """A loss of single answers and their rewards.
 
-    kl [] or [B]: the estimate that KTO used, detached; 0 for apo_zero_unpaired. logps [B]: of the
-    answers, detached, and stats: the per-token outputs where extras were asked for; None from
-    `kto_loss`.
+    Attributes:
+        loss: [], the mean over the answers.
+        rewards: [B], beta (logp - ref_logp), detached.
+        kl: [] or [B], the KL estimate that KTO used, detached; 0 for apo_zero_unpaired.
+        logps: [B] log-probabilities of the answers, detached; None from `kto_loss`.
+        stats: the per-token outputs if extras were requested; None from `kto_loss`.
     """
 
     loss: Tensor
@@ -28,14 +31,18 @@ class UnpairedLoss(NamedTuple):
 
 
 def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
-    """KTO's estimate of KL(pi || pi_ref), Ethayarajh et al. 2024 (arXiv:2402.01306), Section 4.1:
-    max(0, mean(log pi(y'|x) - log pi_ref(y'|x))) over mismatched pairs, without a gradient.
+    """KTO's estimate of KL(pi || pi_ref), without a gradient.
 
-    y' is the answer to another prompt of the batch: TRL and the authors shift the answers by one.
-    With several processes TRL averages over all of them before the maximum: pass that as kl.
+    max(0, mean(log pi(y'|x) - log pi_ref(y'|x))) over mismatched pairs (x, y'): Ethayarajh et al.
+    2024 (arXiv:2402.01306), Section 4.1. y' is the answer to another prompt of the batch; TRL and
+    the authors shift the answers by one. With several processes TRL averages over all of them
+    before the maximum: compute that average and pass it to `kto_loss` as kl.
 
     Args:
         kl_logps, ref_kl_logps: [K] log-probabilities of mismatched answers; K = 0 gives 0.
+
+    Returns:
+        [], in kl_logps' dtype.
 
     Raises:
         ValueError: shapes that differ.
@@ -66,7 +73,7 @@ def kto_loss(
     reference_free: bool = False,
     weight: Tensor | None = None,
 ) -> UnpairedLoss:
-    """The loss of B answers, each labelled desirable or not.
+    """The loss of B answers, each labelled desirable or undesirable.
 
     With r = logp - ref_logp, sig the logistic function and w the weight of the answer's class:
 
@@ -80,24 +87,26 @@ def kto_loss(
     opposite for an undesirable one; none goes through kl.
 
     Args:
-        logps, ref_logps: [B] of the policy and of the reference, summed over the answer's tokens;
-            ref_logps None with reference_free=True, where they count as 0.
+        logps: [B] log-probabilities of the policy in nats, summed over the answer's tokens.
+        ref_logps: [B] of the reference; None with reference_free=True.
         desirable: [B] bool.
-        kl: the estimate of KL(pi || pi_ref), a number, a tensor of one or one for each answer [B],
-            used as it is, without a gradient; or give kl_logps and ref_kl_logps [K], from which
-            `kto_kl` makes it. Not for apo_zero_unpaired.
+        kl: an estimate of KL(pi || pi_ref), as a number or a tensor [] or [B]; no gradient goes
+            through it. Not for apo_zero_unpaired.
+        loss_type: "kto" or "apo_zero_unpaired".
         beta: strength of the pull towards the reference.
-        desirable_weight, undesirable_weight: factors on the two classes, lambda_D and lambda_U in
-            the paper; they should even out the classes' sizes.
-        weight: [B] a factor on each answer.
+        desirable_weight, undesirable_weight: weights of the two classes, lambda_D and lambda_U in
+            the paper, which recommends values that compensate for classes of different sizes.
+        kl_logps, ref_kl_logps: [K] in place of kl, which is then their `kto_kl`.
+        reference_free: ref_logps count as 0.
+        weight: [B] factor on each answer's loss.
 
     Returns:
-        UnpairedLoss; the loss is in logps' dtype. An answer whose log-prob is NaN makes it NaN (TRL
-        drops such answers). Zero answers give a zero loss that is connected to the graph.
+        UnpairedLoss; the loss is in logps' dtype. A NaN log-probability makes the loss NaN, while
+        TRL drops such answers. Zero answers give a zero loss that is connected to the graph.
 
     Raises:
-        ValueError: an unknown loss, shapes or dtypes that do not fit, a KL that is missing or has
-            no use, a reference that is missing or given with reference_free.
+        ValueError: an unknown loss, shapes or dtypes that do not fit together, a missing KL
+            estimate or one for apo_zero_unpaired, a missing reference or one with reference_free.
     """
     check_unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     size = logps.shape[0] if isinstance(logps, Tensor) and logps.dim() == 1 else None
@@ -107,16 +116,19 @@ def kto_loss(
     estimate = kl_estimate(loss_type, kl, kl_logps, ref_kl_logps, logps, size)
     ratio = logps if ref_logps is None else logps - ref_logps
     gain = beta * (ratio - estimate)
-    each = torch.sigmoid(torch.where(desirable, -gain, gain))
+    losses = torch.sigmoid(torch.where(desirable, -gain, gain))
     if (desirable_weight, undesirable_weight) != (1.0, 1.0):
-        each = torch.where(desirable, desirable_weight * each, undesirable_weight * each)
+        losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
     if weight is not None:
-        each = each * weight
-    return UnpairedLoss(each.sum() / max(size, 1), beta * ratio.detach(), estimate)
+        losses = losses * weight
+    return UnpairedLoss(losses.sum() / max(size, 1), beta * ratio.detach(), estimate)
 
 
 def check_unpaired_options(loss_type: str, beta: float, *class_weights: float) -> None:
-    """Raise ValueError unless they are a loss and its numbers; class_weights: the two in order."""
+    """Raise ValueError for an unknown loss or a value out of range.
+
+    class_weights: desirable_weight and undesirable_weight.
+    """
     if loss_type not in UNPAIRED_LOSS_TYPES:
         raise ValueError(
             f"loss_type: got {loss_type!r}, expected one of {', '.join(UNPAIRED_LOSS_TYPES)}"
@@ -138,6 +150,10 @@ def check_answers(
     reference_free: bool,
     **weight: Tensor | None,
 ) -> None:
+    """Raise ValueError unless the tensors of each answer are [size] and the reference fits.
+
+    weight: the factor on each answer, under the name that errors give it.
+    """
     if reference_free and ref_logps is not None:
         raise ValueError(
             "reference_free: got True with reference log-probs, expected one of the two"
@@ -162,9 +178,12 @@ def kl_estimate(
     like: Tensor,
     size: int,
 ) -> Tensor:
-    """The estimate [] or [size], on like's device."""
-    given = {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
-    names = [name for name, value in given.items() if value is not None]
+    """KTO's KL estimate, [] or [size], on the device of `like`; 0 for another loss_type.
+
+    Raises ValueError unless either kl, or kl_logps and ref_kl_logps, are passed.
+    """
+    arguments = {"kl": kl, "kl_logps": kl_logps, "ref_kl_logps": ref_kl_logps}
+    names = [name for name, value in arguments.items() if value is not None]
     if loss_type != "kto":
         if names:
             raise ValueError(f"{names[0]}: loss_type {loss_type!r} does not support it; kto does")
@@ -189,5 +208,5 @@ def kl_estimate(
 
 
 def shape_or_type(value: Any) -> str:
-    """What was given in place of a tensor of another shape, for an error message."""
+    """The shape of a tensor, or the type of anything else, for an error message."""
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,4 +1,6 @@
-"""Reference log-probabilities: from a second model, an adapter switched off, or computed ahead."""
+"""The reference's log-probabilities: of a second model, of the policy without its adapter, or
+computed before training.
+"""
 
 from __future__ import annotations
 

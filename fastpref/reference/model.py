@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of a batch: from a second model, or an adapter switched off."""
+"""`Reference`: the reference's log-probabilities of a batch, from a second model or the policy."""
 
 from __future__ import annotations
 
@@ -28,15 +28,19 @@ def is_peft(model: Any) -> bool:
 
 
 def frozen_copy(model: Any) -> Any:
-    """A copy of the model as it is now, in evaluation mode, that nothing trains."""
+    """A deep copy of the model, in evaluation mode and without trainable weights."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def add_reference_adapter(model: Any) -> None:
     """Add a frozen copy of a PeftModel's active adapter, named "ref", unless there is one.
 
-    Training that continues from a trained adapter must measure against that adapter, not against
-    the bare model. Checkpoints hold both, so a resumed run gets its first reference back.
+    Training that continues from a trained adapter needs that adapter as the reference, not the base
+    model. Checkpoints hold both adapters, so a resumed run has the same reference.
+
+    Raises:
+        ValueError: an active adapter named "ref", several active adapters or none, or one that
+            trains biases of the base model.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -48,8 +52,8 @@ def add_reference_adapter(model: Any) -> None:
     if REF_ADAPTER in model.peft_config:
         return
     if len(model.active_adapters) != 1:
-        several = ", ".join(model.active_adapters) or "none"
-        raise ValueError(f"the PEFT model's active adapters are {several}; expected one of them")
+        names = ", ".join(model.active_adapters) or "none"
+        raise ValueError(f"the PEFT model's active adapters are {names}; expected one of them")
     (active,) = model.active_adapters
     bias = getattr(model.peft_config[active], "bias", "none")
     if bias != "none":
@@ -57,23 +61,22 @@ def add_reference_adapter(model: Any) -> None:
             f"the PEFT model's adapter {active!r} has bias={bias!r}: it trains biases of the base "
             "model, which an adapter as the reference would share; pass ref_model"
         )
-    # The embeddings are the base model's: they are not part of an adapter on the output layer.
-    found = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
-    state = {k: v.clone() for k, v in found.items()}
+    # PEFT would save the base model's embeddings with an adapter on the output layer.
+    weights = get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    state = {k: v.clone() for k, v in weights.items()}
     config = copy.deepcopy(model.peft_config[active])
     if getattr(config, "init_lora_weights", True) is not True:
-        config.init_lora_weights = True  # PiSSA's would change the base's weights once more
+        config.init_lora_weights = True  # PiSSA's initialisation would change the base's weights
     with same_weights_trained(model):
         model.add_adapter(REF_ADAPTER, config)
         set_peft_model_state_dict(model, state, adapter_name=REF_ADAPTER)
-        model.set_adapter(active)  # and nothing of the new one is trained
+        model.set_adapter(active)  # which freezes the new adapter
 
 
 @contextlib.contextmanager
 def as_reference(model: Any) -> Iterator[None]:
-    """Within it, a PeftModel is its own reference: its "ref" adapter, or no adapter at all.
-
-    Afterwards the same weights are trainable as before.
+    """Makes a PeftModel its own reference: with its adapter "ref" active or, without one, with no
+    adapter. At the end the previous adapter is active and the same weights are trainable.
     """
     with same_weights_trained(model):
         if REF_ADAPTER not in model.peft_config:
@@ -89,36 +92,36 @@ def as_reference(model: Any) -> Iterator[None]:
 
 
 def check_adapter_reference(model: Any) -> None:
-    """Refuse a PeftModel that trains weights which stay when its adapter is switched off.
+    """Raise ValueError if a PeftModel cannot be its own reference.
 
-    Raises:
-        ValueError: the "reference" would move with the policy.
+    It cannot if a weight outside the adapter is trainable, since the reference would change with
+    the policy.
     """
     with as_reference(model):
         base = unwrap(model)
         named = [(n, p) for n, p in base.named_parameters() if REF_ADAPTER not in n.split(".")]
-        moving = [n for n, p in named if p.requires_grad]
-    if moving:
+        trainable = [n for n, p in named if p.requires_grad]
+    if trainable:
         raise ValueError(
-            f"{len(moving)} weights outside the adapter are trainable ({moving[0]}, ...), so the "
-            "model without its adapter does not stay the reference; freeze them or pass ref_model"
+            f"{len(trainable)} weights outside the adapter are trainable ({trainable[0]}, ...), so "
+            "the model without its adapter does not stay the reference; freeze them or pass "
+            "ref_model"
         )
 
 
 @dataclass
 class Reference:
-    """Something that gives the reference's log-probs of a batch.
+    """Computes the reference's log-probs of a batch.
 
-    The model is in evaluation mode meanwhile, so that nothing that belongs to training, such as
-    dropout, NEFTune's noise or a router's jitter, is in them.
+    The model runs in evaluation mode: without dropout, NEFTune's noise or a router's jitter.
 
     Args:
-        model: a second model; or the policy, which is its own reference within `as_reference` or,
-            as long as it has not been trained, as it is.
-        adapter: the policy is a PeftModel that shares its weights with the reference.
+        model: a second model, or the policy.
+        adapter: whether model is a PeftModel that is to be its own reference; see `as_reference`.
         options: strategy, precision, backend ... of `linear_token_logps`.
-        ld_alpha: weight of the tokens past the pair's shorter answer (LD-DPO); None: 1.
-        own_mode: leave the model in the mode that it is in.
+        ld_alpha: weight of an answer's tokens beyond the length of the pair's shorter one (LD-DPO);
+            None means 1.
+        own_mode: whether to leave the model in its present mode instead.
     """
 
     model: Any
@@ -128,7 +131,11 @@ class Reference:
     own_mode: bool = False
 
     def logps(self, batch: dict[str, Any]) -> Tensor:
-        """The log-probability of each sequence's completion, [2P]."""
+        """The log-probability of each sequence's completion in nats, [B], without a gradient.
+
+        Args:
+            batch: a collator's batch of B sequences, 2P for pairs.
+        """
         nothing = contextlib.nullcontext()
         adapter = as_reference(self.model) if self.adapter else nothing
         mode = nothing if self.own_mode else evaluating(self.model)
@@ -147,7 +154,7 @@ class Reference:
             head.weight,
             labels,
             token_indices=token_indices,
-            fused=head.fused,  # the policy's kernels: margins are 0 as long as the models agree
+            fused=head.fused,  # the policy's kernels, so that equal models have margins of 0
             **head.options(hidden),
             **self.options,
         )

@@ -1,4 +1,4 @@
-"""Reference log-probabilities of a whole data set, computed before training."""
+"""`precompute`: the reference's log-probabilities of a data set, computed before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastpref.progress import watched
 
 
 def has_reference(dataset: Any, names: Sequence[str] = REFERENCE) -> bool:
-    """Whether every row carries its reference log-probs, the columns of these names."""
+    """Whether a data set has the columns of reference log-probs."""
     columns = dataset.column_names or list(next(iter(dataset), {}))
     return set(names) <= set(columns)
 
@@ -35,15 +35,21 @@ def precompute(
 
     Args:
         dataset: a tokenised `datasets.Dataset`.
-        logps: takes a batch of P rows on the device and returns the reference's sequence log-probs,
-            P for each column, one column after the other.
-        collator: makes a batch of rows.
-        accelerator: places batches and shares the work among processes.
+        logps: maps a batch of P rows on the device to the reference's sequence log-probs, [C * P]
+            for C columns, one column after the other.
+        collator: makes a batch from a list of rows.
+        accelerator: the `accelerate.Accelerator`, which splits the work among processes.
         batch_size: rows per batch and process.
-        columns: their names, by default ref_chosen_logps and ref_rejected_logps.
+        name: what progress and errors call the data.
+        columns: the names of the new columns.
+        num_workers: of the data loader.
+        disable_tqdm: whether to show no progress.
+
+    Returns:
+        The data set with the columns, float32.
 
     Raises:
-        ValueError: the data set is a stream.
+        ValueError: a stream, or a log-prob that is not finite.
     """
     from datasets import Dataset
 
@@ -54,7 +60,7 @@ def precompute(
             "precompute_ref_log_probs=True needs data of known length, got a stream; load the data "
             "or set precompute_ref_log_probs=False"
         )
-    # Longest first: batches of like lengths have little padding, and the memory peak comes at once.
+    # Longest first: similar lengths need little padding, and the memory peak is in the first batch.
     order = np.argsort(-np.array(row_lengths(dataset)), kind="stable")
     longest_first = dataset.select(order)
     loader = make_loader(
@@ -62,9 +68,9 @@ def precompute(
     )
     parts = []
     rows = batch_size * accelerator.num_processes
-    what = f"Reference log-probs of {name} data"
-    for batch in watched(loader, what, "rows", len(order), rows, disable_tqdm):
-        sums = logps(batch).view(len(columns), -1).T.contiguous()  # to be gathered row by row
+    title = f"Reference log-probs of {name} data"
+    for batch in watched(loader, title, "rows", len(order), rows, disable_tqdm):
+        sums = logps(batch).view(len(columns), -1).T.contiguous()  # [P, C], gathered on dim 0
         parts.append(accelerator.gather_for_metrics(sums).cpu())
     values = np.empty((len(order), len(columns)), dtype=np.float32)
     values[order] = torch.cat(parts).float().numpy()

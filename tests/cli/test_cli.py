@@ -312,7 +312,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, pairs):
 
 def test_a_run_in_a_log_file_says_how_far_it_is_and_why_it_is_fp32(tmp_path, pairs, monkeypatch):
     monkeypatch.setattr("fastpref.progress.INTERVAL", 0.0)
-    monkeypatch.setattr("fastpref.cli.train.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("fastpref.cli.train_run.bf16_is_fast", lambda device: False)
     result = invoke(
         "train", "--model", ASSETS, "--data", write(tmp_path / "pairs.jsonl", pairs), "--output",
         tmp_path / "out", "--max-steps", 2, "--eval-split", 0.5, "--batch-size", 2,

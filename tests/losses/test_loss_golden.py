@@ -11,7 +11,7 @@ import torch
 from paths import GOLDEN, ROOT
 
 from fastpref import LossOptions, kto_loss, reward_loss, sequence_logps
-from fastpref.fused.pair_loss import PairInputs, pair_problem
+from fastpref.fused.pair_loss import PairInputs, prepare_loss
 from fastpref.logps.forward import TokenStats
 from fastpref.losses.tokens import ld_sequence_logps
 
@@ -42,10 +42,10 @@ def pair_loss(options, given, logps):
         sums = sequence_logps(reference, labels)
     else:
         sums = ld_sequence_logps(reference, labels, options.ld_alpha)
-    problem = pair_problem(labels, options, PairInputs(sums), has_reference=sums is not None)
+    prepared = prepare_loss(labels, options, PairInputs(sums), has_reference=sums is not None)
     statistic = given["log_sum_sq_probs"].to(logps.dtype)
     logps = logps.masked_fill(~given["kept"], 0.0)  # as the head gives them
-    return problem.solve(TokenStats(logps, log_sum_sq_probs=statistic)).loss
+    return prepared.solve(TokenStats(logps, log_sum_sq_probs=statistic)).loss
 
 
 def unpaired_loss(options, given, logps):
