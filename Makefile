@@ -12,9 +12,13 @@ PIP = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(LIMITS) --bu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test test-latest lint docs bench sanitize gpu-first gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
+.PHONY: help install demo test test-fast test-latest coverage lint format docs bench sanitize gpu-first \
+  gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
-install: $(VENV)/.installed
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.installed ## Make .venv with the package, editable, and all that its development needs
 
 # pip comes first and by itself: an old one does not know --build-constraint. torch for GPUs, and another
 # version of torch than the tested one, take the triton that they ask for.
@@ -49,21 +53,35 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/c
 	$(if $(HAS_GPU),,FASTPREF_CUDA=0) $(PIP) -e '.[train]'
 	@touch $@
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo ## Train a small model and show what the fused head saves
 	$(BIN)/fastpref demo
 
-test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# One process per core, up to four; each test process computes with one thread, as a core has one to give.
+# A worker keeps to its own end of the list, so fixtures of a module are seldom made twice.
+TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test: install ## Run all tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: install ## Run the tests without the marks slow and train: the core, in under 3 minutes
+	$(PYTEST) -m 'not slow and not train' $(PYTEST_ARGS)
+
+coverage: install ## Run all tests and print which lines of the package none of them reached
+	$(PYTEST) --cov --cov-report term:skip-covered $(PYTEST_ARGS)
 
 # With the newest of everything, in an environment of its own that is made anew. The summary has what
 # other libraries warn about; PYTEST_ARGS='-W error' makes that fail, too.
-test-latest:
+test-latest: ## Run all tests with the newest of everything, in .venv-latest
 	rm -rf $(VENV)-latest
 	$(MAKE) test VENV=$(VENV)-latest CONSTRAINTS= TORCH=
 
-lint: install
+NATIVE := $(foreach folder,csrc csrc/cuda tests/support/cuda_emulate,$(wildcard $(addprefix $(folder)/*.,cpp h cu cuh)))
+
+lint: install ## Check style, types and docs: ruff, clang-format, mypy, mkdocs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory docs
 
@@ -71,7 +89,12 @@ lint: install
 docs: install ## Build the pages of docs/ as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-bench: install
+format: install ## Format Python, C++ and CUDA in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: install ## Measure the head against its peers
 	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
 	$(BIN)/python benchmarks/head.py
 
@@ -80,7 +103,7 @@ SANITIZED := build/sanitize
 SANITIZED_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   PYTHONPATH=$(abspath $(SANITIZED)) FASTPREF_EXPECT_SANITIZED=1
-sanitize: install
+sanitize: install ## Run the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	FASTPREF_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
@@ -95,18 +118,21 @@ sanitize: install
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
 # download nothing. gpu-first takes 9 minutes at most, gpu-test and gpu-bench less than 8 each. What they
 # take from the environment is in scripts/gpu.py.
-gpu-first:
+gpu-first: ## Write what a GPU can tell in 9 minutes to OUT (PEERS: a folder of wheels)
 	$(PYTHON) scripts/gpu_first.py $(if $(OUT),--out '$(OUT)') $(if $(PEERS),--peers '$(PEERS)')
 
-gpu-install:
+gpu-install: ## Build the package for the GPU that is here
 	$(PYTHON) scripts/gpu.py install
 
-gpu-test gpu-sanitize gpu-profile: gpu-%: gpu-install
+gpu-test: gpu-install ## Run the tests on the GPU, and compute-sanitizer
+gpu-sanitize: gpu-install ## Run synccheck and initcheck on the GPU
+gpu-profile: gpu-install ## Write what each kernel moves, and how long it takes, to benchmarks/results/ncu.csv
+gpu-test gpu-sanitize gpu-profile: gpu-%:
 	$(PYTHON) scripts/gpu.py $*
 
-gpu-bench: gpu-install
+gpu-bench: gpu-install ## Measure the head against its peers on the GPU
 	$(PYTHON) benchmarks/head.py --device cuda $(BENCH_ARGS)
 
-clean:
+clean: ## Remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so fastpref/_cuda*.so
 	rm -rf $(VENV)/.installed $(VENV)/.demo $(VENV)-latest

@@ -121,8 +121,8 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
 
 // Reads LANES logits into registers before it writes LANES gradients: out may lie over the tile.
 template <class T, class O, bool CAP, bool ENTROPY>
-FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out,
-                         int64_t out_stride, int64_t r0, int64_t r1) {
+FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t out_stride,
+                         int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
         const T* x = static_cast<const T*>(t.data) + r * t.stride;
         O* o = static_cast<O*>(out) + r * out_stride;
@@ -159,8 +159,7 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
 }
 
 using FoldRows = void (*)(const Tile&, const Affine&, const Stats&, int64_t, int64_t);
-using GradRowsFn = void (*)(const Tile&, const Affine&, const GradRows&, void*, int64_t, int64_t,
-                            int64_t);
+using GradRowsFn = void (*)(const Tile&, const Affine&, const GradRows&, void*, int64_t, int64_t, int64_t);
 
 template <class T, bool CAP, bool EXTRAS>
 FP_CLONES void fold_clone(const Tile& t, const Affine& a, const Stats& s, int64_t r0, int64_t r1) {

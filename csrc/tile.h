@@ -37,8 +37,8 @@ void fold(const Tile& tile, const Transform& transform, const Stats& stats, int 
 
 // out [rows, cols] = dlogp d logp / d raw + dentropy d entropy / d raw. out may lie in the tile's memory,
 // with the same row starts in bytes and elements no wider than the tile's.
-void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
-          Dtype out_dtype, int64_t out_stride, int threads);
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
+          int64_t out_stride, int threads);
 
 const char* isa();  // which clone the processor runs
 

@@ -72,9 +72,9 @@ template <bool EXTRAS> DEVICE Part read_part(const uint32_t* words, bool there) 
 
 // rank: the block whose shared memory is written; -1: this one's own.
 template <bool EXTRAS> DEVICE void write_part(uint32_t* words, int rank, const Part& part) {
-    const uint32_t values[PART_WORDS] = {
-        float_to_bits(part.max),     float_to_bits(part.sum),   float_to_bits(part.weighted),
-        float_to_bits(part.squared), float_to_bits(part.total), uint32_t(part.argmax)};
+    const uint32_t values[PART_WORDS] = {float_to_bits(part.max),      float_to_bits(part.sum),
+                                         float_to_bits(part.weighted), float_to_bits(part.squared),
+                                         float_to_bits(part.total),    uint32_t(part.argmax)};
     UNROLL for (int i = 0; i < (EXTRAS ? PART_WORDS : 2); ++i) {
         if (rank < 0) words[i] = values[i];
         else cluster_store(words + i, rank, values[i]);

@@ -24,7 +24,9 @@ DEVICE float to_base(float max, float base) { return has_own_base(max, base) ? 1
 // 4 part (1 - part) is formed as 4 part (growth part), which is exact however small.
 DEVICE float growth(float raw, float k) { return exp2_(raw * k); }
 DEVICE float past_cap(float growth) { return reciprocal(1.f + growth); }
-DEVICE float slope_of_cap(float growth, float part) { return 4.f * part * (fminf(growth, 0x1p100f) * part); }
+DEVICE float slope_of_cap(float growth, float part) {
+    return 4.f * part * (fminf(growth, 0x1p100f) * part);
+}
 
 // partial: of each tile of each row the maximum and the sum of exponentials, and for the extras the sum of
 // exponentials times logits, both less the maximum, of their squares, of the parts (with a cap of 0.5 less
@@ -36,10 +38,13 @@ struct RowArgs {
     int64_t d_stride;
     int tokens, vocab, tiles;
     float unit, offset, k;  // growth's k
-    template <bool CAP> DEVICE float part_of(float raw) const { return CAP ? past_cap(growth(raw, k)) : raw; }
+    template <bool CAP> DEVICE float part_of(float raw) const {
+        return CAP ? past_cap(growth(raw, k)) : raw;
+    }
     DEVICE float logit(float part) const { return fmaf(part, unit, offset); }
     DEVICE bool is_above(float part, float other) const { return (part - other) * unit > 0; }
-    DEVICE float finite(float part) const { return part * unit == -INF ? 0.f : part; }  // -inf - -inf is no number
+    // -inf - -inf is no number.
+    DEVICE float finite(float part) const { return part * unit == -INF ? 0.f : part; }
     DEVICE float* at(int number, int tile, int row) const {
         return partial + (int64_t(number) * tiles + tile) * tokens + row;
     }
@@ -65,7 +70,9 @@ template <bool CAP> KERNEL(32 * BASE_ROWS, 1) base_kernel(const BaseArgs a) {
         float left[8], right[8];
         read_logits(x, column, 0, a.hidden, true, left);
         read_logits(w, column, 0, a.hidden, true, right);
+        // clang-format off: it loses the place of a file's first UNROLL
         UNROLL for (int j = 0; j < 8; ++j) sum = fmaf(left[j], right[j], sum);
+        // clang-format on
     }
     sum = warp_sum(sum);
     if (lane() != 0) return;

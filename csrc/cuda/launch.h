@@ -20,13 +20,14 @@ struct Where {
 
 // Fold and, with `out`, write D as well. exact: the labels' exact logits [rows], which replace the tile's
 // in the label's log-prob and in the normaliser (Stats.replace_target); or null.
-void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact,
-          void* out, Dtype out_dtype, int64_t out_stride, const Where& where);
-
-void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
+void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact, void* out,
           Dtype out_dtype, int64_t out_stride, const Where& where);
 
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
+          int64_t out_stride, const Where& where);
+
 // The losses with a closed form, by their place in the binding's list of names.
+// clang-format off
 enum class PairForm : int {
     sigmoid, sigmoid_norm, ipo, hinge, exo_pair, robust, nca_pair, bco_pair, sppo_hard, apo_zero,
     apo_down, discopop, cpo, simpo, alphapo, orpo
@@ -34,6 +35,7 @@ enum class PairForm : int {
 constexpr const char* PAIR_FORMS[] = {
     "sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair",
     "sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"};
+// clang-format on
 
 struct PairArgs {
     PairForm form;
@@ -63,9 +65,9 @@ struct ForwardCall {
     // [tiles * FORWARD_TILE], or null where vocab is a whole number of tiles. From vocab on it holds -inf,
     // or +inf where the scale is negative.
     const float* bias;
-    float* partial;    // scratch [(2 * tiles + 2) * tokens]; with extras (6 * tiles + 2) * tokens
-    Stats stats;       // lse and logps; with extras sum, and of the others those that are not null
-    void* d;           // [tokens, vocab] bf16, or null; D = row_scale d, row by row
+    float* partial;  // scratch [(2 * tiles + 2) * tokens]; with extras (6 * tiles + 2) * tokens
+    Stats stats;  // lse and logps; with extras sum, and of the others those that are not null
+    void* d;  // [tokens, vocab] bf16, or null; D = row_scale d, row by row
     int64_t d_stride;
     float* row_scale;  // [tokens], with d
 };

@@ -53,7 +53,9 @@ KERNEL(512, 2) grad_kernel(const GradArgs a) {
         read_logits<N>(x, start, step, a.columns, a.aligned, z);
         if (a.narrower) sync();
         int column = start;
+        // clang-format off: it loses the place of a file's first UNROLL
         UNROLL for (int i = 0; i < N / E; ++i, column += step) {
+        // clang-format on
             if (column >= a.columns) break;
             float d[E], flat[E];
             UNROLL for (int j = 0; j < E; ++j) {

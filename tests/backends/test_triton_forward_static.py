@@ -17,6 +17,7 @@ from fastpref.kernels.forward_config import (
     launch_tokens,
 )
 
+pytestmark = pytest.mark.slow
 KERNEL = "fastpref.kernels.forward_kernels:"
 
 

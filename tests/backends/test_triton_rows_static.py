@@ -19,6 +19,7 @@ import triton_static
 
 from fastpref.backends import triton as backend
 
+pytestmark = pytest.mark.slow
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 VOCAB = 128256
 FP32, BF16, FP16 = "fp32", "bf16", "fp16"
