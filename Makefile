@@ -12,9 +12,13 @@ PIP = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(LIMITS) --bu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: install demo test test-latest lint bench sanitize gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
+.PHONY: help install demo test test-fast test-latest coverage lint format docs bench sanitize gpu-first \
+  gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
-install: $(VENV)/.installed
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.installed ## Make .venv with the package, editable, and all that its development needs
 
 # pip comes first and by itself: an old one does not know --build-constraint. torch for GPUs, and another
 # version of torch than the tested one, take the triton that they ask for.
@@ -49,24 +53,48 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/c
 	$(if $(HAS_GPU),,FASTPREF_CUDA=0) $(PIP) -e '.[train]'
 	@touch $@
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo ## Train a small model and show what the fused head saves
 	$(BIN)/fastpref demo
 
-test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# One process per core, up to four; each test process computes with one thread, as a core has one to give.
+# A worker keeps to its own end of the list, so fixtures of a module are seldom made twice.
+TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test: install ## Run all tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-fast: install ## Run the tests without the marks slow and train: the core, in under 3 minutes
+	$(PYTEST) -m 'not slow and not train' $(PYTEST_ARGS)
+
+coverage: install ## Run all tests and print which lines of the package none of them reached
+	$(PYTEST) --cov --cov-report term:skip-covered $(PYTEST_ARGS)
 
 # With the newest of everything, in an environment of its own that is made anew. The summary has what
 # other libraries warn about; PYTEST_ARGS='-W error' makes that fail, too.
-test-latest:
+test-latest: ## Run all tests with the newest of everything, in .venv-latest
 	rm -rf $(VENV)-latest
 	$(MAKE) test VENV=$(VENV)-latest CONSTRAINTS= TORCH=
 
-lint: install
+NATIVE := $(foreach folder,csrc csrc/cuda tests/support/cuda_emulate,$(wildcard $(addprefix $(folder)/*.,cpp h cu cuh)))
+
+lint: install ## Check style, types and docs: ruff, clang-format, mypy, mkdocs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
 
-bench: install
+# Nothing is downloaded; a broken link is an error.
+docs: install ## Build the pages of docs/ as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+format: install ## Format Python, C++ and CUDA in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: install ## Measure the head against its peers
 	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
 	$(BIN)/python benchmarks/head.py
 
@@ -75,7 +103,7 @@ SANITIZED := build/sanitize
 SANITIZED_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   PYTHONPATH=$(abspath $(SANITIZED)) FASTPREF_EXPECT_SANITIZED=1
-sanitize: install
+sanitize: install ## Run the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	FASTPREF_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
@@ -88,70 +116,23 @@ sanitize: install
 	  $(addprefix $(CURDIR)/tests/,backends/test_tile.py backends/test_native.py logps/test_logps.py losses/test_losses.py)
 
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
-# download nothing. gpu-test and gpu-bench take less than 8 minutes each.
-GPU_TEST_SECONDS ?= 190
-GPU_TEST_PROCESSES ?= 8
-SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) \
-  $(wildcard $(or $(CUDA_HOME),/usr/local/cuda)/bin/compute-sanitizer))
+# download nothing. gpu-first takes 9 minutes at most, gpu-test and gpu-bench less than 8 each. What they
+# take from the environment is in scripts/gpu.py.
+gpu-first: ## Write what a GPU can tell in 9 minutes to OUT (PEERS: a folder of wheels)
+	$(PYTHON) scripts/gpu_first.py $(if $(OUT),--out '$(OUT)') $(if $(PEERS),--peers '$(PEERS)')
 
-# fastpref._cuda, where nvcc is found, is built for the GPU that is here.
-gpu-install:
-	FASTPREF_CUDA_ARCH=$${FASTPREF_CUDA_ARCH-$$($(PYTHON) -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null)} \
-	  $(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+gpu-install: ## Build the package for the GPU that is here
+	$(PYTHON) scripts/gpu.py install
 
-# Every step runs, whatever the ones before it gave; plugins that happen to be installed stay out.
-gpu-test: gpu-install
-	@failed=; \
-	say() { echo; echo "== $$*"; }; \
-	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"' || exit 1; \
-	say the backends; \
-	$(PYTHON) -c 'import sys; sys.path.insert(0, "csrc/cuda"); import nvcc_build; from fastpref.backends import cuda; \
-	  sys.exit(nvcc_build.wanted() and cuda.problem() or 0)' || failed="$$failed cuda-backend"; \
-	say a small run; \
-	timeout 90 $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed gpu_smoke"; \
-	say the tests; \
-	xdist=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n $(GPU_TEST_PROCESSES)"); \
-	PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 timeout -s INT $(GPU_TEST_SECONDS) \
-	  $(PYTHON) -m pytest $$xdist --continue-on-collection-errors --durations=5 -rfE $(PYTEST_ARGS) || failed="$$failed pytest"; \
-	filters=$$($(PYTHON) tests/support/gpu_smoke.py --filters) || failed="$$failed filters"; \
-	if [ -z "$(SANITIZER)" ]; then \
-	  say "compute-sanitizer is not installed: memcheck and racecheck did not run"; \
-	elif ! timeout 45 $(SANITIZER) $(PYTHON) -c 'import torch; torch.ones(1, device="cuda").sum().item()'; then \
-	  say "compute-sanitizer refuses this machine (above): memcheck and racecheck did not run"; \
-	else \
-	  say memcheck; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 70 $(SANITIZER) --tool memcheck --error-exitcode 9 \
-	    --report-api-errors no $$filters $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed memcheck"; \
-	  say racecheck; \
-	  timeout 70 $(SANITIZER) --tool racecheck --error-exitcode 9 $$filters \
-	    $(PYTHON) tests/support/gpu_smoke.py --few || failed="$$failed racecheck"; \
-	fi; \
-	if [ -n "$$failed" ]; then say "failed:$$failed"; exit 1; fi; say all passed
+gpu-test: gpu-install ## Run the tests on the GPU, and compute-sanitizer
+gpu-sanitize: gpu-install ## Run synccheck and initcheck on the GPU
+gpu-profile: gpu-install ## Write what each kernel moves, and how long it takes, to benchmarks/results/ncu.csv
+gpu-test gpu-sanitize gpu-profile: gpu-%:
+	$(PYTHON) scripts/gpu.py $*
 
-# Longer looks with tools of the CUDA toolkit. The sanitizer's other two tools over the small run: initcheck
-# over every kernel, as it has to see what torch's write.
-gpu-sanitize: gpu-install
-	@failed=; filters=$$($(PYTHON) tests/support/gpu_smoke.py --filters) || exit 1; \
-	for tool in synccheck initcheck; do \
-	  echo; echo "== $$tool"; \
-	  if [ $$tool = initcheck ]; then filters=; fi; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 220 $(or $(SANITIZER),compute-sanitizer) --tool $$tool \
-	    --report-api-errors no --error-exitcode 9 $$filters $(PYTHON) tests/support/gpu_smoke.py --few \
-	    || failed="$$failed $$tool"; \
-	done; \
-	if [ -n "$$failed" ]; then echo "== failed:$$failed"; exit 1; fi; echo "== all passed"
-
-# What each kernel of a call moves and how long it takes, in benchmarks/results/ncu.csv. The clocks stay as
-# they are.
-NCU ?= $(or $(shell command -v ncu),$(or $(CUDA_HOME),/usr/local/cuda)/bin/ncu)
-gpu-profile: gpu-install
-	$(NCU) --profile-from-start off --clock-control none --csv --log-file benchmarks/results/ncu.csv \
-	  --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,launch__registers_per_thread \
-	  $(PYTHON) benchmarks/gpu_profile.py b
-
-gpu-bench: gpu-install
+gpu-bench: gpu-install ## Measure the head against its peers on the GPU
 	$(PYTHON) benchmarks/head.py --device cuda $(BENCH_ARGS)
 
-clean:
+clean: ## Remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastpref/_cpu*.so fastpref/_cuda*.so
 	rm -rf $(VENV)/.installed $(VENV)/.demo $(VENV)-latest

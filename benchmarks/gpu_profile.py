@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import sys
 
-import gpu_peers
 import torch
-from gpu_shapes import DTYPE, parse_shape
-from problem import zipf_problem
+from lib.ours import ours
+from lib.peers import step
+from lib.problem import make_problem, parse_shape
 
 from fastpref import backends
+
+DTYPE = torch.bfloat16
 
 
 def main() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     shape = parse_shape(sys.argv[1] if len(sys.argv) > 1 else "b")
-    p = zipf_problem(shape.n, shape.h, shape.v, DTYPE, device, shape.softcap)
-    working = [n for n in ("cuda", "triton") if backends._MODULES[n].why_not(device, DTYPE) is None]
+    p = make_problem(shape.n, shape.h, shape.v, DTYPE, device, shape.softcap, zipf=True)
+    modules = backends._MODULES["cuda"], backends._MODULES["triton"]
+    working = [m.NAME for m in modules if m.unavailable_reason(device, DTYPE) is None]
     for mode in ("trainable", "frozen"):
         p.set_trainable(mode == "trainable")
-        for entry in gpu_peers.ours(mode, working, ["exact", "fast"]):
-            run = gpu_peers.step(entry.make(), mode)
+        for entry in ours(mode, working, ["exact", "fast"]):
+            run = step(entry.make(), mode)
             for _ in range(2):  # the first call compiles
                 p.clear()
                 run(p)

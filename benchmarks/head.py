@@ -2,330 +2,301 @@
 
     python benchmarks/head.py
     python benchmarks/head.py --shapes 1024,1024,32768 --modes frozen --precision fast --repeats 9
+    python benchmarks/head.py --device cuda --shapes 'a d a/1024' --modes trainable --budget 120
+    python benchmarks/head.py --device cuda --shapes c --parts logits --backends cuda
 
-On a machine with a GPU, or with --device cuda, head_gpu_run.py measures that instead; this one is
-for CPUs.
-
-Prints a table, and writes a JSON and a PNG to benchmarks/results/. Times come from one process and
-interleaved calls; memory from a second one, in which freed blocks go back to the system at once.
+Prints a table per task, and writes a JSON and a PNG to benchmarks/results/ as it goes. Times come
+from interleaved calls in one process, which is watched. On a CPU a second one measures the memory,
+in which freed blocks go back to the system at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import head_report
-import peers
-import runner
 import torch
-from peers import Variant
-from problem import HeadProblem, Truth, errors, float64_truth, make_problem
+from lib import device, ours, parts, report, results, runner, worker
+from lib.peers import MODES
+from lib.problem import DTYPES, parse_shape
+from lib.targets import compared, targets
 
-SHAPES = "1024,1024,32768 2048,576,49152 1024,896,151936"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# A result further off than this is wrong, not imprecise, and gets no speed-up. Eager is at 3e-3.
-WRONG = {"bf16": 0.05, "fp32": 1e-3}
+PARTS = {
+    "head": "the loss of a head",
+    "rows": "passes over a tile of logits",
+    "logits": "ready logits to log-probs and back",
+    "overhead": "what a small call costs the host",
+}
+# The most important shapes first: where time is short, the last ones are left out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "shapes": "1024,1024,32768 2048,576,49152 1024,896,151936",
+        "modes": "trainable,frozen",
+        "parts": "head",
+        "repeats": 7,
+        "seconds": 4.0,
+        "patience": 3600.0,
+        "output": "head",
+    },
+    "cuda": {
+        "shapes": "a e c b d a/1024 e/1024 c/1024 b/1024 d/1024",
+        "modes": ",".join(MODES),
+        "parts": ",".join(PARTS),
+        "repeats": 10,
+        "seconds": 1.5,
+        "patience": 120.0,
+        "budget": 400.0,
+        "output": "head_gpu",
+    },
+}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        choices=["cpu"],
-        metavar="{cpu,cuda}",
-        help="default: cuda where there is one; --device cuda --help lists its options",
+    add = parser.add_argument
+
+    def default(name: str) -> str:
+        return f"default: {DEFAULTS['cpu'][name]}\non a GPU: {DEFAULTS['cuda'][name]}"
+
+    # pretend: a GPU's work on a CPU, for tests.
+    kinds = ["cpu", "cuda", "pretend"]
+    add("--device", choices=kinds, metavar="{cpu,cuda}", help="default: cuda where there is one")
+    add(
+        "--shapes",
+        help="the most important first, separated by spaces: a letter of benchmarks/README.md,\n"
+        f"one with other tokens, a/1024, or N,H,V or N,H,V,softcap\n{default('shapes')}",
     )
-    parser.add_argument("--shapes", default=SHAPES, help="N,H,V triples, separated by spaces")
-    parser.add_argument("--modes", default="trainable,frozen", help="trainable, frozen or both")
-    parser.add_argument("--precision", default="exact,fast", help="exact, fast or both")
-    parser.add_argument("--dtype", default="bf16", help="bf16, fp32 or both")
-    parser.add_argument("--peers", default=None, help="peers to run beside eager; default: all")
-    parser.add_argument("--repeats", type=int, default=7, help="calls of each variant")
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="what one variant may spend on its calls"
+    add("--modes", help=f"some of {', '.join(MODES)}\n{default('modes')}")
+    about = "".join(f"\n{name}: {text}" for name, text in PARTS.items())
+    add("--parts", help=f"what to measure{about}\n{default('parts')}")
+    add("--small", default="d/256 a/256", help="shapes of the part overhead")
+    add("--precision", default="exact,fast", help="exact, fast or both")
+    add("--dtype", default="bf16", help="bf16, fp32 or both; ready logits are bf16")
+    add(
+        "--backends",
+        help="of fastpref's, such as triton,cuda; default: all for GPUs, or on a\nCPU "
+        "the one that fastpref picks",
     )
-    parser.add_argument("--output", default="head", help="name of the files in results/, or a path")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add("--peers", help="peers to run beside eager, '' for none; default: all")
+    add(
+        "--only",
+        help="heads: only what has one of these in its name, such as 'exact, stash;TRL',\n"
+        "separated by semicolons",
+    )
+    add("--repeats", type=int, help=f"calls of each variant\n{default('repeats')}")
+    add(
+        "--seconds",
+        type=float,
+        help="what one variant may spend on its calls\n" + default("seconds"),
+    )
+    add("--budget", type=float, help="seconds for everything; on a GPU 400 by default")
+    add(
+        "--patience",
+        type=float,
+        help="seconds after which a silent peer is stopped\n" + default("patience"),
+    )
+    add("--output", help=f"name of the files in results/, or a path\n{default('output')}")
+    add("--no-plot", action="store_true", help="write the JSON alone")
     args = parser.parse_args(argv)
-    args.shapes = [tuple(int(i) for i in s.split(",")) for s in args.shapes.split()]
-    for name, known in (
-        ("modes", ["trainable", "frozen"]),
-        ("precision", ["exact", "fast"]),
-        ("dtype", list(DTYPES)),
-    ):
-        given = getattr(args, name).split(",")
-        if not set(given) <= set(known):
-            parser.error(f"--{name}: got {','.join(given)}, expected some of {','.join(known)}")
-        setattr(args, name, [k for k in known if k in given])
-    if any(len(s) != 3 for s in args.shapes):
-        parser.error("--shapes: expected triples N,H,V separated by spaces")
-    known = [v.name for v in peers.PEERS]
-    args.peers = None if args.peers is None else args.peers.split(",")
-    if args.peers and not set(args.peers) <= set(known):
-        parser.error(f"--peers: got {','.join(args.peers)}, expected some of {','.join(known)}")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in DEFAULTS["cpu" if args.device == "cpu" else "cuda"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    there = device.PretendGpu if args.device != "cpu" else device.Device
+    known = {
+        "modes": list(MODES),
+        "parts": list(PARTS),
+        "precision": ["exact", "fast"],
+        "dtype": list(DTYPES),
+        "backends": ["cuda", "triton", "native", "eager"],
+        "peers": [*ours.known(there()), *parts.LOGITS_PEERS],
+    }
+    for name, names in known.items():
+        if (text := getattr(args, name)) is not None:
+            given = [part for part in text.split(",") if part]
+            if not set(given) <= set(names):
+                parser.error(f"--{name}: got {text}, expected some of {','.join(names)}")
+            ordered = [n for n in names if n in given]
+            setattr(args, name, given if name in ("backends", "peers") else ordered)
+    args.only = [part for part in (args.only or "").split(";") if part]
+    for name in ("shapes", "small"):
+        setattr(args, name, getattr(args, name).split())
+        for text in getattr(args, name):
+            try:
+                parse_shape(text)
+            except ValueError:
+                parser.error(f"--{name}: got {text}, expected a letter, a/1024 or N,H,V")
     return args
 
 
-def gpu_mode(argv: list[str] | None) -> bool:
-    """Whether head_gpu_run.py takes over: with --device cuda, or where there is a GPU."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--device")
-    parser.add_argument("--worker", action="store_true")
-    known, _ = parser.parse_known_args(argv)
-    if known.worker or known.device == "cpu":
-        return False
-    return known.device is not None or torch.cuda.is_available()
+def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What there is to do, the most important first; the modes of a shape share its inputs."""
+    out: list[dict[str, Any]] = []
 
+    def add(what: str, kind: str, shape: str, dtype: str = "bf16", **more: Any) -> None:
+        other = "" if args.dtype == ["bf16"] or kind not in ("cell", "memory") else f" {dtype}"
+        out.append({"id": what + other, "kind": kind, "shape": shape, "dtype": dtype, **more})
 
-def quiet() -> None:
-    """Peers warn about GPUs that are not there; that is not what this measures."""
-    warnings.filterwarnings("ignore")
+    def small() -> None:
+        if "overhead" in args.parts and not any(task["kind"] == "overhead" for task in out):
+            for shape in args.small:
+                add(f"overhead of {shape}", "overhead", shape)
 
-
-# ---- memory, in a process of its own -----------------------------------------------------------
-
-
-def memory_worker(request: dict[str, Any]) -> dict[str, Any]:
-    dtype = DTYPES[request["dtype"]]
-    problem = make_problem(*request["shape"], dtype)
-    problem.set_trainable(request["mode"] == "trainable")
-    small = make_problem(64, request["shape"][1], 1024, dtype)
-    small.set_trainable(problem.trainable)
-    answer: dict[str, Any] = {}
-    for variant in _variants(request):
-        try:
-            step = variant.make()
-            step(problem if variant.compiled else small)
-            usage = runner.peak_beyond(lambda step=step: step(problem), problem.clear)
-        except Exception as error:
-            answer[variant.name] = {"failed": runner.one_line(error)}
-            continue
-        usage["extra"] = usage["peak_beyond"] - problem.gradient_bytes()
-        answer[variant.name] = usage
-    return answer
-
-
-def _variants(request: dict[str, Any]) -> list[Variant]:
-    return peers.variants(
-        request["mode"] == "trainable",
-        DTYPES[request["dtype"]],
-        request["precision"],
-        request["peers"],
-    )
-
-
-# ---- time and errors ---------------------------------------------------------------------------
-
-
-def warm_up(
-    variant: Variant, problem: HeadProblem, truth: Truth
-) -> tuple[Any, list[float], dict[str, float | None]]:
-    """The step, seconds of its calls so far, and the errors of the last of them."""
-    step, seconds, outputs = variant.make(), [], []
-
-    def call() -> None:
-        outputs[:] = [step(problem)]
-
-    for _ in range(2 if variant.compiled else 1):
-        seconds.append(runner.timed(call, problem.clear))
-    out = outputs.pop()
-    tokens = out.token_logps if variant.logps is None else variant.logps(problem)
-    wrong = errors(problem, truth, float(out.loss), tokens, out.sums, variant.with_reference)
-    return step, seconds, wrong
-
-
-def measure(
-    problem: HeadProblem, truth: Truth, request: dict[str, Any], args: argparse.Namespace
-) -> dict[str, Any]:
-    """One shape, dtype and mode."""
-    shape, trainable = request["shape"], request["mode"] == "trainable"
-    problem.set_trainable(trainable)
-    torch._dynamo.reset()  # otherwise a second shape compiles for shapes of any size
-    steps: dict[str, Any] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    cost: dict[str, float] = {}
-    once: dict[str, runner.Timing] = {}
-    for variant in _variants(request):
-        row = rows[variant.name] = {
-            "variant": variant.name,
-            "ours": variant.ours,
-            "strategy": variant.strategy,
-            "precision": variant.precision,
-            "note": variant.note,
-        }
-        _say(f"  {variant.name}: warming up")
-        try:
-            step, seconds, row["errors"] = warm_up(variant, problem, truth)
-        except Exception as error:
-            row["missing"] = runner.one_line(error)
-            continue
-        row["first_call_s"] = round(seconds[0], 3)
-        gradients = (row["errors"]["dhidden"], row["errors"]["dweight"] or 0.0)
-        row["wrong"] = not max(gradients) < WRONG[request["dtype"]]
-        if seconds[-1] > args.seconds:  # so slow that this call has to do
-            once[variant.name] = runner.Timing(seconds[-1:], limited=True)
-        else:
-            steps[variant.name], cost[variant.name] = step, seconds[-1]
-    calls = {name: (lambda step=step: step(problem)) for name, step in steps.items()}
-    dtype = DTYPES[request["dtype"]]
-    products = runner.head_products(*shape, dtype)
-    if not trainable:
-        del products["D^T X"]
-    extra = {**products, "canary": runner.canary(dtype)}
-    for name, call in extra.items():
-        call()
-        cost[name] = runner.timed(call)
-    _say(f"  {args.repeats} rounds")
-    timings = runner.interleave(
-        calls | extra, cost, repeats=args.repeats, seconds=args.seconds, reset=problem.clear
-    )
-    problem.clear()
-    del products, extra
-    roofline = sum(timings[name].median for name in timings if name in ("X W^T", "D W", "D^T X"))
-    timings |= once
-    for name in [*steps, *once]:
-        rows[name]["time"] = timings[name].to_json()
-        rows[name]["roofline_fraction"] = round(roofline / timings[name].median, 4)
-    product_flops = 2 * shape[0] * shape[1] * shape[2]
-    gemm = {
-        name: {
-            **timings[name].to_json(),
-            "gflop_per_s": round(product_flops / timings[name].median / 1e9, 1),
-        }
-        for name in ("X W^T", "D W", "D^T X")
-        if name in timings
-    }
-    return {
-        "shape": dict(zip("NHV", shape, strict=True)),
-        "sequences": problem.labels.shape[0],
-        "dtype": request["dtype"],
-        "mode": request["mode"],
-        "median_label_probability": round(truth.median_probability, 4),
-        "head_products": gemm,
-        "roofline_ms": round(1e3 * roofline, 3),
-        "canary": timings["canary"].to_json(),
-        "variants": list(rows.values()),
-    }
-
-
-def add_memory(cell: dict[str, Any], memory: dict[str, Any]) -> None:
-    """Put memory and the ratios to eager into a cell's rows, and its targets beside them."""
-    rows = {row["variant"]: row for row in cell["variants"]}
-    for name, row in rows.items():
-        row["memory"] = memory.get(name, {"failed": memory.get("failed", "not measured")})
-    eager = rows[peers.EAGER]
-    for row in rows.values():
-        if "time" in row and "time" in eager:
-            row["speed_over_eager"] = None if row["wrong"] else _ratio(eager, row)
-        if "extra" in row["memory"] and "extra" in eager["memory"]:
-            ratio = row["memory"]["extra"] / eager["memory"]["extra"]
-            row["memory_over_eager"] = round(ratio, 4)
-    cell["targets"] = targets(cell, rows)
-
-
-def _ratio(slow: dict[str, Any], fast: dict[str, Any]) -> float:
-    return round(slow["time"]["median_ms"] / fast["time"]["median_ms"], 3)
-
-
-def targets(cell: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The aims of this cell, measured: fastpref's fastest strategy in each precision."""
-    trainable, narrow = cell["mode"] == "trainable", cell["dtype"] == "bf16"
-    ours = [r for r in rows.values() if r["ours"]]
-    out = []
-
-    def best(precision: str, peer: str) -> float | None:
-        usable = [r for r in ours if r["precision"] == precision and "time" in r and not r["wrong"]]
-        if "time" not in rows.get(peer, {}) or not usable:
-            return None
-        return max(_ratio(rows[peer], r) for r in usable)
-
-    if narrow and any(r["precision"] == "fast" for r in ours):
-        wanted = {peers.EAGER: 1.8 if trainable else 2.2, peers.TRL: 9.0, peers.LIGER: 2.0}
-        for peer, times in wanted.items():
-            out.append(runner.target(f"fast: speed over {peer}", times, best("fast", peer)))
-    if not narrow:
-        out.append(runner.target("fp32: speed over eager", 1.2, best("exact", peers.EAGER)))
-    for row in ours:
-        part = 1 / 6 if row["strategy"] == "stash" else 1 / 16
-        what = f"{row['variant']}: extra memory over eager's"
-        out.append(runner.target(what, part, row.get("memory_over_eager"), most=True))
-    for row in ours:
-        if row["precision"] == "exact" and narrow and "errors" in row:
-            what = f"{row['variant']}: error of a 512-token sum, nat"
-            out.append(runner.target(what, 1e-3, row["errors"]["sum_max"], most=True))
+    for name in args.shapes:
+        if "/" in name:  # fewer tokens: after what every call costs
+            small()
+        for dtype in args.dtype if "head" in args.parts else []:
+            for mode in args.modes:
+                add(f"{name} {mode}", "cell", name, dtype, mode=mode)
+            for mode in args.modes if args.device == "cpu" else []:
+                more = {"mode": mode, "env": device.TIGHT_MALLOC}
+                add(f"memory of {name} {mode}", "memory", name, dtype, **more)
+        if "/" not in name or set(args.parts) <= {"rows", "logits"}:
+            if "rows" in args.parts:
+                add(f"row kernels of {name}", "rows", name)
+            if "logits" in args.parts:
+                add(f"ready logits of {name}", "logits", name)
+    small()
     return out
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """benchmarks/README.md says more."""
+    cpu = args.device == "cpu"
+    return {
+        "dtype": ",".join(args.dtype),
+        "shapes": args.shapes,
+        "repeats": args.repeats,
+        "seconds_per_variant": args.seconds,
+        "budget_s": args.budget,
+        "inputs": "random, label probability about a half, sequences of 512 labelled tokens"
+        + ("" if cpu else "; the rest is spread by Zipf's law over the vocabulary"),
+        "slow_variants": "one whose calls would take longer than seconds_per_variant gets fewer "
+        "repeats, at least 3; on a CPU one whose single call does is timed in its first call only",
+        "time": "wall time"
+        if cpu
+        else "between events on the GPU, with a cold cache, after a spin of 2 ms in which the host "
+        "gets ahead; host_ms is the call's time on the host, which counts where it is longer",
+        "memory": "peak_beyond is what "
+        + ("was resident" if cpu else "torch's allocator held")
+        + " at the peak of one warm call beyond what was before it; extra is that less the bytes "
+        "of the gradients it returns, also where they did not exist yet at the peak, as in eager",
+        "errors": "against float64 on the same inputs; dhidden and dweight are relative",
+        "roofline": "time of the bare products with the least FLOPs (6NHV trainable, 4NHV frozen, "
+        "2NHV forward-only), in the same rounds, over the variant's time",
+        "other_function": "computes something else than this loss: in no target",
+    }
+
+
+class Record:
+    """What has been measured so far, in the form of the file."""
+
+    def __init__(self, args: argparse.Namespace):
+        self._cpu, self._begun = args.device == "cpu", time.perf_counter()
+        self._path = results.results_path(args.output)
+        self._plotted = "" if args.no_plot else " and .png"
+        on = "" if self._cpu else " on a GPU"
+        modes = ", and forward alone" if "forward-only" in args.modes else ""
+        self.file: dict[str, Any] = {
+            "benchmark": f"head{on}: linear DPO loss, forward and backward{modes}",
+            "machine": {},
+            "settings": settings(args),
+        }
+
+    def add_memory(self, found: dict[str, Any], done: list[dict[str, Any]]) -> Any:
+        """Put a memory task's figures into the rows of the cell that it is about, and give that."""
+        about = [(r["kind"], r["shape"], r["dtype"], r.get("mode")) for r in done]
+        wanted = "cell", found["shape"], found["dtype"], found["mode"]
+        cell = done[about.index(wanted)] if wanted in about else {}
+        why = {"failed": found.get("failed", "not measured")}
+        for row in cell.get("variants", ()):
+            row["memory"] = found.get("memory", {}).get(row["variant"], why)
+        return cell if "variants" in cell else None
+
+    def write(self, supervisor: runner.Supervisor) -> None:
+        done = [_compared(r) for r in supervisor.results if r["kind"] != "memory"]
+        self.file["wall_s"] = round(time.perf_counter() - self._begun, 1)
+        self.file["dropped"] = list(supervisor.dropped)
+        self.file["stops"] = list(supervisor.stops)
+        self.file["targets"] = [t for r in done for t in r["targets"]]
+        cells = [r for r in done if r["kind"] == "cell" and "failed" not in r]
+        if self._cpu:
+            self.file["cells"] = [_by_name(cell) for cell in cells]
+            done = [r for r in done if r not in cells]
+        self.file["results"] = done
+        results.write_json(self._path, self.file)
+        self.cells = cells
+
+    def plot(self) -> None:
+        report.plot(self.cells, self._path.with_suffix(".png"))
+
+    def closing(self) -> str:
+        last = f"{self.file['wall_s']:.0f} s in all; wrote {self._path.stem}.json{self._plotted}"
+        return f"{report.closing(self.file)}\n{last}"
+
+
+def _compared(result: dict[str, Any]) -> dict[str, Any]:
+    result = compared(result)
+    result["targets"] = targets(result)
+    return result
+
+
+def _by_name(cell: dict[str, Any]) -> dict[str, Any]:
+    """A cell of a CPU as it stands in the file: sizes by letter, rates in GFLOP/s."""
+    rates = {k: g | {"gflop_per_s": 1e3 * g["tflop_per_s"]} for k, g in cell["products"].items()}
+    shape = {k.upper(): cell["size"][k] for k in "nhv"}
+    return {k: v for k, v in cell.items() if k not in ("products", "excluded")} | {
+        "shape": shape,
+        "head_products": rates,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-    if gpu_mode(argv):
-        import head_gpu_run
-
-        head_gpu_run.main(argv)
+    if "--worker" in (sys.argv[1:] if argv is None else argv):
+        runner.serve(worker.answer)
         return
     args = arguments(argv)
-    quiet()
-    if args.worker:
-        print(json.dumps(memory_worker(json.load(sys.stdin))))
-        return
-    begun = time.perf_counter()
-    cells = []
-    for shape in args.shapes:
-        for dtype in args.dtype:
-            _say(f"{dtype} {shape}: inputs and float64 truth")
-            problem = make_problem(*shape, DTYPES[dtype])
-            truth = float64_truth(problem)
-            for mode in args.modes:
-                request = {"shape": shape, "dtype": dtype, "mode": mode}
-                request |= {"precision": args.precision, "peers": args.peers}
-                cell = measure(problem, truth, request, args)
-                _say("  memory")
-                try:
-                    memory = runner.run_worker(
-                        os.fspath(Path(__file__)), request, runner.TIGHT_MALLOC
-                    )
-                except RuntimeError as error:
-                    memory = {"failed": str(error)}
-                add_memory(cell, memory)
-                cells.append(cell)
-                print(head_report.report(cell), flush=True)
-            del problem, truth
-    results = {
-        "benchmark": "head: linear DPO loss, forward and backward",
-        "machine": runner.machine(),
-        "settings": {
-            "repeats": args.repeats,
-            "seconds_per_variant": args.seconds,
-            "slow_variants": "one whose calls would take longer than seconds_per_variant gets "
-            "fewer repeats, at least 3; one whose single call does is timed in its first call only",
-            "memory": "peak_beyond is the peak resident memory of one warm call beyond what was "
-            "resident before it; extra is that less the bytes of the gradients it returns, also "
-            "where these did not exist yet at the peak, as in eager, which flatters eager",
-            "errors": "against float64 on the same inputs; dhidden and dweight are relative",
-            "roofline": "time of the bare products with the least FLOPs (6NHV trainable, 4NHV "
-            "frozen), measured in the same rounds, over the variant's time",
-        },
-        "wall_s": round(time.perf_counter() - begun, 1),
-        "cells": cells,
+    record = Record(args)
+    budget = 1e9 if args.budget is None else args.budget
+    names = ("device", "modes", "precision", "backends", "peers", "only", "repeats", "seconds")
+    request = {name: getattr(args, name) for name in names} | {
+        "tasks": tasks(args),
+        "deadline": time.time() + budget,
+        "least_seconds": min(6.0, budget / 20),
     }
-    path = Path(args.output)
-    path = path if path.parent != Path(".") else runner.RESULTS / path.name
-    runner.write_json(path.with_suffix(".json"), results)
-    head_report.plot(cells, path.with_suffix(".png"))
-    print(f"\n{results['wall_s']:.0f} s in all; wrote {path.stem}.json and {path.stem}.png")
+
+    def hear(message: dict[str, Any]) -> None:
+        if "machine" in message:
+            record.file["machine"] = message["machine"]
+        if "dropped" in message:
+            print(f"{message['dropped']}: left out, no time left", flush=True)
+        if "result" in message:
+            result = message["result"]
+            told = result
+            if result["kind"] == "memory":  # the last of a cell
+                told = record.add_memory(result, supervisor.results)
+            elif args.device == "cpu" and result["kind"] == "cell" and "failed" not in result:
+                told = None
+            record.write(supervisor)
+            if told is not None:
+                print(report.report(told), flush=True)
+
+    script = str(Path(__file__).resolve())
+    supervisor = runner.Supervisor(script, request, hear=hear, patience=args.patience)
+    try:
+        supervisor.run()
+    finally:  # also when it is interrupted
+        record.write(supervisor)
+        if not args.no_plot:
+            record.plot()
+    print(record.closing())
+    if all("failed" in r for r in supervisor.results):
+        raise SystemExit("nothing was measured")
 
 
 if __name__ == "__main__":

@@ -12,22 +12,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import peers
-import problem
-import runner
 import torch
+from lib import peers
+from lib.device import Device
+from lib.ours import entries
+from lib.parts import by_turns
+from lib.peers import TRL
+from lib.problem import HeadProblem, make_problem
+from lib.results import machine, results_path, table, write_json
+from lib.runner import failure
 
 import fastpref
 from fastpref import validation
 from fastpref.backends import native
 
-KERNELS = ("fold", "grad", "linear", "project", "outer", "scale_rows")
+KERNELS = ("fold", "fold_grad", "grad", "linear", "project", "outer", "scale_rows")
 OURS = "fastpref exact, stash"
 
 
@@ -35,7 +39,7 @@ OURS = "fastpref exact, stash"
 def without_kernels() -> Iterator[None]:
     """The native backend with nothing behind it, and the checks that a GPU is spared left out."""
 
-    def pair_loss(logps, ids, pairs, ref_logps, **_):
+    def pair_loss(logps, ids, pairs, *_):
         two = logps.new_empty(2 * pairs), logps.new_empty(2 * pairs)
         return logps.new_empty(()), *two, torch.empty_like(logps)
 
@@ -52,7 +56,7 @@ def without_kernels() -> Iterator[None]:
             setattr(module, name, function)
 
 
-def parts(p: problem.HeadProblem) -> dict[str, Callable[[], float]]:
+def parts(p: HeadProblem) -> dict[str, Callable[[], float]]:
     """Seconds of each part of a call without kernels."""
     index = torch.arange(p.labels.numel())
 
@@ -80,41 +84,38 @@ def parts(p: problem.HeadProblem) -> dict[str, Callable[[], float]]:
     return {"forward": forward, "backward": backward, "log-probs without gradients": reference}
 
 
-def by_turns(
+def medians(
     calls: dict[str, Callable[[], float]], clear: Callable[[], None], args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Median and quartiles of each, in microseconds."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    order, names = random.Random(0), list(calls)
-    for i in range(args.repeats + args.warm_up):
-        order.shuffle(names)
-        for name in names:
-            clear()
-            took = calls[name]()
-            if i >= args.warm_up:
-                seconds[name].append(1e6 * took)
-    return {
-        name: {
+    told = {name: lambda call=call: (1e6 * call(),) for name, call in calls.items()}
+    out = {}
+    for name, taken in by_turns(told, args.repeats, args.warm_up, clear).items():
+        us = [took for (took,) in taken]
+        low, _, high = statistics.quantiles(us, n=4)
+        out[name] = {
             "median": round(statistics.median(us), 1),
-            "quartiles": [round(q, 1) for q in statistics.quantiles(us, n=4)[::2]],
+            "quartiles": [round(low, 1), round(high, 1)],
         }
-        for name, us in seconds.items()
-    }
+    return out
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    p = problem.make_problem(args.tokens, args.hidden, args.vocab, torch.float32)
+    p = make_problem(args.tokens, args.hidden, args.vocab, torch.float32)
     calls: dict[str, Callable[[], float]] = {}
     missing = {}
-    for variant in peers.variants(True, torch.float32, ["exact"], [peers.TRL]):
-        if variant.ours and variant.name != OURS:
+    listed = entries(
+        Device(), "trainable", torch.float32, backends=[None], precisions=["exact"], names=[TRL]
+    )
+    for entry in listed:
+        if entry.ours and entry.name != OURS:
             continue
         try:
-            step = variant.make()
+            step = peers.step(entry.make(), "trainable")
             step(p)
         except ImportError as error:
-            missing[variant.name] = runner.one_line(error)
+            missing[entry.name] = failure(error)
             continue
 
         def call(step=step) -> float:
@@ -122,11 +123,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             step(p)
             return time.perf_counter() - start
 
-        calls[f"step, {variant.name}"] = call
-    us = by_turns(calls, p.clear, args)
+        calls[f"step, {entry.name}"] = call
+    us = medians(calls, p.clear, args)
     with without_kernels():  # apart: replacing functions makes Python forget what it knew of them
         empty = {f"without kernels, {name}": part for name, part in parts(p).items()}
-        us.update(by_turns(empty, p.clear, args))
+        us.update(medians(empty, p.clear, args))
     return {"missing": missing, "us": us}
 
 
@@ -143,13 +144,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--output", default="host_time", help="name of the file in results/, or a path")
     args = parser.parse_args(argv)
     options = {k: v for k, v in vars(args).items() if k != "output"}
-    results = {"machine": runner.machine(), "options": options, **measure(args)}
-    runner.write_json(runner.results_path(args.output), results)
+    results = {"machine": machine(), "options": options, **measure(args)}
+    write_json(results_path(args.output), results)
     rows = [
         [name, f"{found['median']:.0f} us", "{:.0f} to {:.0f}".format(*found["quartiles"])]
         for name, found in results["us"].items()
     ]
-    print(runner.table(["", "median", "quartiles"], rows))
+    print(table(["", "median", "quartiles"], rows))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,14 @@ import math
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import runner
+from lib import results, runner
 
-WORKER = Path(__file__).with_name("train_worker.py")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
@@ -66,9 +64,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---- data --------------------------------------------------------------------------------------
-
-
 def split(path: str, train: int, held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Pairs to train on and pairs to judge, which share no prompt."""
     opened = gzip.open(path, "rt") if path.endswith(".gz") else open(path)
@@ -94,87 +89,45 @@ def write_lines(path: Path, pairs: list[dict]) -> str:
     return os.fspath(path)
 
 
-# ---- runs --------------------------------------------------------------------------------------
-
-
 class Run:
     """A worker process. `turn` lets it work until it pauses or ends."""
 
-    def __init__(self, name: str, request: dict[str, Any], folder: Path) -> None:
+    def __init__(self, name: str, request: dict[str, Any]) -> None:
         self.name, self.request = name, request
         self.result: dict[str, Any] | None = None
-        self.errors = (folder / f"{name.replace(' ', '-')}.log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, os.fspath(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env={**os.environ, **OFFLINE},
-        )
-        self.tell(json.dumps(request))
-
-    def tell(self, line: str = "") -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        self.child = runner.Child(__file__, request, OFFLINE, loud=False)
 
     def turn(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            message = json.loads(line)
+        while (message := self.child.hear()) is not None:
             if "paused" in message:
                 return
             if "result" in message:
                 self.result = message["result"]
-                self.process.wait()
+                self.child.stop()
                 return
             if "failed" in message:
-                self.process.wait()
+                self.child.stop()
                 raise RuntimeError(f"{self.name}: {message['failed']}")
-            if "step" in message:
-                step, steps = message["step"], self.request["steps"]
-                print(
-                    f"  {self.name}: step {step}/{steps}, {message['seconds']:.2f} s",
-                    file=sys.stderr,
-                )
-            else:
-                print(f"  {self.name}: {message['stage']}", file=sys.stderr)
-        self.errors.seek(0)
-        tail = (self.errors.read().strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{self.name} ended with status {self.process.wait()}: {tail}")
+            doing = message.get("stage")
+            if doing is None:
+                steps = self.request["steps"]
+                doing = f"step {message['step']}/{steps}, {message['seconds']:.2f} s"
+            print(f"  {self.name}: {doing}", file=sys.stderr)
+        raise RuntimeError(f"{self.name}: {self.child.ending()}")
 
     def finish(self) -> dict[str, Any]:
         while self.result is None:
             self.turn()
             if self.result is None:
-                self.tell()
+                self.child.tell()
         return self.result
 
 
 def request(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    steps = changes.get("steps", args.steps)
-    return {
-        "trainer": "fastpref",
-        "model": args.model,
-        "loss": "sigmoid",
-        "steps": steps,
-        "warmup_steps": math.ceil(steps / 10),
-        "batch": args.batch,
-        "max_length": args.max_length,
-        "learning_rate": args.learning_rate,
-        "beta": args.beta,
-        "seed": args.seed,
-        "dtype": args.dtype,
-        "autocast": not args.no_autocast,
-        "checkpointing": not args.no_checkpointing,
-        "precision": args.precision,
-        "precompute": True,
-        "segment": None,
-        "held_out": None,
-        "keep_data": None,
-        **changes,
-    }
+    """What a worker is told: the options, and what is said of this run."""
+    asked = vars(args) | {"trainer": "fastpref", "loss": "sigmoid", "precompute": True}
+    asked |= {"segment": None, "held_out": None, "keep_data": None, **changes}
+    return asked | {"warmup_steps": math.ceil(asked["steps"] / 10)}
 
 
 def against_trl(args: argparse.Namespace, pairs: list[dict], folder: Path) -> dict[str, Any]:
@@ -188,17 +141,17 @@ def against_trl(args: argparse.Namespace, pairs: list[dict], folder: Path) -> di
     }
     runs = []
     for name, what in wanted.items():  # one after the other up to the first step
-        runs.append(Run(name, what, folder))
+        runs.append(Run(name, what))
         try:
             runs[-1].turn()
         except RuntimeError as error:
             for run in runs[:-1]:
-                run.process.terminate()
+                run.child.stop()
             return {"missing": str(error)}
     while any(run.result is None for run in runs):
         for run in runs:
             if run.result is None:
-                run.tell()
+                run.child.tell()
                 run.turn()
     out: dict[str, Any] = {"steps": args.peer_steps, "segment": args.segment}
     out["reference"] = args.reference
@@ -217,8 +170,8 @@ def against_trl(args: argparse.Namespace, pairs: list[dict], folder: Path) -> di
     speed = theirs["step_s_with_reference"] / ours["step_s_with_reference"]
     memory = ours["peak_bytes"] / theirs["peak_bytes"]
     out["targets"] = [
-        runner.target("step time: TRL's over fastpref's, with the reference", 2.0, speed),
-        runner.target("peak memory: fastpref's over TRL's", 0.5, memory, most=True),
+        results.target("step time: TRL's over fastpref's, with the reference", 2.0, speed),
+        results.target("peak memory: fastpref's over TRL's", 0.5, memory, most=True),
     ]
     return out
 
@@ -241,19 +194,16 @@ def train_alone(
             loss={"dpo": "sigmoid", "ipo": "ipo"}[loss],
             keep_data=keep and os.fspath(keep),
         )
-        result = out[loss] = Run(loss, what, folder).finish()
+        result = out[loss] = Run(loss, what).finish()
         result["median_step_s"] = round(statistics.median(result["step_s"]), 3)
         if keep:
             files = {name: os.fspath(keep / name) for name in files}
     return out
 
 
-# ---- report ------------------------------------------------------------------------------------
-
-
-def report(results: dict[str, Any]) -> str:
+def report(found: dict[str, Any]) -> str:
     lines = []
-    for loss, r in results["training"].items():
+    for loss, r in found["training"].items():
         before, after = r["held_out_before"], r["held_out_after"]
         lines.append(
             f"{loss}: {len(r['step_s'])} steps, median {r['median_step_s']:.2f} s, peak "
@@ -262,7 +212,7 @@ def report(results: dict[str, Any]) -> str:
             f"margin {before['rewards/margins']:.4f} to {after['rewards/margins']:.4f}, loss "
             f"{before['loss']:.4f} to {after['loss']:.4f}"
         )
-    peer = results["against_trl"]
+    peer = found["against_trl"]
     if peer and "missing" in peer:
         lines.append(f"TRL is missing: {peer['missing']}")
     elif peer:
@@ -276,7 +226,7 @@ def report(results: dict[str, Any]) -> str:
             ]
             for name in ("fastpref", "trl")
         ]
-        lines += [runner.table(header, rows), runner.target_table(peer["targets"])]
+        lines += [results.table(header, rows), results.target_table(peer["targets"])]
     return "\n".join(lines)
 
 
@@ -284,7 +234,7 @@ def _smooth(values: list[float], window: int = 8) -> list[float]:
     return [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(found: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -298,7 +248,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         (margin_axis, "rewards/margins", "reward margin"),
         (accuracy_axis, "rewards/accuracies", "reward accuracy"),
     )
-    for i, (name, r) in enumerate(results["training"].items()):
+    for i, (name, r) in enumerate(found["training"].items()):
         steps = [entry["step"] for entry in r["log"]]
         axis = loss_axis if i == 0 else loss_axis.twinx()
         axis.plot(steps, _smooth([e["loss"] for e in r["log"]]), color=f"C{i}")
@@ -316,7 +266,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     step_axis.set_title("seconds a step, training alone")
     step_axis.set_ylim(bottom=0)
     step_axis.legend(fontsize=8)
-    peer = results["against_trl"]
+    peer = found["against_trl"]
     if peer and "missing" not in peer:
         names = ["fastpref", "trl"]
         bars = memory_axis.bar(
@@ -336,6 +286,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    if "--worker" in (sys.argv[1:] if argv is None else argv):
+        from lib import train_worker
+
+        runner.serve(train_worker.answer)
+        return
     args = arguments(argv)
     begun = time.perf_counter()
     train, judged = split(args.data, args.steps * args.batch, args.held_out, args.seed)
@@ -346,9 +301,9 @@ def main(argv: list[str] | None = None) -> None:
     config = json.loads((Path(args.model) / "config.json").read_text())
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings")
     skipped = ("model", "data", "output")
-    results = {
+    found = {
         "benchmark": "train: DPO and IPO on a real model and data, DPO against TRL's trainer",
-        "machine": runner.machine(),
+        "machine": results.machine(),
         "model": {"name": Path(args.model).name, **{k: config.get(k) for k in keys}},
         "settings": {k: v for k, v in vars(args).items() if k not in skipped}
         | {
@@ -363,12 +318,11 @@ def main(argv: list[str] | None = None) -> None:
         "against_trl": against,
         "training": alone,
     }
-    path = Path(args.output)
-    path = path if path.parent != Path(".") else runner.RESULTS / path.name
-    runner.write_json(path.with_suffix(".json"), results)
-    plot(results, path.with_suffix(".png"))
-    print(report(results))
-    print(f"{results['wall_s']:.0f} s in all; wrote {path.stem}.json and {path.stem}.png")
+    path = results.results_path(args.output)
+    results.write_json(path, found)
+    plot(found, path.with_suffix(".png"))
+    print(report(found))
+    print(f"{found['wall_s']:.0f} s in all; wrote {path.stem}.json and {path.stem}.png")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import random
-import sys
 import tempfile
 import warnings
 from typing import Any
 
-import runner
 import torch
+from lib import rates, results, runner
+from lib.device import TIGHT_MALLOC, open_device
 
 SIDES = ("TRL", "fastpref")
 
@@ -50,9 +48,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not set(args.modes) <= {"trainable", "frozen"}:
         parser.error(f"--modes: got {','.join(args.modes)}, expected trainable, frozen or both")
     return args
-
-
-# ---- a step ------------------------------------------------------------------------------------
 
 
 def rows(args: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -189,31 +184,13 @@ def call(step: Any, side: str) -> Any:
         return step()
 
 
-# ---- measuring ---------------------------------------------------------------------------------
-
-
-def worker(request: dict[str, Any]) -> dict[str, int]:
-    """The peak memory of one warm step of one side."""
+def answer(request: dict[str, Any], say: Any) -> None:
+    """The worker: the peak memory of one warm step of one side."""
     args = argparse.Namespace(**request["options"])
     with tempfile.TemporaryDirectory() as folder, patched(request["side"]):
         step = Steps(args, request["mode"], folder)
         step()  # which also makes the optimiser's state
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            return {"peak_beyond": torch.cuda.max_memory_allocated() - before}
-        return runner.peak_beyond(step, lambda: None)
-
-
-def synchronised(function: Any) -> Any:
-    def run() -> None:
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    return run
+        say(open_device().peak(step))
 
 
 def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -224,15 +201,19 @@ def measure(args: argparse.Namespace, mode: str) -> dict[str, Any]:
         truth = step.truth()
         errors = {side: float((call(step.sums, side) - truth).abs().max()) for side in SIDES}
         losses = {side: call(step, side) for side in SIDES}  # warm-up; the weights move a little
-        calls = {side: synchronised(lambda s=side: call(step, s)) for side in SIDES}
-        cost = {side: runner.timed(calls[side]) for side in SIDES}
-        calls["canary"] = runner.canary(torch.float32)
-        cost["canary"] = runner.timed(calls["canary"])
-        timings = runner.interleave(calls, cost, repeats=args.repeats, seconds=1e9, seed=args.seed)
+        device = open_device()
+        calls = {side: (lambda s=side: call(step, s)) for side in SIDES}
+        calls["canary"] = rates.canary(torch.float32)
+        cost = {name: device.wall(timed).device for name, timed in calls.items()}
+        rounds = runner.Rounds(device, args.repeats, seconds=1e9, seed=args.seed)
+        rounds.run(calls, cost, whole=True)
+        if rounds.failed:
+            raise RuntimeError(f"a step failed: {rounds.failed}")
+        timings = rounds.device
     memory = {}
     for side in SIDES:
         request = {"options": vars(args), "mode": mode, "side": side}
-        memory[side] = runner.run_worker(__file__, request, runner.TIGHT_MALLOC)
+        memory[side] = runner.run_worker(__file__, request, TIGHT_MALLOC)
     return {
         "tokens": {"positions": positions, "labelled": labelled},
         "time": {name: timing.to_json() for name, timing in timings.items()},
@@ -247,27 +228,25 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     warnings.filterwarnings("ignore")
     if args.worker:
-        channel, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
-        os.dup2(2, 1)
-        print(json.dumps(worker(json.loads(sys.stdin.readline()))), file=channel, flush=True)
+        runner.serve(answer)
         return
     options = {k: v for k, v in vars(args).items() if k not in ("output", "worker")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    results = {"machine": runner.machine(), "device": device, "options": options}
-    results["modes"] = {mode: measure(args, mode) for mode in args.modes}
-    runner.write_json(runner.results_path(args.output), results)
+    found = {"machine": results.machine(), "device": device, "options": options}
+    found["modes"] = {mode: measure(args, mode) for mode in args.modes}
+    results.write_json(results.results_path(args.output), found)
     table = [
         [
             mode,
             side,
-            f"{found['time'][side]['median_ms']:.0f} ms",
-            f"{found['memory'][side]['peak_beyond'] / 2**20:.0f} MiB",
-            f"{found['largest_error_of_a_sequence_nat'][side]:.2g} nat",
+            f"{of['time'][side]['median_ms']:.0f} ms",
+            f"{of['memory'][side]['peak_beyond'] / 2**20:.0f} MiB",
+            f"{of['largest_error_of_a_sequence_nat'][side]:.2g} nat",
         ]
-        for mode, found in results["modes"].items()
+        for mode, of in found["modes"].items()
         for side in SIDES
     ]
-    print(runner.table(["head", "a step", "time", "peak memory", "log-prob error"], table))
+    print(results.table(["head", "a step", "time", "peak memory", "log-prob error"], table))
 
 
 if __name__ == "__main__":

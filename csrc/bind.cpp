@@ -32,41 +32,51 @@ PYBIND11_MODULE(MODULE, m) {
                      Address sum, Address target, Address lse, Address logps, Address weighted,
                      Address total, Address squared, Address argmax, int threads) {
         Tile tile = tile_of(data, dtype, rows, cols, stride, col0, labels);
-        Stats stats{at<float>(max),      at<float>(sum),   at<float>(target),
-                    at<float>(lse),      at<float>(logps), at<float>(weighted),
-                    at<float>(total),    at<float>(squared), at<int64_t>(argmax)};
+        Stats stats{at<float>(max),   at<float>(sum),     at<float>(target),
+                    at<float>(lse),   at<float>(logps),   at<float>(weighted),
+                    at<float>(total), at<float>(squared), at<int64_t>(argmax)};
         py::gil_scoped_release release;
         fold(tile, {scale, softcap, inv_temperature}, stats, threads);
     });
     m.def("grad", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
                      Address labels, float scale, float softcap, float inv_temperature, Address lse,
-                     Address logps, Address coef, Address entropy, Address entropy_coef, Address out,
+                     Address logps, Address dlogp, Address entropy, Address dentropy, Address out,
                      int out_dtype, int64_t out_stride, int threads) {
         Tile tile = tile_of(data, dtype, rows, cols, stride, col0, labels);
-        GradRows g{at<float>(lse), at<float>(logps), at<float>(coef), at<float>(entropy),
-                   at<float>(entropy_coef)};
+        GradRows g{at<float>(lse), at<float>(logps), at<float>(dlogp), at<float>(entropy),
+                   at<float>(dentropy)};
         Dtype out_type = dtype_of(out_dtype);
         py::gil_scoped_release release;
         grad(tile, {scale, softcap, inv_temperature}, g, at<void>(out), out_type, out_stride, threads);
     });
-    m.def("gemm", [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k, Address out,
-                     int64_t out_stride, int64_t rows, int64_t cols, int64_t k, bool bf16, int threads) {
+    m.def("gemm",
+          [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k, Address out,
+             int64_t out_stride, int64_t rows, int64_t cols, int64_t k, bool bf16, int threads) {
         if ((a_row != 1 && a_k != 1) || (b_row != 1 && b_k != 1))
             throw std::invalid_argument("gemm: expected operands with a stride of 1");
-        Gemm g{at<void>(a), at<void>(b), a_row, a_k, b_row, b_k, at<float>(out), out_stride, rows, cols, k, bf16};
+        Gemm g{at<void>(a),    at<void>(b), a_row, a_k,  b_row, b_k,
+               at<float>(out), out_stride,  rows,  cols, k,     bf16};
         py::gil_scoped_release release;
         gemm(g, threads);
     });
     m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,
-                          double label_smoothing, Address out_loss, Address sequence_logps,
-                          Address rewards, Address coef) {
+                          double label_smoothing, Address out_loss, Address sequence_logps, Address rewards,
+                          Address dlogp) {
         if (loss < 0 || loss > 1) throw std::invalid_argument("loss code: expected 0 or 1");
-        PairLoss in{static_cast<Loss>(loss), tokens, pairs, at<float>(logps), at<int64_t>(sequence_ids),
-                    at<float>(ref_logps), at<float>(lengths), at<float>(weight), at<float>(margin), beta,
+        PairLoss in{static_cast<Loss>(loss),
+                    tokens,
+                    pairs,
+                    at<float>(logps),
+                    at<int64_t>(sequence_ids),
+                    at<float>(ref_logps),
+                    at<float>(lengths),
+                    at<float>(weight),
+                    at<float>(margin),
+                    beta,
                     label_smoothing};
         PairLossOut out{at<float>(out_loss), at<float>(sequence_logps), at<float>(rewards),
-                        at<float>(coef)};
+                        at<float>(dlogp)};
         py::gil_scoped_release release;
         pair_loss(in, out);
     });

@@ -13,7 +13,8 @@
 #include "parallel.h"
 #include "tile.h"
 
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
+#if defined(__x86_64__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 10)
 #define FP_HAVE_AVX512 1
 #include <immintrin.h>
 #define FP_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
@@ -163,7 +164,7 @@ FP_TARGET void multiply(const Rows& a, const uint32_t* b, int64_t words, float* 
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < VECS; ++j) c[i][j] = _mm512_setzero_ps();
     const Word *a0 = a.row[0], *a1 = a.row[1], *a2 = a.row[2], *a3 = a.row[3], *a4 = a.row[4],
-                   *a5 = a.row[5];
+               *a5 = a.row[5];
     const int64_t step = a.step;
     for (int64_t p = 0, at = 0; p < words; ++p, at += step) {
         __m512i v[VECS];
@@ -173,8 +174,9 @@ FP_TARGET void multiply(const Rows& a, const uint32_t* b, int64_t words, float* 
         for (int i = 0; i < ROWS; ++i) {
             __m512i x = _mm512_set1_epi32(w[i]);
             for (int j = 0; j < VECS; ++j)
-                c[i][j] = PAIRS ? _mm512_dpbf16_ps(c[i][j], (__m512bh)x, (__m512bh)v[j])
-                                : _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(v[j]), c[i][j]);
+                c[i][j] = PAIRS
+                              ? _mm512_dpbf16_ps(c[i][j], (__m512bh)x, (__m512bh)v[j])
+                              : _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(v[j]), c[i][j]);
         }
     }
     for (int j = 0; j < VECS; ++j) {

@@ -1,5 +1,5 @@
-// From token log-probs to the loss, the rewards and the per-token coefficients, in one call. Sums run
-// in double and in token order: exact to fp32 and the same on every run.
+// pair_loss: token log-probs to the loss, the rewards and d loss / d logp. Sums run in double and in
+// token order: exact to fp32 and the same on every run.
 #include <cmath>
 #include <vector>
 
@@ -18,7 +18,7 @@ double sigmoid(double x) {
 
 void pair_loss(const PairLoss& in, const PairLossOut& out) {
     int64_t pairs = in.pairs;
-    std::vector<double> sum(2 * pairs, 0.0), coef(2 * pairs, 0.0);
+    std::vector<double> sum(2 * pairs, 0.0), slopes(2 * pairs, 0.0);
     for (int64_t t = 0; t < in.tokens; ++t) sum[in.sequence_ids[t]] += in.logps[t];
     for (int64_t s = 0; s < 2 * pairs; ++s) {
         out.sequence_logps[s] = float(sum[s]);
@@ -45,11 +45,11 @@ void pair_loss(const PairLoss& in, const PairLossOut& out) {
             slope = 2 * x;
         }
         loss += w * value;
-        coef[p] = w * slope * chosen;
-        coef[pairs + p] = -w * slope * rejected;
+        slopes[p] = w * slope * chosen;
+        slopes[pairs + p] = -w * slope * rejected;
     }
     *out.loss = float(loss);
-    for (int64_t t = 0; t < in.tokens; ++t) out.coef[t] = float(coef[in.sequence_ids[t]]);
+    for (int64_t t = 0; t < in.tokens; ++t) out.dlogp[t] = float(slopes[in.sequence_ids[t]]);
 }
 
 }  // namespace fastpref

@@ -13,7 +13,7 @@ namespace {
 constexpr int LANES = 64;    // independent accumulators: the reductions vectorise without -ffast-math
 constexpr int BLOCK = 2048;  // columns summed in fp32 before the sum goes on in double
 
-struct Affine {  // the transform with its divisions done
+struct Affine {  // the transform, with reciprocals in place of divisors
     float scale, cap, inv_cap, inv_t, slope;
     explicit Affine(const Transform& t)
         : scale(t.softcap > 0 ? t.scale : t.scale * t.inv_temperature), cap(t.softcap),
@@ -121,8 +121,8 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
 
 // Reads LANES logits into registers before it writes LANES gradients: out may lie over the tile.
 template <class T, class O, bool CAP, bool ENTROPY>
-FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out,
-                         int64_t out_stride, int64_t r0, int64_t r1) {
+FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t out_stride,
+                         int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
         const T* x = static_cast<const T*>(t.data) + r * t.stride;
         O* o = static_cast<O*>(out) + r * out_stride;
@@ -132,15 +132,16 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
             continue;
         }
         y -= t.col0;
-        float lse = g.lse[r], coef = (g.coef ? g.coef[r] : 1.f) * a.slope;
-        float entropy = ENTROPY ? g.entropy[r] : 0.f, ec = ENTROPY ? g.entropy_coef[r] * a.slope : 0.f;
+        float lse = g.lse[r], gain = (g.dlogp ? g.dlogp[r] : 1.f) * a.slope;
+        float entropy = ENTROPY ? g.entropy[r] : 0.f;
+        float entropy_gain = ENTROPY ? g.dentropy[r] * a.slope : 0.f;
         auto entry = [&](float raw, bool label) FP_INLINE_LAMBDA {
             float th = CAP ? tanh_(raw * a.scale * a.inv_cap) : 0.f;
             float z = CAP ? a.cap * th * a.inv_t : raw * a.scale;
-            // The label's own log-prob: its logit in the tile may be the rounded one.
+            // The label's log-prob is read: its logit in the tile may be the rounded one.
             float logp = label ? g.logps[r] : z - lse, p = exp_(logp);
-            float d = coef * (label ? -std::expm1(logp) : -p);
-            if (ENTROPY) d -= ec * p * ((logp < -200.f ? -200.f : logp) + entropy);
+            float d = gain * (label ? -std::expm1(logp) : -p);
+            if (ENTROPY) d -= entropy_gain * p * ((logp < -200.f ? -200.f : logp) + entropy);
             return CAP ? d * (1.f - th * th) : d;
         };
         bool hit = 0 <= y && y < t.cols;
@@ -158,8 +159,7 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
 }
 
 using FoldRows = void (*)(const Tile&, const Affine&, const Stats&, int64_t, int64_t);
-using GradRowsFn = void (*)(const Tile&, const Affine&, const GradRows&, void*, int64_t, int64_t,
-                            int64_t);
+using GradRowsFn = void (*)(const Tile&, const Affine&, const GradRows&, void*, int64_t, int64_t, int64_t);
 
 template <class T, bool CAP, bool EXTRAS>
 FP_CLONES void fold_clone(const Tile& t, const Affine& a, const Stats& s, int64_t r0, int64_t r1) {
@@ -201,8 +201,8 @@ void fold(const Tile& t, const Transform& transform, const Stats& stats, int thr
 
 void grad(const Tile& t, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
           int64_t out_stride, int threads) {
-    bool cap = transform.softcap > 0, entropy = rows.entropy_coef != nullptr;
-    // A 16-bit tile has a 16-bit gradient of its own type, or an fp32 one.
+    bool cap = transform.softcap > 0, entropy = rows.dentropy != nullptr;
+    // The gradient of a 16-bit tile is in the same dtype or in fp32.
     GradRowsFn f = t.dtype == Dtype::f32 ? pick_grad<float>(out_dtype, cap, entropy)
                    : t.dtype == Dtype::bf16
                        ? (out_dtype == Dtype::bf16 ? pick_grad<bf16, bf16>(cap, entropy)

@@ -22,23 +22,23 @@ struct Transform {
 };
 
 // Running statistics of each row; see fastpref/backends/tile.py. The last four are null where not
-// asked for. A tile with col0 = 0 starts them, whatever they held; the next ones go on from there.
+// asked for. The tile with col0 = 0 starts them, whatever they held; the others continue them.
 struct Stats {
     float *max, *sum, *target, *lse, *logps, *weighted, *total, *squared;
     int64_t* argmax;
 };
 
-// Per-row inputs of grad. coef and the entropy pair may be null.
+// Per-row inputs of grad, [rows] each. dlogp may be null, and so may entropy and dentropy together.
 struct GradRows {
-    const float *lse, *logps, *coef, *entropy, *entropy_coef;
+    const float *lse, *logps, *dlogp, *entropy, *dentropy;
 };
 
 void fold(const Tile& tile, const Transform& transform, const Stats& stats, int threads);
 
-// out = d logp / d raw (times coef, plus the entropy's share). out may be the tile's own memory with
-// the same row starts in bytes and elements no wider than the tile's.
-void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
-          Dtype out_dtype, int64_t out_stride, int threads);
+// out [rows, cols] = dlogp d logp / d raw + dentropy d entropy / d raw. out may lie in the tile's memory,
+// with the same row starts in bytes and elements no wider than the tile's.
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
+          int64_t out_stride, int threads);
 
 const char* isa();  // which clone the processor runs
 
@@ -59,7 +59,7 @@ struct PairLossOut {
     float* loss;            // [1] mean over the pairs
     float* sequence_logps;  // [2 * pairs] sums
     float* rewards;         // [2 * pairs] beta * (logp - ref)
-    float* coef;            // [tokens] d loss / d logps
+    float* dlogp;           // [tokens] d loss / d logps
 };
 void pair_loss(const PairLoss& in, const PairLossOut& out);
 

@@ -1,4 +1,4 @@
-"""The trainers" options, which are in `fastpref.trainer`; a name of earlier versions."""
+"""Earlier path of the trainers' options, which are in `fastpref.trainer`."""
 
 from fastpref.trainer.config import PreferenceConfig, UnpairedPreferenceConfig
 

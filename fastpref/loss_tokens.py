@@ -1,4 +1,4 @@
-"""Token-wise parts of losses, which are in `fastpref.losses.tokens`; a name of earlier versions."""
+"""Earlier path of `fastpref.losses.tokens`."""
 
 from fastpref.losses.tokens import ld_sequence_logps, ld_weights, nll_tokens, wpo_weights
 

@@ -1,4 +1,4 @@
-"""The head"s plan, which is in `fastpref.logps`; a name of earlier versions."""
+"""Earlier path of the head's plan, which is in `fastpref.logps`."""
 
 from fastpref.logps import HeadPlan, plan_head
 

@@ -1,4 +1,4 @@
-"""Losses of single answers, which are in `fastpref.losses`; a name of earlier versions."""
+"""Earlier path of the losses of single answers, in `fastpref.losses` and `fastpref.fused`."""
 
 from fastpref.fused import linear_kto_loss
 from fastpref.losses import UNPAIRED_LOSS_TYPES, UnpairedLoss, kto_kl, kto_loss

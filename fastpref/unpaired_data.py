@@ -1,4 +1,4 @@
-"""Data of single answers, which is in `fastpref.data`; a name of earlier versions."""
+"""Earlier path of the data of single answers, which is in `fastpref.data`."""
 
 from fastpref.data.unpaired import prepare_unpaired_dataset, unpair
 

@@ -1,6 +1,6 @@
-"""The fully fused product in Triton: token log-probs from hidden states, no logits in memory, and D
-for a pass with gradients. The kernels are in forward_kernels.py, their configurations in
-forward_config.py.
+"""The logit-free product in Triton: token log-probs, and D for a pass with gradients.
+
+The kernels are in forward_kernels.py, their configurations in forward_config.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ from fastpref.kernels.forward_kernels import (
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["SHIPPED", "Case", "Config", "config", "fused_logps", "launch_tokens", "why_not"]
+__all__ = [
+    "SHIPPED",
+    "Case",
+    "Config",
+    "config",
+    "fused_logps",
+    "launch_tokens",
+    "logit_free_reason",
+]
 
 LOG2E = math.log2(math.e)
 
@@ -52,59 +60,53 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)  # triton.cdiv takes microseconds
 
 
-def made_for(weight: Tensor) -> bool:
-    """Whether there is a kernel for this GPU and alignment, and not only the one for any."""
-    return rows_are_aligned(weight) and has_config(_device(weight.device)[0])
+def logit_free_reason(
+    weight: Tensor,  # [V, H]
+    transform,
+    with_d: bool = True,
+    asked: bool = False,
+) -> str | None:
+    """Why `fused_logps` does not take this head, with D or without; None: it does.
 
-
-def why_no_grad(weight: Tensor, transform) -> str | None:
-    """Why `fused_logps` cannot write this head's D, or None."""
-    if weight.dtype != torch.bfloat16:
-        return f"the weight is {weight.dtype}; the numbers of bfloat16 reach far enough"
-    if not made_for(weight):
-        return "no kernel is made for this GPU and for the alignment of the weight's rows"
-    if grad_config(_device(weight.device)[0], softcap=False, hidden_size=0) is None:
-        return "there is no configuration for this GPU"
-    return why_not(weight, weight, transform)
-
-
-def why_not(x: Tensor, weight: Tensor, transform) -> str | None:
-    """Why `fused_logps` cannot take this head, or None."""
-    if x.dtype not in DTYPES or weight.dtype != x.dtype:
-        return f"hidden is {x.dtype} and weight {weight.dtype}, not both bfloat16 or both float16"
+    Where it is asked for and writes no D, it takes GPUs and alignments that no kernel is made for.
+    """
+    if weight.dtype not in DTYPES:
+        return f"the weight is {str(weight.dtype)[6:]}, neither bfloat16 nor float16"
+    if with_d and weight.dtype != torch.bfloat16:
+        return "the weight is float16, whose exponents are too few for an unnormalised D"
     if weight.stride(1) != 1:
         return "the weight's rows are not contiguous"
     if transform.scale == 0:
         return "the scale is 0"  # 0 * -inf, where the vocabulary is padded
+    if asked and not with_d:
+        return None
+    if not rows_are_aligned(weight):
+        return "the weight's rows do not start at multiples of 16 bytes"
+    arch = _device(weight.device)[0]
+    if not has_config(arch) or (with_d and grad_config(arch, softcap=False, hidden_size=0) is None):
+        return f"no kernel is made for this GPU, {arch}"
     return None
 
 
 def fused_logps(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
+    x: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N] int64
+    bias: Tensor | None,  # [V], of any floating dtype
     transform,
     stats,
-    *,
-    out: Tensor | None = None,
-    factor: Tensor | None = None,
+    d: Tensor | None = None,  # [N, V] bfloat16
+    row_scale: Tensor | None = None,  # [N] float32
     chosen: Config | None = None,
 ) -> None:
-    """Fill stats.lse and stats.logps [N], fp32, for the logits x weight^T + bias; nothing else.
+    """Fill stats.lse and stats.logps, fp32, for the logits x weight^T + bias; nothing else.
 
-    With out [N, V], bfloat16, and factor [N] also D = factor out, the gradient of the log-prob in
-    the logits before the transform; where `why_no_grad` has no reason.
-
-    x [N, H] and weight [V, H] bfloat16 or float16; labels [N] int64: negative is an ignored row,
-    whose statistics mean nothing, V or more gives NaN; bias [V] of any floating dtype or None;
-    transform: scale, softcap, temperature. chosen replaces what `config` would choose. Launches on
-    the current device and stream, without host synchronisation; all memory comes from torch.
-    ValueError where `why_not` has a reason.
+    With d and row_scale, row_scale d is D, the gradient of the log-probs in the logits before the
+    transform. Only where `logit_free_reason` has no reason. A negative label is an ignored row,
+    whose statistics mean nothing; V or more gives NaN. chosen replaces what `config` would choose.
+    Launches on the current device and stream, without host synchronisation; all memory is torch's.
     """
-    reason = why_not(x, weight, transform)
-    if reason is not None:
-        raise ValueError(f"the fused forward pass cannot run: {reason}")
+    assert x.dtype == weight.dtype
     (n, hidden), vocab = x.shape, weight.shape[0]
     if n == 0:
         return
@@ -114,11 +116,11 @@ def fused_logps(
         x = with_aligned_rows(x)
     arch, multiprocessors = _device(x.device)
     capped = transform.softcap is not None
-    if chosen is None and out is not None:
+    if chosen is None and d is not None:
         chosen = grad_config(arch, softcap=capped, hidden_size=hidden)
     if chosen is None:
-        given = {"softcap": capped, "bias": bias is not None, "aligned": aligned}
-        chosen = config(arch, hidden, vocab, x.dtype, **given)
+        head = {"softcap": capped, "bias": bias is not None, "aligned": aligned}
+        chosen = config(arch, hidden, vocab, x.dtype, **head)
     c = (transform.softcap if capped else transform.scale) * LOG2E / transform.temperature
     k = 2 * LOG2E * transform.scale / transform.softcap if capped else 0.0
     tiles = _blocks(vocab, chosen.block_n)
@@ -134,17 +136,17 @@ def fused_logps(
     }
     most = launch_tokens(chosen, n, vocab)
     # Of each token r and s of each tile and the label's logit; base, largest exponent, normaliser.
-    numbers = 2 * tiles + (1 if out is None else 4)
+    numbers = 2 * tiles + (1 if d is None else 4)
     scratch = torch.empty(numbers * most, device=x.device, dtype=torch.float32)
-    stride_d = 0 if out is None else out.stride(0)
+    stride_d = 0 if d is None else d.stride(0)
     if chosen.descriptors:
         weight_desc = _descriptor(weight, chosen.block_n, chosen.block_k)
     for start in range(0, n, most):
         part, label = x[start : start + most], labels[start : start + most]
         count = part.shape[0]
         work = _blocks(count, chosen.block_m) * tiles
-        d = None if out is None else out[start : start + most]
-        if d is not None:
+        rows_d = None if d is None else d[start : start + most]
+        if rows_d is not None:
             bases[(_blocks(count, 4),)](
                 part, weight, label, bias, scratch[(2 * tiles + 1) * count :],
                 count, vocab, hidden, part.stride(0), weight.stride(0), c, k,
@@ -153,23 +155,23 @@ def fused_logps(
         if chosen.descriptors:
             by_descriptor[(min(work, multiprocessors * chosen.per_sm),)](
                 _descriptor(part, chosen.block_m, chosen.block_k), weight_desc,
-                label, bias, scratch, d, stride_d, count, vocab, hidden, c, k,
+                label, bias, scratch, rows_d, stride_d, count, vocab, hidden, c, k,
                 **shape, FLATTEN=chosen.flatten, **chosen.options(),
             )  # fmt: skip
         else:
             by_pointer[(work,)](
-                part, weight, label, bias, scratch, d, stride_d, count, vocab, hidden,
+                part, weight, label, bias, scratch, rows_d, stride_d, count, vocab, hidden,
                 part.stride(0), weight.stride(0), c, k,
                 **shape, EVEN_H=hidden % chosen.block_k == 0, **chosen.options(),
             )  # fmt: skip
         combine[(_blocks(count, 32),)](
             scratch, label, stats.lse[start:], stats.logps[start:], count, vocab, tiles, c, k,
-            ROWS=32, TILES=TILES, SOFTCAP=capped, KEEP=d is not None, num_warps=4,
+            ROWS=32, TILES=TILES, SOFTCAP=capped, KEEP=rows_d is not None, num_warps=4,
         )  # fmt: skip
-        if d is not None and factor is not None:
+        if rows_d is not None and row_scale is not None:
             finish[(count,)](
-                scratch, label, stats.logps[start:], d, factor[start:], stride_d, count, vocab,
-                tiles, transform.scale / transform.temperature, k,
+                scratch, label, stats.logps[start:], rows_d, row_scale[start:], stride_d, count,
+                vocab, tiles, transform.scale / transform.temperature, k,
                 BLOCK_N=chosen.block_n, BLOCK=1024, SOFTCAP=capped, num_warps=4,
             )  # fmt: skip
 

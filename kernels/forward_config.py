@@ -1,6 +1,6 @@
-"""How the fully fused forward pass is compiled on which GPU, and what its inputs have to be.
+"""How the logit-free product is compiled for which GPU, and what its inputs have to be.
 
-Needs no triton: the CUDA backend's pass shares the inputs.
+Needs no triton: the CUDA backend's product takes the same inputs.
 """
 
 from __future__ import annotations
@@ -115,8 +115,10 @@ def config(
 
 
 def grad_config(arch: str, *, hidden_size: int, softcap: bool) -> Config | None:
-    """The configuration for a pass that writes D too, or None where none is good: on sm_100 the
-    part of a tile that a thread holds does not fit its registers beside D's."""
+    """The configuration for a pass that writes D as well; None where none is good.
+
+    On sm_100 the part of a tile that a thread holds does not fit its registers beside D's.
+    """
     if arch.startswith("gfx"):
         return _CDNA if has_config(arch) else None
     if arch == "sm_90":
@@ -143,8 +145,8 @@ def _shipped() -> tuple[Case, ...]:
     sizes = itertools.product((True, False), (512, 4096), (2**17, 2**17 + 128))
     for arch, (aligned, hidden, vocab) in itertools.product(TESTED, sizes):
         for softcap, bias in itertools.product((False, True), repeat=2):
-            given = {"softcap": softcap, "bias": bias, "aligned": aligned}
-            chosen = config(arch, hidden, vocab, torch.bfloat16, **given)
+            head = {"softcap": softcap, "bias": bias, "aligned": aligned}
+            chosen = config(arch, hidden, vocab, torch.bfloat16, **head)
             additive = bias or vocab % chosen.block_n != 0
             cases.append(Case(arch, chosen, softcap, additive, aligned))
     return tuple(dict.fromkeys(cases))

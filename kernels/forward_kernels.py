@@ -1,4 +1,4 @@
-"""The fully fused product in Triton: the kernels. `forward.py` launches them.
+"""The logit-free product in Triton: the kernels. `forward.py` launches them.
 
 Each program multiplies one tile of tokens with one tile of the vocabulary, as in a matrix product,
 but in place of the logits it stores two numbers per token: the largest exponent r in the tile and
@@ -16,11 +16,16 @@ r is rounded, but the terms of s are taken relative to the rounded r, each with 
 that lse = r + log2(s) loses nothing where logits are large. The label's exponent is formed in the
 same way from the same accumulator: log p <= 0 up to the rounding of s, and is clamped there.
 
-A pass with gradients stores d as well, bf16: minus the terms of s, but relative to a base that the
-row has from the start, its label's exponent less OFFSET. The gradient of the log-prob in u is then
-d times one factor per token (docs/algorithm.md, "A product that keeps its logits"). d stays below
-2^LIMIT: a tile whose largest exponent is further above the base takes that for its base, and
-`finish` brings such a row, whose label has less than 2^-120, to its normaliser.
+A pass with gradients stores d as well, in bf16: minus the terms of s, but relative to a base that
+the row has from the start, its label's exponent + OFFSET. The gradient of the log-prob in u is then
+row_scale d, with one row_scale per token (docs/algorithm.md, "The logit-free product"). d stays
+below 2^LIMIT: a tile whose largest exponent is further above the base takes that exponent for base,
+and `finish` brings such a row, whose label's probability is below 2^-120, to its normaliser.
+
+The logits' raw values are x w + b. c and k are the constants above; partial_ptr is scratch memory:
+
+    r [tiles, N], s [tiles, N], the label's raw logit [N], and for d
+    the base [N], the largest exponent [N], the normaliser [N]
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from fastpref.kernels.rows import minus_expm1
 LN2 = tl.constexpr(math.log(2))
 OFFSET = tl.constexpr(56.0)
 LIMIT = tl.constexpr(64.0)
-TILES = 64  # that `combine` takes at a time
+TILES = 64  # how many `combine` takes at a time
 
 
 @triton.jit
@@ -101,19 +106,20 @@ def _reduce(
     NEGATIVE: tl.constexpr,
     HALVES: tl.constexpr,
 ):
-    """From a tile of raw logits to r, s, perhaps d and, if the label is in it, its raw logit."""
+    """Store r and s of a tile of raw logits [BLOCK_M, BLOCK_N], d unless d_ptr is None, and the
+    raw logits of the labels that are in it."""
     rows = pm * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < N
     if bias_ptr is not None:  # padded to whole tiles with what makes a logit -inf
         acc += tl.load(bias_ptr + pn * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     label = tl.load(labels_ptr + rows, mask=inside, other=-1)
-    own = inside & (label >= pn * BLOCK_N) & (label < pn * BLOCK_N + BLOCK_N)
+    in_tile = inside & (label >= pn * BLOCK_N) & (label < pn * BLOCK_N + BLOCK_N)
     column = label.to(tl.int32)[:, None]
     if HALVES:
         left, right = tl.split(tl.permute(tl.reshape(acc, BLOCK_M, 2, BLOCK_N // 2), 0, 2, 1))
-    # Most tiles hold no label of theirs. This must not be the last thing that a tile does: then
-    # triton 3.6 cannot flatten the loop, and 3.9 serializes the products.
-    if tl.max(own.to(tl.int32), 0) > 0:
+    # Most tiles hold no label of their rows. This branch must not come last: then triton 3.6 cannot
+    # flatten the loop, and 3.9 serializes the products.
+    if tl.max(in_tile.to(tl.int32), 0) > 0:
         if HALVES:
             at = pn * BLOCK_N + tl.arange(0, BLOCK_N // 2)[None, :]
             target = tl.sum(tl.where(at == column, left, 0.0), 1)
@@ -121,7 +127,7 @@ def _reduce(
         else:
             at = pn * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             target = tl.sum(tl.where(at == column, acc, 0.0), 1)
-        tl.store(partial_ptr + 2 * num_n * N + rows, target, mask=own)
+        tl.store(partial_ptr + 2 * num_n * N + rows, target, mask=in_tile)
     if NEGATIVE:
         extreme = tl.min(acc, 1)
     else:
@@ -151,16 +157,19 @@ def _reduce(
 
 @triton.jit(do_not_specialize=["N"])
 def by_descriptor(
-    x_desc,
-    weight_desc,
-    labels_ptr,
-    bias_ptr,
+    # data
+    x_desc,  # [N, H]
+    weight_desc,  # [V, H]
+    labels_ptr,  # [N]
+    bias_ptr,  # [tiles * BLOCK_N] or None
     partial_ptr,
-    d_ptr,
+    d_ptr,  # [N, V] or None
+    # strides and shapes
     stride_d,
     N,
     V,
     H,
+    # options
     c,
     k,
     BLOCK_M: tl.constexpr,
@@ -172,7 +181,7 @@ def by_descriptor(
     HALVES: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Persistent. Outside of the tensors a descriptor reads zeros."""
+    """The product by a persistent kernel. Outside of the tensors a descriptor reads zeros."""
     num_m = tl.cdiv(N, BLOCK_M)
     num_n = tl.cdiv(V, BLOCK_N)
     blocks = tl.cdiv(H, BLOCK_K)
@@ -193,18 +202,21 @@ def by_descriptor(
 
 @triton.jit(do_not_specialize=["N"])
 def by_pointer(
-    x_ptr,
-    weight_ptr,
-    labels_ptr,
-    bias_ptr,
+    # data
+    x_ptr,  # [N, H]
+    weight_ptr,  # [V, H]
+    labels_ptr,  # [N]
+    bias_ptr,  # [tiles * BLOCK_N] or None
     partial_ptr,
-    d_ptr,
+    d_ptr,  # [N, V] or None
+    # strides and shapes
     stride_d,
     N,
     V,
     H,
     stride_x,
     stride_w,
+    # options
     c,
     k,
     BLOCK_M: tl.constexpr,
@@ -216,7 +228,7 @@ def by_pointer(
     HALVES: tl.constexpr,
     EVEN_H: tl.constexpr,
 ):
-    """One tile per program. For GPUs before sm_90, where triton does not pipeline descriptors."""
+    """The product, one tile per program: for GPUs on which triton does not pipeline descriptors."""
     num_m = tl.cdiv(N, BLOCK_M)
     num_n = tl.cdiv(V, BLOCK_N)
     pm, pn = _tile(tl.program_id(0), num_m, num_n, GROUP)
@@ -250,13 +262,16 @@ def by_pointer(
 
 @triton.jit(do_not_specialize=["N"])
 def combine(
+    # data
     partial_ptr,
-    labels_ptr,
-    lse_ptr,
-    logps_ptr,
+    labels_ptr,  # [N]
+    lse_ptr,  # [N]
+    logps_ptr,  # [N]
+    # shapes
     N,
     V,
     num_n,
+    # options
     c,
     k,
     ROWS: tl.constexpr,
@@ -295,23 +310,26 @@ def combine(
 
 @triton.jit(do_not_specialize=["N"])
 def bases(
-    x_ptr,
-    weight_ptr,
-    labels_ptr,
-    bias_ptr,
-    base_ptr,
+    # data
+    x_ptr,  # [N, H]
+    weight_ptr,  # [V, H]
+    labels_ptr,  # [N]
+    bias_ptr,  # [V] or None
+    base_ptr,  # [N]
+    # shapes and strides
     N,
     V,
     H,
     stride_x,
     stride_w,
+    # options
     c,
     k,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The bases of the rows: any number would do, so how these sums are rounded does not matter."""
+    """Store the rows' bases. Any number would do, so the rounding of these sums does not matter."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     label = tl.load(labels_ptr + rows, mask=rows < N, other=-1)
     known = (label >= 0) & (label < V)
@@ -327,7 +345,7 @@ def bases(
     if bias_ptr is not None:
         raw += tl.load(bias_ptr + tl.where(known, label, 0))
     z = _exponent(raw, c, k, 0.0, SOFTCAP)
-    # Every tile has a base of its own where the label's logit is none.
+    # Where the label's logit is not finite, every tile takes its largest exponent for base.
     z = tl.where(tl.abs(z) < float("inf"), z + OFFSET, float("-inf"))
     z = tl.where(known, z, 0.0)
     tl.store(base_ptr + rows, z, mask=rows < N)
@@ -335,23 +353,26 @@ def bases(
 
 @triton.jit(do_not_specialize=["N"])
 def finish(
+    # data
     partial_ptr,
-    labels_ptr,
-    logps_ptr,
-    d_ptr,
-    factor_ptr,
+    labels_ptr,  # [N]
+    logps_ptr,  # [N]
+    d_ptr,  # [N, V]
+    row_scale_ptr,  # [N]
+    # strides and shapes
     stride_d,
     N,
     V,
     num_n,
+    # options
     slope,
     k,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """A row's factor, and its label's entry of d, which comes from the log-prob: a difference of
-    probabilities would have no digits left where that is close to 0."""
+    """Store a row's row_scale and its label's entry of d. The entry comes from the log-prob: a
+    difference of probabilities would lose its digits where the log-prob is close to 0."""
     row = tl.program_id(0)
     rest = partial_ptr + 2 * num_n * N + row
     raw, start = tl.load(rest), tl.load(rest + N)
@@ -367,11 +388,11 @@ def finish(
             tl.store(d + at, value.to(tl.bfloat16), mask=at < V)
         tl.debug_barrier()  # the label's cell belongs to another thread, which has now written it
     gap = tl.where(moves, 0.0, start - normaliser)
-    # Where logits are so large that two ways of adding them are far apart it may be anything.
+    # Unbounded where logits are so large that two orders of summation differ much.
     gap = tl.where(gap > 90.0, 90.0, gap)
     label = tl.load(labels_ptr + row)
     known = (label >= 0) & (label < V)
     # An unknown label spoils its row, as it does the log-prob.
-    tl.store(factor_ptr + row, tl.where(known, slope * tl.exp2(gap), float("nan")))
+    tl.store(row_scale_ptr + row, tl.where(known, slope * tl.exp2(gap), float("nan")))
     entry = minus_expm1(tl.load(logps_ptr + row)) * _slope(raw, k, SOFTCAP) * tl.exp2(-gap)
     tl.store(d + tl.where(known, label, 0), entry.to(tl.bfloat16), mask=known)

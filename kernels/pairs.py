@@ -1,4 +1,4 @@
-"""pair_loss: from token log-probabilities to loss, rewards and coefficients, in one launch.
+"""pair_loss: token log-probs to the loss, the rewards and d loss / d logp, in one launch.
 
 One program does it all: a launch costs more than the work, which is a few microseconds for a batch
 of ordinary size. Tokens may come in any order. A block of them looks at the range of its sequence
@@ -35,29 +35,32 @@ def _log1p(x):
     ],
 )
 def pair_loss(
-    logps,
-    sequence_ids,
-    ref_logps,
-    lengths,
-    weight,
-    margin,
-    loss,
-    sequences,
-    rewards,
-    slopes,
-    coef,
-    tokens,
-    pairs,
+    # inputs
+    logps,  # [N]
+    sequence_ids,  # [N]
+    ref_logps,  # [2P] or None
+    lengths,  # [2P] or None
+    weight,  # [P] or None
+    margin,  # [P] or None
+    # outputs
+    loss,  # []
+    sequences,  # [2P]
+    rewards,  # [2P]
+    slopes,  # [2P] scratch, d loss / d sum
+    dlogp,  # [N]
+    # shapes
+    tokens,  # N
+    pairs,  # P
+    # options
     beta,
     option,
     IPO: tl.constexpr,
     TOKENS: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):
-    """option: the label smoothing, for IPO 1 / (2 beta). slopes [2P]: scratch, d loss / d sum.
+    """As `Backend.pair_loss`. option: the label smoothing, and for IPO 1 / (2 beta).
 
-    ref_logps, lengths [2P] and weight, margin [P] may be None. A token whose id is not in [0, 2P)
-    counts nowhere and has a coefficient of NaN.
+    A token whose id is not in [0, 2P) counts nowhere and has a dlogp of NaN.
     """
     lane = tl.arange(0, SEQUENCES)
     token = tl.arange(0, TOKENS)
@@ -129,4 +132,4 @@ def pair_loss(
         ids = tl.load(sequence_ids + start + token, mask=inside, other=-1)
         known = (ids >= 0) & (ids < 2 * pairs)
         c = tl.load(slopes + ids, mask=known, other=float("nan"))
-        tl.store(coef + start + token, c, mask=inside)
+        tl.store(dlogp + start + token, c, mask=inside)

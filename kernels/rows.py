@@ -1,15 +1,14 @@
 """fold and grad: one pass over the rows of a tile of logits, one program per row.
 
 A program goes over its row in blocks of REPEAT * LANES * VECTOR columns, one lane per thread: a
-lane takes VECTOR neighbouring columns, 16 bytes, REPEAT times. In fold each lane keeps a running
-maximum and running sums of its own, for which no thread needs another one, and they meet once, at
-the end of the row: one exponential per logit, one more per lane and block, and no barrier on the
-way.
+lane takes VECTOR neighbouring columns, 16 bytes, REPEAT times. In fold each lane keeps its own
+running maximum and sums, which are combined once, at the end of the row: one exponential per logit,
+one more per lane and block, and no barrier before the end.
 
-Arguments that a variant does without are None, and Triton leaves out what depends on them. Floating
-point fusion is off at the launches: z - max has to be exactly 0 at the maximum, where a fused
-multiplication would leave its rounding error, 2^-24 |z|, which can be more than the whole loss of a
-confident token. Where an fma is wanted it says so.
+An argument that a variant does not need is None, and Triton leaves out the code that depends on it.
+The launches switch floating-point fusion off: z - max has to be exactly 0 at the maximum, where a
+fused multiplication would leave its rounding error, 2^-24 |z|, which can exceed the whole loss of a
+confident token. Wanted fmas are written out.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Only the tile's accesses gain from knowing that an address is aligned. Of the others it would only
-# make more variants to compile, as the number of rows changes.
+# Not specialised on alignment: only the tile's accesses gain from it. The alignment of the vectors
+# changes with the number of rows, which would compile more variants.
 _VECTORS = [
     "labels",
     "max_",
@@ -30,9 +29,9 @@ _VECTORS = [
     "total",
     "squared",
     "argmax",
-    "coef",
+    "dlogp",
     "entropy",
-    "entropy_coef",
+    "dentropy",
 ]
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -56,7 +55,7 @@ def _tanh(x):
 
 @triton.jit
 def minus_expm1(x):
-    """1 - exp(x) for x <= 0 within 2 units in the last place: what a label's probability lacks."""
+    """1 - exp(x) for x <= 0, to 2 units in the last place: 1 - p of a label's log-prob."""
     x = tl.where(x < -30.0, -30.0, x)  # 1 from there on; a comparison lets NaN through
     k = tl.floor(x * _LOG2E + 0.5)
     r = tl.fma(k, 2.12194440e-4, x - k * 0.693359375)  # ln 2 in two parts, the first short
@@ -91,7 +90,7 @@ def _logit(raw, inner, outer):
 
 @triton.jit
 def _or_zero(m):
-    """A base for z - max that is a number where there is no finite logit yet."""
+    """m, or 0 where m is -inf: the base of z - m must be finite."""
     return tl.where(m == -float("inf"), 0.0, m)
 
 
@@ -112,10 +111,10 @@ def _fold_block(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One block [REPEAT, LANES * VECTOR] into the lanes' running statistics.
+    """Add one block [REPEAT, LANES * VECTOR] to the lanes' running statistics.
 
-    Beyond the row's end z is -inf, which adds nothing except to the sum of z itself; the terms of
-    that one are 0 there.
+    Beyond the row's end z is -inf, which adds nothing but to the sum of z; terms, which that sum
+    adds up, is 0 there.
     """
     z = tl.reshape(z, (REPEAT, LANES, VECTOR))
     high = tl.max(tl.max(z, 2), 0)
@@ -141,9 +140,10 @@ def _fold_block(
 
 @triton.jit(do_not_specialize=["stride", "col0"], do_not_specialize_on_alignment=_VECTORS)
 def fold(
-    tile,
-    labels,
-    max_,
+    # data
+    tile,  # [n, columns]
+    labels,  # [n] int64
+    max_,  # [n] float32, and so to squared
     sum_,
     target,
     lse,
@@ -151,10 +151,12 @@ def fold(
     weighted,
     total,
     squared,
-    argmax,
+    argmax,  # [n] int64
+    # strides and shapes
     stride,
     columns,
     col0,
+    # options
     inner,
     outer,
     START: tl.constexpr,
@@ -162,9 +164,9 @@ def fold(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Fold a tile [n, columns] into its rows' statistics [n]; START: its columns are the first.
+    """Fold a tile into its rows' statistics. START: its columns are the first of the vocabulary.
 
-    stride: between rows, in units of VECTOR elements, which says that rows are aligned to them.
+    stride: from row to row in units of VECTOR elements, so that rows are aligned to such units.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
@@ -258,7 +260,7 @@ def fold(
             tl.store(total + row, total_all)
         if ARGMAX:
             tl.store(argmax + row, tl.where(better, at_max + col0, before))
-    else:  # an ignored row: any numbers will do, and its logits need not be read
+    else:  # an ignored row: its statistics mean nothing, and its logits are not read
         tl.store(max_ + row, 0.0)
         tl.store(sum_ + row, 1.0)
         tl.store(target + row, 0.0)
@@ -274,7 +276,7 @@ def fold(
 
 @triton.jit
 def _entry(raw, lse, gain, entropy, entropy_gain, inner, outer):
-    """The gradient's entries but for the label's, in float32."""
+    """The gradient's entries in float32, all but the label's."""
     z = raw.to(tl.float32)
     if inner is not None:
         z, slope = _tanh(z * inner)
@@ -294,28 +296,31 @@ def _entry(raw, lse, gain, entropy, entropy_gain, inner, outer):
     do_not_specialize=["stride", "out_stride", "col0"], do_not_specialize_on_alignment=_VECTORS
 )
 def grad(
-    tile,
-    labels,
-    lse,
+    # data
+    tile,  # [n, columns]
+    labels,  # [n] int64
+    lse,  # [n] float32, and so to dentropy
     logps,
-    coef,
+    dlogp,
     entropy,
-    entropy_coef,
-    out,
+    dentropy,
+    out,  # [n, columns]
+    # strides and shapes
     stride,
     out_stride,
     columns,
     col0,
+    # options
     inner,
     outer,
     REPEAT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """D = d logp / d raw logits of a tile [n, columns], times coef where given.
+    """out = d logp / d raw logits, times dlogp unless it is None, and the entropy's gradient.
 
-    stride, out_stride: between rows, in units of VECTOR elements. out may be the tile itself or,
-    narrower than it, lie in its memory with the same row starts.
+    stride, out_stride: from row to row in units of VECTOR elements. out may be the tile, or lie in
+    its memory with the same row starts and narrower elements.
     """
     # From the last row to the first: the last ones that fold read are those still in the cache.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -339,17 +344,17 @@ def grad(
         if outer is not None:
             slope = slope * outer
         gain = slope
-        if coef is not None:
-            gain = slope * tl.load(coef + row)
-        # The label's own entry comes from its log-prob, which may be more exact than its logit.
+        if dlogp is not None:
+            gain = slope * tl.load(dlogp + row)
+        # The label's entry comes from its log-prob, which may be more exact than its logit.
         logp = tl.load(logps + row)
         lacking = minus_expm1(logp)
         at_label = gain * lacking
         h = entropy
-        entropy_gain = entropy_coef
+        entropy_gain = dentropy
         if entropy is not None:
             h = tl.load(entropy + row)
-            entropy_gain = slope * tl.load(entropy_coef + row)
+            entropy_gain = slope * tl.load(dentropy + row)
             at_label -= entropy_gain * (1.0 - lacking) * (tl.maximum(logp, -200.0) + h)
         if inner is not None:
             _, flatness = _tanh(tl.load(x + y, mask=hit, other=0.0).to(tl.float32) * inner)

@@ -24,6 +24,11 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", said)
 
 
+def pytest_itemcollected(item):
+    if item.path.parent.name in ("cli", "reference", "trainer"):
+        item.add_marker("train")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     with own_warnings.failing():

@@ -27,6 +27,7 @@ def test_every_example_is_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(FIRST)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", FIRST)
 def test_example(name, tmp_path, monkeypatch):
     args = ["--steps", "4"]

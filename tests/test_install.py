@@ -16,10 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools", "pybind11")),
-    reason="needs pip, setuptools and pybind11",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools", "pybind11")),
+        reason="needs pip, setuptools and pybind11",
+    ),
+]
 
 USE = """
 import sys, warnings
@@ -100,7 +103,6 @@ def _compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
 
 
-@pytest.mark.slow
 def test_wheel(tree, tmp_path):
     if not _compiler():
         pytest.skip("no C++ compiler")

@@ -78,7 +78,8 @@ DEVICE Vector load_vector(const void* p) {
     Vector v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-                 : "l"(p) : "memory");
+                 : "l"(p)
+                 : "memory");
     return v;
 }
 DEVICE void store_vector(void* p, const Vector& v) {
@@ -88,9 +89,7 @@ DEVICE void store_vector(void* p, const Vector& v) {
 DEVICE void store_vector_and_forget(void* p, const Vector& v) {
     __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
-DEVICE void store_pair(void* p, uint32_t a, uint32_t b) {
-    *static_cast<uint2*>(p) = make_uint2(a, b);
-}
+DEVICE void store_pair(void* p, uint32_t a, uint32_t b) { *static_cast<uint2*>(p) = make_uint2(a, b); }
 
 // Clusters: the thread blocks of a row, which write into each other's shared memory. A block may do
 // that from the moment all have started (say so first, wait before the first write) to the next

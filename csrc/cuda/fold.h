@@ -72,9 +72,9 @@ template <bool EXTRAS> DEVICE Part read_part(const uint32_t* words, bool there) 
 
 // rank: the block whose shared memory is written; -1: this one's own.
 template <bool EXTRAS> DEVICE void write_part(uint32_t* words, int rank, const Part& part) {
-    const uint32_t values[PART_WORDS] = {
-        float_to_bits(part.max),     float_to_bits(part.sum),   float_to_bits(part.weighted),
-        float_to_bits(part.squared), float_to_bits(part.total), uint32_t(part.argmax)};
+    const uint32_t values[PART_WORDS] = {float_to_bits(part.max),      float_to_bits(part.sum),
+                                         float_to_bits(part.weighted), float_to_bits(part.squared),
+                                         float_to_bits(part.total),    uint32_t(part.argmax)};
     UNROLL for (int i = 0; i < (EXTRAS ? PART_WORDS : 2); ++i) {
         if (rank < 0) words[i] = values[i];
         else cluster_store(words + i, rank, values[i]);
@@ -245,7 +245,7 @@ KERNEL(THREADS, BLOCKS) fold_kernel(const FoldArgs a) {
 
     // A warp of nothing but -inf has no base; its exponentials are 0.
     const float gain = mine == -INF ? 0.f : -a.affine.slope * exponential(mine - lse);
-    // The label's own entry is that of its log-prob, to which a difference of probabilities is not.
+    // The label's entry comes from its log-prob: a difference of probabilities would lose its digits.
     float at_label = a.affine.slope * -expm1f(logp);
     if (CAP) at_label *= flatness(tanh_label);
     void* out = row_of(a.out, a.out_dtype, row, a.out_stride);

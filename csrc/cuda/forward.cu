@@ -1,5 +1,5 @@
-// The forward pass without logits for Hopper GPUs (sm_90a): x W^T, and of each row max and sum of
-// exponentials, in one kernel.
+// The logit-free product for Hopper GPUs (sm_90a): x W^T, and each row's maximum and sum of exponentials,
+// in one kernel.
 //
 // Persistent clusters of two thread blocks take the tiles in turn. The two share 128 entries of the
 // vocabulary, of which each loads half for both, and have 128 tokens each. In a block one warp copies
@@ -10,9 +10,10 @@
 //
 // A pass with gradients also needs D, whose entries are -exp(z - lse) but for the label's. The
 // exponentials are in the registers; lse is not known before the row's last tile, but it is one number
-// per row. So they are written relative to a base that a row has from the start, in bf16, whose
-// precision does not depend on their size: d. D = factor d, and factor goes on vectors of tokens that
-// the products' other operands are multiplied by anyway. See forward_rows.h for the base.
+// per row. So the exponentials are written as d, relative to a base that the row has from the start, in
+// bf16, whose precision does not depend on their size. D = row_scale d, and row_scale is multiplied onto
+// the vectors of tokens by which the products' other operands are scaled anyway. forward_rows.h has the
+// base.
 #include <algorithm>
 
 #include "forward_tile.h"
@@ -85,7 +86,8 @@ DEVICE void copy_tiles(const KernelArgs& a, const Ring& ring, int cluster, int c
             uint64_t* full = ring.full + turn.stage;
             barrier_expect(full, STAGE_BYTES);
             copy_box(a.x, ring.x(turn.stage), full, depth * DEPTH, row, false);
-            copy_box(a.weight, ring.weight(turn.stage) + rank * TILE_BYTES / 2, full, depth * DEPTH, column, true);
+            copy_box(a.weight, ring.weight(turn.stage) + rank * TILE_BYTES / 2, full, depth * DEPTH, column,
+                     true);
         }
     }
 }
@@ -96,8 +98,8 @@ DEVICE void release(const Ring& ring, int stage) {
     barrier_arrive(ring.empty + stage, 1);
 }
 
-// done: the other group's turn, which comes once this one has waited for its last tiles. Waiting for
-// a stage before its last tiles were there, that one could not tell those from its own.
+// done: the barrier that starts the other group's turn. It is arrived at once this group has waited for
+// its last tiles: a group that waited for a stage earlier could take this group's tiles for its own.
 template <class T>
 DEVICE void product(const Ring& ring, Turn turn, int depths, uint64_t* done, float (&acc)[2][64]) {
     int before = 0;
@@ -106,10 +108,12 @@ DEVICE void product(const Ring& ring, Turn turn, int depths, uint64_t* done, flo
         results(acc[0]);
         results(acc[1]);
         products_begin();
+        // clang-format off: it loses the place of a file's first UNROLL
         UNROLL for (int k = 0; k < DEPTH / 16; ++k)
             UNROLL for (int half = 0; half < 2; ++half)
                 multiply<T>(acc[half], operand(ring.x(turn.stage) + half * TILE_BYTES / 2, k),
                             operand(ring.weight(turn.stage), k), depth > 0 || k > 0);
+        // clang-format on
         products_end();
         products_wait<1>();  // those of the step before, whose tiles may go
         if (depth > 0) release(ring, before);
@@ -195,9 +199,7 @@ template <bool D> auto combine_for(bool cap, bool extras) {
 
 }  // namespace
 
-bool forward_works(int device) {
-    return has_own_code(forward_kernel<bf16, false, false, false>, device);
-}
+bool forward_works(int device) { return has_own_code(forward_kernel<bf16, false, false, false>, device); }
 
 void forward(const ForwardCall& f, const Where& where) {
     if (f.tokens == 0) return;
@@ -205,32 +207,44 @@ void forward(const ForwardCall& f, const Where& where) {
     const float per_log2 = LOG2E * f.transform.inv_temperature;
     const float c = (cap ? f.transform.softcap : f.transform.scale) * per_log2;
     const float k = cap ? 2.f * LOG2E * f.transform.scale / f.transform.softcap : 0.f;
-    const int tiles = int((f.vocab + COLUMNS - 1) / COLUMNS), pairs = int((f.tokens + 2 * ROWS - 1) / (2 * ROWS));
+    const int tiles = int((f.vocab + COLUMNS - 1) / COLUMNS),
+              pairs = int((f.tokens + 2 * ROWS - 1) / (2 * ROWS));
     // 16 MiB of hidden states stay in the cache while the weight streams by.
     const int64_t fits = (int64_t(1) << 24) / (f.hidden * 2 * 2 * ROWS);
     const int group = int(std::clamp<int64_t>(fits, 2, 16));
     const bool is_bf16 = f.dtype == Dtype::bf16, extras = f.stats.sum != nullptr;
     float* target = f.partial + int64_t(extras ? 6 : 2) * tiles * f.tokens;
-    RowArgs rows{f.labels, f.partial, target, target + f.tokens, static_cast<bf16*>(f.d), f.d_stride,
-                 int(f.tokens), int(f.vocab), tiles, cap ? -2.f * c : c, cap ? c : 0.f, k};
+    RowArgs rows{
+        f.labels,      f.partial,    target, target + f.tokens,  static_cast<bf16*>(f.d), f.d_stride,
+        int(f.tokens), int(f.vocab), tiles,  cap ? -2.f * c : c, cap ? c : 0.f,           k};
     if (f.d) {
-        BaseArgs b{rows, static_cast<const bf16*>(f.x), static_cast<const bf16*>(f.weight), f.x_stride,
-                   f.weight_stride, f.bias, int(f.hidden)};
-        launch("forward", cap ? base_kernel<true> : base_kernel<false>, b, (f.tokens + BASE_ROWS - 1) / BASE_ROWS,
-               32 * BASE_ROWS, 1, where.device, where.stream);
+        BaseArgs b{rows,
+                   static_cast<const bf16*>(f.x),
+                   static_cast<const bf16*>(f.weight),
+                   f.x_stride,
+                   f.weight_stride,
+                   f.bias,
+                   int(f.hidden)};
+        launch("forward", cap ? base_kernel<true> : base_kernel<false>, b,
+               (f.tokens + BASE_ROWS - 1) / BASE_ROWS, 32 * BASE_ROWS, 1, where.device, where.stream);
     }
     KernelArgs a{{rows, f.transform.scale < 0},
                  tensor_map(f.x, is_bf16, f.tokens, f.hidden, f.x_stride, ROWS),
                  tensor_map(f.weight, is_bf16, f.vocab, f.hidden, f.weight_stride, COLUMNS / 2),
-                 f.bias, int((f.hidden + DEPTH - 1) / DEPTH), pairs, group};
-    ForwardKernel kernel = f.d ? kernel_for<bf16, true>(cap, extras)
-                           : is_bf16 ? kernel_for<bf16, false>(cap, extras) : kernel_for<f16, false>(cap, extras);
+                 f.bias,
+                 int((f.hidden + DEPTH - 1) / DEPTH),
+                 pairs,
+                 group};
+    ForwardKernel kernel = f.d       ? kernel_for<bf16, true>(cap, extras)
+                           : is_bf16 ? kernel_for<bf16, false>(cap, extras)
+                                     : kernel_for<f16, false>(cap, extras);
     const int clusters = std::min<int64_t>(int64_t(pairs) * tiles,
                                            most_clusters(kernel, 2, THREADS, SHARED_BYTES, where.device));
     launch("forward", kernel, a, 2 * clusters, THREADS, 2, where.device, where.stream, SHARED_BYTES);
-    CombineArgs b{rows, f.stats, f.factor, f.transform.scale * f.transform.inv_temperature};
+    CombineArgs b{rows, f.stats, f.row_scale, f.transform.scale * f.transform.inv_temperature};
     launch("forward", f.d ? combine_for<true>(cap, extras) : combine_for<false>(cap, extras), b,
-           (f.tokens + COMBINE_ROWS - 1) / COMBINE_ROWS, COMBINE_ROWS * SLICES, 1, where.device, where.stream);
+           (f.tokens + COMBINE_ROWS - 1) / COMBINE_ROWS, COMBINE_ROWS * SLICES, 1, where.device,
+           where.stream);
 }
 
 }  // namespace fastpref::cuda

@@ -10,21 +10,23 @@ namespace fastpref::cuda {
 
 constexpr float LN2 = 0.6931471805599453f;
 
-// d has exponentials relative to its row's base, the label's logit and OFFSET. A label of probability 1
-// then has 2^-OFFSET, and 2^-70 is the least probability that d knows. A tile whose maximum is more than
-// LIMIT above the base, since the label has less than 2^-120, takes that for its base instead, and
+// d holds exponentials relative to its row's base, which is the label's logit + OFFSET. A label of
+// probability 1 has 2^-OFFSET, and 2^-70 is the least probability that d represents. A tile whose maximum is
+// more than LIMIT above the base (the label's probability is below 2^-120) takes its maximum for base, and
 // `combine` brings the whole row to its normaliser afterwards. So d stays below 2^LIMIT, its row's sum and
-// the products below 2^100, and a factor times a coefficient is no subnormal bf16 number.
+// the products below 2^100, and row_scale times dlogp is no subnormal bf16 number.
 constexpr float OFFSET = 56.f, LIMIT = 64.f;
 
 DEVICE bool has_own_base(float max, float base) { return max - base > LIMIT; }
 DEVICE float to_base(float max, float base) { return has_own_base(max, base) ? 1.f : exp2_(max - base); }
 
-// 1 / (1 + growth), growth = exp(2 scale raw / softcap): tanh is 1 - 2 of that. Its derivative is 4 of that
-// by 1 - that, which is growth times that, and exact so however small.
+// With growth = exp(2 scale raw / softcap) and part = 1 / (1 + growth), tanh = 1 - 2 part. Its derivative
+// 4 part (1 - part) is formed as 4 part (growth part), which is exact however small.
 DEVICE float growth(float raw, float k) { return exp2_(raw * k); }
 DEVICE float past_cap(float growth) { return reciprocal(1.f + growth); }
-DEVICE float slope_of_cap(float growth, float part) { return 4.f * part * (fminf(growth, 0x1p100f) * part); }
+DEVICE float slope_of_cap(float growth, float part) {
+    return 4.f * part * (fminf(growth, 0x1p100f) * part);
+}
 
 // partial: of each tile of each row the maximum and the sum of exponentials, and for the extras the sum of
 // exponentials times logits, both less the maximum, of their squares, of the parts (with a cap of 0.5 less
@@ -36,10 +38,13 @@ struct RowArgs {
     int64_t d_stride;
     int tokens, vocab, tiles;
     float unit, offset, k;  // growth's k
-    template <bool CAP> DEVICE float part_of(float raw) const { return CAP ? past_cap(growth(raw, k)) : raw; }
+    template <bool CAP> DEVICE float part_of(float raw) const {
+        return CAP ? past_cap(growth(raw, k)) : raw;
+    }
     DEVICE float logit(float part) const { return fmaf(part, unit, offset); }
     DEVICE bool is_above(float part, float other) const { return (part - other) * unit > 0; }
-    DEVICE float finite(float part) const { return part * unit == -INF ? 0.f : part; }  // -inf - -inf is no number
+    // -inf - -inf is no number.
+    DEVICE float finite(float part) const { return part * unit == -INF ? 0.f : part; }
     DEVICE float* at(int number, int tile, int row) const {
         return partial + (int64_t(number) * tiles + tile) * tokens + row;
     }
@@ -65,13 +70,15 @@ template <bool CAP> KERNEL(32 * BASE_ROWS, 1) base_kernel(const BaseArgs a) {
         float left[8], right[8];
         read_logits(x, column, 0, a.hidden, true, left);
         read_logits(w, column, 0, a.hidden, true, right);
+        // clang-format off: it loses the place of a file's first UNROLL
         UNROLL for (int j = 0; j < 8; ++j) sum = fmaf(left[j], right[j], sum);
+        // clang-format on
     }
     sum = warp_sum(sum);
     if (lane() != 0) return;
     if (a.bias && known) sum += a.bias[label];
     const float z = a.logit(a.part_of<CAP>(sum)) + OFFSET;
-    // Every tile has a base of its own where the label's logit is none.
+    // Where the label's logit is not finite, every tile takes its maximum for base.
     a.base[row] = !known ? 0.f : fabsf(z) < INF ? z : -INF;
 }
 
@@ -108,7 +115,8 @@ template <bool EXTRAS> DEVICE RowPart tile_part(const RowArgs& a, int tile, int 
 
 struct CombineArgs : RowArgs {
     Stats stats;  // lse and logps; with the extras sum and what they need
-    float *factor, slope;
+    float* row_scale;  // [tokens], with D
+    float slope;
 };
 constexpr int COMBINE_ROWS = 32, SLICES = 8;
 
@@ -165,13 +173,13 @@ template <bool CAP, bool D, bool EXTRAS> KERNEL(COMBINE_ROWS* SLICES, 1) combine
         if (EXTRAS) write_extras<CAP>(a, row, p);
         if (D) {
             const bool moves = has_own_base(high, a.base[row]);
-            // Where logits are so large that two ways of adding them are far apart it may be anything.
+            // Unbounded where logits are so large that two orders of summation differ much.
             float gap = moves ? 0.f : a.base[row] - normaliser;
             gap = gap > 90.f ? 90.f : gap;
             if (moves) moves_to = normaliser;
             // An unknown label spoils its row, as it does the log-prob.
-            a.factor[row] = known ? a.slope * exp2_(gap) : NAN;
-            // The label's own entry is that of its log-prob, to which a difference of probabilities is not.
+            a.row_scale[row] = known ? a.slope * exp2_(gap) : NAN;
+            // The label's entry comes from its log-prob: a difference of probabilities would lose its digits.
             at_label = -expm1f(logp) * (CAP ? slope_of_cap(growth(raw, a.k), part) : 1.f) * exp2_(-gap);
             if (!known) label = -1;
         }

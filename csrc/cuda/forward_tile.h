@@ -80,19 +80,19 @@ DEVICE void reduce_row(const TileArgs& a, int tile, int row, float (&acc)[64], i
 // The row's 128 entries of d. Of each 8 a lane has 2 and its neighbours have the others: the four
 // exchange theirs, so that each has 8 entries of its own, 16 bytes.
 DEVICE void write_row(const TileArgs& a, int tile, int row, const float (&acc)[64], int j) {
-    const int own = lane() % 4;
+    const int quarter = lane() % 4;
     UNROLL for (int i = 0; i < 16; i += 4) {
         uint32_t w[4];
         UNROLL for (int k = 0; k < 4; ++k) w[k] = pack_bf16(acc[4 * (i + k) + j], acc[4 * (i + k) + j + 1]);
         UNROLL for (int bit = 1; bit < 4; bit *= 2)
             UNROLL for (int k = 0; k < 4; ++k) {
                 if (k & bit) continue;
-                const bool upper = own & bit;  // it keeps the later half and gives the earlier one
+                const bool upper = quarter & bit;  // it keeps the later half and gives the earlier one
                 const uint32_t got = shuffle_xor(upper ? w[k] : w[k | bit], bit);
                 if (upper) w[k] = got;
                 else w[k | bit] = got;
             }
-        const int column = tile * COLUMNS + 8 * (i + own);
+        const int column = tile * COLUMNS + 8 * (i + quarter);
         if (row >= a.tokens || column >= a.vocab) continue;
         bf16* to = a.d + row * a.d_stride + column;
         if (column + 8 <= a.vocab) store_vector_and_forget(to, {{w[0], w[1], w[2], w[3]}});

@@ -26,6 +26,7 @@ DEVICE unsigned char* from_multiple_of_1024(unsigned char* memory) {
 }
 DEVICE void reconverge() { __syncwarp(); }
 
+// clang-format off: instructions and their operands are laid out by hand
 // A barrier's phase is over after `count` arrivals and all the bytes that were announced.
 DEVICE void barrier_init(uint64_t* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -74,6 +75,7 @@ DEVICE void copy_box(const TensorMap& map, void* to, uint64_t* barrier, int colu
             " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(to)), "l"(address),
             "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
 }
+// clang-format on
 
 // Where a product finds 16 columns of a tile: its address, 1024 bytes from 8 rows to the next, and the
 // swizzle. Columns 16k on are 32k bytes on.
@@ -83,6 +85,7 @@ DEVICE Operand operand(const unsigned char* tile, int k) {
     return address + 2 * k | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// clang-format off
 #define FOUR(n) "+f"(acc[n]), "+f"(acc[n + 1]), "+f"(acc[n + 2]), "+f"(acc[n + 3])
 #define SIXTEEN(n) FOUR(n), FOUR(n + 4), FOUR(n + 8), FOUR(n + 12)
 #define WGMMA(type)                                                                                   \
@@ -98,6 +101,7 @@ DEVICE Operand operand(const unsigned char* tile, int k) {
         "%64, %65, adds, 1, 1, 0, 0;\n"                                                               \
         "}\n"                                                                                         \
         : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48) : "l"(a), "l"(b), "r"(int(add)))
+// clang-format on
 
 // acc [64, 128] = a [64, 16] b [128, 16]^T, plus acc if `add`. Of each 8 columns a thread has those
 // at 2 (lane % 4), of rows 16 warp + lane / 4 and 8 below: acc[4 i] to acc[4 i + 3], for 8 i on.

@@ -7,8 +7,7 @@
 
 namespace fastpref::cuda {
 
-// How z is made of raw: outer tanh(inner raw), or outer raw where inner is 0; slope is the derivative
-// but for the tanh's.
+// z = outer tanh(inner raw), or outer raw where inner is 0. slope: dz/draw, without the tanh's derivative.
 struct Affine {
     float inner, outer, slope;
 };
@@ -19,15 +18,16 @@ struct Where {
     int clusters;  // the most thread blocks that can share a row: 8, or 1 where there are no clusters
 };
 
-// Fold and, with `out`, write D as well. exact: null, or the labels' exact logits [rows], which then
-// replace the tile's in the label's log-prob and in the normaliser, as Stats.replace_target does.
-void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact,
-          void* out, Dtype out_dtype, int64_t out_stride, const Where& where);
-
-void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out,
+// Fold and, with `out`, write D as well. exact: the labels' exact logits [rows], which replace the tile's
+// in the label's log-prob and in the normaliser (Stats.replace_target); or null.
+void fold(const Tile& tile, const Transform& transform, const Stats& stats, const float* exact, void* out,
           Dtype out_dtype, int64_t out_stride, const Where& where);
 
+void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
+          int64_t out_stride, const Where& where);
+
 // The losses with a closed form, by their place in the binding's list of names.
+// clang-format off
 enum class PairForm : int {
     sigmoid, sigmoid_norm, ipo, hinge, exo_pair, robust, nca_pair, bco_pair, sppo_hard, apo_zero,
     apo_down, discopop, cpo, simpo, alphapo, orpo
@@ -35,6 +35,7 @@ enum class PairForm : int {
 constexpr const char* PAIR_FORMS[] = {
     "sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair",
     "sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"};
+// clang-format on
 
 struct PairArgs {
     PairForm form;
@@ -45,31 +46,30 @@ struct PairArgs {
     const float *weight, *margin;   // [pairs], or null
     double beta, label_smoothing;
     double option, shape;           // discopop's tau; simpo_gamma and alpha
-    float *loss, *sequence_logps, *rewards, *coef;  // as PairLossOut
+    float *loss, *sequence_logps, *rewards, *dlogp;  // as PairLossOut
     int64_t* starts;                // scratch [2 * pairs + 1]
     float* slopes;                  // scratch [2 * pairs]
 };
 void pair_loss(const PairArgs& args, const Where& where);
 
-// The forward pass without logits, on sm_90. Rows of x and weight start at multiples of 16 bytes. bias:
-// null, or [tiles * FORWARD_TILE] with -inf where scale is positive, +inf where it is negative, from
-// `vocab` on; it must be given where that is less. stats: lse and logps; sum, and perhaps weighted, squared,
-// total and argmax, if the extras are wanted. partial: scratch [(2 * tiles + 2) * tokens], with extras 6 for
-// the first 2. d: null, or [tokens, vocab], bf16 as x and weight are then, with rows as theirs: D = factor d,
-// factor [tokens].
+// The logit-free product, on sm_90. Rows of x, weight and d start at multiples of 16 bytes; tiles is
+// vocab / FORWARD_TILE, rounded up.
 constexpr int FORWARD_TILE = 128;
 struct ForwardCall {
-    const void *x, *weight;
-    Dtype dtype;  // of both: bf16 or f16
+    const void* x;       // [tokens, hidden]
+    const void* weight;  // [vocab, hidden]
+    Dtype dtype;         // of both: bf16 or f16
     int64_t tokens, vocab, hidden, x_stride, weight_stride;
     Transform transform;
-    const int64_t* labels;
+    const int64_t* labels;  // [tokens]
+    // [tiles * FORWARD_TILE], or null where vocab is a whole number of tiles. From vocab on it holds -inf,
+    // or +inf where the scale is negative.
     const float* bias;
-    float* partial;
-    Stats stats;
-    void* d;
+    float* partial;  // scratch [(2 * tiles + 2) * tokens]; with extras (6 * tiles + 2) * tokens
+    Stats stats;  // lse and logps; with extras sum, and of the others those that are not null
+    void* d;  // [tokens, vocab] bf16, or null; D = row_scale d, row by row
     int64_t d_stride;
-    float* factor;
+    float* row_scale;  // [tokens], with d
 };
 void forward(const ForwardCall& call, const Where& where);
 bool forward_works(int device);

@@ -55,9 +55,9 @@ DEVICE PairValue hinge_loss(const Pair& p) {
     return of_advantage(p, {gap < 0 ? 0.0 : gap, gap > 0 ? -1.0 : gap * 0});
 }
 DEVICE PairValue exo_pair_loss(const Pair& p) {
-    double x = advantage(p), e = p.smoothing, kept = log1p(-e), flipped = log(e);
-    double value = sigmoid(x) * (log_sigmoid(x) - kept) + sigmoid(-x) * (log_sigmoid(-x) - flipped);
-    return of_advantage(p, {value, bump(x) * (x - kept + flipped)});
+    double x = advantage(p), e = p.smoothing, right = log1p(-e), flipped = log(e);
+    double value = sigmoid(x) * (log_sigmoid(x) - right) + sigmoid(-x) * (log_sigmoid(-x) - flipped);
+    return of_advantage(p, {value, bump(x) * (x - right + flipped)});
 }
 DEVICE PairValue robust_loss(const Pair& p) {
     double x = advantage(p), e = p.smoothing, scale = 1 / (1 - 2 * e);

@@ -1,5 +1,5 @@
-// From token log-probs to loss, rewards and per-token coefficients in one launch of one thread block:
-// a launch costs more than the work. Sums run in double and in one order.
+// pair_loss: token log-probs to the loss, the rewards and d loss / d logp, in one launch of one thread
+// block, as a launch costs more than the work. Sums run in double and in one order.
 #include "pair_forms.h"
 
 namespace fastpref::cuda {
@@ -37,7 +37,7 @@ DEVICE bool find_starts(const PairArgs& a) {
     return unsorted;
 }
 
-// A token whose id is not in [0, 2P) counts nowhere and has a coefficient of NaN.
+// A token whose id is not in [0, 2P) counts nowhere and has a dlogp of NaN.
 KERNEL(THREADS, 1) pair_loss_kernel(const PairArgs a) {
     SHARED(int, flags, THREADS / 32);
     SHARED(double, totals, THREADS / 32);
@@ -83,7 +83,7 @@ KERNEL(THREADS, 1) pair_loss_kernel(const PairArgs a) {
     }
     for (int64_t t = thread(); t < a.tokens; t += threads()) {
         const int64_t id = a.sequence_ids[t];
-        a.coef[t] = 0 <= id && id < sequences ? a.slopes[id] : NAN;
+        a.dlogp[t] = 0 <= id && id < sequences ? a.slopes[id] : NAN;
     }
 }
 

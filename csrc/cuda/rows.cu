@@ -39,10 +39,10 @@ KERNEL(512, 2) grad_kernel(const GradArgs a) {
     const int64_t y = label - a.col0;
     const float inner = a.affine.inner, outer = a.affine.outer, slope = a.affine.slope;
     const float lse = a.rows.lse[row];
-    const float gain = slope * (a.rows.coef ? a.rows.coef[row] : 1.f);
+    const float gain = slope * (a.rows.dlogp ? a.rows.dlogp[row] : 1.f);
     const float entropy = a.rows.entropy ? a.rows.entropy[row] : 0.f;
-    const float entropy_gain = a.rows.entropy ? slope * a.rows.entropy_coef[row] : 0.f;
-    // The label's own entry comes from its log-prob, which may be more exact than its logit.
+    const float entropy_gain = a.rows.entropy ? slope * a.rows.dentropy[row] : 0.f;
+    // The label's entry comes from its log-prob, which may be more exact than its logit.
     const float logp_label = a.rows.logps[row], lacking = -expm1f(logp_label);
     const float at_label =
         gain * lacking - entropy_gain * (1.f - lacking) * (fmaxf(logp_label, -200.f) + entropy);
@@ -53,7 +53,9 @@ KERNEL(512, 2) grad_kernel(const GradArgs a) {
         read_logits<N>(x, start, step, a.columns, a.aligned, z);
         if (a.narrower) sync();
         int column = start;
+        // clang-format off: it loses the place of a file's first UNROLL
         UNROLL for (int i = 0; i < N / E; ++i, column += step) {
+        // clang-format on
             if (column >= a.columns) break;
             float d[E], flat[E];
             UNROLL for (int j = 0; j < E; ++j) {

@@ -1,10 +1,7 @@
 """Which implementation of the tile primitives runs, and why.
 
-A backend is a module with NAME, fold, grad, linear, project, outer, and pair_loss for the losses in
-its CLOSED_FORMS; it may have fold_grad, which is both at once, and products that keep the logits to
-themselves: linear_logps (see fused_is_fast) and linear_grad (see keeps_logits; KEEPS_LOGITS says
-whether it is taken without being asked for). `choose` picks the fastest one that works for a
-tensor; FASTPREF_BACKEND or `backend=` forces one.
+A backend is a module that implements the contract `fastpref.backends.tile.Backend`. `choose` picks
+the fastest one that works for a tensor; FASTPREF_BACKEND or `backend=` forces one.
 """
 
 from __future__ import annotations
@@ -13,26 +10,25 @@ import functools
 import os
 import warnings
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
 from fastpref.backends import cuda, eager, native, triton
+from fastpref.backends.tile import Backend
 
 NAMES = ("native", "cuda", "triton", "eager")
-_MODULES: dict[str, ModuleType] = {
+_MODULES: dict[str, Backend] = {
     "native": native,
     "cuda": cuda,
     "triton": triton,
     "eager": eager,
 }
-# In the order in which they are tried. Bytes that a step moves per logit beside the products, with
-# an fp32 tile, of which D takes two: predicted, for neither has been measured on a GPU yet.
-#   triton  10   fold reads 4, grad reads 4 and writes 2
-#   cuda     6   both in one kernel, which reads 4 and writes 2; on GPUs older than sm_90 as triton;
-#            0   on sm_90 in bf16, where the product itself writes D, with no tile before it
-# Triton comes first until a GPU has been seen.
-_PREFERRED: dict[str, tuple[ModuleType, ...]] = {"cpu": (native,), "cuda": (triton, cuda)}
+# The backends of each device, in the order in which they are tried. Triton precedes cuda until both
+# have been measured on a GPU. Predicted bytes that a step moves per logit, beside the products:
+#   triton  10   fold reads 4; grad reads 4 and writes 2
+#   cuda     6   fold_grad reads 4 and writes 2; on GPUs before sm_90 as triton
+#            0   on sm_90 in bf16, where the logit-free product writes D
+_PREFERRED: dict[str, tuple[Backend, ...]] = {"cpu": (native,), "cuda": (triton, cuda)}
 
 
 @dataclass(frozen=True)
@@ -48,11 +44,12 @@ class BackendStatus:
 def report() -> list[BackendStatus]:
     """Every backend: whether it works on this machine, and if not, why not."""
     out = []
-    for module, device in ((native, "cpu"), (cuda, "cuda"), (triton, "cuda")):
+    for module in _MODULES.values():
         problem = module.problem()
         reason = module.describe() if problem is None else problem
-        out.append(BackendStatus(module.NAME, problem is None, reason, (device,)))
-    return [*out, BackendStatus("eager", True, "plain torch, any device and dtype", ("any",))]
+        devices = tuple(d for d, known in _PREFERRED.items() if module in known) or ("any",)
+        out.append(BackendStatus(module.NAME, problem is None, reason, devices))
+    return out
 
 
 def active(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -60,7 +57,7 @@ def active(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float3
     return choose(torch.device(device), dtype).NAME
 
 
-def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> ModuleType:
+def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> Backend:
     """The backend module for tensors of this device and dtype.
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, where the one that was
@@ -72,7 +69,7 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None)
     if backend in (None, "auto"):
         reasons: list[str] = []
         for module in _PREFERRED.get(device.type, ()):
-            reason = module.why_not(device, dtype)
+            reason = module.unavailable_reason(device, dtype)
             if reason is None:
                 if reasons:
                     _say_once(f"fastpref runs on its {module.NAME} backend: {'; '.join(reasons)}")
@@ -84,7 +81,7 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None = None)
     if backend not in _MODULES:
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(NAMES)} or auto")
     module = _MODULES[backend]
-    reason = None if module is eager else module.why_not(device, dtype)
+    reason = module.unavailable_reason(device, dtype)
     if reason is not None:
         raise RuntimeError(f"{source}={backend!r} cannot run here: {reason}")
     return module

@@ -1,4 +1,4 @@
-"""The product that keeps its logits to itself: csrc/cuda/forward.cu, for Hopper (sm_90)."""
+"""The logit-free product in CUDA C++: csrc/cuda/forward.cu, for Hopper GPUs (sm_90)."""
 
 from __future__ import annotations
 
@@ -20,45 +20,44 @@ from fastpref.kernels.forward_config import (
 _TILE = Config(descriptors=True, block_m=256, block_n=128, block_k=64, warps=12, stages=6)
 
 
-def why_not(weight: Tensor, transform: Transform | None = None) -> str | None:
-    """Why this head cannot go through the kernel, or None."""
+def logit_free_reason(
+    weight: Tensor,
+    transform: Transform,
+    extras: tuple[str, ...] = (),
+    with_d: bool = True,
+    asked: bool = False,
+) -> str | None:
+    """As `Backend.logit_free_reason`; the kernel has the statistics of all extras."""
     if weight.dtype not in DTYPES:
         return f"the weight is {str(weight.dtype)[6:]}, neither bfloat16 nor float16"
+    if with_d and weight.dtype == torch.float16:
+        return "the weight is float16, whose exponents are too few for an unnormalised D"
     if weight.stride(1) != 1 or not rows_are_aligned(weight):
         return "the weight's rows do not start at multiples of 16 bytes"
-    if transform is not None and transform.scale == 0:
+    if transform.scale == 0:
         return "the scale is 0"  # 0 * -inf, where the vocabulary is padded
     if not cuda_module.forward_works(cuda_module.index_of(weight.device)):
         return "it is compiled for sm_90a, and this is another GPU"
     return None
 
 
-def why_no_grad(weight: Tensor, transform: Transform) -> str | None:
-    """Why this head's gradient cannot come from the kernel, or None."""
-    if weight.dtype == torch.float16:
-        return "the weight is float16, whose numbers do not reach far enough"
-    return why_not(weight, transform)
-
-
-def linear_logps(
+def logit_free_forward(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     stats: Stats,
     transform: Transform,
-    out: Tensor | None = None,
-    factor: Tensor | None = None,
+    d: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
-    """As `triton.linear_logps`, where `why_not` has no reason; and what the extras need of stats,
-    where it has room for that. labels that are negative or V and more give NaN.
+    """As `Backend.logit_free_forward`: the same statistics with d and without.
 
-    With out [N, V], whose rows start at multiples of 16 bytes, and factor [N] the same to the last
-    bit, and D of `eager.grad` as factor out; where `why_no_grad` has no reason.
+    Labels that are negative or V and more give NaN.
     """
-    if out is not None:
-        assert out.dtype == x.dtype and out.shape == (x.shape[0], weight.shape[0])
-        assert rows_are_aligned(out) and (out.stride(1) == 1 or out.shape[1] == 1)
+    if d is not None:
+        assert d.dtype == x.dtype and d.shape == (x.shape[0], weight.shape[0])
+        assert rows_are_aligned(d) and (d.stride(1) == 1 or d.shape[1] == 1)
     assert x.dtype == weight.dtype and cuda_module.MODULE.forward_tile == _TILE.block_n
     (n, hidden), vocab = x.shape, weight.shape[0]
     x, labels = with_aligned_rows(x), labels.contiguous()
@@ -91,8 +90,8 @@ def linear_logps(
             cuda_module.vector(part_of.sum, x) if extras else 0,
             *(cuda_module.vector(t, x) for t in part_of[3:-1]),
             cuda_module.vector(part_of.argmax, x, torch.int64),
-            0 if out is None else out[rows].data_ptr(),
-            0 if out is None else out.stride(0),
-            0 if factor is None else cuda_module.vector(factor[rows], x),
+            0 if d is None else d[rows].data_ptr(),
+            0 if d is None else d.stride(0),
+            0 if row_scale is None else cuda_module.vector(row_scale[rows], x),
             clusters=False,
         )

@@ -95,8 +95,8 @@ def describe() -> str:
     return f"CUDA {_version(runtime)} kernels for sm_{architecture} on {name}"
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype cannot run here, or None."""
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `Backend.unavailable_reason`."""
     reason = problem()
     if reason is not None:
         return reason

@@ -1,19 +1,41 @@
 """The tile primitives in plain torch: every device, every dtype, the oracle in float64."""
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from fastpref.backends.gemm import linear, outer, project, scale_rows
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.gemm import (
+    linear,
+    logit_free_forward,
+    logit_free_reason,
+    outer,
+    project,
+    scale_rows,
+)
+from fastpref.backends.tile import Stats, Transform, fold_then_grad
 
 NAME = "eager"
 CLOSED_FORMS: frozenset[str] = frozenset()  # every loss runs through autograd
+LOGIT_FREE_BY_DEFAULT = False
 
-__all__ = ["NAME", "fold", "grad", "linear", "outer", "project", "scale_rows"]
+
+def problem() -> str | None:
+    """None: torch is always there."""
+    return None
+
+
+def describe() -> str:
+    return "plain torch, any device and dtype"
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: torch has every device and dtype that tensors have."""
+    return None
 
 
 def _hits(labels: Tensor, col0: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -24,11 +46,7 @@ def _hits(labels: Tensor, col0: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Transform) -> None:
-    """Fold raw logits [n, v], the vocabulary entries [col0, col0 + v), into the rows' statistics.
-
-    labels [n] int64; a negative label is an ignored row, whose statistics mean nothing. The tile
-    with col0 = 0 starts the statistics, whatever they held; the next ones go on from there.
-    """
+    """As `Backend.fold`."""
     if tile.shape[1] == 0:
         return
     if col0 == 0:
@@ -70,19 +88,13 @@ def grad(
     col0: int,
     lse: Tensor,
     logps: Tensor,
-    out: Tensor,
+    d: Tensor,
     transform: Transform,
-    coef: Tensor | None = None,
+    dlogp: Tensor | None = None,
     entropy: Tensor | None = None,
-    entropy_coef: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> None:
-    """out [n, v] = D = d logp / d raw logits, times coef [n] where given.
-
-    D[t, v] = (1[v = label] - p[t, v]) dz/draw, with the label's entry from -expm1(logp). With
-    entropy and entropy_coef, entropy_coef times the gradient of the entropy is added. lse, logps,
-    coef, entropy [n] in the statistics' dtype. out may be the tile itself or a view of its memory
-    with the same row starts; it may have a narrower dtype. Rows with a negative label become 0.
-    """
+    """As `Backend.grad`."""
     z, tanh = transform(tile.to(lse.dtype))
     logp = z - lse[:, None]
     hit, column = _hits(labels, col0, tile.shape[1])
@@ -90,16 +102,24 @@ def grad(
     if tile.shape[1]:  # the label's own log-prob: its logit in the tile may be the rounded one
         logp.scatter_(1, at, torch.where(hit[:, None], logps[:, None], logp.gather(1, at)))
     p = logp.exp()
-    d = -p
+    exact = -p
     if tile.shape[1]:
-        entry = torch.where(hit, -torch.expm1(logps), d.gather(1, at)[:, 0])
-        d.scatter_(1, at, entry[:, None])
-    if coef is not None:
-        d *= coef[:, None]
-    if entropy is not None and entropy_coef is not None:
-        d -= entropy_coef[:, None] * p * (logp.clamp_min(-1e30) + entropy[:, None])
+        entry = torch.where(hit, -torch.expm1(logps), exact.gather(1, at)[:, 0])
+        exact.scatter_(1, at, entry[:, None])
+    if dlogp is not None:
+        exact *= dlogp[:, None]
+    if entropy is not None and dentropy is not None:
+        exact -= dentropy[:, None] * p * (logp.clamp_min(-1e30) + entropy[:, None])
     if tanh is not None:
-        d *= 1 - tanh * tanh
-    d *= transform.scale / transform.temperature
-    d.masked_fill_((labels < 0)[:, None], 0.0)
-    out.copy_(d)
+        exact *= 1 - tanh * tanh
+    exact *= transform.scale / transform.temperature
+    exact.masked_fill_((labels < 0)[:, None], 0.0)
+    d.copy_(exact)
+
+
+fold_grad = fold_then_grad(fold, grad)
+
+
+def pair_loss(*_: object, **__: object) -> NoReturn:
+    """No closed form: CLOSED_FORMS is empty."""
+    raise NotImplementedError("the eager backend has no closed forms")

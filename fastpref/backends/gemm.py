@@ -1,12 +1,15 @@
 """The three products of the head with torch's GEMMs, and the scaling of rows, on any device.
 
-Each writes its output once. Where the output is wider than the inputs, or the device has no fast
-GEMM for the inputs' dtype, slices of the operands are widened one at a time: never a whole weight.
+torch has no logit-free product. Each product writes its output once. Where the output is wider than
+the inputs, or the device has no fast GEMM for the inputs' dtype, slices of the operands are widened
+one at a time: never a whole weight.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -26,13 +29,13 @@ def _has_wide_gemm(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def _slices(size: int, x: Tensor):
+def _slices(size: int, x: Tensor) -> Iterator[tuple[int, int]]:
     step = _SLICE.get(x.device.type, 1024)
     return ((i, min(i + step, size)) for i in range(0, size, step))
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """out [n, v] = x [n, H] @ weight [v, H]^T + bias [v], in out's dtype and rounded once."""
+    """As `Backend.linear`."""
     dtype = torch.promote_types(out.dtype, _gemm_dtype(x))
     if x.dtype == out.dtype == dtype:
         if bias is None:
@@ -57,9 +60,11 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
 
 
 @contextlib.contextmanager
-def _full_sums(a: Tensor):
-    """Products of 16-bit matrices are summed in fp32 to the end: by default torch lets a GPU add
-    the parts of a long sum in 16 bits."""
+def _full_sums(a: Tensor) -> Iterator[None]:
+    """The context in which a GPU adds the products of 16-bit matrices in fp32 to the end.
+
+    By default torch allows 16-bit additions of the parts of a long sum.
+    """
     if not (a.is_cuda and a.dtype.itemsize == 2):
         yield
         return
@@ -81,7 +86,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out [n, H] = d [n, V] @ weight [V, H]: the sum over the whole vocabulary, rounded once."""
+    """As `Backend.project`."""
     dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
         _mm(d, weight, out)
@@ -95,7 +100,7 @@ def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
-    """out [v, H] = d [N, v]^T @ x [N, H]: the sum over all tokens, rounded once."""
+    """As `Backend.outer`."""
     dtype = torch.promote_types(out.dtype, _gemm_dtype(d))
     if d.dtype == out.dtype == dtype:
         _mm(d.t(), x, out)
@@ -107,10 +112,20 @@ def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
             out[a:b] = torch.mm(d[:, a:b].to(dtype).t(), x)
 
 
-def scale_rows(x: Tensor, coef: Tensor, out: Tensor) -> None:
-    """out [N, H] = x [N, H] * coef [N], rounded once from coef's dtype; out may be x."""
+def scale_rows(x: Tensor, row_scale: Tensor, out: Tensor) -> None:
+    """As `Backend.scale_rows`."""
     if x.device.type != "cpu":
-        torch.mul(x, coef[:, None], out=out)  # one launch, no temporary
+        torch.mul(x, row_scale[:, None], out=out)  # one launch, no temporary
         return
     for a in range(0, x.shape[0], 256):  # the product is wider than x: in blocks
-        out[a : a + 256] = x[a : a + 256] * coef[a : a + 256, None]
+        out[a : a + 256] = x[a : a + 256] * row_scale[a : a + 256, None]
+
+
+def logit_free_reason(*_: object, **__: object) -> str | None:
+    """As `Backend.logit_free_reason`."""
+    return "this backend has no logit-free product"
+
+
+def logit_free_forward(*_: object, **__: object) -> NoReturn:
+    """As `Backend.logit_free_forward`: never called, since there is always a reason."""
+    raise NotImplementedError(logit_free_reason())

@@ -3,6 +3,7 @@
 Tensors cross the boundary as addresses, so the module links no torch. What torch would check is
 checked here: device, dtype, unit inner stride. Tensors stay alive in the caller's locals.
 """
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ import torch  # before _cpu: both then share the OpenMP pool that torch loads
 from torch import Tensor
 
 from fastpref.backends import gemm
-from fastpref.backends.gemm import scale_rows
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.gemm import logit_free_forward, logit_free_reason, scale_rows
+from fastpref.backends.tile import Stats, Transform, fold_then_grad
 
 _cpu: Any = None
 _PROBLEM: str | None = None
@@ -26,7 +27,7 @@ except ImportError as error:
     )
 
 NAME = "native"
-__all__ = ["NAME", "fold", "grad", "linear", "outer", "pair_loss", "project", "scale_rows"]
+LOGIT_FREE_BY_DEFAULT = False
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOSSES = {"sigmoid": 0, "ipo": 1}
@@ -43,8 +44,8 @@ def describe() -> str:
     return f"C++ row kernels ({_cpu.isa()}, {product}), {torch.get_num_threads()} threads"
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype cannot run here, or None."""
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `Backend.unavailable_reason`."""
     if _PROBLEM is not None:
         return _PROBLEM
     if device.type != "cpu":
@@ -84,7 +85,7 @@ def _tile(tile: Tensor, labels: Tensor, col0: int, transform: Transform) -> tupl
 
 
 def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Transform) -> None:
-    """As `eager.fold`."""
+    """As `Backend.fold`."""
     _cpu.fold(
         *_tile(tile, labels, col0, transform),
         *map(_vector, stats[:-1]),
@@ -99,64 +100,76 @@ def grad(
     col0: int,
     lse: Tensor,
     logps: Tensor,
-    out: Tensor,
+    d: Tensor,
     transform: Transform,
-    coef: Tensor | None = None,
+    dlogp: Tensor | None = None,
     entropy: Tensor | None = None,
-    entropy_coef: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> None:
-    """As `eager.grad`."""
-    address, stride = _rows(out)
-    assert out.shape == tile.shape
-    assert tile.dtype == torch.float32 or out.dtype in (tile.dtype, torch.float32)
+    """As `Backend.grad`."""
+    address, stride = _rows(d)
+    assert d.shape == tile.shape
+    assert tile.dtype == torch.float32 or d.dtype in (tile.dtype, torch.float32)
     _cpu.grad(
         *_tile(tile, labels, col0, transform),
         _vector(lse),
         _vector(logps),
-        _vector(coef),
+        _vector(dlogp),
         _vector(entropy),
-        _vector(entropy_coef),
+        _vector(dentropy),
         address,
-        _DTYPES[out.dtype],
+        _DTYPES[d.dtype],
         stride,
         torch.get_num_threads(),
     )
 
 
-def _gemm(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    """out [m, n] = a [m, k] @ b [n, k]^T in our own kernel, if that is the better one here."""
+fold_grad = fold_then_grad(fold, grad)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
+    """The arguments of `_cpu.gemm` for out [m, n] = a [m, k] @ b [n, k]^T; None: torch's is better.
+
+    bf16 operands with fp32 results: torch would round them. fp32: only where torch is slow.
+    """
     bf16 = a.dtype == torch.bfloat16
     if a.dtype != b.dtype or out.dtype != torch.float32 or not (bf16 or a.dtype == out.dtype):
-        return False
-    # bf16 operands with fp32 results: torch would round them. fp32: only where torch is slow.
+        return None
     if not (_cpu.have_gemm(True) if bf16 else _cpu.gemm_beats_library()):
-        return False
+        return None
     if 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1 or 0 in out.shape:
-        return False
-    threads = torch.get_num_threads()
+        return None
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()
-    _cpu.gemm(*operands, *_rows(out), *out.shape, a.shape[1], bf16, threads)
-    return True
+    return *operands, *_rows(out), *out.shape, a.shape[1], bf16, torch.get_num_threads()
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """As `gemm.linear`."""
-    if not _gemm(x, weight, out):
+    """As `Backend.linear`."""
+    product = _product(x, weight, out)
+    if product is None:
         gemm.linear(x, weight, out, bias)
-    elif bias is not None:
+        return
+    _cpu.gemm(*product)
+    if bias is not None:
         out += bias
 
 
 def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
-    """As `gemm.project`."""
-    if not _gemm(d, weight.t(), out):
+    """As `Backend.project`."""
+    product = _product(d, weight.t(), out)
+    if product is None:
         gemm.project(d, weight, out)
+    else:
+        _cpu.gemm(*product)
 
 
 def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
-    """As `gemm.outer`."""
-    if not _gemm(d.t(), x.t(), out):
+    """As `Backend.outer`."""
+    product = _product(d.t(), x.t(), out)
+    if product is None:
         gemm.outer(d, x, out)
+    else:
+        _cpu.gemm(*product)
 
 
 def pair_loss(
@@ -164,17 +177,17 @@ def pair_loss(
     sequence_ids: Tensor,
     pairs: int,
     ref_logps: Tensor | None,
-    *,
     loss_type: str,
     beta: float,
     label_smoothing: float,
     lengths: Tensor | None,
     weight: Tensor | None,
     margin: Tensor | None,
+    option: float = 0.0,
+    shape: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token log-probs [N] to (loss [], sequence log-probs [2P], rewards [2P], coef [N]), for a loss
-    in CLOSED_FORMS. lengths [2P]: IPO's denominators, None for sums. All float32."""
-    loss, coef = logps.new_empty(()), torch.empty_like(logps)
+    """As `Backend.pair_loss`."""
+    loss, dlogp = logps.new_empty(()), torch.empty_like(logps)
     sequences, rewards = logps.new_empty(2 * pairs), logps.new_empty(2 * pairs)
     _cpu.pair_loss(
         _LOSSES[loss_type],
@@ -185,6 +198,6 @@ def pair_loss(
         *(_vector(t) for t in (ref_logps, lengths, weight, margin)),
         beta,
         label_smoothing,
-        *(_vector(t) for t in (loss, sequences, rewards, coef)),
+        *(_vector(t) for t in (loss, sequences, rewards, dlogp)),
     )
-    return loss, sequences, rewards, coef
+    return loss, sequences, rewards, dlogp

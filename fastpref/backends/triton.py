@@ -3,6 +3,7 @@
 Triton is imported when it is first needed, so that a machine without it can import fastpref. The
 kernels run on the current stream of the tensors' device; nothing here waits for the GPU.
 """
+# ruff: noqa: F401  the imports complete the contract, `fastpref.backends.tile.Backend`
 
 from __future__ import annotations
 
@@ -17,31 +18,11 @@ import torch
 from torch import Tensor
 
 from fastpref.backends.gemm import linear, outer, project, scale_rows
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.tile import Stats, Transform, fold_then_grad
 
 NAME = "triton"
 CLOSED_FORMS = frozenset({"sigmoid", "ipo"})
-KEEPS_LOGITS = False  # unless it is asked to: until a GPU has shown that it is faster
-
-__all__ = [
-    "CLOSED_FORMS",
-    "KEEPS_LOGITS",
-    "NAME",
-    "describe",
-    "fold",
-    "fused_is_fast",
-    "grad",
-    "keeps_logits",
-    "linear",
-    "linear_grad",
-    "linear_logps",
-    "outer",
-    "pair_loss",
-    "problem",
-    "project",
-    "scale_rows",
-    "why_not",
-]
+LOGIT_FREE_BY_DEFAULT = False  # not measured on a GPU yet
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = (3, 4)
@@ -110,8 +91,8 @@ def _gpu_problem(index: int | None) -> str | None:
     return None
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype cannot run here, or None."""
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As `Backend.unavailable_reason`."""
     reason = problem()
     if reason is not None:
         return reason
@@ -181,8 +162,8 @@ def _factors(t: Transform) -> tuple[float | None, float | None]:
     """inner and outer of z = outer tanh(inner raw); None where they are left out."""
     if t.softcap is not None:
         return t.scale / t.softcap, t.softcap / t.temperature
-    outer = t.scale / t.temperature
-    return None, None if outer == 1.0 else outer
+    factor = t.scale / t.temperature
+    return None, None if factor == 1.0 else factor
 
 
 def _check(tile: Tensor, labels: Tensor, *vectors: Tensor | None) -> None:
@@ -196,7 +177,7 @@ def _check(tile: Tensor, labels: Tensor, *vectors: Tensor | None) -> None:
 
 
 def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Transform) -> None:
-    """As `eager.fold`."""
+    """As `Backend.fold`."""
     s = stats
     sums = s.max, s.sum, s.target, s.lse, s.logps, s.weighted, s.total, s.squared
     _check(tile, labels, *sums)
@@ -231,21 +212,21 @@ def grad(
     col0: int,
     lse: Tensor,
     logps: Tensor,
-    out: Tensor,
+    d: Tensor,
     transform: Transform,
-    coef: Tensor | None = None,
+    dlogp: Tensor | None = None,
     entropy: Tensor | None = None,
-    entropy_coef: Tensor | None = None,
+    dentropy: Tensor | None = None,
 ) -> None:
-    """As `eager.grad`."""
-    _check(tile, labels, lse, logps, coef, entropy, entropy_coef)
-    assert out.shape == tile.shape and (out.stride(1) == 1 or out.shape[1] <= 1)
-    assert (entropy is None) == (entropy_coef is None)
+    """As `Backend.grad`."""
+    _check(tile, labels, lse, logps, dlogp, entropy, dentropy)
+    assert d.shape == tile.shape and (d.stride(1) == 1 or d.shape[1] <= 1)
+    assert (entropy is None) == (dentropy is None)
     rows, columns = tile.shape
     if rows == 0 or columns == 0:
         return
     size, device = tile.element_size(), tile.device
-    aligned = _aligned(tile, 16 // size) and _aligned(out, 16 // size)
+    aligned = _aligned(tile, 16 // size) and _aligned(d, 16 // size)
     heavy = transform.softcap is not None or entropy is not None
     per_lane = _grad_columns(aligned, size, heavy)
     repeat, lanes, vector, warps = _shape(columns, size, aligned, per_lane, device)
@@ -255,12 +236,12 @@ def grad(
             labels,
             lse,
             logps,
-            coef,
+            dlogp,
             entropy,
-            entropy_coef,
-            out,
+            dentropy,
+            d,
             tile.stride(0) // vector,
-            out.stride(0) // vector,
+            d.stride(0) // vector,
             columns,
             col0,
             *_factors(transform),
@@ -272,36 +253,40 @@ def grad(
         )
 
 
+fold_grad = fold_then_grad(fold, grad)
+
+
 def pair_loss(
     logps: Tensor,
     sequence_ids: Tensor,
     pairs: int,
     ref_logps: Tensor | None,
-    *,
     loss_type: str,
     beta: float,
     label_smoothing: float,
     lengths: Tensor | None,
     weight: Tensor | None,
     margin: Tensor | None,
+    option: float = 0.0,
+    shape: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `native.pair_loss`; one launch, whatever the order of the tokens."""
-    given = (logps, ref_logps, lengths, weight, margin)
-    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in given)
+    """As `Backend.pair_loss`: one launch, whatever the order of the tokens."""
+    vectors = (logps, ref_logps, lengths, weight, margin)
+    assert all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in vectors)
     assert sequence_ids.dtype == torch.int64 and sequence_ids.is_contiguous()
     ipo = loss_type == "ipo"
-    loss, coef = logps.new_empty(()), torch.empty_like(logps)
+    loss, dlogp = logps.new_empty(()), torch.empty_like(logps)
     sequences, rewards, slopes = (logps.new_empty(2 * pairs) for _ in range(3))
     with _on(logps.device):
         _kernels().pairs.pair_loss[(1,)](
             logps,
             sequence_ids,
-            *given[1:],
+            *vectors[1:],
             loss,
             sequences,
             rewards,
             slopes,
-            coef,
+            dlogp,
             logps.shape[0],
             pairs,
             float(beta),  # an int would be compiled in
@@ -312,47 +297,33 @@ def pair_loss(
             num_warps=_PAIR_LANES // _warp_size(logps.device),
             enable_fp_fusion=False,
         )
-    return loss, sequences, rewards, coef
+    return loss, sequences, rewards, dlogp
 
 
-def fused_is_fast(weight: Tensor) -> bool:
-    """Whether `linear_logps` has a kernel made for this GPU and for this weight's alignment, and
-    not only the one that runs anywhere."""
-    return _kernels().forward.made_for(weight)
+def logit_free_reason(
+    weight: Tensor,
+    transform: Transform,
+    extras: tuple[str, ...] = (),
+    with_d: bool = True,
+    asked: bool = False,
+) -> str | None:
+    """As `Backend.logit_free_reason`."""
+    if extras:
+        return "the triton backend's logit-free product has no extras"
+    return _kernels().forward.logit_free_reason(weight, transform, with_d, asked)
 
 
-def linear_logps(
+def logit_free_forward(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     stats: Stats,
     transform: Transform,
+    d: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
-    """Fill stats.lse and stats.logps [N] for the logits x [N, H] weight [V, H]^T + bias [V], which
-    are never in memory. ValueError, with the reason, for a head that the kernel does not take."""
+    """As `Backend.logit_free_forward`."""
+    assert d is None or (d.dtype == x.dtype and _aligned(d, 8))
     with _on(x.device):
-        _kernels().forward.fused_logps(x, weight, labels, bias, transform, stats)
-
-
-def keeps_logits(weight: Tensor, transform: Transform, extras: tuple[str, ...]) -> bool:
-    """Whether `linear_grad` takes this head; the statistics of the extras it does not have."""
-    return not extras and _kernels().forward.why_no_grad(weight, transform) is None
-
-
-def linear_grad(
-    x: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    stats: Stats,
-    transform: Transform,
-    out: Tensor,
-    factor: Tensor,
-) -> None:
-    """`linear_logps`, and D [N, V] of `eager.grad` as factor [N] times out [N, V], whose rows start
-    at multiples of 16 bytes; where `keeps_logits`."""
-    assert out.dtype == x.dtype and _aligned(out, 8)
-    with _on(x.device):
-        fused = _kernels().forward.fused_logps
-        fused(x, weight, labels, bias, transform, stats, out=out, factor=factor)
+        _kernels().forward.fused_logps(x, weight, labels, bias, transform, stats, d, row_scale)

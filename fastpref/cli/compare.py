@@ -1,4 +1,4 @@
-"""The output head with and without logits on the same batches: what `fastpref demo` measures."""
+"""`compare_heads`: the output head with and without logits, measured by `fastpref demo`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastpref.cli import report
 
 
 def eager_loss(hidden, weight, labels, ref_logps, loss_type, beta) -> torch.Tensor:
-    """The losses as they are usually written: logits of all positions, then log_softmax."""
+    """DPO and IPO in plain torch: logits of all positions, then log_softmax."""
     logps = (hidden @ weight.T).log_softmax(-1)
     counted = labels != -100
     picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -26,11 +26,15 @@ def eager_loss(hidden, weight, labels, ref_logps, loss_type, beta) -> torch.Tens
 
 
 def compare_heads(trainer: Any, batches: int, repeats: int) -> dict[str, Any]:
-    """Time and extra peak memory of the head, forward and backward, on batches of the training.
+    """Time and extra peak memory of the head's forward and backward pass, on the CPU.
 
-    The hidden states and the reference log-probs are those of the run, both sides get the same.
-    Measured here on the CPU; times are medians of alternating calls after a warm-up, memory is the
-    largest batch's.
+    Both sides get the hidden states and reference log-probs of the run's batches. Times are medians
+    of alternating calls after a warm-up. Memory is that of the largest batch.
+
+    Args:
+        trainer: a trainer with precomputed reference log-probs.
+        batches: number of batches.
+        repeats: number of timed calls for each batch.
     """
     import fastpref
 
@@ -67,15 +71,15 @@ def compare_heads(trainer: Any, batches: int, repeats: int) -> dict[str, Any]:
         return loss.item(), hidden.grad
 
     extra: dict[str, int | None] = {}
-    for side in sides:  # ours first: it must not live on memory that the other has left behind
+    for side in sides:  # fastpref first, so that it cannot reuse memory that eager has freed
         measured: list[int | None] = []
         for case in cases:
             release_memory()
             with report.PeakMemory() as memory:
                 step(side, case)
             measured.append(memory.extra)
-        known = [peak for peak in measured if peak is not None]
-        extra[side] = max(known) if len(known) == len(measured) else None
+        peaks = [peak for peak in measured if peak is not None]
+        extra[side] = max(peaks) if len(peaks) == len(measured) else None
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(repeats):
         for case in cases:
@@ -100,11 +104,11 @@ def compare_heads(trainer: Any, batches: int, repeats: int) -> dict[str, Any]:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, so that the next peak counts all that it needs."""
+    """Return freed memory to the system, so that the next peak includes all allocations."""
     gc.collect()
     try:
         import ctypes
 
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # not the GNU C library
+    except (AttributeError, OSError, TypeError):  # another C library than GNU's
         pass

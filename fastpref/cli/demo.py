@@ -1,7 +1,7 @@
-"""`fastpref demo`: DPO and IPO on a tiny model that the package ships, with no network.
+"""`fastpref demo`: DPO and IPO on a tiny model that is part of the package, without a network.
 
-The model answers requests at the front desk of a town hall, sometimes helpfully and sometimes not;
-scripts/make_demo_model.py made it. The pairs say which answers are wanted.
+The model answers requests at the front desk of a town hall, sometimes helpfully and sometimes not.
+scripts/make_demo_model.py made it. In the pairs, the helpful answers are the chosen ones.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import typer
 
 from fastpref.cli import report
+from fastpref.progress import size_text
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TEMPERATURE = 0.7
@@ -58,7 +59,7 @@ def command(
 
 
 def run(console: Any, output: Path, quick: bool, seed: int) -> None:
-    """The whole demo, with the threads that torch is set to."""
+    """The whole demo, with torch's present number of threads."""
     began = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     from transformers import AutoTokenizer
@@ -115,8 +116,8 @@ def run(console: Any, output: Path, quick: bool, seed: int) -> None:
 
 
 def quiet() -> None:
-    """Keep the bars and notices of the libraries below off the screen; ours are enough."""
-    from fastpref.cli.train import hide_library_bars
+    """Hide the bars and messages of other libraries."""
+    from fastpref.cli.train_run import hide_library_bars
 
     hide_library_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -134,13 +135,13 @@ def request(row: dict[str, Any]) -> str:
 
 
 def body(row: dict[str, Any]) -> str:
-    """The chosen answer without its first and last sentence, which are courtesies: the facts."""
+    """The chosen answer without its first and last sentence, which are courtesies."""
     return " ".join(re.split(r"(?<=[.!?]) ", row["chosen"][0]["content"])[1:-1])
 
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int) -> list[str]:
-    """One sampled answer to each request; the same seed for every model."""
+    """One sampled answer to each request."""
     tokenizer.padding_side = "left"
     inputs = tokenizer.apply_chat_template(
         [row["prompt"] for row in rows],
@@ -159,10 +160,10 @@ def generate(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int) 
 
 
 def train_one(loss, tokenizer, train, heldout, output, seed, quick, console) -> tuple[Any, dict]:
-    """Train a fresh copy of the model with one loss. Returns the trainer and what it measured."""
+    """Train a fresh copy of the model with one loss; returns the trainer and its figures."""
     from fastpref.cli.models import load_model
     from fastpref.cli.progress import ProgressBar
-    from fastpref.cli.train import make_trainer
+    from fastpref.cli.train_run import make_trainer
     from fastpref.trainer.config import PreferenceConfig
 
     batch = 12 if quick else 32
@@ -220,11 +221,11 @@ def train_one(loss, tokenizer, train, heldout, output, seed, quick, console) -> 
     return trainer, result
 
 
-# ---- what is shown -----------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------
 
 
 def show_answers(console: Any, heldout: list[dict], answers: dict[str, list[str]]) -> None:
-    """The first few requests that were answered badly before, with the answers of every model."""
+    """Print the first requests that were answered badly before, with all models' answers."""
     from rich.table import Table
     from rich.text import Text
 
@@ -261,7 +262,7 @@ def show_results(console: Any, runs: dict[str, dict], helpful: dict[str, float])
         table.add_column(name, justify="right")
     first = next(iter(runs.values()))["before"]
     table.add_row("helpful and correct answers", *(f"{helpful[n]:.0%}" for n in ("before", *runs)))
-    for label, key, form in (
+    for label, key, spec in (
         ("reward accuracy", "eval_rewards/accuracies", ".1%"),
         ("reward margin", "eval_rewards/margins", "+.3f"),
         ("reward of chosen", "eval_rewards/chosen", "+.3f"),
@@ -269,8 +270,8 @@ def show_results(console: Any, runs: dict[str, dict], helpful: dict[str, float])
     ):
         table.add_row(
             label,
-            f"{first[key] + 0.0:{form}}",
-            *(f"{run['after'][key]:{form}}" for run in runs.values()),
+            f"{first[key] + 0.0:{spec}}",
+            *(f"{run['after'][key]:{spec}}" for run in runs.values()),
         )
     table.add_row(
         "steps, seconds", "", *(f"{run['steps']}, {run['seconds']:.1f}" for run in runs.values())
@@ -303,7 +304,7 @@ def show_head(console: Any, head: dict[str, Any]) -> None:
         ("eager", "eager torch, with logits"),
         ("fastpref", f"fastpref, without ({head['backend']})"),
     ):
-        table.add_row(label, report.size_text(extra[side]), f"{seconds[side] * 1e3:.1f} ms")
+        table.add_row(label, size_text(extra[side]), f"{seconds[side] * 1e3:.1f} ms")
     table.add_row(
         "eager / fastpref",
         memory_ratio(extra),
@@ -324,7 +325,7 @@ def memory_ratio(extra: dict[str, int | None]) -> str:
 
 
 def plot(runs: dict[str, dict], helpful: dict[str, float], head: dict, path: Path) -> None:
-    """Training curves of both losses, and bars: helpful answers, memory and time of the head."""
+    """Write a plot of both training curves, and bars of helpful answers and of the head's costs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -349,7 +350,7 @@ def plot(runs: dict[str, dict], helpful: dict[str, float], head: dict, path: Pat
     extra, seconds = head["extra_memory_bytes"], head["seconds"]
     sides = ("eager", "fastpref")
     colours = (report.NEUTRAL, report.CHOSEN, report.CHOSEN)
-    for axis, title, names, values, form in (
+    for axis, title, names, values, template in (
         (
             axes[0],
             "Helpful, correct answers, held out",
@@ -367,7 +368,7 @@ def plot(runs: dict[str, dict], helpful: dict[str, float], head: dict, path: Pat
         (axes[2], "Time of the head, ms", sides, [seconds[s] * 1e3 for s in sides], "{:.3g}"),
     ):
         bars = axis.bar(names, values, color=colours[: len(names)], width=0.6)
-        axis.bar_label(bars, [form.format(value) for value in values], fontsize=9, padding=2)
+        axis.bar_label(bars, [template.format(value) for value in values], fontsize=9, padding=2)
         axis.set_title(title, loc="left", fontsize=10)
         axis.margins(y=0.15)
         report.tidy(axis)

@@ -1,4 +1,4 @@
-"""`fastpref doctor`: what this machine has and what fastpref makes of it. Needs torch alone."""
+"""`fastpref doctor`: this machine's hardware, packages and backends. It needs only torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VARIABLES = (
 
 
 def collect() -> dict[str, Any]:
-    """Everything that doctor reports, ready for JSON."""
+    """All facts that doctor reports, as values for JSON."""
     return {
         "fastpref": version("fastpref"),
         "python": platform.python_version(),
@@ -64,7 +64,10 @@ def version(package: str) -> str | None:
 
 
 def cpu() -> dict[str, Any]:
-    """Model, features, what it lacks, and threads. Features are None where they are not listed."""
+    """The CPU's model, features, missing features and threads.
+
+    Features are None if the system does not list them.
+    """
     model, features = processor.read_processor()
     usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     return {
@@ -79,7 +82,7 @@ def cpu() -> dict[str, Any]:
 
 
 def native_isa() -> str | None:
-    """Which of its code paths the compiled CPU module uses here; None where there is no module."""
+    """The instruction set that the compiled CPU module uses; None if there is no module."""
     try:
         from fastpref import _cpu
     except ImportError:
@@ -109,7 +112,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def active() -> dict[str, str]:
-    """The backend per kind of device, or why there is none: a forced one may not run there."""
+    """The backend of each kind of device; or "none: REASON" if a forced one cannot run there."""
     chosen = {}
     for device in dict.fromkeys(d["device"].split(":")[0] for d in devices()):
         try:
@@ -190,7 +193,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def run(as_json: bool = False) -> None:
-    """Print the report; exit with code 1 where a forced backend cannot run on a device."""
+    """Print the report; exit with code 1 if a forced backend cannot run on a device."""
     facts = collect()
     if as_json:
         print(json.dumps(facts, indent=2))

@@ -1,4 +1,4 @@
-"""`--loss` and `--loss-option` of the command line."""
+"""The options `--loss` and `--loss-option` of the command line."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ OPTION_HELP = (
 
 @dataclass(frozen=True)
 class ChosenLoss:
-    """What the user asked for, checked.
+    """The loss of a run after checks.
 
-    title: for people. settings: arguments of `PreferenceConfig`, or of `UnpairedPreferenceConfig`
-    where unpaired. reference: as that of `LossOptions`.
+    Attributes:
+        title: the loss's name in texts.
+        settings: arguments of `PreferenceConfig`, or of `UnpairedPreferenceConfig` if unpaired.
+        reference: as `LossOptions.reference`.
+        unpaired: whether it is a loss of single answers.
     """
 
     title: str
@@ -38,14 +41,20 @@ class ChosenLoss:
 
 
 def choose_loss(loss: str, beta: float, options: list[str]) -> ChosenLoss:
-    """Parse and check both options, before anything is loaded. Raises ValueError."""
+    """Parse and check --loss and --loss-option. Raises ValueError.
+
+    Args:
+        loss: the value of --loss.
+        beta: the value of --beta.
+        options: the values of --loss-option, NAME=VALUE each.
+    """
     names = [name.strip().lower() for name in loss.split("+")]
     unpaired = len(names) == 1 and names[0] in UNPAIRED_LOSS_TYPES
     for name in names:
         if name not in (*ALIASES, *LOSS_TYPES) and not unpaired:
-            known = ", ".join((*ALIASES, *LOSS_TYPES))
-            alone = " or ".join(UNPAIRED_LOSS_TYPES)
-            raise ValueError(f"--loss {loss}: expected {known}, or {alone} alone")
+            paired = ", ".join((*ALIASES, *LOSS_TYPES))
+            unpaired_names = " or ".join(UNPAIRED_LOSS_TYPES)
+            raise ValueError(f"--loss {loss}: expected {paired}, or {unpaired_names} alone")
     allowed = UNPAIRED_OPTIONS if unpaired else OPTIONS
     types = [ALIASES.get(name, name) for name in names]
     settings: dict[str, Any] = {"loss_type": types[0] if unpaired else types}
@@ -67,5 +76,5 @@ def choose_loss(loss: str, beta: float, options: list[str]) -> ChosenLoss:
         weights = (settings.get(name, 1.0) for name in UNPAIRED_OPTIONS)
         check_unpaired_options(settings["loss_type"], beta, *weights)
         return ChosenLoss(names[0].upper(), settings, "required", unpaired=True)
-    checked = LossOptions(**{k: v for k, v in settings.items() if k in LOSS_OPTIONS})
-    return ChosenLoss(" + ".join(name.upper() for name in names), settings, checked.reference)
+    loss_options = LossOptions(**{k: v for k, v in settings.items() if k in LOSS_OPTIONS})
+    return ChosenLoss(" + ".join(name.upper() for name in names), settings, loss_options.reference)

@@ -1,4 +1,4 @@
-"""What a command line names: a model, an adapter, a checkpoint."""
+"""Loading the models, adapters and checkpoints that a command line names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def adapter_of(name: str) -> dict[str, Any] | None:
-    """The adapter_config.json of an adapter's directory or hub name; None for another model's."""
+    """The adapter_config.json of a directory or hub name; None if it is not an adapter."""
     from fastpref.trainer.adapter_loading import find_adapter
 
     try:
@@ -19,7 +19,10 @@ def adapter_of(name: str) -> dict[str, Any] | None:
 
 
 def continues(name: str, options: list[str]) -> bool:
-    """Whether --model is an adapter to train on. options: those given that shape a new one."""
+    """Whether --model is an adapter, which is trained further.
+
+    options: the options of a new adapter that were passed; they raise ValueError then.
+    """
     if adapter_of(name) is None:
         return False
     if options:
@@ -30,15 +33,20 @@ def continues(name: str, options: list[str]) -> bool:
     return True
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
+def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of --model; of an adapter a PeftModel that trains it.
+
+    trust_remote_code: whether code that comes with the model may run.
+    """
     from fastpref.trainer.adapter_loading import load_adapter
 
     adapter = adapter_of(name)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if adapter is None:
-        return _load_whole(name, {"dtype": dtype})
+        return _load_whole(name, options)
     path = str(Path(name).expanduser())
     try:
-        return load_adapter(path, adapter, {"dtype": dtype}, _load_base, trainable=True)
+        return load_adapter(path, adapter, options, _load_base, trainable=True)
     except ValueError as error:
         raise ValueError(f"--model {name}: {error}") from error
 
@@ -47,36 +55,37 @@ def _load_base(name: str, options: dict[str, Any]) -> Any:
     return _load_whole(name, options, "base")
 
 
-def _load_whole(name: str, options: dict[str, Any], said: str = "--model") -> Any:
+def _load_whole(name: str, options: dict[str, Any], argument: str = "--model") -> Any:
     from transformers import AutoModelForCausalLM
 
     from fastpref.trainer.loading import check_loaded
 
     options = {**options, "output_loading_info": True}
-    model, info = from_pretrained(AutoModelForCausalLM, name, said, **options)
-    check_loaded(model, info, f"{said} {name}")
+    model, info = from_pretrained(AutoModelForCausalLM, name, argument, **options)
+    check_loaded(model, info, f"{argument} {name}")
     return model
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, or of an adapter or else of its base."""
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model; of an adapter its tokenizer or else its base model's."""
     from transformers import AutoTokenizer
 
     from fastpref.trainer.adapter_loading import tokenizer_of
 
     adapter, path = adapter_of(name), str(Path(name).expanduser())
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if adapter is None:
-        return from_pretrained(AutoTokenizer, name)
+        return from_pretrained(AutoTokenizer, name, **options)
     base = adapter.get("base_model_name_or_path")
     if tokenizer_of(path, {}) is None and base:
-        return from_pretrained(AutoTokenizer, base, f"--model {name}: base")
-    return AutoTokenizer.from_pretrained(path)
+        return from_pretrained(AutoTokenizer, base, f"--model {name}: base", **options)
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
-def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any) -> Any:
-    """`kind.from_pretrained`, whose errors take many lines, with an error of one sentence.
+def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **options: Any) -> Any:
+    """`auto_class.from_pretrained`, with errors of one sentence.
 
-    said: what the name is called there.
+    argument: what errors call the name.
     """
     from safetensors import SafetensorError
 
@@ -85,20 +94,23 @@ def from_pretrained(kind: Any, name: str, said: str = "--model", **options: Any)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"{said} {name} is a directory without config.json, so no model")
+            raise ValueError(f"{argument} {name} is a directory without config.json, so no model")
         name = str(path)
     elif path.exists() or is_path(name):
-        raise ValueError(f"{said} {name} is not a directory")
+        raise ValueError(f"{argument} {name} is not a directory")
+    options.setdefault("trust_remote_code", False)  # without it transformers asks, and takes a "y"
     try:
-        return kind.from_pretrained(name, **options)
+        return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(" .:")
-        what = "tokenizer" if "Tokenizer" in kind.__name__ else "model"
-        raise ValueError(f"{said} {name}: no {what} could be loaded ({first})") from error
+        if "trust_remote_code" in str(error):
+            first = "it brings code of its own, which runs only with --trust-remote-code"
+        kind = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
+        raise ValueError(f"{argument} {name}: no {kind} could be loaded ({first})") from error
 
 
 def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:
-    """The adapter; None stands for the default of each option."""
+    """The configuration of a new adapter; None means the default of an option."""
     from peft import LoraConfig
 
     modules = [name.strip() for name in (targets or "all-linear").split(",")]
@@ -108,12 +120,3 @@ def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:
         lora_alpha=alpha or 32,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
     )
-
-
-def latest_checkpoint(output: Path) -> str:
-    """The newest complete checkpoint: trainer_state.json is what a checkpoint gets last."""
-    found = [p.parent for p in output.glob("checkpoint-*/trainer_state.json")]
-    steps = {int(step): path for path in found if (step := path.name[11:]).isdecimal()}
-    if not steps:
-        raise ValueError(f"--resume latest: there is no complete checkpoint in {output}")
-    return str(steps[max(steps)])

@@ -1,4 +1,4 @@
-"""What a training run shows while it runs, and what is counted on the way for its summary."""
+"""The progress bar of a training run, and the counts for its summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """A bar of optimiser steps with the latest metrics; plain lines where there is no terminal."""
+    """A bar of optimiser steps with the latest metrics; plain lines without a terminal.
+
+    Args:
+        console: where to print.
+        title: the name of the bar.
+        lines: whether to print metrics where there is no terminal.
+        evaluations: whether to print the metrics of held-out data.
+    """
 
     def __init__(
         self,
@@ -22,11 +29,11 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         self.console = console
         self.title = title
-        self.lines = lines  # whether to print metrics where there is no terminal
-        self.evaluations = evaluations  # whether to print those of held-out data
+        self.lines = lines
+        self.evaluations = evaluations
         self.bar: Progress | None = None
         self.resumed_tokens = 0
-        self.seconds = 0.0  # spent training, evaluation left out
+        self.seconds = 0.0  # of training, without evaluation
         self._clock: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -61,10 +68,10 @@ class ProgressBar(TrainerCallback):
         if not state.is_world_process_zero or f"{prefix}loss" not in logs:
             return
         text = f"loss {logs[f'{prefix}loss']:.4f}"
-        # Single answers have no accuracy, and no margin where all are of one kind.
-        for title, key, form in (("accuracy", "accuracies", ".2f"), ("margin", "margins", "+.3f")):
+        # Single answers have no accuracy, and no margin if all are of one class.
+        for title, key, spec in (("accuracy", "accuracies", ".2f"), ("margin", "margins", "+.3f")):
             if (value := logs.get(f"{prefix}rewards/{key}")) is not None:
-                text += f"  {title} {value:{form}}"
+                text += f"  {title} {value:{spec}}"
         if prefix and self.evaluations:
             self.console.print(f"Held out after step {state.global_step}: {text}")
         elif prefix:
@@ -78,17 +85,19 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the screen; needed where training ends in an error."""
+        """Remove the bar from the screen, also after an error."""
         if self.bar:
             self.bar.stop()
             self.bar = None
 
 
 class CountingCollator:
-    """A collator that remembers the size of the largest batch that it made.
+    """A collator that records the size of its largest batch.
 
-    positions: the most tokens of one batch, padding included, which is how many rows of logits a
-    model that computes logits would make for it. labelled: the most tokens with a label.
+    Attributes:
+        positions: the largest number of positions of a batch, including padding. A model that
+            computes logits has that many rows of them.
+        labelled: the largest number of completion tokens of a batch.
     """
 
     def __init__(self, collator: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: its peak memory, a summary table, a log file and a plot."""
+"""Reports of a run: peak memory, summary table, log file and plot."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from fastpref.progress import size_text as size_text
-
 CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#c8553d", "#6b7280"
 
 
 class PeakMemory:
-    """The most memory that was in use inside a `with` block, in bytes.
+    """The peak memory inside a `with` block, in bytes.
 
-    With a GPU it is what torch allocated there; otherwise the resident memory of this process,
-    whose high-water mark Linux can reset. `base` is what was in use at the start, `peak` the most
-    since then; None where it cannot be measured. Where the mark cannot be reset, `peak` is that of
-    the whole life of the process and `exact` is False.
+    On a GPU it is the memory that torch allocated there. On a CPU it is the resident memory of this
+    process, whose high-water mark Linux can reset.
+
+    Attributes:
+        base: the memory at the start of the block; None if it cannot be measured.
+        peak: the peak since then; None if it cannot be measured.
+        exact: False if the mark cannot be reset; peak is then that of the process's whole life.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -53,14 +54,14 @@ class PeakMemory:
 
     @property
     def extra(self) -> int | None:
-        """Bytes beyond what was in use at the start, or None where that is not known."""
+        """The peak minus the memory at the start, in bytes; None if it is not known."""
         if self.base is None or self.peak is None or not self.exact:
             return None
         return max(0, self.peak - self.base)
 
 
 def _status_bytes(name: str) -> int | None:
-    """A field of /proc/self/status in bytes, or None where there is no such file or field."""
+    """A field of /proc/self/status in bytes; None if there is no such file or field."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -93,7 +94,7 @@ def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """The same value with NaN and infinities as None, which JSON lacks, and tensors as numbers."""
+    """A value for JSON: NaN and infinities become None, tensors numbers."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -115,7 +116,7 @@ def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
     return [step for step, _ in points], [value for _, value in points]
 
 
-# The panels of a training plot: title, metric, whether zero is drawn, bounds of the axis.
+# The panels of a training plot: title, metric, whether to draw a line at 0, bounds of the axis.
 _PANELS = (
     ("Loss", "loss", False, None),
     ("Reward margin", "rewards/margins", True, None),
@@ -150,7 +151,7 @@ def draw_training(axes: Sequence[Any], history: Sequence[Mapping[str, Any]]) -> 
 
 
 def tidy(axis: Any) -> None:
-    """The look that all plots share."""
+    """Apply the common style of the plots."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
     axis.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -159,7 +160,7 @@ def tidy(axis: Any) -> None:
 
 def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Write a PNG of loss, reward margin and reward accuracy over the steps of a `log_history`."""
-    from matplotlib.figure import Figure  # no pyplot: no display and no global state
+    from matplotlib.figure import Figure  # pyplot would need a display and has global state
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     draw_training(figure.subplots(1, 3), history)

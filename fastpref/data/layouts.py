@@ -113,15 +113,15 @@ def _prompt_columns(column_names: list[str], name: str) -> tuple[str | None, str
     """The column of the prompt and that of its context, or None for each."""
     if "prompt" in column_names:
         return "prompt", None
-    found = [c for c in PROMPTS if c in column_names]
-    if found == ["instruction", "input"]:
+    candidates = [c for c in PROMPTS if c in column_names]
+    if candidates == ["instruction", "input"]:
         return "instruction", "input"
-    if len(found) > 1:
+    if len(candidates) > 1:
         raise ValueError(
-            f"{name} data: any of the columns {found} could be the prompt; rename that one to "
+            f"{name} data: any of the columns {candidates} could be the prompt; rename that one to "
             "'prompt' and remove or rename the others"
         )
-    return (found[0] if found else None), None
+    return (candidates[0] if candidates else None), None
 
 
 def _holds_prompt(rows: list[dict[str, Any]], columns: Columns) -> bool:
@@ -134,15 +134,15 @@ def _holds_prompt(rows: list[dict[str, Any]], columns: Columns) -> bool:
 
 def check_columns(column_names: list[str], name: str, columns: Columns = PAIRS) -> None:
     """Raise ValueError unless a data set has the columns of this kind of data."""
-    found = f"found columns {sorted(column_names)}; {columns.expected}"
+    hint = f"found columns {sorted(column_names)}; {columns.expected}"
     if {"image", "images"} & set(column_names):
-        raise ValueError(f"{name} data has images, which are not supported; {found}")
-    wanted = columns.ids if set(columns.ids) & set(column_names) else columns.answers
-    if columns is not PAIRS and wanted is columns.answers and not {*PROMPTS} & set(column_names):
-        wanted = ("prompt", *wanted)  # only a pair's prompt may be inside its answers
-    for column in (*wanted, *columns.labels):
+        raise ValueError(f"{name} data has images, which are not supported; {hint}")
+    required = columns.ids if set(columns.ids) & set(column_names) else columns.answers
+    if columns is not PAIRS and required is columns.answers and not {*PROMPTS} & set(column_names):
+        required = ("prompt", *required)  # only a pair's prompt may be inside its answers
+    for column in (*required, *columns.labels):
         if column not in column_names:
-            raise ValueError(f"{name} data: column {column!r} is missing; {found}")
+            raise ValueError(f"{name} data: column {column!r} is missing; {hint}")
     reference = [column for column in REFERENCE if column in column_names]
     if len(reference) == 1:
         raise ValueError(f"{name} data has {reference[0]} but not the other of {REFERENCE}")
@@ -150,15 +150,15 @@ def check_columns(column_names: list[str], name: str, columns: Columns = PAIRS) 
 
 def _text_inside(rows: list[dict[str, Any]], prompt: str, columns: Columns) -> bool:
     """Whether all answers start with the prompt's text, in every row that has a prompt."""
-    found = False
+    has_prompt = False
     for row in rows:
         text, answers = row[prompt], [row[key] for key in columns.answers]
         if not (isinstance(text, str) and text.strip()):
             continue
         if not all(isinstance(a, str) and a.startswith(text) for a in answers):
             return False
-        found = True
-    return found
+        has_prompt = True
+    return has_prompt
 
 
 def arrange_batch(
@@ -181,8 +181,8 @@ def arrange_batch(
     size = len(batch[columns.answers[0]])
     out = []
     for i, index in enumerate(range(size) if rows is None else rows):
-        row, found = without_nulls({key: values[i] for key, values in batch.items()}, merged)
-        out.append((arrange(row, layout, columns, f"{data}: row {index}"), found))
+        row, had_nulls = without_nulls({key: values[i] for key, values in batch.items()}, merged)
+        out.append((arrange(row, layout, columns, f"{data}: row {index}"), had_nulls))
     return out
 
 

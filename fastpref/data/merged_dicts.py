@@ -19,25 +19,26 @@ def without_nulls(row: Mapping[str, Any], columns: frozenset[str]) -> tuple[dict
 
     A null that is a message's content stays, since messages with tool calls have it.
     """
-    out, found = dict(row), False
+    out, had_nulls = dict(row), False
     for key in columns:
-        value, nested = _without_nulls(out.get(key), depth=0)
-        out[key], found = value, found or nested
-    return out, found
+        value, in_column = _without_nulls(out.get(key), depth=0)
+        out[key], had_nulls = value, had_nulls or in_column
+    return out, had_nulls
 
 
 def _without_nulls(value: Any, depth: int) -> tuple[Any, bool]:
     if isinstance(value, list):
         parts = [_without_nulls(v, depth) for v in value]
-        return [v for v, _ in parts], any(found for _, found in parts)
+        return [v for v, _ in parts], any(had_nulls for _, had_nulls in parts)
     if not isinstance(value, dict):
         return value, False
     items = {
         k: v for k, v in value.items() if v is not None or (k == "content" and "role" in value)
     }
     inner = {k: _without_nulls(v, depth + 1) for k, v in items.items()}
-    found = depth > 0 and len(items) < len(value)
-    return {k: v for k, (v, _) in inner.items()}, found or any(f for _, f in inner.values())
+    had_nulls = depth > 0 and len(items) < len(value)
+    had_nulls = had_nulls or any(nested for _, nested in inner.values())
+    return {k: v for k, (v, _) in inner.items()}, had_nulls
 
 
 def merged_columns(batch: Mapping[str, list], names: Iterable[str | None]) -> frozenset[str]:

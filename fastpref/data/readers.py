@@ -10,6 +10,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,14 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         if not line.strip():
             continue
         where = f"{path}: line {number}"
-        row = decode_json(line, lambda _, where=where: where)
+        row = decode_json(line, partial(_same_line, where))
         if not isinstance(row, dict):
             raise ValueError(f"{where} is a JSON {type(row).__name__}; expected an object")
         yield row
+
+
+def _same_line(where: str, line: int) -> str:
+    return where
 
 
 def read_json(path: Path) -> Iterable[dict]:

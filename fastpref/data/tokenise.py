@@ -326,8 +326,8 @@ def _encode_batch(
         tokens = RowTokenizer(tokenizer, columns.answers)
         arranged = arrange_batch(batch, layout, columns, data, rows)
         encoded = [
-            _encode_row(row, tokens, layout, found, f"{data}: row {index}")
-            for index, (row, found) in zip(rows, arranged, strict=True)
+            _encode_row(row, tokens, layout, had_nulls, f"{data}: row {index}")
+            for index, (row, had_nulls) in zip(rows, arranged, strict=True)
         ]
     for i, (index, (ids, flags)) in enumerate(zip(rows, encoded, strict=True)):
         where = f"{data}: row {index}"
@@ -347,10 +347,10 @@ def _encode_batch(
 
 
 def _encode_row(
-    row: dict, tokens: RowTokenizer, layout: Layout, found_nulls: bool, where: str
+    row: dict, tokens: RowTokenizer, layout: Layout, had_nulls: bool, where: str
 ) -> tuple[list[list[int]], int]:
     """The token ids of the prompt and of each answer, and the row's flags."""
-    flags = (NULLS if found_nulls else 0) | (NO_PROMPT if has_no_prompt(row, layout) else 0)
+    flags = (NULLS if had_nulls else 0) | (NO_PROMPT if has_no_prompt(row, layout) else 0)
     first, *others = (row[key] for key in tokens.answers)
     if any(same(first, other) for other in others):
         return [[] for _ in ("prompt", *tokens.answers)], flags | IDENTICAL

@@ -6,7 +6,6 @@ Its inputs are checked before the head runs, so that a bad input costs no produc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref import backends, validation
-from fastpref.logps.autograd import Solve
+from fastpref.backends.tile import Backend, PairLossInputs
 from fastpref.logps.checks import check_extras
+from fastpref.logps.compile import CompiledLogps
 from fastpref.logps.forward import TokenStats
 from fastpref.logps.prepared import PreparedLogps
 from fastpref.logps.sequences import sequence_logps
@@ -57,31 +57,31 @@ class PairInputs(NamedTuple):
     margin: Tensor | None = None  # [P]
     soft_labels: Tensor | None = None  # [P]
 
-    def like(self, t: Tensor) -> PairInputs:
-        """The same inputs on t's device and in its dtype, contiguous."""
-        return PairInputs(
-            *(None if x is None else x.to(t.device, t.dtype).contiguous() for x in self)
-        )
+    def to(self, device: torch.device, dtype: torch.dtype) -> PairInputs:
+        """The same inputs on this device and in this dtype, contiguous."""
+        return PairInputs(*(None if t is None else t.to(device, dtype).contiguous() for t in self))
 
 
 class _PairLoss(torch.autograd.Function):
-    """Token log-probs [N] -> loss [], by a backend's closed form, which gives d loss / d log-probs.
+    """Token log-probs [N] to the results of `Backend.pair_loss` but its derivative.
 
-    The backward pass is then one scaling.
+    The derivative is kept, so that the backward pass is one scaling.
     """
 
     @staticmethod
-    def forward(ctx, logps, solve: Solve):
-        *out, slope = solve(logps)
-        ctx.save_for_backward(slope)
+    def forward(
+        ctx: Any, logps: Tensor, backend: Backend, inputs: PairLossInputs
+    ) -> tuple[Tensor, ...]:
+        *out, dlogp = backend.pair_loss(logps, *inputs)
+        ctx.save_for_backward(dlogp)
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
         return tuple(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, *_):
-        return None if dloss is None else ctx.saved_tensors[0] * dloss, None
+    def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return None if dloss is None else ctx.saved_tensors[0] * dloss, None, None
 
 
 class PreparedLoss(NamedTuple):
@@ -125,47 +125,60 @@ class PreparedLoss(NamedTuple):
             return sequence_logps(logps, self.labels, **self.sequence_layout)
         return ld_sequence_logps(logps, self.labels, self.options.ld_alpha, **self.sequence_layout)
 
-    def run(self, call: PreparedLogps | Any) -> PreferenceOutput:
-        """The loss of the log-probs that a prepared call of the head computes."""
-        if isinstance(call, PreparedLogps):
-            module = self._closed_form_backend(call.rows, call.call.backend)
-            if module is not None:
-                # The log-probs of the labelled tokens suffice: the sums skip the ignored ones.
-                solve = self._closed_form(call.positions, call.labels.shape[0], None, module)
-                if not self.wants_stats:
-                    return self._output(call.compute_loss(solve), call.labels.shape[0])
-                stats = call.compute()
-                out = self._output(_PairLoss.apply(stats.logps, solve), call.labels.shape[0])
-                return out._replace(stats=call.spread(stats))
-        result = call.run()
-        stats = result if isinstance(result, TokenStats) else TokenStats(result)
-        out = self.solve(stats)
+    def pair_loss_inputs(self, policy: PreparedLogps | CompiledLogps) -> PairLossInputs | None:
+        """The inputs of the closed form of the policy's backend; None if it has no closed form."""
+        if isinstance(policy, CompiledLogps):  # torch.compile fuses the operations on [2P]
+            return None
+        if self._closed_form_backend(policy.hidden, policy.call.backend) is None:
+            return None
+        # The log-probs of the labelled tokens suffice: the sums skip the ignored ones.
+        labels = policy.labels
+        return self._pair_loss_inputs(policy.positions, labels.shape[0], None, labels.device)
+
+    def output(
+        self,
+        policy: PreparedLogps | CompiledLogps,
+        inputs: PairLossInputs | None,
+        out: Sequence[Tensor | None],
+    ) -> PreferenceOutput:
+        """The output, from the results of the policy's `compute`.
+
+        These are token statistics with wants_stats or without inputs; else the closed form's loss,
+        sequence log-probs and rewards.
+        """
+        if inputs is not None:
+            assert isinstance(policy, PreparedLogps)
+            tokens = policy.labels.shape[0]
+            if not self.wants_stats:
+                return self._output(out, tokens)
+            closed_form = _PairLoss.apply(out[0], policy.call.backend, inputs)
+            return self._output(closed_form, tokens)._replace(stats=policy.spread(out))
+        stats = policy.spread(out)
+        result = self.loss_from_logps(stats)
         if not self.wants_stats:
-            return out
+            return result
         if self.nll_labels is not None:  # tokens that the NLL alone counts are not returned
             labelled = [None if t is None else t * self.is_labelled for t in stats]
             stats = TokenStats(*labelled)  # type: ignore[arg-type]
-        return out._replace(stats=stats)
+        return result._replace(stats=stats)
 
-    def solve(self, stats: TokenStats) -> PreferenceOutput:
+    def loss_from_logps(self, stats: TokenStats) -> PreferenceOutput:
         """The loss of token log-probs [2P, T] or [N], by a closed form if the backend has one."""
         logps, counted = stats.logps, self.is_labelled
-        module = self._closed_form_backend(logps)
-        if module is not None:
-            solve = self._closed_form(None, logps.numel(), counted.reshape(-1), module)
-            flat = logps.reshape(-1).contiguous()
-            out = self._output(_PairLoss.apply(flat, solve), logps.numel())
+        backend = self._closed_form_backend(logps)
+        if backend is not None:
+            tokens, flat = logps.numel(), logps.reshape(-1).contiguous()
+            inputs = self._pair_loss_inputs(None, tokens, counted.reshape(-1), logps.device)
+            out = self._output(_PairLoss.apply(flat, backend, inputs), tokens)
         else:
             out = self._autograd(stats)
         # A batch without a labelled token has a zero loss that is connected to the graph.
         return out._replace(loss=out.loss * counted.any().to(out.loss.dtype))
 
-    def _closed_form_backend(
-        self, t: Tensor, module: ModuleType | None = None
-    ) -> ModuleType | None:
+    def _closed_form_backend(self, t: Tensor, backend: Backend | None = None) -> Backend | None:
         """The backend for t if its `pair_loss` has this loss in closed form; else None.
 
-        module: t's backend, if the caller knows it.
+        backend: t's backend, if the caller knows it.
         """
         if torch.compiler.is_compiling():  # torch.compile fuses the operations on [2P]
             return None
@@ -174,8 +187,8 @@ class PreparedLoss(NamedTuple):
         constants = (inputs.ref_logps, inputs.lengths, inputs.pair_weight, inputs.margin)
         if name is None or any(t is not None and t.requires_grad for t in constants):
             return None
-        module = module or backends.choose(t.device, t.dtype, self.backend)
-        return module if name in module.CLOSED_FORMS else None
+        backend = backend or backends.choose(t.device, t.dtype, self.backend)
+        return backend if name in backend.CLOSED_FORMS else None
 
     @property
     def _needs_lengths(self) -> bool:
@@ -191,47 +204,42 @@ class PreparedLoss(NamedTuple):
             index = torch.arange(tokens, device=self.labels.device)
         return index.div(max(self.labels.shape[1], 1), rounding_mode="floor")
 
-    def _closed_form(
-        self, index: Tensor | None, tokens: int, counted: Tensor | None, module: ModuleType
-    ) -> Solve:
-        """The function that maps log-probs [N] to the loss by `module`'s closed form.
+    def _pair_loss_inputs(
+        self,
+        index: Tensor | None,  # [N] positions of the tokens; None means all of them
+        tokens: int,
+        counted: Tensor | None,  # [N] whether a token counts; None means that all do
+        device: torch.device,
+    ) -> PairLossInputs:
+        """The inputs of the closed form for the log-probs [N] of these tokens."""
+        options, size = self.options, 2 * self.pairs
+        ids, inputs = self._ids(index, tokens), self.inputs.to(device, torch.float32)
+        lengths = inputs.lengths if options.needs_lengths else None
+        if options.needs_lengths and lengths is None:
+            ones = torch.ones(tokens, device=device) if counted is None else counted.float()
+            # Ids out of range, which are not checked on a GPU, make the loss NaN below.
+            known = torch.where((ids >= 0) & (ids < size), ids, size)
+            lengths = torch.zeros(size + 1, device=device).index_add_(0, known, ones)[:-1]
+        assert options.closed_form is not None
+        return PairLossInputs(
+            ids,
+            self.pairs,
+            inputs.ref_logps,
+            options.closed_form,
+            options.beta,
+            options.label_smoothing,
+            lengths,
+            inputs.pair_weight,
+            inputs.margin,
+            **options.pair_parameters,
+        )
 
-        Args:
-            index: [N] positions of the tokens among all `tokens`; None means all of them.
-            counted: [N] whether a token counts; None means that all do.
-        """
-        pairs, options = self.pairs, self.options
-
-        def solve(logps: Tensor) -> tuple[Tensor, ...]:
-            ids, inputs = self._ids(index, tokens), self.inputs.like(logps)
-            lengths = inputs.lengths if options.needs_lengths else None
-            if options.needs_lengths and lengths is None:
-                ones = torch.ones_like(logps) if counted is None else counted.to(logps.dtype)
-                # Ids out of range, which are not checked on a GPU, make the loss NaN below.
-                known = torch.where((ids >= 0) & (ids < 2 * pairs), ids, 2 * pairs)
-                lengths = logps.new_zeros(2 * pairs + 1).index_add_(0, known, ones)[:-1]
-            return module.pair_loss(
-                logps,
-                ids,
-                pairs,
-                inputs.ref_logps,
-                loss_type=options.closed_form,
-                beta=options.beta,
-                label_smoothing=options.label_smoothing,
-                lengths=lengths,
-                weight=inputs.pair_weight,
-                margin=inputs.margin,
-                **options.pair_parameters,
-            )
-
-        return solve
-
-    def _output(self, solved: tuple[Tensor, ...], tokens: int) -> PreferenceOutput:
+    def _output(self, closed_form: Sequence[Any], tokens: int) -> PreferenceOutput:
         """The output from a closed form's loss [], sequence log-probs [2P] and rewards [2P].
 
         tokens: the number of tokens.
         """
-        loss, sequences, rewards = solved
+        loss, sequences, rewards = closed_form
         # A batch without a token has a zero loss that is connected to the graph.
         loss = loss if tokens else loss * 0.0
         chosen, rejected = sequences.chunk(2)
@@ -247,7 +255,8 @@ class PreparedLoss(NamedTuple):
 
     def per_pair(self, stats: TokenStats) -> tuple[dict[str, Tensor | None], Tensor | None]:
         """The arguments of `make_pairs`, [P] each; and WPO's weights [P] or None."""
-        logps, inputs = stats.logps, self.inputs.like(stats.logps)
+        logps = stats.logps
+        inputs = self.inputs.to(logps.device, logps.dtype)
         lengths = inputs.lengths
         if lengths is None and self._needs_lengths:
             ones = self.is_labelled.to(logps.dtype)
@@ -280,7 +289,8 @@ class PreparedLoss(NamedTuple):
         if nll is not None and nll_lengths is not None:
             nll_loss = (nll.sum() / nll_lengths.sum().clamp(min=1)).detach()
         pairs = make_pairs(self.options, **values)  # type: ignore[arg-type]
-        out = evaluate(pairs, self.inputs.like(stats.logps).pair_weight, weight)
+        inputs = self.inputs.to(stats.logps.device, stats.logps.dtype)
+        out = evaluate(pairs, inputs.pair_weight, weight)
         logps = pairs.chosen_logps.detach(), pairs.rejected_logps.detach()
         rewards = out.chosen_rewards, out.rejected_rewards
         return PreferenceOutput(out.loss, *logps, *rewards, nll_loss=nll_loss)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fastpref.fused.pair_loss import PairInputs, PreferenceOutput, prepare_loss
+from fastpref.logps.checks import adapter_tensors
 from fastpref.logps.forward import HeadTensors, TokenStats
 from fastpref.logps.linear import prepare
 from fastpref.logps.logits import token_logps
 from fastpref.logps.options import take_head_options
+from fastpref.logps.prepared import PreparedLogps
 from fastpref.losses.options import pop_loss_options
 
 
@@ -36,6 +38,9 @@ def linear_preference_loss(
     nll_labels: Tensor | None = None,
     extras: Sequence[str] = (),
     token_indices: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    dora_scale: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     weight_scale: Tensor | None = None,
     **options: Any,
@@ -65,7 +70,8 @@ def linear_preference_loss(
             Rejected sequences are not read. With it, token_indices are the positions that either
             labels or nll_labels labels.
         extras: per-token outputs to return in stats, as in `linear_token_logps`.
-        token_indices, low_rank, weight_scale: as in `linear_token_logps`.
+        token_indices, lora_hidden, lora_B, dora_scale, low_rank, weight_scale: as in
+            `linear_token_logps`.
         options: of the loss, as in `fastpref.LossOptions`: loss_type="sigmoid" (or a list, or a
             function of your own), beta=0.1, loss_weights, label_smoothing, ipo_normalization,
             reference_free, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
@@ -100,8 +106,10 @@ def linear_preference_loss(
         backend=head.backend,
         wants_stats=len(extras) > 0,
     )
-    lora_hidden, lora_B = (None, None) if low_rank is None else low_rank
-    policy_head, head_labels = HeadTensors(weight, bias, lora_B, weight_scale), prepared.head_labels
+    lora_hidden, lora_B, dora_scale = adapter_tensors(
+        low_rank, weight_scale, lora_hidden, lora_B, dora_scale
+    )
+    policy_head, head_labels = HeadTensors(weight, bias, lora_B, dora_scale), prepared.head_labels
     head_extras = prepared.head_extras(extras)
     policy = prepare(
         hidden, policy_head, head_labels, head, head_extras, token_indices, lora_hidden
@@ -117,18 +125,23 @@ def linear_preference_loss(
         ref_weight = weight if ref_weight is None else ref_weight
         with torch.no_grad():
             # Policy and reference run the same kernels, so that equal models have equal log-probs.
-            if policy.has_grads:
-                way = True if head.fused is True else "match"
-                head = replace(head, fused=way if policy.fused else False)
+            if not policy.logit_free:
+                head = replace(head, fused=False)
+            if policy.has_grads and head.strategy == "forward-only":
+                head = replace(head, strategy="auto")
             ref_head = HeadTensors(ref_weight, ref_bias)
             reference = prepare(
                 ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"
             )
-            ref_tokens = reference.run()
-        assert isinstance(ref_tokens, Tensor)
+            ref_tokens = reference.spread(reference.compute()).logps
         inputs = prepared.inputs._replace(ref_logps=prepared.sums(ref_tokens))
         prepared = prepared._replace(inputs=inputs)
-    return prepared.run(policy)
+    pair_loss = prepared.pair_loss_inputs(policy)
+    if isinstance(policy, PreparedLogps):
+        out = policy.compute(None if prepared.wants_stats else pair_loss)
+    else:
+        out = policy.compute()
+    return prepared.output(policy, pair_loss, out)
 
 
 def linear_dpo_loss(
@@ -181,7 +194,9 @@ def _logits_loss(
         backend=backend,
     )
     options |= {"ignore_index": ignore_index, "backend": backend}
-    return prepared.solve(TokenStats(token_logps(logits, prepared.head_labels, **options)))
+    return prepared.loss_from_logps(
+        TokenStats(token_logps(logits, prepared.head_labels, **options))
+    )
 
 
 def dpo_loss(

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpref.logps.forward import HeadTensors, TokenStats
+from fastpref.logps.checks import adapter_tensors
+from fastpref.logps.forward import HeadTensors
 from fastpref.logps.linear import prepare
 from fastpref.logps.options import take_head_options
 from fastpref.logps.sequences import sequence_logps
@@ -42,6 +43,9 @@ def linear_kto_loss(
     answer_weight: Tensor | None = None,
     extras: Sequence[str] = (),
     token_indices: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    dora_scale: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     weight_scale: Tensor | None = None,
     **head: Any,
@@ -59,7 +63,8 @@ def linear_kto_loss(
             reference_free: as in `kto_loss`. kl_logps come from a forward pass of the policy over
             mismatched answers, without gradients.
         answer_weight: [B] factor on each answer's loss.
-        extras, token_indices, low_rank, weight_scale, head: as in `linear_token_logps`.
+        extras, token_indices, lora_hidden, lora_B, dora_scale, low_rank, weight_scale, head: as in
+            `linear_token_logps`.
 
     Returns:
         UnpairedLoss; loss is float32 (float64 for float64 inputs), 0 without a labelled token.
@@ -88,15 +93,15 @@ def linear_kto_loss(
                 f"{shape_or_type(labels)}, expected [N] for both"
             )
         layout |= {"sequence_ids": sequence_ids, "num_sequences": size}
-    lora_hidden, lora_B = (None, None) if low_rank is None else low_rank
-    tensors = HeadTensors(weight, bias, lora_B, weight_scale)
+    lora_hidden, lora_B, dora_scale = adapter_tensors(
+        low_rank, weight_scale, lora_hidden, lora_B, dora_scale
+    )
+    tensors = HeadTensors(weight, bias, lora_B, dora_scale)
     call = prepare(hidden, tensors, labels, options, extras, token_indices, lora_hidden)
     # For its errors, which must come before any product; `kto_loss` computes the estimate again.
     kl_estimate(loss_type, kl, kl_logps, ref_kl_logps, hidden, size)
-    result = call.run()
-    stats = result if isinstance(result, TokenStats) else None
-    tokens = result.logps if isinstance(result, TokenStats) else result
-    sums = sequence_logps(tokens, labels, **layout)
+    stats = call.spread(call.compute())
+    sums = sequence_logps(stats.logps, labels, **layout)
     out = kto_loss(
         sums,
         None if ref_logps is None else ref_logps.to(sums.device, sums.dtype),
@@ -112,4 +117,6 @@ def linear_kto_loss(
         weight=None if answer_weight is None else answer_weight.to(sums.device, sums.dtype),
     )
     counted = (labels != options.ignore_index).any().to(sums.dtype)
-    return out._replace(loss=out.loss * counted, logps=sums.detach(), stats=stats)
+    return out._replace(
+        loss=out.loss * counted, logps=sums.detach(), stats=stats if extras else None
+    )

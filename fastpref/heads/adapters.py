@@ -41,7 +41,7 @@ def check_adapters(adapters: Sequence[HeadAdapter], training: bool = False) -> N
 def adapter_options(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[HeadAdapter]
 ) -> dict[str, Any]:
-    """The arguments low_rank, weight_scale and bias of `linear_token_logps` for a head's adapters.
+    """The arguments lora_hidden, lora_B, dora_scale and bias of `linear_token_logps`.
 
     An adapter in training mode has its dropout applied here, with a new mask in each call. No
     tensor of the weight's size is allocated.
@@ -69,9 +69,10 @@ def adapter_options(
         if adapter.magnitude is not None:
             norms = _row_norms(weight, adapter).to(adapter.magnitude.dtype)
             dora_scale = adapter.magnitude / norms.masked_fill(norms == 0, 1.0)  # of a zero row: 0
-    options: dict[str, Any] = {"bias": bias, "weight_scale": dora_scale}
+    options: dict[str, Any] = {"bias": bias, "dora_scale": dora_scale}
     if lora_hidden:
-        options["low_rank"] = torch.cat(lora_hidden, -1), torch.cat(lora_B, -1)
+        options["lora_hidden"] = torch.cat(lora_hidden, -1)
+        options["lora_B"] = torch.cat(lora_B, -1)
     return options
 
 

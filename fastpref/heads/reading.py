@@ -45,13 +45,13 @@ class Head:
     row_scale: Tensor | None = None
 
     @property
-    def fused(self) -> bool | str:
+    def fused(self) -> bool | None:
         """The argument `fused` of the `linear_*` functions.
 
         With it a policy and its reference run the same kernels, also if the reference is the
         policy with its adapters disabled.
         """
-        return False if self.adapted else "match"
+        return False if self.adapted else None
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +71,7 @@ class Head:
         """
         transform = {"scale": self.scale, "softcap": self.softcap}
         if not self.adapters:
-            scaled = {} if self.row_scale is None else {"weight_scale": self.row_scale}
+            scaled = {} if self.row_scale is None else {"dora_scale": self.row_scale}
             return {"bias": self.bias, **scaled, **transform}
         if hidden is None:
             raise ValueError(
@@ -85,11 +85,10 @@ class Head:
         options = self.options(hidden)
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         z = F.linear(hidden, self.weight).to(wide)
-        if options.get("low_rank") is not None:
-            lora_hidden, lora_B = options["low_rank"]
-            z = z + F.linear(lora_hidden, lora_B)
-        if options.get("weight_scale") is not None:
-            z = z * options["weight_scale"]
+        if options.get("lora_hidden") is not None:
+            z = z + F.linear(options["lora_hidden"], options["lora_B"])
+        if options.get("dora_scale") is not None:
+            z = z * options["dora_scale"]
         if options["bias"] is not None:
             z = z + options["bias"]
         z = z * self.scale

@@ -51,7 +51,7 @@ class LigerLoss(nn.Module):
 
         Equal models thus have margins of exactly 0.
         """
-        options = {"ignore_index": self.ignore_index, "fused": "match", **self.head}
+        options = {"ignore_index": self.ignore_index, **self.head}
         out = linear_token_logps(_input, weight, labels, bias, **options)
         assert isinstance(out, Tensor)
         return out

@@ -223,8 +223,6 @@ def patch_trl(
     options: dict[str, Any] = dict(
         precision=precision, strategy=strategy, memory_budget=memory_budget, backend=backend
     )
-    # The reference, without gradients, runs the policy's kernels, so that the first margins are 0.
-    options["fused"] = "match"
     HeadOptions(**options)
     try:
         trl = importlib.import_module("trl")
@@ -240,7 +238,7 @@ def patch_trl(
     before, function = _current_values(_originals), FusedLogProbs(options)
     ours = {place: _replacement(place, function) for place in _originals}
     _assign(ours)
-    shown = ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "fused")
+    shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return TRLPatch(before, ours, f"<fastpref in {version}: {shown}>")
 
 

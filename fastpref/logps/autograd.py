@@ -1,122 +1,141 @@
-"""The autograd function around the passes over the head."""
+"""The autograd function around the forward and the backward pass over the head."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpref.logps.backward import both_grads, head_grads, needs_logits_again, scaled
-from fastpref.logps.forward import HeadGrads, HeadTensors, LinearCall, Saved, States, forward_pass
+from fastpref.backends.tile import PairLossInputs
+from fastpref.logps.backward import all_grads, head_grads, needs_head_again, scaled
+from fastpref.logps.forward import (
+    HeadGrads,
+    HeadInputs,
+    HeadTensors,
+    LinearCall,
+    Saved,
+    forward_pass,
+)
 
-# From log-probs [N] to a loss [], outputs without gradients, and last d loss / d log-probs [N].
-Solve = Callable[[Tensor], tuple[Tensor, ...]]
+# The shape and the dtype that a gradient has in the end.
+Like = tuple[torch.Size, torch.dtype]
 
 
 class LinearTokenLogps(torch.autograd.Function):
-    """hidden [M, H], low [M, r], then a `HeadTensors`, labels [N], index [N] -> TokenStats of [N].
+    """The head's inputs and tensors to a `TokenStats`, or to a preference loss.
 
-    low and parts of the head may be None. index: which rows of hidden and low the labels belong to;
-    None means all, M = N. With `solve`, which has its derivative in closed form, the results are
-    its own, without the last: one function where two would take the host longer.
+    With pair_loss the outputs are those of `Backend.pair_loss` without the last, which is its
+    derivative: loss [], sequence log-probs [2P], rewards [2P].
     """
 
     @staticmethod
     def forward(
-        ctx,
-        hidden,
-        low,
-        weight,
-        bias,
-        up,
-        scale,
-        labels,
-        index,
+        ctx: Any,
+        hidden: Tensor,  # [M, H]
+        lora_hidden: Tensor | None,  # [M, r]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        lora_B: Tensor | None,  # [V, r]
+        dora_scale: Tensor | None,  # [V]
+        labels: Tensor,  # [N]
+        index: Tensor | None,  # [N], the rows of hidden that the labels belong to; None: all
         call: LinearCall,
-        solve: Solve | None,
-    ):
-        states = pick_states(hidden, low, index)
-        rest = (None if t is None else t.detach() for t in (bias, up, scale))
+        pair_loss: PairLossInputs | None,
+    ) -> tuple[Tensor | None, ...]:
+        inputs = pick_rows(hidden, lora_hidden, index)
+        rest = (None if t is None else t.detach() for t in (bias, lora_B, dora_scale))
         head = HeadTensors(weight.detach(), *rest)
-        out, saved = forward_pass(call, states, head, labels)
-        solved = () if solve is None else solve(out.logps)
-        again = needs_logits_again(call, states.x.shape[0]) or ctx.needs_input_grad[5]
+        out, saved = forward_pass(call, inputs, head, labels)
+        pair = None if pair_loss is None else call.backend.pair_loss(out.logps, *pair_loss)
+        head_again = needs_head_again(call, labels.shape[0]) or ctx.needs_input_grad[5]
         ctx.call, ctx.rows, ctx.device_type = call, hidden.shape[0], hidden.device.type
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in head]
         if call.hidden_grad or call.weight_grad:
             ctx.save_for_backward(
-                *(states if call.weight_grad or again else (None, None)),
-                *((weight, bias, up) if again else (None, None, None)),
-                scale,
+                *(inputs if call.weight_grad or head_again else (None, None)),
+                *((weight, bias, lora_B) if head_again else (None, None, None)),
+                dora_scale,
                 labels,
                 index,
                 *saved,
                 out.logps,
                 out.entropy,
-                solved[-1] if solved else None,
+                None if pair is None else pair[-1],
             )
         ctx.set_materialize_grads(False)
-        if solved:
-            ctx.mark_non_differentiable(*solved[1:-1])
-            return solved[:-1]
+        if pair is not None:
+            ctx.mark_non_differentiable(*pair[1:-1])
+            return pair[:-1]
         ctx.mark_non_differentiable(*(t for t in out[2:] if t is not None))
         return tuple(out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, coef, entropy_coef, *_):
-        if coef is None and entropy_coef is None:
+    def backward(
+        ctx: Any, dout: Tensor | None, dentropy: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dout is None and dentropy is None:
             return (None,) * 10
-        call: LinearCall = ctx.call
-        x, low, *head, labels, index, u, v, stash, lse, factor, logps, entropy, slope = (
-            ctx.saved_tensors
-        )
-        if slope is not None:
-            coef = slope * coef
-        coef = torch.zeros_like(lse) if coef is None else coef.contiguous()
-        if entropy_coef is not None:
-            entropy_coef = entropy_coef.contiguous()
+        tensors = ctx.saved_tensors
+        x, lora_hidden, *head, labels, index = tensors[:8]
+        *saved, logps, entropy, loss_dlogp = tensors[8:]
+        dlogp = dout if loss_dlogp is None else loss_dlogp * dout
+        dlogp = torch.zeros_like(logps) if dlogp is None else dlogp.contiguous()
+        if dentropy is not None:
+            dentropy = dentropy.contiguous()
         # A backward pass inside the caller's autocast must not round dW to 16 bits.
         with without_autocast(ctx.device_type):
-            dx, dlow, grads = gradients(
-                call,
-                States(x, low),
+            dx, dlora_hidden, grads = gradients(
+                ctx.call,
+                HeadInputs(x, lora_hidden),
                 HeadTensors(*head),
                 labels,
-                Saved(u, v, stash, lse, factor),
+                Saved(*saved),
                 logps,
-                coef,
+                dlogp,
                 entropy,
-                entropy_coef,
+                dentropy,
                 ctx.like,
                 ctx.needs_input_grad[2:6],
             )
-        dx, dlow = (unpick(t, index, ctx.rows) for t in (dx, dlow))
-        return dx, dlow, *grads, None, None, None, None
+        dx, dlora_hidden = (unpick(t, index, ctx.rows) for t in (dx, dlora_hidden))
+        return dx, dlora_hidden, *grads, None, None, None, None
 
 
 _NOTHING = contextlib.nullcontext()
 
 
-def without_autocast(kind: str):
-    """The context in which autocast is off for this type of device, as it mostly is already."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """The context in which autocast is off for this type of device."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return _NOTHING
 
 
-def pick_states(hidden: Tensor, low: Tensor | None, index: Tensor | None) -> States:
-    """The rows of both at these positions; None: all."""
+def pick_rows(
+    hidden: Tensor,  # [M, H]
+    lora_hidden: Tensor | None,  # [M, r]
+    index: Tensor | None,  # [N]
+) -> HeadInputs:
+    """The rows at these positions; None: all."""
     if index is None:
-        return States(hidden, low)
-    return States(
-        hidden.index_select(0, index), None if low is None else low.index_select(0, index)
+        return HeadInputs(hidden, lora_hidden)
+    return HeadInputs(
+        hidden.index_select(0, index),
+        None if lora_hidden is None else lora_hidden.index_select(0, index),
     )
 
 
-def unpick(t: Tensor | None, index: Tensor | None, rows: int) -> Tensor | None:
-    """The rows of t at their places among `rows`, 0 elsewhere."""
+def unpick(
+    t: Tensor | None,  # [N, ...]
+    index: Tensor | None,  # [N]
+    rows: int,
+) -> Tensor | None:
+    """The rows of t at their places among so many rows, 0 elsewhere."""
     if t is None or index is None:
         return t
     return t.new_zeros((rows, t.shape[1])).index_copy_(0, index, t)
@@ -124,41 +143,44 @@ def unpick(t: Tensor | None, index: Tensor | None, rows: int) -> Tensor | None:
 
 def gradients(
     call: LinearCall,
-    states: States,
+    inputs: HeadInputs,
     head: HeadTensors,
-    labels: Tensor,
+    labels: Tensor,  # [N]
     saved: Saved,
-    logps: Tensor,
-    coef: Tensor,
-    entropy: Tensor | None,
-    entropy_coef: Tensor | None,
-    like: list[tuple[torch.Size, torch.dtype] | None],
-    wanted: tuple[bool, ...],
+    logps: Tensor,  # [N]
+    dlogp: Tensor,  # [N]
+    entropy: Tensor | None,  # [N]
+    dentropy: Tensor | None,  # [N]
+    like: Sequence[Like | None],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """Of the states [N, ..] and of the head's four tensors, whose shapes and dtypes are `like`."""
+    """The gradients of x, of lora_hidden and of the head's four tensors.
+
+    like, wanted: of each of the four, its shape and dtype, and whether it needs a gradient.
+    """
     kinds = [t if w else None for t, w in zip(like, wanted, strict=True)]
     # Vectors are summed in the statistics' dtype.
-    dtypes = [None if t is None else t[1] if len(t[0]) == 2 else coef.dtype for t in kinds]
     out = [
-        None if t is None else coef.new_empty(t[0], dtype=d)
-        for t, d in zip(kinds, dtypes, strict=True)
+        None if t is None else dlogp.new_empty(t[0], dtype=t[1] if len(t[0]) == 2 else dlogp.dtype)
+        for t in kinds
     ]
     grads = HeadGrads(*out)
-    dx = dlow = None
-    if entropy_coef is not None:
+    dx = dlora_hidden = None
+    if dentropy is not None:
         assert entropy is not None
-        given = labels, saved, logps, coef, entropy, entropy_coef
-        dx, dlow = both_grads(call, states, head, *given, grads)
+        vectors = logps, dlogp, entropy, dentropy
+        dx, dlora_hidden = all_grads(call, inputs, head, labels, saved.lse, *vectors, grads)
     else:
-        own = coef if saved.factor is None else coef * saved.factor
+        row_dlogp = dlogp if saved.row_scale is None else dlogp * saved.row_scale
         if saved.u is not None:
-            dx = scaled(call, saved.u, own)
+            dx = scaled(call, saved.u, row_dlogp)
         if saved.v is not None:
-            dlow = scaled(call, saved.v, own)
+            dlora_hidden = scaled(call, saved.v, row_dlogp)
         if any(wanted):
-            kept = saved.stash.shape[0]
-            if saved.factor is not None and kept < coef.shape[0]:  # what is made again needs none
-                own = torch.cat([own[:kept], coef[kept:]])
-            head_grads(call, states, head, labels, saved, logps, own, grads)
+            stashed = saved.stash.shape[0]
+            if saved.row_scale is not None and stashed < dlogp.shape[0]:
+                # A recomputed D needs no row_scale.
+                row_dlogp = torch.cat([row_dlogp[:stashed], dlogp[stashed:]])
+            head_grads(call, inputs, head, labels, saved, logps, row_dlogp, grads)
     pairs = zip(grads, kinds, strict=True)
-    return dx, dlow, [None if g is None or t is None else g.to(t[1]) for g, t in pairs]
+    return dx, dlora_hidden, [None if g is None or t is None else g.to(t[1]) for g, t in pairs]

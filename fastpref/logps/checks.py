@@ -1,5 +1,6 @@
-"""What the public functions check before any kernel runs: the argument's name, what was given, what
-was expected.
+"""The checks of the public functions' arguments, before any kernel runs.
+
+An error names the argument, what was given and what was expected.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastpref.validation import check_float, check_ids
 
 
 def check_extras(extras: Sequence[str]) -> tuple[str, ...]:
+    """The names of the extras; ValueError for an unknown one."""
     names = (extras,) if isinstance(extras, str) else tuple(extras)
     for name in names:
         if name not in EXTRAS:
@@ -24,7 +26,10 @@ def check_extras(extras: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """Raise ValueError unless the three fit together; prefix goes before their names."""
+    """Raise ValueError unless hidden [..., H], weight [V, H] and bias [V] fit together.
+
+    prefix goes before their names in the messages.
+    """
     hidden_name, weight_name, bias_name = (prefix + n for n in ("hidden", "weight", "bias"))
     check_float(hidden_name, hidden)
     check_float(weight_name, weight)
@@ -61,35 +66,63 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
         raise ValueError(f"{bias_name}: got device {bias.device}, expected {hidden.device}")
 
 
-def check_adapter(hidden: Tensor, head: HeadTensors, low: Tensor | None) -> None:
-    """Raise ValueError unless low [..., r], up [V, r] and scale [V] fit the hidden states."""
-    vocab = head.weight.shape[0]
-    if (low is None) != (head.up is None):
-        raise ValueError("low_rank: got one of its two tensors, expected (low, up)")
-    for name, t in (("low_rank", low), ("low_rank", head.up), ("weight_scale", head.scale)):
+def adapter_tensors(
+    low_rank: tuple[Tensor, Tensor] | None,
+    weight_scale: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_B: Tensor | None,
+    dora_scale: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """lora_hidden, lora_B and dora_scale, from either form; ValueError for both forms at once."""
+    if low_rank is not None:
+        if lora_hidden is not None or lora_B is not None:
+            raise ValueError(
+                "low_rank: got it with lora_hidden or lora_B, expected low_rank alone or both of "
+                "the others"
+            )
+        lora_hidden, lora_B = low_rank
+    if weight_scale is not None:
+        if dora_scale is not None:
+            raise ValueError("weight_scale: got it with dora_scale, expected one of the two")
+        dora_scale = weight_scale
+    return lora_hidden, lora_B, dora_scale
+
+
+def check_adapter(hidden: Tensor, head: HeadTensors, lora_hidden: Tensor | None) -> None:
+    """Raise ValueError unless lora_hidden [..., r], lora_B [V, r] and dora_scale [V] fit hidden."""
+    vocab, lora_B, dora_scale = head.weight.shape[0], head.lora_B, head.dora_scale
+    if (lora_hidden is None) != (lora_B is None):
+        missing = "lora_hidden" if lora_hidden is None else "lora_B"
+        raise ValueError(f"{missing}: got None, expected both lora_hidden and lora_B (low_rank)")
+    for name, t in (("lora_hidden", lora_hidden), ("lora_B", lora_B), ("dora_scale", dora_scale)):
         if t is None:
             continue
         check_float(name, t)
         if t.device != hidden.device:
             raise ValueError(f"{name}: got device {t.device}, expected {hidden.device}")
         cast = torch.is_autocast_enabled(hidden.device.type) and t.dtype != torch.float64
-        if name == "low_rank" and t.dtype != hidden.dtype and not cast:
+        if name != "dora_scale" and t.dtype != hidden.dtype and not cast:
             raise ValueError(
                 f"{name}: got {str(t.dtype)[6:]}, expected {str(hidden.dtype)[6:]}, the dtype of "
                 "hidden (they may differ under autocast)"
             )
-    if low is not None and head.up is not None:
-        expected = (*hidden.shape[:-1], head.up.shape[-1]), (vocab, low.shape[-1])
-        if (low.shape, head.up.shape) != expected:
+    if lora_hidden is not None and lora_B is not None:
+        if lora_hidden.shape != (*hidden.shape[:-1], lora_B.shape[-1]):
             raise ValueError(
-                f"low_rank: got shapes {tuple(low.shape)} and {tuple(head.up.shape)}, expected "
-                f"[..., r] as hidden {tuple(hidden.shape)} and [{vocab}, r]"
+                f"lora_hidden: got shape {tuple(lora_hidden.shape)}, expected [..., r] as hidden "
+                f"{tuple(hidden.shape)} and lora_B {tuple(lora_B.shape)}"
             )
-    if head.scale is not None and head.scale.shape != (vocab,):
-        raise ValueError(f"weight_scale: got shape {tuple(head.scale.shape)}, expected [{vocab}]")
+        if lora_B.shape != (vocab, lora_hidden.shape[-1]):
+            raise ValueError(
+                f"lora_B: got shape {tuple(lora_B.shape)}, expected [{vocab}, r] as lora_hidden "
+                f"{tuple(lora_hidden.shape)}"
+            )
+    if dora_scale is not None and dora_scale.shape != (vocab,):
+        raise ValueError(f"dora_scale: got shape {tuple(dora_scale.shape)}, expected [{vocab}]")
 
 
 def check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.device) -> None:
+    """Raise ValueError unless the labels are int64, of this shape and on this device."""
     if not isinstance(labels, Tensor):
         raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
     if labels.shape != shape:
@@ -103,7 +136,10 @@ def check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.devic
 
 
 def check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> None:
-    """At once on a CPU; on a GPU, where it would synchronise, only with FASTPREF_DEBUG=1."""
+    """Raise ValueError for a label outside [0, vocab) that is not ignored.
+
+    On a GPU, where looking would synchronise, only with FASTPREF_DEBUG=1.
+    """
     if labels.numel() == 0 or not validation.may_synchronise(labels.device):
         return
     bad = (labels < 0) | (labels >= vocab)
@@ -115,7 +151,7 @@ def check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> No
 
 
 def check_indices(index: Tensor, labels: Tensor, ignore_index: int) -> None:
-    """token_indices must be all labelled positions, in order; each counts once."""
+    """Raise ValueError unless token_indices are all labelled positions, increasing."""
     check_ids("token_indices", index, labels.shape[0])
     if index.device != labels.device:
         raise ValueError(f"token_indices: got device {index.device}, expected {labels.device}")

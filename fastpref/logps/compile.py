@@ -1,12 +1,13 @@
 """The two autograd functions as torch.library operators, for callers under torch.compile.
 
 A compiled graph needs shapes before there are values, and how many tokens carry a label is a value.
-Without `token_indices` the outputs of the operator therefore have room for all M positions; the
-products and the kernels run on the labelled ones only.
+Without `token_indices` the operator's outputs therefore have room for all M positions; products and
+kernels run on the labelled ones alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastpref.backends import choose
 from fastpref.backends.tile import EXTRAS, Transform
-from fastpref.logps.autograd import gradients, pick_states, unpick
+from fastpref.logps.autograd import gradients, pick_rows, unpick
 from fastpref.logps.forward import HeadTensors, Saved, TokenStats, forward_pass, padded_rows
 from fastpref.logps.logits import logits_backward, logits_forward
 from fastpref.logps.options import HeadOptions, flat_options, from_flat
@@ -23,27 +24,41 @@ from fastpref.logps.plan import stash_room
 from fastpref.logps.prepared import adjacent_head, compact, plan_call, scatter
 
 _INPUTS = (
-    "Tensor hidden, Tensor? low, Tensor weight, Tensor? bias, Tensor? up, Tensor? scale, "
-    "Tensor labels, Tensor? token_indices"
+    "Tensor hidden, Tensor? lora_hidden, Tensor weight, Tensor? bias, Tensor? lora_B, "
+    "Tensor? dora_scale, Tensor labels, Tensor? token_indices"
 )
-# As `flat_options`, then the extras (joined by commas) and who needs a gradient.
+# The values of `flat_options`, then the extras (joined by commas) and which gradients are needed.
 _OPTIONS = (
-    "float logit_scale, float? softcap, float temperature, SymInt ignore_index, str strategy, "
+    "float scale, float? softcap, float temperature, SymInt ignore_index, str strategy, "
     "SymInt? memory_budget, str precision, SymInt fused, str? backend, "
     "str extras, bool hidden_grad, bool weight_grad"
 )
-_STATE = "Tensor u, Tensor v, Tensor stash, Tensor lse, Tensor factor, Tensor index, Tensor count"
+_STATE = (
+    "Tensor u, Tensor v, Tensor stash, Tensor lse, Tensor row_scale, Tensor index, Tensor count"
+)
 _OUT = "Tensor logps, Tensor entropy, Tensor mean_logit, Tensor is_top1, Tensor log_sum_sq_probs"
 
 
-def _split(flat: tuple) -> tuple[HeadOptions, tuple[str, ...], tuple[bool, bool]]:
+# A shape, whose sizes may be symbolic, and a dtype.
+_Kind = tuple[tuple[Any, ...], torch.dtype]
+
+
+def _split(flat: Sequence[Any]) -> tuple[HeadOptions, tuple[str, ...], tuple[bool, bool]]:
     *options, extras, hidden_grad, weight_grad = flat
     names = tuple(extras.split(",")) if extras else ()
     return from_flat(options), names, (hidden_grad, weight_grad)
 
 
-def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, grads):
-    """Of every output but the last, with their dtypes; sizes may be symbolic."""
+def _kinds(
+    hidden: Tensor,
+    lora_hidden: Tensor | None,
+    weight: Tensor,
+    token_indices: Tensor | None,
+    options: HeadOptions,
+    extras: tuple[str, ...],
+    grads: tuple[bool, bool],
+) -> tuple[_Kind, ...]:
+    """The shape and the dtype of every output but the count."""
     tokens = hidden.shape[0] if token_indices is None else token_indices.shape[0]
     vocab, size = weight.shape
     room = 0
@@ -52,14 +67,14 @@ def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, gr
         room = stash_room(vocab, hidden.dtype, hidden.device, *memory)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     positions = (hidden.shape[0],)
-    given = [positions if name in extras else (0,) for name in TokenStats._fields[1:]]
-    rank = 0 if low is None else low.shape[1]
+    optional = [positions if name in extras else (0,) for name in TokenStats._fields[1:]]
+    rank = 0 if lora_hidden is None else lora_hidden.shape[1]
     return (
         (positions, wide),
-        (given[0], wide),
-        (given[1], wide),
-        (given[2], torch.bool),
-        (given[3], wide),
+        (optional[0], wide),
+        (optional[1], wide),
+        (optional[2], torch.bool),
+        (optional[3], wide),
         ((tokens if grads[0] else 0, size), hidden.dtype),
         ((tokens if grads[0] else 0, rank), hidden.dtype),
         (padded_rows(torch.sym_min(tokens, room), vocab, hidden.dtype), hidden.dtype),
@@ -74,20 +89,30 @@ def _shapes(hidden, low, weight, token_indices, options: HeadOptions, extras, gr
     mutates_args=(),
     schema=f"({_INPUTS}, {_OPTIONS}) -> ({_OUT}, {_STATE})",
 )
-def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
+def linear_forward(
+    hidden: Tensor,
+    lora_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_B: Tensor | None,
+    dora_scale: Tensor | None,
+    labels: Tensor,
+    token_indices: Tensor | None,
+    *flat: Any,
+) -> tuple[Tensor, ...]:
     options, extras, grads = _split(flat)
-    head = HeadTensors(weight, bias, up, scale)
-    p = compact(hidden, low, head, labels, options, extras, token_indices, grads)
-    states = pick_states(p.rows, p.low, p.positions)
+    head = HeadTensors(weight, bias, lora_B, dora_scale)
+    p = compact(hidden, lora_hidden, head, labels, options, extras, token_indices, grads)
+    inputs = pick_rows(p.hidden, p.lora_hidden, p.positions)
     n, index = p.labels.shape[0], p.positions
-    shapes = _shapes(hidden, low, weight, token_indices, options, extras, grads)
-    stash = hidden.new_empty(shapes[7][0])
-    kept = min(n, stash.shape[0])
-    call = p.call._replace(plan=replace(p.call.plan, stash_tokens=kept))
-    out, saved = forward_pass(call, states, p.head, p.labels, stash[:kept, : weight.shape[0]])
-    given = (
+    kinds = _kinds(hidden, lora_hidden, weight, token_indices, options, extras, grads)
+    stash = hidden.new_empty(kinds[7][0])
+    stashed = min(n, stash.shape[0])
+    call = p.call._replace(plan=replace(p.call.plan, stash_tokens=stashed))
+    out, saved = forward_pass(call, inputs, p.head, p.labels, stash[:stashed, : weight.shape[0]])
+    outputs = (
         hidden.new_empty(0, dtype=dtype) if t is None else scatter(t, index, labels.shape)
-        for t, (_, dtype) in zip(out, shapes[:5], strict=True)
+        for t, (_, dtype) in zip(out, kinds[:5], strict=True)
     )
     if index is None:
         index = torch.arange(n, device=hidden.device)
@@ -95,7 +120,7 @@ def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, 
         index = index.clone()  # an output must not be an input
 
     def fill(t: Tensor | None, at: int) -> Tensor:
-        shape, dtype = shapes[at]
+        shape, dtype = kinds[at]
         if t is not None and t.shape == torch.Size(shape):
             return t
         padded = hidden.new_empty(shape, dtype=dtype)
@@ -105,95 +130,117 @@ def linear_forward(hidden, low, weight, bias, up, scale, labels, token_indices, 
 
     # The count stays on the host: the backward pass needs it there to know its shapes.
     count = torch.tensor(n, device="cpu")
-    factor = torch.ones_like(saved.lse) if saved.factor is None else saved.factor
-    vectors = fill(saved.lse, 8), fill(factor if any(grads) else None, 9), fill(index, 10)
-    return *given, fill(saved.u, 5), fill(saved.v, 6), stash, *vectors, count
+    row_scale = torch.ones_like(saved.lse) if saved.row_scale is None else saved.row_scale
+    vectors = fill(saved.lse, 8), fill(row_scale if any(grads) else None, 9), fill(index, 10)
+    return *outputs, fill(saved.u, 5), fill(saved.v, 6), stash, *vectors, count
 
 
 @linear_forward.register_fake
-def _(hidden, low, weight, bias, up, scale, labels, token_indices, *flat):
-    shapes = _shapes(hidden, low, weight, token_indices, *_split(flat))
-    tensors = (hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+def _(
+    hidden: Tensor,
+    lora_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_B: Tensor | None,
+    dora_scale: Tensor | None,
+    labels: Tensor,
+    token_indices: Tensor | None,
+    *flat: Any,
+) -> tuple[Tensor, ...]:
+    kinds = _kinds(hidden, lora_hidden, weight, token_indices, *_split(flat))
+    tensors = (hidden.new_empty(shape, dtype=dtype) for shape, dtype in kinds)
     return *tensors, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op(
     "fastpref::linear_token_logps_backward",
     mutates_args=(),
-    schema=f"(Tensor coef, Tensor? entropy_coef, {_INPUTS}, Tensor logps, Tensor entropy, "
+    schema=f"(Tensor dlogp, Tensor? dentropy, {_INPUTS}, Tensor logps, Tensor entropy, "
     f"{_STATE}, {_OPTIONS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def linear_backward(coef, entropy_coef, hidden, low, *rest):
+def linear_backward(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    lora_hidden: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     head, (labels, _, logps, entropy) = HeadTensors(*rest[:4]), rest[4:8]
-    (u, v, stash, lse, factor, index, count), flat, wanted = rest[8:15], rest[15:-1], rest[-1]
+    (u, v, stash, lse, row_scale, index, count), flat, wanted = rest[8:15], rest[15:-1], rest[-1]
     options, extras, grads = _split(flat)
     n, vocab = int(count), head.weight.shape[0]
     index = index[:n]
     call = plan_call(hidden, head, n, options, extras, grads)
-    kept = min(n, stash.shape[0])
-    call = call._replace(plan=replace(call.plan, stash_tokens=kept))
-    on = grads[0]
+    stashed = min(n, stash.shape[0])
+    call = call._replace(plan=replace(call.plan, stash_tokens=stashed))
+    hidden_grad = grads[0]
     saved = Saved(
-        u[:n] if on else None,
-        v[:n] if on and low is not None else None,
-        stash[:kept, :vocab],
+        u[:n] if hidden_grad else None,
+        v[:n] if hidden_grad and lora_hidden is not None else None,
+        stash[:stashed, :vocab],
         lse[:n],
-        factor[:n],
+        row_scale[:n],
     )
-    like = [None if t is None else (t.shape, t.dtype) for t in head]
-    dx, dlow, out = gradients(
+    dx, dlora_hidden, dhead = gradients(
         call,
-        pick_states(hidden, low, index),
+        pick_rows(hidden, lora_hidden, index),
         adjacent_head(head),
         labels.index_select(0, index),
         saved,
         logps.index_select(0, index),
-        coef.index_select(0, index),
-        entropy.index_select(0, index) if entropy_coef is not None else None,
-        entropy_coef.index_select(0, index) if entropy_coef is not None else None,
-        like,
+        dlogp.index_select(0, index),
+        entropy.index_select(0, index) if dentropy is not None else None,
+        dentropy.index_select(0, index) if dentropy is not None else None,
+        [None if t is None else (t.shape, t.dtype) for t in head],
         wanted,
     )
-    rows = hidden.shape[0]
-    states = unpick(dx, index, rows), unpick(dlow, index, rows)
-    return tuple(hidden.new_empty(0) if t is None else t for t in (*states, *out))
+    inputs = (unpick(t, index, hidden.shape[0]) for t in (dx, dlora_hidden))
+    return tuple(hidden.new_empty(0) if t is None else t for t in (*inputs, *dhead))
 
 
 @linear_backward.register_fake
-def _(coef, entropy_coef, hidden, low, *rest):
-    head, wanted, on = rest[:4], rest[-1], rest[-3]
-    states = (
-        hidden.new_empty(hidden.shape if on else 0),
-        hidden.new_empty(low.shape if on and low is not None else 0),
+def _(
+    dlogp: Tensor,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    lora_hidden: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    head, wanted, hidden_grad = rest[:4], rest[-1], rest[-3]
+    inputs = (
+        hidden.new_empty(hidden.shape if hidden_grad else 0),
+        hidden.new_empty(lora_hidden.shape if hidden_grad and lora_hidden is not None else 0),
     )
     pairs = zip(head, wanted, strict=True)
-    return *states, *(t.new_empty(t.shape) if w else hidden.new_empty(0) for t, w in pairs)
+    return *inputs, *(t.new_empty(t.shape) if w else hidden.new_empty(0) for t, w in pairs)
 
 
-def _linear_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     tensors, ctx.flat = inputs[:8], inputs[8:]
     logps, entropy, mean_logit, is_top1, log_sum_sq_probs, *state = output
     ctx.save_for_backward(*tensors, logps, entropy, *state)
     ctx.has_entropy = "entropy" in ctx.flat[-3]
-    ctx.has_low = tensors[1] is not None
+    ctx.has_lora = tensors[1] is not None
     ctx.wanted = [t is not None and t.requires_grad for t in tensors[2:6]]
     ctx.mark_non_differentiable(mean_logit, is_top1, log_sum_sq_probs, *state)
     ctx.set_materialize_grads(False)
 
 
-def _linear_gradients(ctx: Any, coef: Tensor | None, entropy_coef: Tensor | None, *_: Any):
+def _linear_gradients(
+    ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     if not ctx.has_entropy:
-        entropy_coef = None
+        dentropy = None
     none = (None,) * (2 + len(ctx.flat))
-    if coef is None and entropy_coef is None:
+    if dlogp is None and dentropy is None:
         return (None,) * 6 + none
-    coef = torch.zeros_like(ctx.saved_tensors[8]) if coef is None else coef
+    dlogp = torch.zeros_like(ctx.saved_tensors[8]) if dlogp is None else dlogp
     out = torch.ops.fastpref.linear_token_logps_backward(
-        coef, entropy_coef, *ctx.saved_tensors, *ctx.flat, ctx.wanted
+        dlogp, dentropy, *ctx.saved_tensors, *ctx.flat, ctx.wanted
     )
     hidden_grad = ctx.flat[-2]
-    given = hidden_grad, hidden_grad and ctx.has_low, *ctx.wanted
-    return *(t if g else None for t, g in zip(out, given, strict=True)), *none
+    wanted = hidden_grad, hidden_grad and ctx.has_lora, *ctx.wanted
+    return *(t if w else None for t, w in zip(out, wanted, strict=True)), *none
 
 
 linear_forward.register_autograd(_linear_gradients, setup_context=_linear_context)
@@ -205,13 +252,20 @@ linear_forward.register_autograd(_linear_gradients, setup_context=_linear_contex
     schema="(Tensor logits, Tensor labels, float scale, float? softcap, float temperature, "
     "str? backend) -> (Tensor, Tensor)",
 )
-def token_forward(logits, labels, scale, softcap, temperature, backend):
+def token_forward(
+    logits: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     module = choose(logits.device, logits.dtype, backend)
     return logits_forward(logits, labels, Transform(scale, softcap, temperature), module)
 
 
 @token_forward.register_fake
-def _(logits, labels, *_):
+def _(logits: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return tuple(logits.new_empty(labels.shape, dtype=wide) for _ in range(2))
 
@@ -219,23 +273,33 @@ def _(logits, labels, *_):
 @torch.library.custom_op(
     "fastpref::token_logps_backward",
     mutates_args=(),
-    schema="(Tensor coef, Tensor logits, Tensor labels, Tensor lse, Tensor logps, float scale, "
+    schema="(Tensor dlogp, Tensor logits, Tensor labels, Tensor lse, Tensor logps, float scale, "
     "float? softcap, float temperature, str? backend) -> Tensor",
 )
-def token_backward(coef, logits, labels, lse, logps, scale, softcap, temperature, backend):
-    out = torch.empty_like(logits)
+def token_backward(
+    dlogp: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    logps: Tensor,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str | None,
+) -> Tensor:
+    dlogits = torch.empty_like(logits)
     module = choose(logits.device, logits.dtype, backend)
     transform = Transform(scale, softcap, temperature)
-    logits_backward(logits, labels, lse, logps, coef.contiguous(), out, transform, module)
-    return out
+    logits_backward(logits, labels, lse, logps, dlogp.contiguous(), dlogits, transform, module)
+    return dlogits
 
 
 @token_backward.register_fake
-def _(coef, logits, *_):
+def _(dlogp: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _token_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _token_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     logits, labels, *ctx.options = inputs
     logps, lse = output
     ctx.save_for_backward(logits, labels, lse, logps)
@@ -243,12 +307,12 @@ def _token_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _token_gradients(ctx: Any, coef: Tensor | None, _: Any):
-    grad = None
-    if coef is not None:
+def _token_gradients(ctx: Any, dlogp: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    dlogits = None
+    if dlogp is not None:
         saved, options = ctx.saved_tensors, ctx.options
-        grad = torch.ops.fastpref.token_logps_backward(coef, *saved, *options)
-    return grad, None, None, None, None, None
+        dlogits = torch.ops.fastpref.token_logps_backward(dlogp, *saved, *options)
+    return dlogits, None, None, None, None, None
 
 
 token_forward.register_autograd(_token_gradients, setup_context=_token_context)
@@ -256,15 +320,15 @@ token_forward.register_autograd(_token_gradients, setup_context=_token_context)
 
 @dataclass(frozen=True)
 class CompiledLogps:
-    """The same under torch.compile: one operator, whose shapes do not depend on values."""
+    """A `PreparedLogps` under torch.compile: one operator, whose shapes depend on no values."""
 
-    hidden: Tensor
-    low: Tensor | None
+    hidden: Tensor  # [M, H]
+    lora_hidden: Tensor | None  # [M, r]
     head: HeadTensors
-    labels: Tensor
+    labels: Tensor  # [...], M in all
     options: HeadOptions
     extras: tuple[str, ...]
-    token_indices: Tensor | None
+    token_indices: Tensor | None  # [N]
     grads: tuple[bool, bool]
 
     @property
@@ -272,14 +336,16 @@ class CompiledLogps:
         return any(self.grads)
 
     @property
-    def fused(self) -> bool:
-        """Whether it may be: which kernel runs is not known yet."""
-        return self.options.fused is not False and self.head.up is None and self.head.scale is None
+    def logit_free(self) -> bool:
+        """Whether the call may be: the backend is not known yet."""
+        adapter = self.head.lora_B is not None or self.head.dora_scale is not None
+        return self.options.fused is not False and not adapter
 
-    def run(self) -> Tensor | TokenStats:
+    def compute(self) -> Sequence[Tensor | None]:
+        """The fields of a `TokenStats` of all positions [M]."""
         out = torch.ops.fastpref.linear_token_logps(
             self.hidden,
-            self.low,
+            self.lora_hidden,
             *self.head,
             self.labels.reshape(-1),
             self.token_indices,
@@ -287,11 +353,11 @@ class CompiledLogps:
             ",".join(self.extras),
             *self.grads,
         )
+        names = zip(EXTRAS, out[1:5], strict=True)
+        return out[0], *(t if name in self.extras else None for name, t in names)
+
+    def spread(self, out: Sequence[Tensor | None]) -> TokenStats:
+        """The result of `compute`, shaped as the labels."""
         shape = self.labels.shape
-        if not self.extras:
-            return out[0].view(shape)
-        given = (
-            t.view(shape) if name in self.extras else None
-            for name, t in zip(EXTRAS, out[1:5], strict=True)
-        )
-        return TokenStats(out[0].view(shape), *given)
+        fields = (None if t is None else t.view(shape) for t in out)
+        return TokenStats(*fields)  # type: ignore[arg-type]

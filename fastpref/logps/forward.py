@@ -1,23 +1,22 @@
-"""The forward pass over the head: tiles in, token log-probabilities and their gradient out.
+"""The forward pass over the head: token log-probabilities, and their gradient's parts, from tiles.
 
 It is token-outer: a tile [n, V] is whole, so the statistics of its tokens and u = D W are final
-when it is done. Each output is written once; nothing is accumulated across tiles but [N]
-statistics. The backward pass is in backward.py.
+when the tile is done. Each output is written once; only the [N] statistics are accumulated. The
+backward pass is in backward.py.
 
-The raw logits are scale * (x W^T + low up^T) + bias. The second product, of a rank of tens, is a
-LoRA adapter on the head, whose first factor has already been applied; scale, one factor per entry
-of the vocabulary, is DoRA's. Neither is ever merged into a copy of the weight.
+The raw logits are dora_scale * (x W^T + lora_hidden lora_B^T) + bias. The second product is that of
+a LoRA adapter on the head, whose A has already been applied; dora_scale is DoRA's factor of each
+vocabulary entry. Neither is ever merged into a copy of the weight.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.tile import Backend, Stats, Transform
 from fastpref.logps.plan import HeadPlan, tile_dtype
 
 
@@ -42,25 +41,32 @@ class LinearCall(NamedTuple):
     plan: HeadPlan
     transform: Transform
     extras: tuple[str, ...]
-    backend: ModuleType
-    hidden_grad: bool  # of the hidden states, or of the adapter's part of them
-    weight_grad: bool  # of anything that D^T is multiplied for: weight, bias, up, scale
+    backend: Backend
+    hidden_grad: bool  # of the hidden states, or of lora_hidden
+    weight_grad: bool  # of any tensor of the head
 
 
-class States(NamedTuple):
-    """What the head multiplies: x [N, H] and, with an adapter, low [N, r] or None."""
+class HeadInputs(NamedTuple):
+    """What the head multiplies."""
 
-    x: Tensor
-    low: Tensor | None = None
+    x: Tensor  # [N, H]
+    lora_hidden: Tensor | None = None  # [N, r], with an adapter
+
+    def rows(self, start: int, stop: int) -> HeadInputs:
+        """Those of the tokens [start, stop)."""
+        lora = self.lora_hidden
+        return HeadInputs(
+            _block(self.x, start, stop), None if lora is None else _block(lora, start, stop)
+        )
 
 
 class HeadTensors(NamedTuple):
-    """weight [V, H], bias [V] or None, up [V, r] or None, scale [V] or None."""
+    """The head: its weight, and what else there is of it."""
 
-    weight: Tensor
-    bias: Tensor | None = None
-    up: Tensor | None = None
-    scale: Tensor | None = None
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    lora_B: Tensor | None = None  # [V, r]
+    dora_scale: Tensor | None = None  # [V]
 
     def part(self, a: int, b: int) -> HeadTensors:
         """The vocabulary entries [a, b)."""
@@ -68,34 +74,33 @@ class HeadTensors(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> HeadTensors:
         """With its matrices in the compute dtype: a copy only under autocast."""
-        if self.weight.dtype == dtype and self.up is None:
+        if self.weight.dtype == dtype and self.lora_B is None:
             return self
-        up = None if self.up is None else self.up.to(dtype)
-        return self._replace(weight=self.weight.to(dtype), up=up)
+        lora_B = None if self.lora_B is None else self.lora_B.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), lora_B=lora_B)
 
 
 class HeadGrads(NamedTuple):
-    """Where the gradients of a `HeadTensors` go, in its shapes; None: not wanted."""
+    """Memory for the gradients of a `HeadTensors`, in its shapes; None: not wanted."""
 
     weight: Tensor | None = None
     bias: Tensor | None = None
-    up: Tensor | None = None
-    scale: Tensor | None = None
+    lora_B: Tensor | None = None
+    dora_scale: Tensor | None = None
 
 
 class Saved(NamedTuple):
     """What the forward pass leaves for the backward pass.
 
-    D is the gradient of the log-prob in x W^T, [N, V]. stash [S, V]: D of the first S tokens.
-    u [N, H] = D W and v [N, r] = D up, or None. lse [N]. factor [N], if there is one, has still to
-    go on the rows of all three.
+    D [N, V] is the gradient of the log-probs in x W^T. Where there is a row_scale, the rows of u, v
+    and stash lack it as a factor.
     """
 
-    u: Tensor | None
-    v: Tensor | None
-    stash: Tensor
-    lse: Tensor
-    factor: Tensor | None = None
+    u: Tensor | None  # [N, H] = D W
+    v: Tensor | None  # [N, r] = D lora_B
+    stash: Tensor  # [S, V], D of the first S tokens
+    lse: Tensor  # [N]
+    row_scale: Tensor | None = None  # [N]
 
 
 def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) -> TokenStats:
@@ -108,26 +113,36 @@ def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) 
     )
 
 
-def write_logits(call: LinearCall, states: States, head: HeadTensors, tile: Tensor) -> None:
-    """Write the raw logits [n, v] of these tokens and of this part of the vocabulary."""
-    x, low = states
-    call.backend.linear(x, head.weight, tile, head.bias if head.scale is None else None)
-    if low is not None and head.up is not None:
-        tile.addmm_(low.to(tile.dtype), head.up.to(tile.dtype).t())
-    if head.scale is not None:
-        tile *= head.scale
+def write_logits(
+    call: LinearCall,
+    inputs: HeadInputs,  # of n tokens
+    head: HeadTensors,  # of v vocabulary entries
+    tile: Tensor,  # [n, v]
+) -> None:
+    """Write the raw logits of these tokens and vocabulary entries."""
+    x, lora_hidden = inputs
+    call.backend.linear(x, head.weight, tile, head.bias if head.dora_scale is None else None)
+    if lora_hidden is not None and head.lora_B is not None:
+        tile.addmm_(lora_hidden.to(tile.dtype), head.lora_B.to(tile.dtype).t())
+    if head.dora_scale is not None:
+        tile *= head.dora_scale
         if head.bias is not None:
             tile += head.bias
 
 
-def _target_logits(call: LinearCall, states: States, head: HeadTensors, labels: Tensor) -> Tensor:
-    """The labels' transformed logits [n] in fp32: H multiplications each, next to nothing."""
+def _target_logits(
+    call: LinearCall,
+    inputs: HeadInputs,  # of n tokens
+    head: HeadTensors,
+    labels: Tensor,  # [n]
+) -> Tensor:
+    """The labels' transformed logits [n] in fp32: H multiplications each."""
     inside = labels.clamp(0, head.weight.shape[0] - 1)
-    raw = (states.x.float() * head.weight.index_select(0, inside).float()).sum(1)
-    if states.low is not None and head.up is not None:
-        raw += (states.low.float() * head.up.index_select(0, inside).float()).sum(1)
-    if head.scale is not None:
-        raw *= head.scale.index_select(0, inside).float()
+    raw = (inputs.x.float() * head.weight.index_select(0, inside).float()).sum(1)
+    if inputs.lora_hidden is not None and head.lora_B is not None:
+        raw += (inputs.lora_hidden.float() * head.lora_B.index_select(0, inside).float()).sum(1)
+    if head.dora_scale is not None:
+        raw *= head.dora_scale.index_select(0, inside).float()
     if head.bias is not None:
         raw += head.bias.index_select(0, inside).float()
     return call.transform(raw.masked_fill(inside != labels, torch.nan))[0]
@@ -146,8 +161,7 @@ def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _block(t: Tensor, a: int, b: int) -> Tensor:
-    """Rows [a, b). With a small batch they are all of them, and a view takes the host as long as
-    the launch of a kernel."""
+    """Rows [a, b). t itself where they are all of its rows: a view costs the host a launch."""
     return t if a == 0 and b == t.shape[0] else t[a:b]
 
 
@@ -160,94 +174,76 @@ def in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
 
 def forward_pass(
     call: LinearCall,
-    states: States,
+    inputs: HeadInputs,
     head: HeadTensors,
-    labels: Tensor,
-    stash: Tensor | None = None,
+    labels: Tensor,  # [N]
+    stash: Tensor | None = None,  # [plan.stash_tokens, V]
 ) -> tuple[TokenStats, Saved]:
-    """The outputs [N] for labels [N], and what is kept.
+    """The outputs [N], and what the backward pass needs.
 
-    stash: memory for D of the first plan.stash_tokens tokens, if the caller has it already.
+    stash: memory for the stashed D, if the caller has it already.
     """
-    plan, extras, backend = call.plan, call.extras, call.backend
-    x, low = states
+    plan, extras, backend, transform = call.plan, call.extras, call.backend, call.transform
+    x, lora_hidden = inputs
     n, vocab = x.shape[0], head.weight.shape[0]
     head = head.to(x.dtype)
     with_grads = call.hidden_grad or call.weight_grad
-    # A product that keeps its logits writes D right away, but for a factor of each row.
-    tile_type = x.dtype if plan.fused else tile_dtype(x.dtype, plan.precision)
+    # The logit-free product writes D at once, but for a factor of each row.
+    tile_type = x.dtype if plan.logit_free else tile_dtype(x.dtype, plan.precision)
     stats_type = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = Stats.empty(n, x.device, stats_type, extras)
     u = torch.empty_like(x) if call.hidden_grad else None
-    v = torch.empty_like(low) if call.hidden_grad and low is not None else None
+    v = torch.empty_like(lora_hidden) if call.hidden_grad and lora_hidden is not None else None
     if stash is None:
         stash = _rows(x, plan.stash_tokens, vocab, x.dtype)
-    factor = torch.empty_like(stats.lse) if plan.fused and with_grads else None
-    saved = Saved(u, v, stash, stats.lse, factor)
-    if plan.fused and not with_grads:
-        backend.linear_logps(x, head.weight, labels, head.bias, stats, call.transform)
+    row_scale = torch.empty_like(stats.lse) if plan.logit_free and with_grads else None
+    saved = Saved(u, v, stash, stats.lse, row_scale)
+    if plan.logit_free and not with_grads:
+        backend.logit_free_forward(x, head.weight, labels, head.bias, stats, transform)
         return _outputs(stats, labels, vocab, extras), saved
-    all_kept = plan.stash_tokens == n
+    all_stashed = plan.stash_tokens == n
 
     def project(d: Tensor, start: int, stop: int) -> None:
         if u is not None:
             backend.project(d, head.weight, _block(u, start, stop))
-        if v is not None and head.up is not None:
-            backend.project(d, head.up, _block(v, start, stop))
+        if v is not None and head.lora_B is not None:
+            backend.project(d, head.lora_B, _block(v, start, stop))
 
-    in_stash = all_kept and tile_type == x.dtype  # and so without a tile of its own
+    in_stash = all_stashed and tile_type == x.dtype  # and so without a tile of its own
     buffer = stash if in_stash else _rows(x, min(plan.block_tokens, n), vocab, tile_type)
     for start in range(0, n, plan.block_tokens):
         stop = min(start + plan.block_tokens, n)
-        rows, y = stats.rows(start, stop), _block(labels, start, stop)
-        block = States(_block(x, start, stop), None if low is None else _block(low, start, stop))
-        kept = _block(stash, start, min(stop, plan.stash_tokens))
+        block, rows, y = (
+            inputs.rows(start, stop),
+            stats.rows(start, stop),
+            _block(labels, start, stop),
+        )
+        stashed = _block(stash, start, min(stop, plan.stash_tokens))
+        whole = stashed.shape[0] == stop - start
         # D overwrites the logits, in the stash itself where the two have the same width.
-        whole = kept.shape[0] == stop - start and tile_type == x.dtype
-        tile = kept if whole else _block(buffer, 0, stop - start)
+        tile = stashed if whole and tile_type == x.dtype else _block(buffer, 0, stop - start)
         d = None
-        if u is not None or kept.shape[0] > 0:
-            d = kept if kept.shape[0] == stop - start else in_place(tile, x.dtype)
-        if factor is None:
-            _logits_to_d(call, block, head, y, tile, rows, d)
+        if u is not None or stashed.shape[0] > 0:
+            d = stashed if whole else in_place(tile, x.dtype)
+        if row_scale is not None:
+            scale = None if d is None else _block(row_scale, start, stop)
+            backend.logit_free_forward(
+                block.x, head.weight, y, head.bias, rows, transform, d, scale
+            )
         else:
-            given = block.x, head.weight, y, head.bias, rows, call.transform
-            if d is None:
-                backend.linear_logps(*given)
-            else:
-                backend.linear_grad(*given, d, _block(factor, start, stop))
+            write_logits(call, block, head, tile)
+            exact = tile.dtype == rows.lse.dtype
+            target = None if exact else _target_logits(call, block, head, y)
+            backend.fold_grad(tile, y, rows, transform, d, target)
+            if d is not None and head.dora_scale is not None:
+                d *= head.dora_scale
         if d is None:
             continue
-        if not all_kept:
+        if not all_stashed:
             project(d, start, stop)
-        if kept.shape[0] < stop - start:
-            kept.copy_(d[: kept.shape[0]])
+        if not whole:
+            stashed.copy_(d[: stashed.shape[0]])
     del buffer
-    if all_kept:
+    if all_stashed:
         project(stash, 0, n)  # one tall product is faster than many flat ones
     return _outputs(stats, labels, vocab, extras), saved
-
-
-def _logits_to_d(
-    call: LinearCall,
-    block: States,
-    head: HeadTensors,
-    labels: Tensor,
-    tile: Tensor,
-    rows: Stats,
-    d: Tensor | None,
-) -> None:
-    """Write the logits, fold them into the rows' statistics and write D over them, if wanted."""
-    backend = call.backend
-    write_logits(call, block, head, tile)
-    exact = None if tile.dtype == rows.lse.dtype else _target_logits(call, block, head, labels)
-    if hasattr(backend, "fold_grad"):
-        backend.fold_grad(tile, labels, rows, call.transform, d, exact)
-    else:
-        backend.fold(tile, labels, 0, rows, call.transform)
-        if exact is not None:
-            rows.replace_target(exact)
-        if d is not None:
-            backend.grad(tile, labels, 0, rows.lse, rows.logps, d, call.transform)
-    if d is not None and head.scale is not None:
-        d *= head.scale

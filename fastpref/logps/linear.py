@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.logps.checks import (
+    adapter_tensors,
     check_adapter,
     check_extras,
     check_head,
@@ -34,9 +35,12 @@ def linear_token_logps(
     strategy: str = "auto",
     memory_budget: int | None = None,
     precision: str = "exact",
-    fused: bool | str | None = None,
+    fused: bool | None = None,
     backend: str | None = None,
     token_indices: Tensor | None = None,
+    lora_hidden: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    dora_scale: Tensor | None = None,
     low_rank: tuple[Tensor, Tensor] | None = None,
     weight_scale: Tensor | None = None,
 ) -> Tensor | TokenStats:
@@ -57,20 +61,22 @@ def linear_token_logps(
         ignore_index: the label of positions that do not count.
         extras: of "entropy" (nats, differentiable), "mean_logit", "is_top1", "log_sum_sq_probs";
             at no extra product.
-        strategy, memory_budget (bytes): see `fastpref.plan_head`, which chooses.
+        strategy, memory_budget (bytes): see `fastpref.plan_head`, which chooses. A pass without
+            gradients takes the kernels of the same call with gradients, so that a policy and its
+            reference agree to the last bit; strategy="forward-only" takes the fastest ones.
         precision: "exact" keeps the logits of 16-bit inputs in fp32; "fast" rounds them to the
             inputs' dtype, all but the label's, which is exact there and in the normaliser.
-        fused: whether the product keeps its logits to itself, where the backend has one that can:
-            without gradients there is then no N x V memory, with gradients there is that of D. None
-            takes the faster way, False a tile of logits, and "match" the way that None takes in the
-            same call with gradients, whose log-probs it then has to the last bit.
-        backend: "native", "triton", "eager" or None for the fastest that works.
+        fused: whether to take the backend's logit-free product, whose memory is that of D with
+            gradients and none of size N x V without. None: where it is expected to be faster.
+            True: a ValueError says why, where it cannot run. False: tiles of logits.
+        backend: "native", "cuda", "triton", "eager" or None for the fastest that works.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the
             caller knows them; saves a synchronisation on a GPU.
-        low_rank: a LoRA adapter on the head, as (low [..., r], up [V, r]): low up^T is added to
-            hidden W^T, which is never merged with it. low is scaling * dropout(hidden) A^T, and up
-            is B.
-        weight_scale: [V], DoRA's: factors on hidden W^T + low up^T, before the bias.
+        lora_hidden, lora_B: [..., r] and [V, r], a LoRA adapter on the head: lora_hidden lora_B^T
+            is added to hidden W^T, and never merged with it. lora_hidden is
+            scaling * dropout(hidden) A^T.
+        dora_scale: [V], DoRA's factors on hidden W^T + lora_hidden lora_B^T, before the bias.
+        low_rank, weight_scale: earlier names of (lora_hidden, lora_B) and of dora_scale.
 
     Returns:
         [...] float32 (float64 for float64 inputs), 0 where ignored and never above 0; with extras
@@ -80,7 +86,7 @@ def linear_token_logps(
         ValueError: shapes, dtypes or devices that do not fit together, a label outside [0, V), an
             unknown option. RuntimeError: a forced backend that cannot run here.
     """
-    given = dict(
+    values = dict(
         scale=scale,
         softcap=softcap,
         temperature=temperature,
@@ -91,43 +97,50 @@ def linear_token_logps(
         fused=fused,
         backend=backend,
     )
-    options = cached_options(HeadOptions, given)
-    low, up = (None, None) if low_rank is None else low_rank
-    head = HeadTensors(weight, bias, up, weight_scale)
-    return prepare(hidden, head, labels, options, extras, token_indices, low).run()
+    options = cached_options(HeadOptions, values)
+    lora_hidden, lora_B, dora_scale = adapter_tensors(
+        low_rank, weight_scale, lora_hidden, lora_B, dora_scale
+    )
+    head = HeadTensors(weight, bias, lora_B, dora_scale)
+    call = prepare(hidden, head, labels, options, extras, token_indices, lora_hidden)
+    out = call.spread(call.compute())
+    return out if extras else out.logps
 
 
 def prepare(
-    hidden: Tensor,
+    hidden: Tensor,  # [..., H]
     head: HeadTensors,
-    labels: Tensor,
+    labels: Tensor,  # [...]
     options: HeadOptions,
     extras: Sequence[str] = (),
-    token_indices: Tensor | None = None,
-    low: Tensor | None = None,
+    token_indices: Tensor | None = None,  # [N]
+    lora_hidden: Tensor | None = None,  # [..., r]
     prefix: str = "",
 ) -> PreparedLogps | CompiledLogps:
-    """Everything of `linear_token_logps` that comes before the first product.
+    """The part of `linear_token_logps` that comes before the first product.
 
     prefix goes before the names hidden, weight and bias in the messages of errors.
     """
     extras = check_extras(extras)
     check_head(hidden, head.weight, head.bias, prefix)
-    check_adapter(hidden, head, low)
+    check_adapter(hidden, head, lora_hidden)
     hidden = _autocast(hidden)
     where = f"{prefix}hidden without its last dimension"
     check_labels(labels, hidden.shape[:-1], where, hidden.device)
-    on = torch.is_grad_enabled()
-    states_grad = hidden.requires_grad or (low is not None and low.requires_grad)
-    grads = on and states_grad, on and any(t is not None and t.requires_grad for t in head)
+    enabled = torch.is_grad_enabled()
+    inputs_grad = hidden.requires_grad or (lora_hidden is not None and lora_hidden.requires_grad)
+    head_grad = any(t is not None and t.requires_grad for t in head)
+    grads = enabled and inputs_grad, enabled and head_grad
     rows = adjacent(hidden.reshape(-1, hidden.shape[-1]))
-    if low is not None:
-        low = adjacent(low.to(hidden.dtype).reshape(-1, low.shape[-1]))
+    if lora_hidden is not None:
+        lora_hidden = lora_hidden.to(hidden.dtype).reshape(-1, lora_hidden.shape[-1])
+        lora_hidden = adjacent(lora_hidden)
     call = CompiledLogps if torch.compiler.is_compiling() else compact
-    return call(rows, low, head, labels, options, extras, token_indices, grads)
+    return call(rows, lora_hidden, head, labels, options, extras, token_indices, grads)
 
 
 def _autocast(hidden: Tensor) -> Tensor:
+    """The hidden states in the dtype in which `F.linear` would multiply them."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return hidden.to(torch.get_autocast_dtype(kind))

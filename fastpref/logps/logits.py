@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpref import backends
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.tile import Backend, Stats, Transform
 from fastpref.logps.checks import check_labels, check_range
 from fastpref.logps.prepared import adjacent
 from fastpref.validation import check_float
@@ -36,7 +37,7 @@ def token_logps(
         inplace_backward: write the gradient over the logits, which halves the memory of the
             backward pass. Nobody may read the logits afterwards, and a second backward pass raises.
             Under torch.compile, which plans memory itself, it makes no difference.
-        backend: "native", "triton", "eager" or None for the fastest that works.
+        backend: "native", "cuda", "triton", "eager" or None for the fastest that works.
 
     Returns:
         [...] float32 (float64 for float64 logits), 0 where ignored and never above 0.
@@ -60,23 +61,29 @@ def token_logps(
     rows = adjacent(logits.reshape(-1, logits.shape[-1]))
     # Any other negative label must not pass for an ignored one: out of range, it gives NaN.
     y = flat.masked_fill(flat < 0, logits.shape[-1]).masked_fill(ignored, -1)
-    if torch.compiler.is_compiling():  # which plans the memory of the backward pass itself
+    if torch.compiler.is_compiling():  # torch.compile plans the backward pass's memory itself
         op = torch.ops.fastpref.token_logps
-        return op(rows, y, scale, softcap, temperature, backend)[0].view(labels.shape)
-    module = backends.choose(logits.device, logits.dtype, backend)
-    return TokenLogps.apply(rows, y, transform, module, inplace_backward).view(labels.shape)
+        logps: Tensor = op(rows, y, scale, softcap, temperature, backend)[0]
+    else:
+        module = backends.choose(logits.device, logits.dtype, backend)
+        options = transform, module, inplace_backward
+        logps = TokenLogps.apply(rows, y, *options)  # type: ignore[no-untyped-call]
+    return logps.view(labels.shape)
 
 
-def _row_blocks(logits: Tensor, backend: ModuleType):
+def _row_blocks(logits: Tensor, backend: Backend) -> Iterator[tuple[int, int]]:
     """Ranges of rows; of 2^24 logits for plain torch, whose temporaries are as large as they."""
     size = max(16, 2**24 // logits.shape[1]) if backend.NAME == "eager" else 2**62
     return ((a, min(a + size, logits.shape[0])) for a in range(0, logits.shape[0], size))
 
 
 def logits_forward(
-    logits: Tensor, labels: Tensor, transform: Transform, backend: ModuleType
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N], negative: ignored
+    transform: Transform,
+    backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """Ready logits [N, V], labels [N] (negative: ignored): log-probs and lse [N], 0 if ignored."""
+    """The log-probs and the normalisers of ready logits [N], 0 where ignored."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stats = Stats.empty(logits.shape[0], logits.device, dtype)
     for a, b in _row_blocks(logits, backend):
@@ -86,26 +93,33 @@ def logits_forward(
 
 
 def logits_backward(
-    logits: Tensor,
-    labels: Tensor,
-    lse: Tensor,
-    logps: Tensor,
-    coef: Tensor,
-    out: Tensor,
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    logps: Tensor,  # [N]
+    dlogp: Tensor,  # [N]
+    dlogits: Tensor,  # [N, V], which may be the logits
     transform: Transform,
-    backend: ModuleType,
+    backend: Backend,
 ) -> None:
-    """Write d loss / d logits [N, V], coef [N] being d loss / d logps; out may be the logits."""
+    """Write the gradient of ready logits."""
     for a, b in _row_blocks(logits, backend):
         rows = labels[a:b], 0, lse[a:b], logps[a:b]
-        backend.grad(logits[a:b], *rows, out[a:b], transform, coef[a:b])
+        backend.grad(logits[a:b], *rows, dlogits[a:b], transform, dlogp[a:b])
 
 
 class TokenLogps(torch.autograd.Function):
-    """logits [N, V], labels [N] (negative: ignored) -> log-probabilities [N], 0 where ignored."""
+    """Ready logits and labels to log-probabilities [N], 0 where the label is negative."""
 
     @staticmethod
-    def forward(ctx, logits, labels, transform: Transform, backend, inplace: bool):
+    def forward(
+        ctx: Any,
+        logits: Tensor,  # [N, V]
+        labels: Tensor,  # [N]
+        transform: Transform,
+        backend: Backend,
+        inplace: bool,
+    ) -> Tensor:
         logps, lse = logits_forward(logits, labels, transform, backend)
         ctx.save_for_backward(logits, labels, lse, logps)
         ctx.transform, ctx.backend, ctx.inplace, ctx.used = transform, backend, inplace, False
@@ -113,7 +127,7 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, coef):
+    def backward(ctx: Any, dlogp: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse, logps = ctx.saved_tensors
         if ctx.used:
             raise RuntimeError(
@@ -122,7 +136,7 @@ class TokenLogps(torch.autograd.Function):
             )
         ctx.used = ctx.inplace
         # Through .data: autograd's version counter guards others against this write, not ourselves.
-        out = logits.data if ctx.inplace else torch.empty_like(logits)
-        rows = labels, lse, logps, coef.contiguous()
-        logits_backward(logits.data, *rows, out, ctx.transform, ctx.backend)
-        return out, None, None, None, None
+        dlogits = logits.data if ctx.inplace else torch.empty_like(logits)
+        rows = labels, lse, logps, dlogp.contiguous()
+        logits_backward(logits.data, *rows, dlogits, ctx.transform, ctx.backend)
+        return dlogits, None, None, None, None

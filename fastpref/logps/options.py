@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastpref.backends.tile import Transform
 from fastpref.logps.plan import FUSED, check_plan_options
@@ -13,7 +13,7 @@ from fastpref.validation import cached_options
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How the logits are formed and computed; `linear_token_logps` documents each.
+    """How the logits are formed and computed, as documented by `linear_token_logps`.
 
     Raises ValueError for a bad value; TypeError for a name that is not an option.
     """
@@ -25,11 +25,10 @@ class HeadOptions:
     strategy: str = "auto"
     memory_budget: int | None = None
     precision: str = "exact"
-    fused: bool | str | None = None
+    fused: bool | None = None
     backend: str | None = None
 
-    if TYPE_CHECKING:  # made once
-        transform: Transform = field(init=False)
+    transform: Transform = field(init=False, repr=False, compare=False)  # of the first three
 
     def __post_init__(self) -> None:
         check_plan_options(self.strategy, self.memory_budget, self.precision, self.fused)
@@ -37,23 +36,24 @@ class HeadOptions:
         object.__setattr__(self, "transform", transform)
 
 
-HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions))
+HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions) if option.init)
 
 
 def flat_options(options: HeadOptions) -> tuple[Any, ...]:
-    """What `from_flat` makes the options of again, of the types that an operator can take."""
+    """The values of the options, in types that an operator of torch.library can take."""
     values = {name: getattr(options, name) for name in HEAD_OPTIONS}
     return (*(values | {"fused": FUSED.index(options.fused)}).values(),)
 
 
 def from_flat(values: Sequence[Any]) -> HeadOptions:
-    given = dict(zip(HEAD_OPTIONS, values, strict=True))
-    return HeadOptions(**given | {"fused": FUSED[given["fused"]]})
+    """The options whose `flat_options` these are."""
+    options = dict(zip(HEAD_OPTIONS, values, strict=True))
+    return HeadOptions(**options | {"fused": FUSED[options["fused"]]})
 
 
-def take_head_options(function: str, given: dict[str, Any]) -> HeadOptions:
+def take_head_options(function: str, keywords: dict[str, Any]) -> HeadOptions:
     """The options of the head from keyword arguments; TypeError if there are others."""
-    for name in given:
+    for name in keywords:
         if name not in HEAD_OPTIONS:
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    return cached_options(HeadOptions, given)
+    return cached_options(HeadOptions, keywords)

@@ -18,7 +18,7 @@ import torch
 
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
 PRECISIONS = ("exact", "fast")
-FUSED = (None, True, False, "match")
+FUSED = (None, True, False)
 
 # Bytes of the logits tile per vocabulary entry, the same for every strategy, so that policy and
 # reference see the same tiles. 480 is 120 fp32 rows or 240 bf16 rows: on two Zen 5 cores the bf16
@@ -34,7 +34,7 @@ _GPU_ROWS = 128
 _MIN_ROWS = 16
 _MIN_COLUMNS = 256
 _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 bytes
-# Up to this hidden size the one-kernel forward pass is expected to beat a library GEMM followed by
+# Up to this hidden size the logit-free forward pass is expected to beat a library GEMM followed by
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
@@ -52,14 +52,14 @@ class HeadPlan:
     block_tokens: int  # rows of a forward tile, which is block_tokens x vocab_size
     block_vocab: int  # columns of a backward tile, which is tokens x block_vocab
     stash_tokens: int  # tokens whose D is kept for the backward pass
-    fused: bool  # whether the product keeps its logits to itself: there is no tile of them
+    logit_free: bool  # whether the product folds its logits itself, and there is no tile of them
     flops: int  # predicted, forward and backward together
     extra_bytes: int  # predicted peak beyond the inputs and the returned gradients
 
     def __str__(self) -> str:
         return (
             f"{self.strategy} ({self.precision}): N={self.tokens} H={self.hidden_size} "
-            f"V={self.vocab_size}, {'one kernel' if self.fused else 'tiles'}, "
+            f"V={self.vocab_size}, {'one kernel' if self.logit_free else 'tiles'}, "
             f"tile {self.block_tokens} x {self.vocab_size}, backward tile "
             f"{self.tokens} x {self.block_vocab}, stash {self.stash_tokens} tokens, "
             f"{self.flops / 1e9:.1f} GFLOP, {self.extra_bytes / 2**20:.1f} MiB extra"
@@ -85,7 +85,7 @@ def tile_dtype(compute: torch.dtype, precision: str) -> torch.dtype:
 
 
 def check_plan_options(
-    strategy: str, memory_budget: int | None, precision: str, fused: bool | str | None
+    strategy: str, memory_budget: int | None, precision: str, fused: bool | None
 ) -> None:
     """Raise ValueError for a value that `plan_head` does not know."""
     if strategy not in STRATEGIES:
@@ -96,8 +96,14 @@ def check_plan_options(
         raise ValueError(
             f"memory_budget: got {memory_budget!r}, expected a number of bytes above 0"
         )
-    if not (fused is None or isinstance(fused, bool) or fused == "match"):
-        raise ValueError(f"fused: got {fused!r}, expected None, True, False or 'match'")
+    if not (fused is None or isinstance(fused, bool)):
+        hint = ""
+        if fused == "match":
+            hint = (
+                ": None has its meaning, as a pass without gradients takes the product of the same "
+                "call with gradients unless strategy='forward-only'"
+            )
+        raise ValueError(f"fused: got {fused!r}, expected None, True or False{hint}")
 
 
 def _tile_budget(vocab_size: int, kind: str, budget: int) -> int:
@@ -155,8 +161,8 @@ def plan_head(
     memory_budget: bytes for the tile and the stash; None is `default_memory_budget(device)`.
     strategy: "auto", or one to force. Forcing matters for a trainable head only: without one the
         call is forward-only or frozen whatever is asked for.
-    fused: whether the product keeps its logits to itself, as some backends can. None: a pass
-        without gradients does, on a GPU, up to a hidden size; one with gradients does not.
+    fused: whether the logit-free product is taken, which some backends have. None: by a pass
+        without gradients that asks for strategy="forward-only", on a GPU, up to a hidden size.
 
     Raises ValueError for an unknown strategy or precision, a budget that is not positive, and a
     strategy that cannot give the gradients that are needed.
@@ -211,24 +217,25 @@ def _plan(
             stash = n // 2  # asked for by name although all of D would fit
 
     if fused is None:
-        fused = chosen == "forward-only" and kind == "cuda" and h <= _FUSED_HIDDEN_SIZE
-    fused = fused and item == 2
-    # A product that keeps its logits rounds none, and so must the tiles of the backward pass not.
-    precision = "exact" if fused else precision
+        asked = chosen == strategy == "forward-only"
+        fused = asked and kind == "cuda" and h <= _FUSED_HIDDEN_SIZE
+    logit_free = fused and item == 2
+    # The logit-free product does not round logits; the backward pass must not either.
+    precision = "exact" if logit_free else precision
     tile_size = tile_dtype(dtype, precision).itemsize
-    forward_item = item if fused else tile_size  # that product writes D
+    forward_item = item if logit_free else tile_size  # that product writes D
     in_stash = weight_grad and stash == n and forward_item == item  # no tile beside it
     rows = max(1, min(n, max(tile_budget // max(forward_item * v, 1), _MIN_ROWS)))
     if kind == "cuda" and rows < n:
         rows = _even_rows(rows, n)
-    if fused and in_stash:
+    if logit_free and in_stash:
         rows = max(n, 1)
     # Half a tile in backward, where c X stands beside it.
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
     if columns < v:
         columns -= columns % _COLUMNS_STEP
     tile_bytes = 0 if in_stash else rows * v * forward_item
-    if fused:  # two numbers for each token and each 128 entries of the vocabulary, in launches
+    if logit_free:  # two numbers for each token and each 128 entries of the vocabulary, in launches
         tile_bytes = tile_bytes if hidden_grad or weight_grad else 0
         tile_bytes += min(8 * n * -(-v // 128), _FUSED_BYTES)
     states = n * h * item  # of the hidden states, and of everything in their shape
@@ -250,7 +257,7 @@ def _plan(
         block_tokens=rows,
         block_vocab=columns,
         stash_tokens=stash,
-        fused=fused,
+        logit_free=logit_free,
         flops=flops,
         extra_bytes=extra,
     )

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref import backends, validation
-from fastpref.backends.tile import Transform
-from fastpref.logps.autograd import LinearTokenLogps, Solve, without_autocast
-from fastpref.logps.checks import (
-    check_indices,
-    check_range,
-)
+from fastpref.backends.tile import Backend, PairLossInputs
+from fastpref.logps.autograd import LinearTokenLogps, without_autocast
+from fastpref.logps.checks import check_indices, check_range
 from fastpref.logps.forward import HeadTensors, LinearCall, TokenStats
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.plan import plan_head
 
-_WIDEST_CAP = 100.0  # where the error of a logit is 1e-5; models have 30 to 50
+# Of softcap / temperature: the error of a logit is then 1e-5. Models have 30 to 50.
+_WIDEST_CAP = 100.0
 
 
 class PreparedLogps(NamedTuple):
     """A checked and planned call of `linear_token_logps`; no kernel has run yet."""
 
-    rows: Tensor  # [M, H]
-    low: Tensor | None  # [M, r]
+    hidden: Tensor  # [M, H]
+    lora_hidden: Tensor | None  # [M, r]
     head: HeadTensors
     labels: Tensor  # [N]
-    positions: Tensor | None  # [N] which rows the labels belong to
-    shape: torch.Size
+    positions: Tensor | None  # [N], the rows that the labels belong to; None: all
+    shape: torch.Size  # of the caller's labels
     call: LinearCall
 
     @property
@@ -37,44 +36,50 @@ class PreparedLogps(NamedTuple):
         return self.call.hidden_grad or self.call.weight_grad
 
     @property
-    def fused(self) -> bool:
-        return self.call.plan.fused
+    def logit_free(self) -> bool:
+        return self.call.plan.logit_free
 
-    def compute(self) -> TokenStats:
-        """The outputs of the labelled tokens, [N]."""
-        return TokenStats(*self._apply(None))
+    def compute(self, pair_loss: PairLossInputs | None = None) -> Sequence[Tensor | None]:
+        """The fields of a `TokenStats` [N] of the labelled tokens; or, with pair_loss, what
+        `Backend.pair_loss` makes of their log-probs, without its derivative."""
+        tensors = self.hidden, self.lora_hidden, *self.head, self.labels, self.positions
+        arguments = *tensors, self.call, pair_loss
+        with without_autocast(self.hidden.device.type):
+            out: Sequence[Tensor | None]
+            out = LinearTokenLogps.apply(*arguments)  # type: ignore[no-untyped-call]
+            return out
 
-    def compute_loss(self, solve: Solve) -> tuple[Tensor, ...]:
-        """What solve makes of their log-probs, without its last; see `LinearTokenLogps`."""
-        return self._apply(solve)
-
-    def _apply(self, solve: Solve | None) -> tuple:
-        args = self.rows, self.low, *self.head, self.labels, self.positions, self.call
-        with without_autocast(self.rows.device.type):
-            return LinearTokenLogps.apply(*args, solve)
-
-    def spread(self, out: TokenStats) -> TokenStats:
-        """The outputs at their places among the ignored tokens, shaped like the labels."""
-        logps, *others = (
-            None if t is None else scatter(t, self.positions, self.shape) for t in out
-        )
-        assert logps is not None
-        return TokenStats(logps, *others)
-
-    def run(self) -> Tensor | TokenStats:
-        out = self.spread(self.compute())
-        return out if self.call.extras else out.logps
+    def spread(self, out: Sequence[Tensor | None]) -> TokenStats:
+        """The result of `compute` at its places among the ignored tokens, shaped as the labels."""
+        fields = (None if t is None else scatter(t, self.positions, self.shape) for t in out)
+        return TokenStats(*fields)  # type: ignore[arg-type]
 
 
-def _is_plain(transform: Transform) -> bool:
-    """Whether a product that keeps its logits has them as exactly as a tile. Their tanh is one less
-    a number near 1, which under a wide cap is most of them."""
-    cap = transform.softcap
-    return transform.scale != 0 and (cap is None or cap / transform.temperature <= _WIDEST_CAP)
+def _logit_free_reason(
+    backend: Backend,
+    head: HeadTensors,
+    dtype: torch.dtype,
+    options: HeadOptions,
+    extras: tuple[str, ...],
+    with_d: bool,
+) -> str | None:
+    """Why the call does not go through the logit-free product; None: it can."""
+    if head.lora_B is not None or head.dora_scale is not None:
+        return "the head has an adapter"
+    transform = options.transform
+    if transform.softcap is not None and transform.softcap / transform.temperature > _WIDEST_CAP:
+        # Under a wide cap most tanh are near 1 and are computed as 1 less a small number.
+        return f"the softcap is more than {_WIDEST_CAP:.0f} times the temperature"
+    weight = head.weight
+    if weight.dtype != dtype:
+        # Under autocast a copy is multiplied, whose rows lie like this.
+        weight = weight.new_empty((0, weight.shape[1]), dtype=dtype)
+    asked = options.fused is True
+    return backend.logit_free_reason(weight, transform, extras, with_d, asked)
 
 
 def plan_call(
-    hidden: Tensor,
+    hidden: Tensor,  # [M, H]
     head: HeadTensors,
     tokens: int,
     options: HeadOptions,
@@ -82,29 +87,24 @@ def plan_call(
     grads: tuple[bool, bool],
 ) -> LinearCall:
     """The backend and the plan for so many labelled tokens."""
-    module = backends.choose(hidden.device, hidden.dtype, options.backend)
-    plain = head.up is None and head.scale is None and _is_plain(options.transform)
-    weight = head.weight
-    if weight.dtype != hidden.dtype:
-        # Under autocast a copy is multiplied, whose rows lie like this.
-        weight = weight.new_empty((0, weight.shape[1]), dtype=hidden.dtype)
-    # Where the product keeps its logits in a pass with gradients, so it does in one without.
-    keeps = plain and hasattr(module, "linear_grad")
-    keeps = keeps and module.keeps_logits(weight, options.transform, extras)
-    fused: bool | None = None
-    if any(grads) or options.fused == "match":
-        asked = options.fused if isinstance(options.fused, bool) else None
-        fused = keeps and (module.KEEPS_LOGITS if asked is None else asked)
-    elif not (keeps or (plain and not extras and hasattr(module, "linear_logps"))):
-        fused = False
-    elif options.fused is not None:
-        fused = bool(options.fused)
-    elif not module.fused_is_fast(weight):
-        fused = False
+    backend = backends.choose(hidden.device, hidden.dtype, options.backend)
+    # A pass without gradients takes the product of the same call with gradients: a policy and its
+    # reference then agree to the last bit. strategy="forward-only" asks for the fastest instead.
+    with_d = any(grads) or options.strategy != "forward-only"
+    fused = options.fused
+    if fused is not False:
+        reason = _logit_free_reason(backend, head, hidden.dtype, options, extras, with_d)
+        if reason is not None and fused:
+            raise ValueError(f"fused: got True, expected None or False: {reason}")
+        if reason is not None:
+            fused = False
+        elif fused is None and with_d:
+            fused = backend.LOGIT_FREE_BY_DEFAULT
+    vocab, hidden_size = head.weight.shape
     plan = plan_head(
         tokens,
-        head.weight.shape[1],
-        head.weight.shape[0],
+        hidden_size,
+        vocab,
         hidden.dtype,
         device=hidden.device,
         hidden_grad=grads[0],
@@ -114,24 +114,25 @@ def plan_call(
         precision=options.precision,
         fused=fused,
     )
-    return LinearCall(plan, options.transform, extras, module, *grads)
+    return LinearCall(plan, options.transform, extras, backend, *grads)
 
 
 def compact(
-    rows: Tensor,
-    low: Tensor | None,
+    hidden: Tensor,  # [M, H]
+    lora_hidden: Tensor | None,  # [M, r]
     head: HeadTensors,
-    labels: Tensor,
+    labels: Tensor,  # [...], M in all
     options: HeadOptions,
     extras: tuple[str, ...],
-    token_indices: Tensor | None,
+    token_indices: Tensor | None,  # [N]
     grads: tuple[bool, bool],
 ) -> PreparedLogps:
-    """Drop the ignored tokens and plan the rest. grads: whether states and the head need them."""
+    """Drop the ignored tokens and plan the rest. grads: whether inputs and head need them."""
     flat, index = labels.reshape(-1), token_indices
     if index is None:
-        kept = flat != options.ignore_index
-        index = None if rows.device.type == "cpu" and bool(kept.all()) else kept.nonzero()[:, 0]
+        counted = flat != options.ignore_index
+        on_cpu = hidden.device.type == "cpu"
+        index = None if on_cpu and bool(counted.all()) else counted.nonzero()[:, 0]
     else:
         check_indices(index, flat, options.ignore_index)
         if index.shape == flat.shape:  # increasing positions: all of them
@@ -139,24 +140,30 @@ def compact(
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, head.weight.shape[0])
     if not validation.may_synchronise(y.device):
-        # A negative label that got here is a mistake, not an ignored token: NaN, as any other.
+        # A negative label that is not ignore_index must give NaN, like any other out of range.
         y = y.masked_fill(y < 0, head.weight.shape[0])
-    call = plan_call(rows, head, y.shape[0], options, extras, grads)
-    return PreparedLogps(rows, low, adjacent_head(head), y.contiguous(), index, labels.shape, call)
+    call = plan_call(hidden, head, y.shape[0], options, extras, grads)
+    head, y = adjacent_head(head), y.contiguous()
+    return PreparedLogps(hidden, lora_hidden, head, y, index, labels.shape, call)
 
 
 def adjacent(rows: Tensor) -> Tensor:
-    """A matrix whose columns lie next to each other, as every kernel expects: a copy if need be."""
+    """The matrix with adjacent columns, as every kernel expects: a copy if need be."""
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def adjacent_head(head: HeadTensors) -> HeadTensors:
     """The head with its matrices as in `adjacent`."""
-    up = None if head.up is None else adjacent(head.up)
-    return head._replace(weight=adjacent(head.weight), up=up)
+    lora_B = None if head.lora_B is None else adjacent(head.lora_B)
+    return head._replace(weight=adjacent(head.weight), lora_B=lora_B)
 
 
-def scatter(values: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
+def scatter(
+    values: Tensor,  # [N]
+    index: Tensor | None,  # [N]
+    shape: torch.Size,
+) -> Tensor:
+    """The values at these positions of a tensor of this shape, 0 elsewhere; None: all of it."""
     if index is None:
         return values.view(shape)
     return values.new_zeros(shape.numel()).index_copy(0, index, values).view(shape)

@@ -1,4 +1,4 @@
-"""The trainers, on `transformers.Trainer`. They need the train extra."""
+"""The trainers, based on `transformers.Trainer`. They need the extra `train`."""
 
 from __future__ import annotations
 

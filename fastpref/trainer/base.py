@@ -1,13 +1,11 @@
-"""Preference optimisation on `transformers.Trainer`, without logits: what all trainers share."""
+"""`BaseTrainer`: the part of the trainers that does not depend on the kind of data or loss."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import (
@@ -18,7 +16,6 @@ from transformers import (
     set_seed,
 )
 
-from fastpref import reference as refs
 from fastpref.data.files import load_preference_data
 from fastpref.data.tokenise import DataReport
 from fastpref.heads.adapters import check_adapters
@@ -29,35 +26,28 @@ from fastpref.progress import silenced
 from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import check_optimizer, check_sampling, check_trains
 from fastpref.trainer.config import BaseConfig
-from fastpref.trainer.loading import (
-    add_adapter,
-    check_models,
-    each,
-    load_model,
-    load_tokenizer,
-    router_coefficient,
-)
+from fastpref.trainer.loading import as_list, load_parts, router_coefficient
 from fastpref.trainer.metrics import MetricWindow, TokenCount, check_grad_norm, check_weights
 from fastpref.trainer.model_card import CardTrainer
 from fastpref.trainer.predictions import PredictingTrainer
 from fastpref.trainer.progress import use_lines
-from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns, check_sync_options
+from fastpref.trainer.reference_sync import check_sync_options
+from fastpref.trainer.references import ReferencingTrainer
 
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardTrainer):
-    """What `PreferenceTrainer` and `UnpairedPreferenceTrainer` share: all but data and loss.
+class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, CardTrainer):
+    """Base class of `PreferenceTrainer` and `UnpairedPreferenceTrainer`.
 
-    A trainer derived from it says what its configuration, its rows and its loss are.
+    A subclass defines its configuration, its data and its loss.
     """
 
     config_class: type[BaseConfig]
-    columns: tuple[str, ...]  # of prepared data, which its collator reads
+    columns: tuple[str, ...]  # the columns of prepared data that the collator reads
     args: BaseConfig
     loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch
-    reads_in_order = False  # the loss needs the training rows in the data's order
-    ld_alpha: float | None = None  # of the reference's sums, as in `ld_sequence_logps`
+    reads_in_order = False  # whether the loss needs the training rows in the data's order
 
     def __init__(
         self,
@@ -74,54 +64,32 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        args = self.config_class.of(args)
+        args = self.config_class.validated(args)
         if train_dataset is None:
             raise ValueError("train_dataset is None; expected preference data")
+        self.args = args
         self._head_options = args.head_options()
         self.needs_reference = self.set_loss(args)
         check_sync_options(args, self.needs_reference)
-        set_seed(args.seed)  # before an adapter draws its weights
-        check_models(model, ref_model, args, quantization_config, peft_config)
-        name = model if isinstance(model, str) else None
-        model = load_model(model, args, quantization_config)
-        if ref_model is not None:
-            ref_model = load_model(ref_model, args, quantization_config, trainable=False)
-        tokenizer, pad_id = load_tokenizer(model, processing_class, args, name)
-        model = add_adapter(model, peft_config, ref_model is not None)
+        set_seed(args.seed)  # determines the initial weights of an adapter
+        model, ref_model, tokenizer, pad_token_id = load_parts(
+            model, ref_model, processing_class, args, quantization_config, peft_config
+        )
+        self._tokenizer = tokenizer
         self._vocab_size = read_head(model, adapters=True).vocab_size
         self.reports: dict[str, DataReport] = {}
-        self._tokenizer = tokenizer
-        self.args = args
         train_dataset = self._prepare_data(train_dataset, "train")
         check_sampling(args, train_dataset, self.reads_in_order)
         eval_dataset = self._prepare_eval_data(eval_dataset)
-        settings: Any = args.accelerator_config
-        self._dispatches = bool(settings.dispatch_batches)
-        if settings.dispatch_batches is None:  # processes read streams, too, by themselves
-            settings.dispatch_batches = False
+        self._choose_dispatch()
         if data_collator is None:
             data_collator = self.make_collator(
-                pad_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
+                pad_token_id, args.max_length, args.truncation_mode, args.pad_to_multiple_of
             )
-        if args.disable_dropout:
-            disable_dropout(model)
-        check_adapters(read_head(model, adapters=True).adapters, training=True)
-        check_optimizer(model, optimizers[0])
-        datasets = [train_dataset, *each(eval_dataset)]
-        given = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
-        check_sync_columns(args, given)
-        self.check_data(datasets, any(given) or ref_model is not None)
-        wanted = not all(given) and self.needs_reference
-        self.precompute = args.precompute_ref_log_probs and wanted
-        if self.precompute:  # hours of work ahead of a training that cannot be
-            check_trains(model)
-        adapter = refs.is_peft(model) and ref_model is None
-        if wanted and adapter:
-            refs.check_adapter_reference(model)
-        elif wanted and not self.precompute and ref_model is None:
-            ref_model = refs.frozen_copy(model)
+        self._prepare_model(model, optimizers[0])
+        datasets = [train_dataset, *as_list(eval_dataset)]
+        ref_model = self.choose_reference(model, ref_model, datasets)
         install_head_forward(model)
-
         super().__init__(
             model=model,
             args=args,
@@ -133,17 +101,39 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._set_up_training()
+        self._set_up_metrics()
+        self.set_up_reference(ref_model)
+
+    # ---- steps of the constructor ----
+
+    def _choose_dispatch(self) -> None:
+        """Let each process read the data, streams too, unless dispatch_batches is set."""
+        settings: Any = self.args.accelerator_config
+        self._dispatches = bool(settings.dispatch_batches)
+        if settings.dispatch_batches is None:  # accelerate would dispatch streams
+            settings.dispatch_batches = False
+
+    def _prepare_model(self, model: Any, optimizer: Any) -> None:
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        check_adapters(read_head(model, adapters=True).adapters, training=True)
+        check_optimizer(model, optimizer)
+
+    def _set_up_training(self) -> None:
         use_lines(self)
         self.start_checkpoints()
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
-        if args.gradient_checkpointing:
-            # Every block casts its weights anew in backward; a cache would keep 16-bit copies of
-            # all of them through the forward pass and save nothing.
+        if self.args.gradient_checkpointing:
+            # The backward pass casts each block's weights again. A cache would hold 16-bit copies
+            # of all weights during the forward pass and save nothing.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-        check_head(self.model)  # here, as the model is on its device by now
-        self._router_coef = router_coefficient(model, args.router_aux_loss_coef)
+        check_head(self.model)  # the model is on its device now
+        unwrap(self.model).add_model_tags(self._tag_names)
+
+    def _set_up_metrics(self) -> None:
+        self._router_coef = router_coefficient(self.model, self.args.router_aux_loss_coef)
         self.aux_loss_enabled = self._router_coef != 0
-        unwrap(model).add_model_tags(self._tag_names)
         self._window = MetricWindow(
             self.accelerator.gather,
             self.accelerator.num_processes,
@@ -154,28 +144,11 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         self.add_callback(TokenCount(self._window))
         self._evaluates = False
         self._micro_step = (0, 0)
-        self.ref_model: Any = None
-        if ref_model is not None:
-            self.ref_model = self._prepare_reference_model(ref_model)
-        self._policy_reference = refs.Reference(
-            self.model, adapter, self._head_options, self.ld_alpha
-        )
-        self.reference = self._policy_reference if adapter and wanted else None
-        if args.sync_ref_model:
-            self.start_sync(ref_model)
-        if self.ref_model is not None:
-            self.reference = replace(self._policy_reference, model=self.ref_model, adapter=False)
-        if self.precompute:
-            self.train_dataset = self._precompute(self.train_dataset, "train")
-            if isinstance(self.eval_dataset, Mapping):
-                named = self.eval_dataset.items()
-                self.eval_dataset = {name: self._precompute(d, name) for name, d in named}
-            elif self.eval_dataset is not None:
-                self.eval_dataset = self._precompute(self.eval_dataset, "eval")
 
     # ---- data ----
 
     def _prepare_data(self, source: Any, name: str) -> Any:
+        """Load and tokenise data, log warnings about its rows, and keep the report."""
         args = self.args
         quiet = bool(args.disable_tqdm) or args.local_process_index != 0
         with args.main_process_first(desc=f"tokenising {name} data"), silenced(quiet):
@@ -203,51 +176,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         if self._signature_columns is None:
             self._signature_columns: Any = list(self.columns)
 
-    def _precompute(self, dataset: Any, name: str) -> Any:
-        """The data with the reference's log-probs; the policy's if there is no other reference."""
-        if refs.has_reference(dataset, self.reference_columns()):
-            return dataset
-        args = self.args
-        size = args.train_batch_size if name == "train" else args.eval_batch_size
-        reference = self.reference or self._policy_reference
-        with self.accelerator.autocast():
-            return refs.precompute(
-                dataset,
-                lambda batch: self.reference_sums(reference, batch),
-                self.data_collator,
-                self.accelerator,
-                batch_size=args.precompute_ref_batch_size or size,
-                name=name,
-                columns=self.reference_columns(),
-                num_workers=args.dataloader_num_workers,
-                disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
-            )
-
     # ---- loss ----
-
-    def _prepare_reference_model(self, model: Any) -> Any:
-        install_head_forward(model)
-        if type(unwrap(model)) is not type(unwrap(self.model)):  # that one has been checked
-            check_head(model)
-        if self.args.disable_dropout:
-            disable_dropout(model)
-        model = model.eval().requires_grad_(False)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
-
-    def reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
-        """The reference's log-probs of a batch, one of `reference_columns` after the other."""
-        names = self.reference_columns()
-        if names[0] in inputs:
-            return torch.cat([inputs[name] for name in names])
-        if self.reference is None and not self.needs_reference:
-            return None
-        if self.reference is None:
-            raise ValueError(
-                "this data has no reference log-probs and no reference model is kept; pass it as "
-                "eval_dataset when the trainer is made, or pass ref_model"
-            )
-        with self.accelerator.autocast():
-            return self.reference_sums(self.reference, inputs)
 
     def compute_loss(
         self,
@@ -256,7 +185,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch; its metrics are kept on the device until they are logged."""
+        """The loss of one micro-batch; its metrics stay on the device until they are logged."""
         if return_outputs:
             raise ValueError("return_outputs=True asks for logits, which this trainer never builds")
         kwargs, head_inputs = self.step_inputs(model, inputs)
@@ -268,6 +197,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         return out["loss"]
 
     def _where(self) -> str:
+        """The present step and micro-batch, for an error."""
         step = self.state.global_step + 1
         micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 1
         self._micro_step = (step, micro)
@@ -281,21 +211,25 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate on the trainer's evaluation data, or on other data of any form it accepts.
+        """Evaluate on the trainer's evaluation data, or on other data that the trainer accepts.
 
-        A dict of data sets is evaluated one by one under `eval_{name}_`.
+        Args:
+            eval_dataset: data, a dict of data, or the name of one of the trainer's evaluation data
+                sets. The metrics of a dict's data have the prefix `eval_{name}_`.
+            ignore_keys: without effect.
+            metric_key_prefix: goes before the names of the metrics.
         """
-        own: Any = self.eval_dataset
-        known = isinstance(eval_dataset, str) and isinstance(own, Mapping) and eval_dataset in own
-        chosen = own if eval_dataset is None else eval_dataset
-        if isinstance(chosen, Mapping):
+        stored: Any = self.eval_dataset
+        source = stored if eval_dataset is None else eval_dataset
+        if isinstance(source, Mapping):
             metrics: dict[str, float] = {}
-            for name, part in chosen.items():
+            for name, part in source.items():
                 part = name if eval_dataset is None else part
                 prefix = f"{metric_key_prefix}_{name}"
                 metrics.update(self.evaluate(part, ignore_keys, prefix))
             return metrics
-        if eval_dataset is not None and not known:
+        is_name = isinstance(source, str) and isinstance(stored, Mapping) and source in stored
+        if eval_dataset is not None and not is_name:
             eval_dataset = self.evaluation_data(eval_dataset, metric_key_prefix)
         self._evaluates = True
         try:
@@ -304,19 +238,15 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
             self._evaluates = False
 
     def evaluation_data(self, source: Any, name: str) -> Any:
-        dataset = self._prepare_data(source, name)
-        check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
-        if self.precompute and (self.reference is not None or self.state.global_step == 0):
-            dataset = self._precompute(dataset, name)
-        return dataset
+        return self.with_reference(self._prepare_data(source, name), name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's metrics to a log line of training; there they leave the device."""
+        """Add the metrics since the last log line, which leave the device here."""
         metrics = {} if self._evaluates else self._window.drain()
         if metrics:
             metrics["num_tokens"] = self._window.total_tokens
         logs.update(metrics)
-        if not self.args.fp16:  # there the scaler skips steps without a finite gradient
+        if not self.args.fp16:  # with fp16 the scaler skips steps without a finite gradient
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
 
@@ -326,19 +256,19 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """`transformers.Trainer.train`; see `CheckpointingTrainer.run_training` on resuming.
+        """`transformers.Trainer.train`; `CheckpointingTrainer.run_training` says how it resumes.
 
         Raises:
-            ValueError: there is nothing to train, the checkpoint is damaged or another run's, or
-                output_dir holds another run or is in use.
+            ValueError: no weight is trainable, the checkpoint is damaged or of another run, or
+                output_dir holds another run's files or is in use.
             StorageError: output_dir cannot be written, or is full.
-            Interrupted, Terminated: Ctrl-C or SIGTERM has ended the run; a checkpoint is saved.
+            Interrupted, Terminated: Ctrl-C or SIGTERM has ended the run, after a checkpoint.
         """
         check_trains(self.model)
         return self.run_training(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with same_weights_trained(self.model):  # PEFT loads an adapter as trainable as a whole
+        with same_weights_trained(self.model):  # PEFT makes all weights of an adapter trainable
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
@@ -346,7 +276,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
             super()._load_best_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Nothing is written over or next to the last good checkpoint unless all is finite.
+        # Before anything is written, so that the last checkpoint is one of finite weights.
         self._window.sync()
         check_weights(model, self.state.global_step)
         saved: Any = self.state.stateful_callbacks
@@ -354,46 +284,35 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, SyncingTrainer, CardT
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, unless a trained weight is not finite (`NonFiniteLossError`)."""
-        if not _internal_call:  # a checkpoint has been checked already
+        """Save the model; `NonFiniteLossError` if a trainable weight is not finite."""
+        if not _internal_call:  # `_save_checkpoint` has checked the weights of a checkpoint
             check_weights(self.model, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     def add_aux_loss(self, loss: Tensor, aux_loss: Tensor | None) -> Tensor:
-        """The loss with that of a mixture of experts' router, where there is one."""
+        """The loss plus the weighted load-balancing loss of a mixture of experts, if any."""
         return loss if aux_loss is None else loss + self._router_coef * aux_loss.to(loss.device)
 
-    # ---- what a trainer says ----
+    # ---- defined by a subclass ----
 
     def set_loss(self, args: Any) -> bool:
-        """Check the options of the loss and keep them; whether it needs a reference."""
+        """Check and store the options of the loss; returns whether it needs a reference."""
         raise NotImplementedError
 
     def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
-        """Loaded data, tokenised; options as `prepare_dataset` takes them."""
+        """Tokenise loaded data; arguments and results as in `prepare_dataset`."""
         raise NotImplementedError
 
     def make_collator(self, *options: Any) -> Callable[[list[dict]], dict[str, Tensor]]:
-        """Of the pad token's id, max_length, truncation_mode and pad_to_multiple_of."""
+        """The collator; options: the arguments of `PreferenceCollator` in order."""
         raise NotImplementedError
-
-    def check_data(self, datasets: list[Any], has_reference: bool) -> None:
-        """Refuse columns, or a reference, that the loss has no use for."""
-
-    def reference_columns(self) -> tuple[str, ...]:
-        """The columns that reference log-probs are in."""
-        raise NotImplementedError
-
-    def reference_sums(self, reference: refs.Reference, batch: dict[str, Any]) -> Tensor:
-        """The reference's log-probs of a batch, by column one after the other."""
-        return reference.logps(batch)
 
     def loss_head(
         self, hidden: Tensor, head: Head, aux_loss: Tensor | None, **inputs: Any
     ) -> dict[str, Tensor]:
-        """The `head_fn` of a training step: the loss and the vector of metric sums."""
+        """The `head_fn` of a training step; returns "loss" [] and "sums", the metrics' vector."""
         raise NotImplementedError
 
     def window_options(self) -> dict[str, Any]:
-        """Arguments of the `MetricWindow`."""
+        """Further arguments of the `MetricWindow`."""
         return {}

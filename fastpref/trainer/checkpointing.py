@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from fastpref.trainer.config import BaseConfig
@@ -30,6 +26,7 @@ from fastpref.trainer.manifest import (
     write_manifest,
 )
 from fastpref.trainer.output_directory import OutputDirectory
+from fastpref.trainer.processes import AgreeingTrainer
 from fastpref.trainer.signals import SignalCallback, name_of
 from fastpref.trainer.storage import (
     StorageError,
@@ -60,7 +57,7 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
 
 
-class CheckpointingTrainer(Trainer):
+class CheckpointingTrainer(AgreeingTrainer):
     """A trainer whose checkpoints are complete or not there, in a directory of its own.
 
     Attributes:
@@ -110,23 +107,9 @@ class CheckpointingTrainer(Trainer):
             self._signals.remove()
             self.output_directory.release()
         self._raise_if_ended()
-        self._check_same_weights()
+        self.check_same_weights()
         mean = out.metrics.get("train_loss", out.training_loss)  # as `log` has it
         return TrainOutput(out.global_step, mean, out.metrics)
-
-    def on_first(self, function: Callable[[], T] | None) -> T:
-        """What a function gives on the first process, on all of them; and its error, likewise."""
-        found: list[Any] = [None, None]
-        if self.args.process_index == 0 and function is not None:
-            try:
-                found[0] = function()
-            except (ValueError, OSError) as error:
-                found[1] = error
-        if self.args.world_size > 1:
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
 
     def _start_of(self, resume: str | bool | None) -> str | None:
         """The checkpoint that a run starts from, checked; None for a new run."""
@@ -223,25 +206,6 @@ class CheckpointingTrainer(Trainer):
             raise Interrupted(message)
         raise Terminated(message)
 
-    def _check_same_weights(self) -> None:
-        """Raise RuntimeError unless all processes have trained the same weights."""
-        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if self.args.world_size == 1 or not whole:
-            return
-        model: Any = self.model
-        digest = hashlib.sha256()
-        for p in model.parameters():
-            if p.requires_grad:
-                flat = p.detach().reshape(-1).contiguous().view(torch.uint8)
-                digest.update(memoryview(flat.cpu().numpy()))
-        found = gather_object([digest.hexdigest()])
-        odd = [rank for rank, value in enumerate(found) if value != found[0]]
-        if odd:
-            raise RuntimeError(
-                f"after training, the weights of process {', '.join(map(str, odd))} differ from "
-                "those of process 0; the run is not to be trusted"
-            )
-
     # ---- steps that earlier runs made ----
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -272,22 +236,6 @@ class CheckpointingTrainer(Trainer):
         if pending is not None:
             pending = self.accelerator.gather(pending.detach().reshape(1)).mean().item()
         return self._earlier_loss + getattr(self, "_total_loss_scalar", 0.0) + (pending or 0.0)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`, where a model that an evaluation has prepared stays as it
-        is: without the wrapper that makes processes agree on their gradients."""
-        several = self.args.world_size > 1
-        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if several and whole and self.model_wrapped is self.model:
-            model: Any = self.model
-            model._is_accelerate_prepared = False
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if several and whole and self.model_wrapped is self.model:
-            raise RuntimeError(
-                f"{self.args.world_size} processes train, but nothing makes them agree on their "
-                "gradients: the model was not wrapped for that"
-            )
-        return prepared
 
     # ---- checkpoints ----
 

@@ -1,4 +1,4 @@
-"""What is refused before the first step, rather than ignored."""
+"""Checks of a trainer's arguments, so that none is ignored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def check_trains(model: Any) -> None:
-    """Raise ValueError unless there is a weight to train."""
+    """Raise ValueError unless the model has a trainable weight."""
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     hint = ""
@@ -19,10 +19,10 @@ def check_trains(model: Any) -> None:
 
 
 def check_optimizer(model: Any, optimizer: Any) -> None:
-    """Raise ValueError if the user's optimizer would change none of the weights to be trained."""
+    """Raise ValueError if the user's optimizer holds none of the trainable weights."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     groups = getattr(optimizer, "param_groups", None)
-    if not groups or not trained:  # the latter is an error of its own
+    if not groups or not trained:  # `check_trains` raises if nothing is trainable
         return
     if not any(id(p) in trained for group in groups for p in group["params"]):
         raise ValueError(
@@ -32,8 +32,8 @@ def check_optimizer(model: Any, optimizer: Any) -> None:
         )
 
 
-# Options of transformers that mean nothing to a trainer without logits, whose values other than the
-# default are refused, and why.
+# Options of transformers that have no effect in these trainers -> their default and the reason.
+# Other values than the default are refused.
 _NO_OUTPUTS = "an evaluation keeps its rows' rewards and no outputs of the model"
 _MEANINGLESS: dict[str, tuple[Any, str]] = {
     "include_for_metrics": ([], _NO_OUTPUTS),
@@ -46,7 +46,7 @@ _MEANINGLESS: dict[str, tuple[Any, str]] = {
 
 
 def check_arguments(args: Any) -> None:
-    """Raise ValueError for an option of transformers' that would be ignored or cannot work."""
+    """Raise ValueError for options of transformers that would be ignored or cannot work."""
     if args.label_smoothing_factor != 0:
         known = hasattr(args, "label_smoothing")
         instead = "set label_smoothing" if known else "losses of single answers have no smoothing"
@@ -69,17 +69,17 @@ def check_arguments(args: Any) -> None:
 
 
 def sampling(args: Any) -> str:
-    """`train_sampling_strategy`; transformers before 5.2 has `group_by_length=True` instead."""
-    before = "group_by_length" if getattr(args, "group_by_length", False) else "random"
-    return getattr(args, "train_sampling_strategy", before)
+    """The option `train_sampling_strategy`; transformers before 5.2 has group_by_length instead."""
+    default = "group_by_length" if getattr(args, "group_by_length", False) else "random"
+    return getattr(args, "train_sampling_strategy", default)
 
 
 def check_sampling(args: Any, dataset: Any, in_order: bool) -> None:
-    """Raise ValueError if rows cannot be grouped by length.
+    """Raise ValueError if rows are to be grouped by length but cannot be.
 
     Args:
         dataset: the tokenised training data.
-        in_order: whether the loss needs rows in their order.
+        in_order: whether the loss needs the rows in the data's order.
     """
     if sampling(args) != "group_by_length":
         return

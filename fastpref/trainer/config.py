@@ -1,4 +1,4 @@
-"""The options of the trainers, on top of transformers' own."""
+"""The options of the trainers, in addition to transformers' `TrainingArguments`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass
 class BaseConfig(TrainingArguments):
-    """What the options of both trainers share; see `PreferenceConfig`."""
+    """The options that both trainers have; see `PreferenceConfig`."""
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
@@ -116,36 +116,41 @@ class BaseConfig(TrainingArguments):
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
             old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
-            given = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
-            setattr(self, new if renamed else old, given[0] if given else default)
+            values = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
+            setattr(self, new if renamed else old, values[0] if values else default)
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
         if self.use_liger_kernel:
             self.liger_kernel_config = _without_liger_head(self.liger_kernel_config)
         super().__post_init__()
 
     def _choose_bf16(self) -> None:
-        """bf16 where nothing else is asked for and the device multiplies it in hardware."""
+        """Set bf16 if it is None: on if the device has bf16 units and fp16 is off."""
         device = training_device(bool(self.use_cpu))
         if self.bf16 is None and self.fp16:
             self.bf16 = False
         if self.bf16 is False or bf16_is_fast(device):
             self.bf16 = self.bf16 is not False
             return
-        what = f"this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units"
+        reason = f"this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units"
         if self.bf16:
-            say_once(f"bf16 is True, but {what}: it is many times slower than fp32 here")
+            say_once(f"bf16 is True, but {reason}: it is many times slower than fp32 here")
             return
         self.bf16 = False
         if self.precision == "fast":
             raise ValueError(
-                f"precision is 'fast', which needs 16-bit operands, but {what}, so that bf16=None "
-                "takes fp32; expected bf16=True, or False for a model that is 16-bit itself"
+                f"precision is 'fast', which needs 16-bit operands, but {reason}, so that "
+                "bf16=None takes fp32; expected bf16=True, or False for a model that is 16-bit "
+                "itself"
             )
-        say_once(f"{what}, so that training takes fp32; bf16=True asks for bf16")
+        say_once(f"{reason}, so that training takes fp32; bf16=True asks for bf16")
 
     @classmethod
-    def of(cls: type[C], args: Any) -> C:
-        """The trainer's `args`, checked: the defaults for None, and no other kind of arguments."""
+    def validated(cls: type[C], args: Any) -> C:
+        """The `args` of a trainer after checks; the defaults for None.
+
+        Raises:
+            ValueError: args of another class, an option without a meaning here, several GPUs.
+        """
         if args is None:
             return cls(output_dir="fastpref-output")
         if not isinstance(args, cls):
@@ -161,7 +166,7 @@ class BaseConfig(TrainingArguments):
         return args
 
     def head_options(self) -> dict[str, Any]:
-        """How the output head is computed, as arguments of `linear_token_logps`."""
+        """The options of the output head, as arguments of `linear_token_logps`."""
         return {
             "strategy": self.head_strategy,
             "memory_budget": self.head_memory_budget,
@@ -170,19 +175,19 @@ class BaseConfig(TrainingArguments):
         }
 
 
-def _multiple(given: Any) -> int | None:
-    """The length that `pad_to_multiple_of` says, which a command line gives as text."""
-    if given is None or (isinstance(given, str) and given.lower() in ("auto", "none")):
+def _multiple(option: Any) -> int | None:
+    """pad_to_multiple_of as an integer or None; on a command line it is text."""
+    if option is None or (isinstance(option, str) and option.lower() in ("auto", "none")):
         return None
-    value = int(given) if isinstance(given, str) and given.isdecimal() else given
+    value = int(option) if isinstance(option, str) and option.isdecimal() else option
     if not isinstance(value, int) or value < 1:
-        raise ValueError(f"pad_to_multiple_of is {given!r}; expected at least 1, 'auto' or None")
+        raise ValueError(f"pad_to_multiple_of is {option!r}; expected at least 1, 'auto' or None")
     return value
 
 
-def _without_liger_head(given: Any) -> dict[str, Any]:
-    """Liger's layers without its head, which would take the place of the fused one."""
-    config = dict(given or {})
+def _without_liger_head(liger_kernel_config: Any) -> dict[str, Any]:
+    """liger_kernel_config without Liger's head, which would replace the fused one."""
+    config = dict(liger_kernel_config or {})
     if config.get("fused_linear_cross_entropy"):
         raise ValueError(
             "liger_kernel_config has fused_linear_cross_entropy=True, which replaces the head that "
@@ -195,26 +200,27 @@ def _without_liger_head(given: Any) -> dict[str, Any]:
 class PreferenceConfig(BaseConfig):
     """Options of `PreferenceTrainer`: transformers' `TrainingArguments` and those below.
 
-    Names and defaults are those of TRL 1.16's DPOConfig where it has them. Changed from
-    TrainingArguments: `learning_rate` 1e-6, `logging_steps` 10, activation (gradient)
-    checkpointing on, `bf16` on unless `fp16` is or the device has no bf16 units (which
-    is said once), `logging_nan_inf_filter` off because a loss that is not finite stops the run. On
-    a machine without an accelerator `use_cpu` is set.
+    Names and defaults are those of TRL 1.16's DPOConfig where it has them. These defaults differ
+    from TrainingArguments: `learning_rate` is 1e-6, `logging_steps` is 10, and activation
+    (gradient) checkpointing is on. `bf16` is on unless `fp16` is on or the device has no bf16
+    units, which is logged once. `logging_nan_inf_filter` is off, because a loss that is not finite
+    stops the run. `use_cpu` is on if the machine has no accelerator.
 
     Args:
         beta: strength of the pull towards the reference; tau in the IPO paper.
-        loss_type: "sigmoid" (DPO, also spelt "dpo"), "ipo" or another loss of docs/losses.md; or a
-            list of them.
+        loss_type: "sigmoid" or "dpo" (DPO), "ipo" or another loss of docs/losses.md; or a list of
+            them.
         loss_weights, label_smoothing, ipo_normalization, reference_free, f_divergence_type,
             f_alpha_divergence_coef, discopop_tau, simpo_gamma, alpha, nll_weight, ld_alpha,
             use_weighting: options of the losses; see `fastpref.LossOptions`.
         nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
-        max_length: tokens kept of prompt + answer; None keeps all.
+        max_length: maximum number of tokens of prompt + answer; None for no maximum.
         truncation_mode: "keep_start" or "keep_end".
         pad_token: token that pads batches.
         precompute_ref_log_probs: compute the reference log-probs once, before training.
-        sync_ref_model, ref_model_sync_steps, ref_model_mixup_alpha: every so many optimiser steps
-            the reference becomes alpha * policy + (1 - alpha) * reference; see
+        sync_ref_model: whether the reference follows the policy (TR-DPO). Every
+            ref_model_sync_steps optimiser steps it becomes alpha * policy + (1 - alpha) *
+            reference, where alpha is ref_model_mixup_alpha; see
             `fastpref.trainer.reference_sync.ReferenceSync`.
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
@@ -254,13 +260,13 @@ class PreferenceConfig(BaseConfig):
     use_weighting: bool = _option(False, "Weigh pairs by the policy's own probability (WPO).")
 
     def __post_init__(self) -> None:
-        given = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
-        names = [LOSS_ALIASES.get(name, name) for name in given]
+        losses = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
+        names = [LOSS_ALIASES.get(name, name) for name in losses]
         self.loss_type = names[0] if len(names) == 1 else names
         super().__post_init__()
 
     def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:
-        """The options of the loss, checked; function takes the place of `loss_type`."""
+        """The options of the loss after checks; function, if any, replaces `loss_type`."""
         options = {name: getattr(self, name) for name in LOSS_OPTIONS}
         if function is not None:
             if self.loss_type != "sigmoid":
@@ -269,30 +275,30 @@ class PreferenceConfig(BaseConfig):
                     "the two"
                 )
             options["loss_type"] = function
-        checked = LossOptions(**options)
-        if self.nll_on_prompt and not checked.needs_nll:
+        loss_options = LossOptions(**options)
+        if self.nll_on_prompt and not loss_options.needs_nll:
             raise ValueError(
                 "nll_on_prompt is True but the loss has no NLL, so it does not support it; set "
                 "nll_weight"
             )
-        if self.precompute_ref_log_probs and checked.reference != "required":
+        if self.precompute_ref_log_probs and loss_options.reference != "required":
             raise ValueError(
                 "precompute_ref_log_probs is True but the loss needs no reference; set it to False"
             )
-        return checked
+        return loss_options
 
 
 @dataclass
 class UnpairedPreferenceConfig(BaseConfig):
     """Options of `UnpairedPreferenceTrainer`, with the names and defaults of TRL 1.16's KTOConfig.
 
-    Those of the model, the data and the head, and the defaults of transformers' options, are
-    `PreferenceConfig`'s.
+    The options of the model, the data and the head are those of `PreferenceConfig`, and so are the
+    defaults of transformers' options.
 
     Args:
         beta: strength of the pull towards the reference.
         loss_type: "kto" or "apo_zero_unpaired"; see docs/losses.md.
-        desirable_weight, undesirable_weight: factors on the losses of the two kinds of answers.
+        desirable_weight, undesirable_weight: weights of the two classes of answers.
     """
 
     loss_type: str = field(
@@ -303,7 +309,7 @@ class UnpairedPreferenceConfig(BaseConfig):
     undesirable_weight: float = _option(1.0, "Factor on the losses of undesirable answers.")
 
     def loss_options(self) -> dict[str, Any]:
-        """The options of the loss, checked, as arguments of `linear_kto_loss`."""
+        """The options of the loss after checks, as arguments of `linear_kto_loss`."""
         weights = self.desirable_weight, self.undesirable_weight
         check_unpaired_options(self.loss_type, self.beta, *weights)
         return {

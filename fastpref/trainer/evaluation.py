@@ -1,4 +1,4 @@
-"""The trainers' evaluation: figures over all rows of a data set."""
+"""The trainers' evaluation: loss and metrics over all rows of a data set."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fastpref.trainer.scores import Rows, RowTable, Scored, figures
 
 
 class EvaluatingTrainer(LoadingTrainer):
-    """What of a trainer evaluates."""
+    """The part of a trainer that evaluates."""
 
     _head_options: dict[str, Any]
     _router_coef: float
-    _table: RowTable
+    _table: RowTable  # of the evaluation that is running
     _window: MetricWindow
 
     def prediction_step(
@@ -34,7 +34,10 @@ class EvaluatingTrainer(LoadingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
-        """Keep a batch's rows for the figures at the end of the evaluation; there are no logits."""
+        """Store the values of a batch's rows, from which the evaluation's end computes the metrics.
+
+        Returns None for loss, logits and labels.
+        """
         inputs = self._prepare_inputs(own_part(inputs) if self._dispatches else inputs)
         positions = inputs.pop(POSITION, None)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -53,7 +56,7 @@ class EvaluatingTrainer(LoadingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As in `transformers.Trainer`, with the loss and the metrics over all rows."""
+        """`transformers.Trainer.evaluation_loop`, with loss and metrics over all rows."""
         self._window.sync()
         accelerator = self.accelerator
         self._table = RowTable(
@@ -65,15 +68,15 @@ class EvaluatingTrainer(LoadingTrainer):
         where = f"evaluation after step {self.state.global_step}"
         rewards: Any
         labels: Any
-        found, rewards, labels = figures(self._table, self.score, self._window.metrics_from, where)
+        values, rewards, labels = figures(self._table, self.score, self._window.metrics_from, where)
         self._table.clear()
         if rewards is not None:
-            found["num_tokens"] = self._window.total_tokens
+            values["num_tokens"] = self._window.total_tokens
             if self.compute_metrics is not None:
-                given = EvalPrediction(predictions=rewards, label_ids=labels)
-                found.update(denumpify_detensorize(self.compute_metrics(given)))
+                predictions = EvalPrediction(predictions=rewards, label_ids=labels)
+                values.update(denumpify_detensorize(self.compute_metrics(predictions)))
         metrics = dict(output.metrics or {})
-        for key, value in found.items():  # the user's may have the prefix already
+        for key, value in values.items():  # those of compute_metrics may have the prefix already
             start = f"{metric_key_prefix}_"
             metrics[key if key.startswith(start) else start + key] = value
         count = 0 if rewards is None else len(rewards)
@@ -87,7 +90,7 @@ class EvaluatingTrainer(LoadingTrainer):
         token_indices: Tensor | None,
         extras: Sequence[str],
     ) -> TokenStats:
-        """The log-probs of a batch's labels and these extras, by the head as it is set up here."""
+        """`linear_token_logps` with the trainer's options of the head."""
         stats = linear_token_logps(
             hidden,
             head.weight,
@@ -101,19 +104,21 @@ class EvaluatingTrainer(LoadingTrainer):
         assert isinstance(stats, TokenStats)  # as there are extras
         return stats
 
-    # ---- what a trainer says ----
+    # ---- defined by a subclass ----
 
     def step_inputs(
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
     ) -> tuple[dict, dict]:
-        """The arguments of the model, and of `loss_head` after its first three, for a batch; or,
-        by_row, of `rows_head`."""
+        """The arguments of the model for a batch, and those of its `head_fn` after the third.
+
+        The head_fn is `loss_head`, or `rows_head` with by_row=True.
+        """
         raise NotImplementedError
 
     def rows_head(self, hidden: Tensor, head: Head, router: Tensor | None, **inputs: Any) -> Rows:
-        """The `head_fn` of an evaluation step: what is kept of each row."""
+        """The `head_fn` of an evaluation step: the values of each row."""
         raise NotImplementedError
 
     def score(self, rows: Rows) -> Scored:
-        """The loss, the metrics' sums and the rewards of all rows of an evaluation as one batch."""
+        """Loss, metric sums and rewards of all rows of an evaluation, treated as one batch."""
         raise NotImplementedError

@@ -24,17 +24,17 @@ from fastpref.trainer.config import BaseConfig
 
 
 class LoadingTrainer(Trainer):
-    """What of a trainer makes its loaders and takes batches from them."""
+    """The part of a trainer that makes its data loaders and takes batches from them."""
 
     args: BaseConfig
-    _dispatches: bool  # whether the first process reads the data of all
+    _dispatches: bool  # whether the first process reads the data for all
     _train_loader: Any
 
     def _loader(self, dataset: Any, collator: Any, batch_size: int, **options: Any) -> Any:
         args = self.args
         names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
-        given = {name: getattr(args, f"dataloader_{name}", None) for name in names}
-        options = {**{k: v for k, v in given.items() if v is not None}, **options}
+        defaults = {name: getattr(args, f"dataloader_{name}", None) for name in names}
+        options = {**{k: v for k, v in defaults.items() if v is not None}, **options}
         return make_loader(
             dataset,
             collator,
@@ -45,7 +45,7 @@ class LoadingTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """As in `transformers.Trainer`; with dispatch_batches the first process reads all data."""
+        """`transformers.Trainer`'s; with dispatch_batches a loader of dispatched batches."""
         self._train_loader = self._dispatching_loader() if self._dispatches else None
         if self._train_loader is None:
             self._train_loader = super().get_train_dataloader()
@@ -69,20 +69,21 @@ class LoadingTrainer(Trainer):
         return LengthSampler(row_lengths(dataset), size, seed)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """The passes over the data that a run resumes after, and batches of the next one."""
-        passes, batches = super()._init_training_state(*args, **kwargs)
-        given = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
-        place = self._place_in_stream(next((v for v in given if isinstance(v, str)), ""))
+        """The complete epochs of a resumed run, and the batches to skip in the next epoch."""
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        values = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
+        place = self._place_in_stream(next((v for v in values if isinstance(v, str)), ""))
         if place is not None:
-            passes, batches = place
+            epochs, batches = place
             batches = 0 if self.args.ignore_data_skip else batches
-        set_sampler_epoch(self._train_loader, passes)  # which skipping may hide from accelerate
-        return passes, batches
+        # accelerate may not find the sampler in a loader that skips batches.
+        set_sampler_epoch(self._train_loader, epochs)
+        return epochs, batches
 
     def _place_in_stream(self, checkpoint: str) -> tuple[int, int] | None:
-        """`_place` of a checkpoint's folder; None for data in memory, or a folder without a state.
+        """`_place` of a checkpoint; None if the data is not a stream, or without a trainer state.
 
-        transformers takes a stream of unknown length for one that never ends.
+        transformers computes a wrong place, since it treats a stream of unknown length as endless.
         """
         path = os.path.join(checkpoint, TRAINER_STATE_NAME)
         if hasattr(self.train_dataset, "__len__") or not os.path.isfile(path):
@@ -99,35 +100,38 @@ class LoadingTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; of dispatched batches, this process's part."""
+        """`transformers.Trainer`'s; of dispatched batches, this process's part."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         return [own_part(batch) for batch in batches] if self._dispatches else batches, count
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """A loader of prepared evaluation data, by default the trainer's own, or of that name."""
-        own: Any = self.eval_dataset
+        """A loader of prepared evaluation data, whose batches have their rows' positions.
+
+        eval_dataset: prepared data, or a name; None means the trainer's evaluation data.
+        """
+        stored: Any = self.eval_dataset
         if isinstance(eval_dataset, str):
-            eval_dataset = own[eval_dataset]
-        dataset = own if eval_dataset is None else eval_dataset
+            eval_dataset = stored[eval_dataset]
+        dataset = stored if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset: got None, expected evaluation data")
-        numbered = NumberedRows if hasattr(dataset, "__len__") else NumberedStream
+        with_positions = NumberedRows if hasattr(dataset, "__len__") else NumberedStream
         collator = NumberedCollator(self.data_collator)
-        return self._loader(numbered(dataset), collator, self.args.eval_batch_size)
+        return self._loader(with_positions(dataset), collator, self.args.eval_batch_size)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As `get_eval_dataloader`."""
+        """The same as `get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
 
 def _place(state: TrainerState, accumulation: int) -> tuple[int, int]:
-    """Where in a stream a checkpoint was made: whole passes before, and batches of its own pass.
+    """The place of a checkpoint in a stream: complete epochs, and batches of the present one.
 
-    The epoch of a run over a stream is the passes plus the batches of this one as a part of all of
-    the run's.
+    In a run over a stream, the fraction of `state.epoch` is the number of batches of the present
+    epoch divided by that of the whole run.
     """
     if not state.epoch:
         return 0, 0
-    passes, all_batches = int(state.epoch), state.max_steps * accumulation
-    batches = round((state.epoch - passes) * all_batches)
-    return (passes, batches) if batches else (passes - 1, all_batches)
+    epochs, run_batches = int(state.epoch), state.max_steps * accumulation
+    batches = round((state.epoch - epochs) * run_batches)
+    return (epochs, batches) if batches else (epochs - 1, run_batches)

@@ -1,11 +1,11 @@
-"""What a trainer is made of: the model, its tokenizer, its adapter."""
+"""Loading the model, the reference, the tokenizer and the adapter of a trainer."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from transformers import (
@@ -32,10 +32,41 @@ from fastpref.trainer.config import BaseConfig
 logger = logging.getLogger("fastpref")
 
 
+class Parts(NamedTuple):
+    """What a trainer is made of. ref_model: the user's, or None."""
+
+    model: Any
+    ref_model: Any
+    tokenizer: Any
+    pad_token_id: int
+
+
+def load_parts(
+    model: Any,
+    ref_model: Any,
+    tokenizer: Any,
+    args: BaseConfig,
+    quantization_config: Any,
+    peft_config: Any,
+) -> Parts:
+    """Load what is passed by name, and add the adapter of peft_config.
+
+    Arguments and errors: those of `PreferenceTrainer`; tokenizer is its processing_class.
+    """
+    check_models(model, ref_model, args, quantization_config, peft_config)
+    name = model if isinstance(model, str) else None
+    model = load_model(model, args, quantization_config)
+    if ref_model is not None:
+        ref_model = load_model(ref_model, args, quantization_config, trainable=False)
+    tokenizer, pad_token_id = load_tokenizer(model, tokenizer, args, name)
+    model = add_adapter(model, peft_config, ref_model is not None)
+    return Parts(model, ref_model, tokenizer, pad_token_id)
+
+
 def check_models(
     model: Any, ref_model: Any, args: BaseConfig, quantization_config: Any, peft_config: Any
 ) -> None:
-    """Refuse arguments of a trainer that exclude each other, before anything is loaded."""
+    """Raise ValueError for arguments of a trainer that exclude each other."""
     if model is ref_model and not isinstance(model, str):
         raise ValueError("ref_model is model itself; leave it out to have a copy made")
     if not isinstance(model, str):
@@ -58,9 +89,9 @@ def check_models(
 def load_model(
     model: Any, args: BaseConfig, quantization_config: Any = None, *, trainable: bool = True
 ) -> Any:
-    """The model itself, or the one of that name, in float32 by default.
+    """The model, loaded in float32 by default if it is a name.
 
-    An adapter's name gives a PeftModel: its base with the adapter on it.
+    The name of an adapter gives a PeftModel: the base model with the adapter.
     """
     if not isinstance(model, str):
         return model
@@ -74,15 +105,15 @@ def load_model(
 def _options(args: BaseConfig, quantization_config: Any = None) -> dict[str, Any]:
     """The arguments of from_pretrained."""
     options: dict[str, Any] = {"dtype": "float32", "trust_remote_code": args.trust_remote_code}
-    given = _init_kwargs(args)
+    init_kwargs = _init_kwargs(args)
     if quantization_config is not None:
-        if given.get("quantization_config") is not None:
+        if init_kwargs.get("quantization_config") is not None:
             raise ValueError(
                 "quantization_config is given, and in model_init_kwargs as well; expected it in "
                 "one of the two"
             )
         options["quantization_config"] = quantization_config
-    return {**options, **given}
+    return {**options, **init_kwargs}
 
 
 def _load_whole(name: str, options: dict[str, Any]) -> Any:
@@ -93,7 +124,7 @@ def _load_whole(name: str, options: dict[str, Any]) -> Any:
         loaded, info = loader.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model {name!r} could not be loaded: {error}") from error
-    except ImportError as error:  # a quantisation whose library is not here
+    except ImportError as error:  # the library of a quantisation is not installed
         text = " ".join(str(error).split())
         raise ImportError(f"model {name!r} could not be loaded: {text}") from error
     check_loaded(loaded, info, f"model {name!r}")
@@ -103,24 +134,25 @@ def _load_whole(name: str, options: dict[str, Any]) -> Any:
 def _auto_class(model: str, options: dict[str, Any]) -> Any:
     """The class that loads a causal model, or a vision-language model, of that name."""
     names = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
-    given = {name: options[name] for name in names if name in options}
-    config = AutoConfig.from_pretrained(model, **given)
+    hub_options = {name: options[name] for name in names if name in options}
+    config = AutoConfig.from_pretrained(model, **hub_options)
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     vision = not known and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if vision else AutoModelForCausalLM
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
-    """Refuse a model whose output head was not in its files and has random weights now.
+    """Raise ValueError if the output head was not in the model's files and so is random.
 
     Args:
-        info: what `from_pretrained(..., output_loading_info=True)` returns next to the model.
-        what: names the model in the error.
+        model: a model from from_pretrained.
+        info: the second result of `from_pretrained(..., output_loading_info=True)`.
+        what: the model's name in the error.
     """
     missing = set(info.get("missing_keys") or ())
     base = getattr(model, "base_model", model)
     backbone = set() if base is model else {id(p) for p in base.parameters()}
-    names: dict[int, list[str]] = {}  # tied weights have several
+    names: dict[int, list[str]] = {}  # a tied weight has several names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     module = model.get_output_embeddings()
@@ -140,9 +172,12 @@ def check_loaded(model: Any, info: Mapping[str, Any], what: str) -> None:
 def load_tokenizer(
     model: Any, tokenizer: Any, args: BaseConfig, name: str | None = None
 ) -> tuple[Any, int]:
-    """The tokenizer, by default the model's, with a pad token; and the id to pad with.
+    """The tokenizer, by default the model's, with a pad token; and that token's id.
 
-    name: what the model was loaded from. An adapter's own tokenizer goes before its base's.
+    Args:
+        tokenizer: the user's or None.
+        name: the name that the model was loaded by, or None. The tokenizer of an adapter has
+            precedence over its base model's.
     """
     config = unwrap(model).config.get_text_config()
     if isinstance(tokenizer, ProcessorMixin):
@@ -152,15 +187,15 @@ def load_tokenizer(
         options = {k: v for k, v in _init_kwargs(args).items() if k in ("revision", "token")}
         if name is not None and is_peft(model):
             name = tokenizer_of(name, options)
-            if name is None:  # the revision is the adapter's
+            if name is None:  # the base model's tokenizer; the revision is the adapter's
                 options.pop("revision", None)
         options["trust_remote_code"] = args.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(name or base, **options)
     if args.pad_token is not None:
         _set_pad_token(tokenizer, args.pad_token)
-    if tokenizer is None:  # enough for data that is tokenised already
-        known = [i for i in (config.pad_token_id, config.eos_token_id) if i is not None]
-        return None, known[0] if known else 0
+    if tokenizer is None:  # data that is tokenised already needs only a pad token's id
+        ids = [i for i in (config.pad_token_id, config.eos_token_id) if i is not None]
+        return None, ids[0] if ids else 0
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -189,7 +224,10 @@ def _set_pad_token(tokenizer: Any, token: str) -> None:
 
 
 def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
-    """The model with a new adapter, or with a frozen copy of its trained one as the reference."""
+    """The model with a new adapter, and with a frozen copy of a trained one if it is needed.
+
+    The copy is the reference when training continues from an adapter without a ref_model.
+    """
     if peft_config is not None:
         if is_peft(model):
             raise ValueError(
@@ -201,8 +239,8 @@ def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
         with quiet_peft():
             model = get_peft_model(model, peft_config)
         if not has_ref_model and _starts_elsewhere(model):
-            # PiSSA and its like move part of the weights into the adapter: without it the model is
-            # not the one that it was.
+            # PiSSA and similar methods move a part of the weights into the adapter, so the model
+            # without it is not the original one.
             add_reference_adapter(model)
         return model
     if is_peft(model) and not has_ref_model:
@@ -211,35 +249,38 @@ def add_adapter(model: Any, peft_config: Any, has_ref_model: bool) -> Any:
 
 
 def _starts_elsewhere(model: Any) -> bool:
-    """Whether a new LoRA adapter adds something from the start, as its B is not 0."""
-    added = (p for n, p in model.named_parameters() if ".lora_B." in n or "lora_embedding_B" in n)
-    return any(bool(p.detach().count_nonzero()) for p in added if not p.is_meta)
+    """Whether a new LoRA adapter changes the model's output, since its B is not 0."""
+    lora_B = (p for n, p in model.named_parameters() if ".lora_B." in n or "lora_embedding_B" in n)
+    return any(bool(p.detach().count_nonzero()) for p in lora_B if not p.is_meta)
 
 
-def router_coefficient(model: Any, given: float | None) -> float:
-    """The weight of the load-balancing loss; 0 for a model that is no mixture of experts."""
+def router_coefficient(model: Any, option: float | None) -> float:
+    """The weight of the load-balancing loss; 0 for a model that is not a mixture of experts.
+
+    option: router_aux_loss_coef, None for the model's default.
+    """
     config = unwrap(model).config.get_text_config()
     routed = hasattr(config, "output_router_logits")
-    if given and not routed:
+    if option and not routed:
         raise ValueError(
-            f"router_aux_loss_coef is {given} but the model is a {type(unwrap(model)).__name__}, "
+            f"router_aux_loss_coef is {option} but the model is a {type(unwrap(model)).__name__}, "
             "which is not a mixture of experts with router logits"
         )
     default = getattr(config, "router_aux_loss_coef", 0.0)
-    return (default if given is None else given) if routed else 0.0
+    return (default if option is None else option) if routed else 0.0
 
 
-def each(datasets: Any) -> list[Any]:
-    """The data sets of a dict of them, of one or of None."""
+def as_list(datasets: Any) -> list[Any]:
+    """One data set, a dict of data sets or None, as a list."""
     if isinstance(datasets, Mapping):
         return list(datasets.values())
     return [] if datasets is None else [datasets]
 
 
 def _init_kwargs(args: BaseConfig) -> dict[str, Any]:
-    given: Any = args.model_init_kwargs or {}
-    if not isinstance(given, dict):
+    init_kwargs: Any = args.model_init_kwargs or {}
+    if not isinstance(init_kwargs, dict):
         raise ValueError(
-            f"model_init_kwargs is {given!r}; expected a dict, or JSON on a command line"
+            f"model_init_kwargs is {init_kwargs!r}; expected a dict, or JSON on a command line"
         )
-    return given
+    return init_kwargs

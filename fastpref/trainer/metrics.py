@@ -1,4 +1,4 @@
-"""The trainer's metrics: summed on the device, read once per log line."""
+"""The trainers' metrics: summed on the device, and read once per log line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from fastpref.fused.pair_loss import PreferenceOutput
 from fastpref.losses.unpaired import UnpairedLoss
 
-# One micro-step's sums, in this order in its vector. Sums and counts rather than means, so that
-# they add up over processes of different sizes.
+# The elements of a micro-step's vector. They are sums and counts, not means, so that they can be
+# added over processes with different numbers of rows.
 SUMS = (
     "loss",
     "aux_loss",
@@ -35,8 +35,8 @@ SUMS = (
 )
 EXTRAS = ("entropy", "mean_logit", "is_top1")
 PER_PAIR = tuple(key for key in SUMS if key.startswith(("rewards/", "logps/")))
-MEANS = ("aux_loss", "nll_loss", "kl")  # of each process, or the same on all
-# The same of single answers.
+MEANS = ("aux_loss", "nll_loss", "kl")  # elements that are averaged over processes, not added
+# For single answers.
 SIDES = ("chosen", "rejected")
 PER_ANSWER = tuple(f"{key}/{side}" for key in ("rewards", "logps") for side in SIDES)
 UNPAIRED_SUMS = (
@@ -68,7 +68,7 @@ def micro_step_sums(
     labels: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """The vector [len(SUMS)] of one micro-step, float32 on the device; nothing synchronises."""
+    """The vector of one micro-step, float32 [len(SUMS)], without a synchronisation."""
     assert out.stats is not None
     entropy, mean_logit, is_top1 = out.stats.entropy, out.stats.mean_logit, out.stats.is_top1
     assert entropy is not None and mean_logit is not None and is_top1 is not None
@@ -104,7 +104,7 @@ def unpaired_sums(
     labels: Tensor,
     attention_mask: Tensor,
 ) -> Tensor:
-    """The vector [len(UNPAIRED_SUMS)] of one micro-step of single answers."""
+    """The vector of one micro-step of single answers, float32 [len(UNPAIRED_SUMS)]."""
     assert out.stats is not None and out.logps is not None
     entropy, mean_logit = out.stats.entropy, out.stats.mean_logit
     assert entropy is not None and mean_logit is not None
@@ -115,15 +115,15 @@ def unpaired_sums(
         "entropy": entropy.sum(),
         "num_tokens": attention_mask.sum(),
     }
-    each = {
+    per_answer = {
         "answers": torch.ones_like(out.logps),
         "rewards": out.rewards,
         "logps": out.logps,
         "tokens": (labels != -100).sum(1),
         "logits": mean_logit.sum(1),  # the statistics are 0 where there is no label
     }
-    for side, of in zip(SIDES, (desirable, ~desirable), strict=True):
-        values.update({f"{key}/{side}": (t * of).sum() for key, t in each.items()})
+    for side, mask in zip(SIDES, (desirable, ~desirable), strict=True):
+        values.update({f"{key}/{side}": (t * mask).sum() for key, t in per_answer.items()})
     return torch.stack([values[key].float() for key in UNPAIRED_SUMS])
 
 
@@ -135,7 +135,10 @@ def _mean(sums: dict[str, float], key: str, *counts: str) -> float:
 def unpaired_metrics(
     sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
 ) -> dict[str, float]:
-    """TRL's metrics of one micro-step of single answers; none of a side that it has none of."""
+    """TRL's metrics of one micro-step of single answers.
+
+    A class of answers that does not occur has no metrics.
+    """
     metrics = {"aux_loss": sums["aux_loss"]} if has_aux_loss else {}
     metrics["kl"] = sums["kl"]
     metrics["entropy"] = _mean(sums, "entropy", "tokens/chosen", "tokens/rejected")
@@ -152,7 +155,7 @@ def unpaired_metrics(
 def micro_step_metrics(
     sums: dict[str, float], has_aux_loss: bool, has_nll: bool = False
 ) -> dict[str, float]:
-    """TRL's metrics of one micro-step from its sums over all processes."""
+    """TRL's metrics of one micro-step of pairs, from its sums over all processes."""
 
     def mean(key: str, *counts: str) -> float:
         return _mean(sums, key, *counts)
@@ -169,13 +172,13 @@ def micro_step_metrics(
 
 
 def check_grad_norm(norm: float | None, step: int) -> None:
-    """Raise a NonFiniteLossError if the gradient's norm is not finite."""
+    """Raise NonFiniteLossError if the gradient's norm is not finite."""
     if norm is not None and not torch.tensor(norm).isfinite():
         raise NonFiniteLossError(f"the gradient's norm is {norm} at step {step}")
 
 
 def check_weights(model: Any, step: int) -> None:
-    """Raise a NonFiniteLossError if a trainable weight is not finite; before anything is saved."""
+    """Raise NonFiniteLossError if a trainable weight is not finite."""
     weights = [p.detach() for p in model.parameters() if p.requires_grad]
     if weights and not bool(torch.nn.utils.get_total_norm(weights).isfinite()):
         raise NonFiniteLossError(f"a weight is not finite after step {step}")
@@ -183,7 +186,7 @@ def check_weights(model: Any, step: int) -> None:
 
 @dataclass
 class _Step:
-    """A micro-step whose sums are still on the device."""
+    """A micro-step whose sums are on the device."""
 
     sums: Tensor
     rows: Tensor | None
@@ -192,14 +195,18 @@ class _Step:
 
 @dataclass
 class MetricWindow:
-    """Micro-steps since the last log line.
+    """The micro-steps since the last log line.
 
     Args:
-        gather: stacks the tensors of all processes on dim 0, as `Accelerator.gather` does.
-        world_size, rank: number of processes, and which one this is.
+        gather: concatenates the tensors of all processes on dim 0, as `Accelerator.gather` does.
+        world_size: number of processes.
+        rank: the index of this process.
         has_aux_loss, has_nll: whether to report `aux_loss` and `nll_loss`.
-        names: what a micro-step's vector holds.
-        metrics_of: makes a micro-step's metrics of its sums, has_aux_loss and has_nll.
+        names: the elements of a micro-step's vector.
+        metrics_of: maps a micro-step's sums, has_aux_loss and has_nll to its metrics.
+        total_tokens: the number of tokens of the run.
+        pending: micro-steps whose sums are on the device.
+        metrics: the metrics of the other micro-steps.
     """
 
     gather: Callable[[Tensor], Tensor]
@@ -214,17 +221,23 @@ class MetricWindow:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
     def add(self, sums: Tensor, rows: Tensor | None, where: str) -> None:
-        """Keep a micro-step. On a CPU in one process its loss is checked at once."""
+        """Store a micro-step. In one process on a CPU its loss is checked at once.
+
+        Args:
+            sums: the vector [len(names)].
+            rows: the numbers of its rows in the data, for an error.
+            where: the step, for an error.
+        """
         step = _Step(sums, rows, where)
         if sums.device.type == "cpu" and self.world_size == 1:
             self._check(sums[None], [step], self.rank)
         self.pending.append(step)
 
     def sync(self) -> None:
-        """Bring the pending sums over from the device, with one collective and one copy.
+        """Compute the metrics of the pending micro-steps, with one collective and one copy.
 
         Raises:
-            NonFiniteLossError: on every process, if a loss on any of them is not finite.
+            NonFiniteLossError: on every process, if a loss of any process is not finite.
         """
         if not self.pending:
             return
@@ -253,26 +266,23 @@ class MetricWindow:
         step = steps[index]
         process = f", process {rank}" if self.world_size > 1 else ""
         rows = ""
-        if rank == self.rank and step.rows is not None:  # of other processes only sums are here
+        if rank == self.rank and step.rows is not None:  # rows of other processes are not known
             rows = f", data rows {step.rows.tolist()}"
         value = losses[index].item()
         raise NonFiniteLossError(f"the loss is {value} at {step.where}{process}{rows}")
 
     def drain(self) -> dict[str, float]:
-        """The mean of each metric over the window's micro-steps that have it, and an empty window.
-
-        Empty if there were none.
-        """
+        """The mean of each metric over the micro-steps that have it; empties the window."""
         self.sync()
         steps, self.metrics = self.metrics, []
-        found: dict[str, list[float]] = {}
+        values_of: dict[str, list[float]] = {}
         for key, value in (item for step in steps for item in step.items()):
-            found.setdefault(key, []).append(value)
-        return {key: sum(values) / len(values) for key, values in found.items()}
+            values_of.setdefault(key, []).append(value)
+        return {key: sum(values) / len(values) for key, values in values_of.items()}
 
 
 class TokenCount(TrainerCallback):
-    """Counts tokens on from the checkpoint that a run resumes from."""
+    """Restores the number of tokens from the checkpoint that a run resumes from."""
 
     KEY = "fastpref"  # in the checkpoint's trainer_state.json, under stateful_callbacks
 

@@ -1,4 +1,4 @@
-"""The README.md of a saved model: what it is, what it was trained with. Nothing goes online."""
+"""The model card of a saved model: README.md with its origin and its training options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHOWN = (
 
 
 class CardTrainer(Trainer):
-    """A trainer that writes a model card next to every model that it saves."""
+    """The part of a trainer that writes a model card with every model that it saves."""
 
     _tag_names: list[str] = []
 
@@ -55,25 +55,24 @@ class CardTrainer(Trainer):
     ) -> None:
         """Write README.md with the model's base, tags and training options.
 
-        A README.md that somebody else wrote keeps its text and gets the tags.
+        A README.md that was not generated keeps its text and gets the tags. Nothing is uploaded.
 
         Args:
-            language, license, tasks, dataset_tags: of the card's metadata.
-            tags: in addition to fastpref and the trainer's own.
+            language, license, tasks, dataset_tags: metadata of the card.
+            tags: further tags besides the trainer's.
             model_name: the card's title; by default the directory's name.
-            finetuned_from: the base model; by default the name that the model was loaded by, unless
-                that is a directory.
-            dataset, dataset_name: names of the data, in the text and, where `dataset_tags` is not
-                given, in the metadata. The second is TRL's name for it.
+            finetuned_from: the base model; by default the hub name that the model was loaded by.
+            dataset, dataset_name: names of the data, for the text and, without dataset_tags, for
+                the metadata. dataset is the argument's name in transformers, the other in TRL.
             dataset_args: names of the data's configurations.
-            output_dir: where; by default the trainer's output directory.
+            output_dir: the directory; by default the trainer's output directory.
         """
         if not self.is_world_process_zero():
             return
         path = Path(output_dir or str(self.args.output_dir)) / "README.md"
         names = [*_listed(dataset), *_listed(dataset_name)]
         base = finetuned_from or _hub_name(self.model)
-        given: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "base_model": base,
             "library_name": "peft" if is_peft(self.model) else "transformers",
             "model_name": model_name or path.parent.resolve().name,
@@ -84,19 +83,19 @@ class CardTrainer(Trainer):
         }
         try:
             before = ModelCard.load(path) if path.is_file() else None
-        except (ValueError, YAMLError) as error:  # no reason to lose the run's weights
+        except (ValueError, YAMLError) as error:  # the saved weights are worth more than the card
             logger.warning(f"{path} is left as it is, because its metadata cannot be read: {error}")
             return
-        kept = _listed(before.data.tags) if before is not None else []
-        if base is None:  # peft names the base there, as a directory of this machine
-            kept = [tag for tag in kept if not tag.startswith("base_model:")]
-        all_tags = sorted({*kept, *_listed(tags), *self._tag_names})
+        old_tags = _listed(before.data.tags) if before is not None else []
+        if base is None:  # peft's tag would name a local directory
+            old_tags = [tag for tag in old_tags if not tag.startswith("base_model:")]
+        all_tags = sorted({*old_tags, *_listed(tags), *self._tag_names})
         if before is not None and not _generated(before.text):
             before.data.tags = all_tags
             before.save(path)
             return
-        data = ModelCardData(tags=all_tags, **{k: v for k, v in given.items() if v is not None})
-        text = _text(str(given["model_name"]), base, names + _listed(dataset_args), self)
+        data = ModelCardData(tags=all_tags, **{k: v for k, v in metadata.items() if v is not None})
+        text = _text(str(metadata["model_name"]), base, names + _listed(dataset_args), self)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
 
@@ -107,16 +106,16 @@ class CardTrainer(Trainer):
 
 
 def _generated(text: str) -> bool:
-    """Whether a card's text is our own, or the form with nothing filled in that peft saves."""
+    """Whether a card's text was written by this module, or is peft's unfilled template."""
     return MARK in text or "# Model Card for Model ID" in text
 
 
-def _listed(given: str | Iterable[str] | None) -> list[str]:
-    return [given] if isinstance(given, str) else list(given or [])
+def _listed(names: str | Iterable[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
 
 
 def _hub_name(model: Any) -> str | None:
-    """The hub name that the base model was loaded by; None for a directory of this machine."""
+    """The hub name that the base model was loaded by; None for a local directory."""
     name = getattr(unwrap(model).config, "_name_or_path", "")
     return None if not name or is_path(name) or os.path.exists(name) else name
 

@@ -107,6 +107,15 @@ class OutputDirectory:
             names += sorted(path.name for path in self.path.glob(pattern))
         return names
 
+    def check_free(self, foreign_files: list[str]) -> None:
+        """Raise ValueError if another run has left files here."""
+        if foreign_files:
+            raise ValueError(
+                f"output directory {self.path} holds another run's {listed(foreign_files)}; "
+                "continue that run (resume_from_checkpoint=True, or --resume latest), choose "
+                "another directory, or have it replaced (overwrite_output_dir=True, or --overwrite)"
+            )
+
     def begin(self, overwrite: bool = False) -> list[str]:
         """Make the directory that of a new run, which `hold` holds.
 
@@ -120,12 +129,8 @@ class OutputDirectory:
             ValueError: another run has left something here, and overwrite is False.
         """
         found = self.foreign_files()
-        if found and not overwrite:
-            raise ValueError(
-                f"output directory {self.path} holds another run's {listed(found)}; continue that "
-                "run (resume_from_checkpoint=True, or --resume latest), choose another directory, "
-                "or have it replaced (overwrite_output_dir=True, or --overwrite)"
-            )
+        if not overwrite:
+            self.check_free(found)
         for name in found:
             path = self.path / name
             remove_checkpoint(path) if path.is_dir() else path.unlink(missing_ok=True)

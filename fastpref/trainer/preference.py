@@ -32,39 +32,44 @@ from fastpref.trainer.scores import Rows, Scored, pair_rows, score_pairs
 class PreferenceTrainer(BaseTrainer):
     """Train a causal language model on preference pairs (DPO, IPO, ...).
 
-    A drop-in for TRL 1.16's DPOTrainer: the same data, tokenisation, loss, metric names and
-    gradient-accumulation semantics (the mean over micro-batches). The output head goes through
-    `linear_preference_loss`, so no logits exist. Metrics are summed on the device and read once per
-    log line. An evaluation has the figures of one batch of all its rows; see docs/training.md.
+    A drop-in replacement for TRL 1.16's DPOTrainer: the same data, tokenisation, loss, metric names
+    and gradient-accumulation semantics (the mean over micro-batches). The output head is computed
+    by `linear_preference_loss`, so there are no logits. Metrics are summed on the device and read
+    once per log line. An evaluation has the loss and metrics of one batch of all rows; see
+    docs/training.md.
 
-    The reference is the first of: the data's columns ref_chosen_logps and ref_rejected_logps;
-    `ref_model`; for a model that a `peft_config` is applied to, the model with its adapter off; for
-    a PeftModel, a frozen copy of its adapter; with `precompute_ref_log_probs`, the model as it is
-    now, asked once; a frozen copy of the model.
+    The reference is the first of these that applies:
+
+    1. the data's columns ref_chosen_logps and ref_rejected_logps;
+    2. `ref_model`;
+    3. with a `peft_config`, the model without the adapter;
+    4. for a PeftModel, a frozen copy of its adapter;
+    5. with `precompute_ref_log_probs`, the model before training;
+    6. a frozen copy of the model.
 
     Args:
-        model: a name or directory (loaded in float32 unless `model_init_kwargs` says otherwise), a
-            PreTrainedModel or a PeftModel. That of an adapter is loaded on its base model, and the
-            adapter is trained on.
+        model: a PreTrainedModel, a PeftModel, a name or a directory. By name it is loaded in
+            float32 unless `model_init_kwargs` has a dtype. The name of an adapter loads its base
+            model too, and the adapter is trained further.
         ref_model: the reference; a model, a name or None.
         args: a `PreferenceConfig`.
-        data_collator: replaces `PreferenceCollator`; must return input_ids, attention_mask and
-            completion_mask as that does.
-        train_dataset: anything that `load_preference_data` reads.
-        eval_dataset: likewise, or a dict of them by name.
-        processing_class: the tokenizer; by default the adapter's, where it has one, or the model's.
-        compute_metrics: takes an `EvalPrediction` of the rows' rewards, [rows, 2] chosen and
-            rejected, and labels of 0, as `predict` returns them; there are no logits.
+        data_collator: replaces `PreferenceCollator`; must return its input_ids, attention_mask and
+            completion_mask.
+        train_dataset: data that `load_preference_data` reads.
+        eval_dataset: likewise, or a dict of such data by name.
+        processing_class: the tokenizer; by default that of the adapter or else of the model.
+        compute_metrics: a function of an `EvalPrediction` with the rewards [rows, 2] of chosen and
+            rejected answers as predictions, and with labels of 0, as `predict` returns them.
         callbacks, optimizers: as in `transformers.Trainer`.
-        quantization_config: as in from_pretrained, for a model that is given by name.
-        peft_config: adapter to add, such as `peft.LoraConfig`.
-        loss_function: a loss of your own in place of `args.loss_type`; see docs/losses.md.
+        quantization_config: as in from_pretrained, for a model that is passed by name.
+        peft_config: the adapter to add, such as `peft.LoraConfig`.
+        loss_function: a function of `Pairs` that replaces `args.loss_type`; see docs/losses.md.
 
     Raises:
         ValueError: bad data (see `prepare_dataset`), an unknown loss or option, a model without an
             output head, a tokenizer without a pad token.
-        NonFiniteLossError: while training, if the loss, a gradient or a weight is not finite. The
-            message names the step and, where known, the rows. Nothing is saved after that.
+        NonFiniteLossError: during training, if the loss, a gradient or a weight is not finite. The
+            message names the step and, if known, the rows. Nothing is saved after that.
     """
 
     args: PreferenceConfig

@@ -1,4 +1,4 @@
-"""A trainer's progress as lines in a log file, in place of its bars."""
+"""A trainer's progress as lines in a log file, instead of bars."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastpref.progress import ProgressLines, stream_for_lines
 
 
 class ProgressLinesCallback(TrainerCallback):
-    """Prints steps of training and batches of evaluation every so often, with rate and time left.
+    """Prints the number of training steps and of evaluation batches, with rate and time left.
 
-    Only on the first of several processes.
+    Only the first of several processes prints.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -45,7 +45,7 @@ class ProgressLinesCallback(TrainerCallback):
         if self._evaluation is None:
             try:
                 total = len(eval_dataloader)
-            except TypeError:  # a stream's
+            except TypeError:  # a stream has no length
                 total = None
             self._evaluation = ProgressLines("Evaluating", "batches", total, self.stream)
         self._evaluation.add()
@@ -60,11 +60,10 @@ class ProgressLinesCallback(TrainerCallback):
 
 
 def use_lines(trainer: Any) -> None:
-    """Give a trainer lines in place of transformers' bars, unless a terminal shows those or
-    `disable_tqdm` says that no progress is wanted."""
+    """Replace transformers' bars by lines, unless on a terminal or with `disable_tqdm`."""
     stream = stream_for_lines(bool(trainer.args.disable_tqdm))
     if stream is None:
         return
-    if trainer.pop_callback(ProgressCallback) is not None:  # which prints what is logged, too
+    if trainer.pop_callback(ProgressCallback) is not None:  # it prints the log lines as well
         trainer.add_callback(PrinterCallback)
     trainer.add_callback(ProgressLinesCallback(stream))

@@ -1,4 +1,4 @@
-"""A reference that follows the policy: TR-DPO, Gorbatovski et al. 2024 (arXiv:2404.09656)."""
+"""TR-DPO: a reference that follows the policy, Gorbatovski et al. 2024 (arXiv:2404.09656)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "reference.safetensors"  # in a checkpoint
 
 
 def check_sync_options(args: BaseConfig, needs_reference: bool) -> None:
-    """Refuse options that a reference which moves does not go with."""
+    """Raise ValueError for options that exclude sync_ref_model, or values out of range."""
     if not args.sync_ref_model:
         return
     if not 0 < args.ref_model_mixup_alpha <= 1:
@@ -38,9 +38,9 @@ def check_sync_options(args: BaseConfig, needs_reference: bool) -> None:
         )
 
 
-def check_sync_columns(args: BaseConfig, given: list[bool]) -> None:
-    """Refuse data sets that bring their reference's log-probs. given: which of them do."""
-    if args.sync_ref_model and any(given):
+def check_sync_columns(args: BaseConfig, has_reference: list[bool]) -> None:
+    """Raise ValueError if a data set has reference log-probs, which do not follow the policy."""
+    if args.sync_ref_model and any(has_reference):
         raise ValueError(
             "sync_ref_model is True but the data has columns of reference log-probs, which do not "
             "move; remove the columns or set sync_ref_model=False"
@@ -48,33 +48,34 @@ def check_sync_columns(args: BaseConfig, given: list[bool]) -> None:
 
 
 class ReferenceSync(TrainerCallback):
-    """Moves the reference towards the policy every so many optimiser steps.
+    """Moves the reference towards the policy every ref_model_sync_steps optimiser steps.
 
-    Every weight of the reference becomes alpha * policy + (1 - alpha) * reference. Of an adapter
-    these are its own weights, such as LoRA's A and B, each by itself.
+    Each weight of the reference becomes alpha * policy + (1 - alpha) * reference, where alpha is
+    ref_model_mixup_alpha. If the reference is an adapter, its weights are mixed, such as LoRA's A
+    and B separately.
 
     Args:
         policy: the model that is trained.
-        reference: a second model, or None for the policy's own adapter "ref".
+        reference: a second model, or None for the policy's adapter "ref".
         args: a trainer's configuration.
 
     Raises:
-        ValueError: reference and policy do not have the same weights, or the reference is the
-            policy without its adapter and has none of its own.
+        ValueError: reference and policy have different weights, or the reference is the policy
+            without an adapter, which has no weights to move.
     """
 
     def __init__(self, policy: Any, reference: Any, args: BaseConfig) -> None:
         self.policy, self.reference = policy, reference
-        self.alpha, self.every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+        self.alpha, self.interval = args.ref_model_mixup_alpha, args.ref_model_sync_steps
         self._check()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0:
+        if state.global_step % self.interval == 0:
             self.mix()
 
     @torch.no_grad()
     def mix(self) -> None:
-        """Move the reference once."""
+        """Mix the policy into the reference."""
         policy, reference = self._weights()
         for name, target in reference.items():
             source = policy[name]
@@ -84,12 +85,12 @@ class ReferenceSync(TrainerCallback):
                 target.copy_(target.to(source.dtype).lerp_(source, self.alpha))
 
     def save(self, directory: str) -> None:
-        """Write the reference to a checkpoint, which holds an adapter "ref" anyway."""
+        """Write a second model to a checkpoint; an adapter "ref" is part of it already."""
         if self.reference is not None:
             save_model(self.reference, str(Path(directory) / FILE))
 
     def load(self, directory: str) -> None:
-        """Bring the reference back to where it was at a checkpoint."""
+        """Restore the reference from a checkpoint."""
         path = Path(directory) / (REF_ADAPTER if self.reference is None else FILE)
         if not path.exists():
             logger.warning(
@@ -107,11 +108,11 @@ class ReferenceSync(TrainerCallback):
         from peft import get_peft_model_state_dict
 
         (active,) = self.policy.active_adapters
-        found = [
+        policy, reference = (
             get_peft_model_state_dict(self.policy, adapter_name=name, save_embedding_layers=False)
             for name in (active, REF_ADAPTER)
-        ]
-        return found[0], found[1]
+        )
+        return policy, reference
 
     def _check(self) -> None:
         if self.reference is None and REF_ADAPTER not in self.policy.peft_config:
@@ -121,29 +122,31 @@ class ReferenceSync(TrainerCallback):
                 "set sync_ref_model=False"
             )
         policy, reference = self._weights()
-        odd = [n for n in reference if n not in policy or policy[n].shape != reference[n].shape]
-        odd += [name for name in policy if name not in reference]
-        if odd:
+        differing = [
+            n for n in reference if n not in policy or policy[n].shape != reference[n].shape
+        ]
+        differing += [name for name in policy if name not in reference]
+        if differing:
             raise ValueError(
-                f"sync_ref_model is True but {len(odd)} weights of model and ref_model differ in "
-                f"name or shape ({odd[0]}, ...); expected two models that are alike"
+                f"sync_ref_model is True but {len(differing)} weights of model and ref_model "
+                f"differ in name or shape ({differing[0]}, ...); expected two models that are alike"
             )
-        fixed = [name for name, weight in reference.items() if not weight.is_floating_point()]
-        if fixed:
+        quantised = [name for name, weight in reference.items() if not weight.is_floating_point()]
+        if quantised:
             raise ValueError(
-                f"sync_ref_model is True but {len(fixed)} weights of the reference are quantised "
-                f"({fixed[0]}, ...) and cannot be mixed; set sync_ref_model=False"
+                f"sync_ref_model is True but {len(quantised)} weights of the reference are "
+                f"quantised ({quantised[0]}, ...) and cannot be mixed; set sync_ref_model=False"
             )
 
 
 class SyncingTrainer(Trainer):
-    """A trainer whose reference may move, and whose checkpoints hold where it is."""
+    """The part of a trainer that moves the reference, and stores it in checkpoints."""
 
     args: BaseConfig
     _sync: ReferenceSync | None = None
 
     def start_sync(self, reference: Any) -> None:
-        """Have the reference, a second model or None for the adapter "ref", follow the policy."""
+        """Make the reference follow the policy; None means the adapter "ref"."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
                 "sync_ref_model is True, which needs whole weights on every process, but DeepSpeed "
@@ -154,9 +157,9 @@ class SyncingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        # Of checkpoints alone, and before trainer_state.json, by which they are known as complete.
-        keep = _internal_call and self.args.should_save and not self.args.save_only_model
-        if self._sync is not None and keep and output_dir:
+        # Only with checkpoints, and before trainer_state.json, whose presence marks a complete one.
+        is_checkpoint = _internal_call and self.args.should_save and not self.args.save_only_model
+        if self._sync is not None and is_checkpoint and output_dir:
             self._sync.save(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -166,5 +169,5 @@ class SyncingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._sync is not None:  # the best figure is that against the reference of its time
+        if self._sync is not None:  # the best metric was measured with the reference of its time
             self._sync.load(str(self.state.best_model_checkpoint))

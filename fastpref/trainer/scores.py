@@ -1,9 +1,9 @@
-"""Evaluation: what is kept of each row, and the figures of a whole data set.
+"""Loss and metrics of an evaluation, computed from values of each row.
 
-A step of an evaluation keeps a few numbers of each row and no mean. At the end the rows of all
-processes come together, each once, and the loss and its metrics are those of one batch of all of
-them. So they depend neither on the batch size, nor on the number of processes, nor on padding, for
-losses that compare the pairs of a batch with one another (AOT) and means over tokens (NLL) too.
+An evaluation step stores a few values of each row, and no mean. At the end the rows of all
+processes are gathered, each once, and loss and metrics are computed as of one batch of all rows. So
+they do not depend on the batch size, the number of processes or the padding. This includes losses
+that compare the pairs of a batch (AOT) and means over tokens (NLL).
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from fastpref.losses.preference import evaluate, make_pairs
 from fastpref.losses.unpaired import kto_loss
 from fastpref.trainer.metrics import SIDES, NonFiniteLossError
 
-Rows = dict[str, Tensor]  # by name [P], or [P, n]
+Rows = dict[str, Tensor]  # values by name, [P] or [P, n] for P rows
 
 
 class Scored(NamedTuple):
     """All rows of an evaluation as one batch.
 
-    sums: those that the metrics are made of, and the loss. rewards: [P, 2] of chosen and rejected
-    answers, or [P] of single ones. labels: int64 [P]; of pairs 0, the column of the preferred
-    answer; of single answers 1 where it is desirable, 0 where not.
+    Attributes:
+        sums: the loss, and the sums from which metrics are computed.
+        rewards: [P, 2] of chosen and rejected answers, or [P] of single answers.
+        labels: int64 [P]; 0, the column of the preferred answer, for pairs; for single answers 1 if
+            desirable, else 0.
     """
 
     sums: dict[str, float]
@@ -41,11 +43,17 @@ class Scored(NamedTuple):
     labels: Tensor
 
 
-_SHIFT = 1 << 40  # past any position
+_SHIFT = 1 << 40  # larger than any position in a data set
 
 
 def pair_rows(prepared: PreparedLoss, stats: TokenStats, router: Tensor | None) -> Rows:
-    """Of a batch of pairs what their loss and their metrics are made of."""
+    """The values of each pair of a batch from which loss and metrics are computed.
+
+    Args:
+        prepared: the loss.
+        stats: of the tokens, [2P, T] each.
+        router: [2P, n] of `router_rows`, or None.
+    """
     values, policy_weight = prepared.per_pair(stats)
     values |= {"weight": prepared.inputs.pair_weight, "policy_weight": policy_weight}
     counted = prepared.is_labelled
@@ -82,11 +90,11 @@ _LOSS_INPUTS = (
 
 
 def score_pairs(rows: Rows, options: LossOptions, router_coef: float = 0.0) -> Scored:
-    """The sums of `metrics.SUMS` over all rows, as of one batch, and each row's rewards."""
+    """The sums `metrics.SUMS` over all pairs, as of one batch, and the rewards of each pair."""
     pairs = make_pairs(options, **{name: rows.get(name) for name in _LOSS_INPUTS})  # type: ignore[arg-type]
     out = evaluate(pairs, rows.get("weight"), rows.get("policy_weight"))
     loss, tokens = out.loss, rows["tokens/chosen"] + rows["tokens/rejected"]
-    if not tokens.any():  # nothing that could be learnt, as in training
+    if not tokens.any():  # a batch without a labelled token has a zero loss, as in training
         loss = loss * 0.0
     sums = {
         "pairs": torch.tensor(len(tokens)),
@@ -116,7 +124,10 @@ def answer_rows(
     weight: Tensor | None,
     router: Tensor | None,
 ) -> Rows:
-    """Of a batch of single answers what their loss and their metrics are made of."""
+    """The values of each answer of a batch from which loss and metrics are computed.
+
+    Args: labels and stats are [B, T], router is [B, n], the others are [B].
+    """
     assert stats.entropy is not None and stats.mean_logit is not None
     values = {
         "logps": logps,
@@ -133,7 +144,10 @@ def answer_rows(
 
 
 def score_answers(rows: Rows, options: dict[str, Any], router_coef: float = 0.0) -> Scored:
-    """As `score_pairs`, with the sums of `metrics.UNPAIRED_SUMS`; all rows share one KL term."""
+    """As `score_pairs`, for single answers and `metrics.UNPAIRED_SUMS`.
+
+    KTO's KL term is estimated once, from all rows.
+    """
     desirable = rows["desirable"].bool()
     kl = rows["kl_ratios"].mean().clamp(min=0) if "kl_ratios" in rows else None
     out = kto_loss(
@@ -141,10 +155,10 @@ def score_answers(rows: Rows, options: dict[str, Any], router_coef: float = 0.0)
     )
     loss = out.loss if rows["tokens"].any() else out.loss * 0.0
     sums = {"kl": out.kl, "entropy": rows["entropy"].sum()}
-    each = {"answers": torch.ones_like(out.rewards), "rewards": out.rewards}
-    each |= {name: rows[name] for name in ("logps", "tokens", "logits")}
-    for side, of in zip(SIDES, (desirable, ~desirable), strict=True):
-        sums.update({f"{name}/{side}": (t * of).sum() for name, t in each.items()})
+    per_answer = {"answers": torch.ones_like(out.rewards), "rewards": out.rewards}
+    per_answer |= {name: rows[name] for name in ("logps", "tokens", "logits")}
+    for side, mask in zip(SIDES, (desirable, ~desirable), strict=True):
+        sums.update({f"{name}/{side}": (t * mask).sum() for name, t in per_answer.items()})
     return Scored(_with_router(sums, loss, rows, router_coef), out.rewards, desirable.long())
 
 
@@ -158,11 +172,12 @@ def _with_router(sums: Rows, loss: Tensor, rows: Rows, coef: float) -> dict[str,
 
 @dataclass
 class RowTable:
-    """The rows of an evaluation, on the device until all of them are there.
+    """The values of an evaluation's rows, which stay on the device until the end.
 
     Args:
-        device: where the figures are computed.
-        process, processes: which one this is of how many.
+        device: where loss and metrics are computed.
+        process: the index of this process.
+        processes: the number of processes.
     """
 
     device: torch.device
@@ -173,44 +188,51 @@ class RowTable:
     count: int = 0
 
     def add(self, values: Rows, positions: Tensor | None, rows: Tensor | None) -> None:
-        """Keep a batch's rows.
+        """Store the values of a batch's rows.
 
         Args:
             values: by name [P] or [P, n], the same names in every batch.
-            positions: [P] the rows' places in the data set, by which one that a loader repeats, so
-                that all processes have as many, is known again. None: none is repeated.
-            rows: [P] their numbers in the input, for an error.
+            positions: [P] the rows' positions in the data set. A loader may repeat rows so that all
+                processes have equally many; repeated rows have equal positions. None means that no
+                row is repeated.
+            rows: [P] the rows' numbers in the input, for an error.
         """
         self.shapes = {name: value.shape[1:] for name, value in values.items()}
         flat = torch.cat([v.reshape(len(v), -1).float() for v in values.values()], 1)
         if positions is None:
-            own = torch.arange(self.count, self.count + len(flat), device=flat.device)
-            positions = _SHIFT + own * self.processes + self.process
+            counter = torch.arange(self.count, self.count + len(flat), device=flat.device)
+            positions = _SHIFT + counter * self.processes + self.process
         self.count += len(flat)
-        places = positions.to(flat.device)
-        numbers = torch.full_like(places, -1) if rows is None else rows.to(places)
-        self.parts.append((torch.stack([places, numbers], 1), flat))
+        positions = positions.to(flat.device)
+        numbers = torch.full_like(positions, -1) if rows is None else rows.to(positions)
+        self.parts.append((torch.stack([positions, numbers], 1), flat))
 
     def clear(self) -> None:
         self.parts = []
 
     def collect(self) -> tuple[Rows, list[int]]:
-        """All processes' rows by name, each row once and in the data set's order, in the widest
-        dtype of the device; and their numbers in the input. The one place where they leave it."""
-        own = []
+        """The rows of all processes, each once and in the data set's order.
+
+        This is the only place where values leave the device.
+
+        Returns:
+            The values by name, in the device's widest floating-point dtype; and the rows' numbers
+            in the input, -1 if not known.
+        """
+        local = []
         if self.parts:
             ids, flat = (torch.cat(tensors).cpu() for tensors in zip(*self.parts, strict=True))
-            own = [(self.shapes, ids, flat)]
-        everyone = gather_object(own)
-        if not everyone:
+            local = [(self.shapes, ids, flat)]
+        gathered = gather_object(local)
+        if not gathered:
             return {}, []
-        shapes = everyone[0][0]
-        ids, flat = (torch.cat([part[i] for part in everyone]) for i in (1, 2))
+        shapes = gathered[0][0]
+        ids, flat = (torch.cat([part[i] for part in gathered]) for i in (1, 2))
         order = ids[:, 0].argsort(stable=True)
-        places = ids[order, 0]
-        first = torch.ones(len(order), dtype=torch.bool)
-        first[1:] = places[1:] != places[:-1]
-        order = order[first]
+        positions = ids[order, 0]
+        is_first = torch.ones(len(order), dtype=torch.bool)
+        is_first[1:] = positions[1:] != positions[:-1]
+        order = order[is_first]
         widest = torch.float32 if self.device.type == "mps" else torch.float64
         widths = [shape.numel() for shape in shapes.values()]
         columns = flat[order].to(self.device, widest).split(widths, 1)
@@ -227,11 +249,20 @@ def figures(
     metrics_of: Callable[[dict[str, float]], dict[str, float]],
     where: str,
 ) -> tuple[dict[str, float], np.ndarray | None, np.ndarray | None]:
-    """The loss and the metrics of a whole evaluation, its rows' rewards, float32, and their labels,
-    in the data set's order; the same on every process. Nothing, None and None without rows.
+    """Loss and metrics, rewards and labels of an evaluation; the same on every process.
+
+    Args:
+        table: the rows.
+        score: maps all rows to their `Scored`.
+        metrics_of: maps the sums to metrics.
+        where: the step, for an error.
+
+    Returns:
+        Loss and metrics by name; the rewards of the rows, float32, and their labels, both in the
+        data set's order. Without rows an empty dict, None and None.
 
     Raises:
-        NonFiniteLossError: the loss is not finite; with the rows whose log-probs are not.
+        NonFiniteLossError: the loss is not finite. It names the rows with values that are not.
     """
     rows, numbers = table.collect()
     if not rows:
@@ -239,8 +270,8 @@ def figures(
     sums, rewards, labels = score(rows)
     if not torch.tensor(sums["loss"]).isfinite():
         bad = ~torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in rows.values()]).all(0)
-        named = [numbers[i] for i in bad.nonzero().flatten().tolist() if numbers[i] >= 0]
-        shown = f", data rows {named[:20]}" if named else ""
-        raise NonFiniteLossError(f"the loss is {sums['loss']} at {where}{shown}")
-    found = {"loss": sums["loss"], **metrics_of(sums)}
-    return found, rewards.float().cpu().numpy(), labels.cpu().numpy()
+        bad_rows = [numbers[i] for i in bad.nonzero().flatten().tolist() if numbers[i] >= 0]
+        names = f", data rows {bad_rows[:20]}" if bad_rows else ""
+        raise NonFiniteLossError(f"the loss is {sums['loss']} at {where}{names}")
+    metrics = {"loss": sums["loss"], **metrics_of(sums)}
+    return metrics, rewards.float().cpu().numpy(), labels.cpu().numpy()

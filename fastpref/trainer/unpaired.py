@@ -1,4 +1,4 @@
-"""`UnpairedPreferenceTrainer`: preference optimisation on single answers, with KTO."""
+"""`UnpairedPreferenceTrainer`: preference optimisation on single answers (KTO)."""
 
 from __future__ import annotations
 
@@ -29,29 +29,31 @@ _SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "labels", "token
 
 
 class UnpairedPreferenceTrainer(BaseTrainer):
-    """Train a causal language model on answers that are labelled desirable or not (KTO).
+    """Train a causal language model on answers labelled desirable or undesirable (KTO).
 
-    A drop-in for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names. KTO's KL
-    term is estimated, as there, from each prompt with the answer of the row before, within blocks
-    of per_device_train_batch_size rows; so with `loss_type="kto"` rows are read in their order, and
-    data whose desirable answers come first should be shuffled before. Where that row has the same
-    prompt, or a block is one row, whose own answer TRL would take, an answer to another prompt
-    takes its place. An evaluation estimates the term once, from all of its rows. Everything else,
-    the reference too, is as in `PreferenceTrainer`.
+    A drop-in replacement for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names.
+    Everything else, including the reference, is as in `PreferenceTrainer`.
+
+    KTO's KL term is estimated from each prompt with the answer of the row before, cyclically within
+    blocks of per_device_train_batch_size rows, as in TRL. So with `loss_type="kto"` rows are read
+    in the data's order: shuffle data that is sorted by label. If the row before has the same
+    prompt, or a block is a single row, an answer to another prompt is used, where TRL uses the
+    answer to the same one. An evaluation estimates the term once, from all rows.
 
     Args:
         train_dataset, eval_dataset: rows of prompt, completion and label, or pairs; see
             `fastpref.data.prepare_unpaired_dataset`.
         args: an `UnpairedPreferenceConfig`.
         data_collator: replaces `UnpairedCollator`.
-        compute_metrics: takes an `EvalPrediction` of the rows' rewards, [rows], and labels, 1 for a
-            desirable answer and 0 for another, as `predict` returns them.
+        compute_metrics: a function of an `EvalPrediction` with the rewards [rows] as predictions
+            and labels of 1 (desirable) or 0, as `predict` returns them.
         model, ref_model, processing_class, callbacks, optimizers, quantization_config, peft_config:
             as in `PreferenceTrainer`.
 
     Raises:
-        ValueError: as `PreferenceTrainer`; KTO with one answer per batch, whose KL term would be
-            its reward. NonFiniteLossError: as there.
+        ValueError: as `PreferenceTrainer`; KTO with a batch size of 1, for which the KL term would
+            be the reward.
+        NonFiniteLossError: as `PreferenceTrainer`.
     """
 
     args: UnpairedPreferenceConfig
@@ -97,8 +99,8 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         assert reference is not None
         ratios = kl = None
         if self.estimates_kl:
-            # In the policy's own mode: the rewards, which the estimate is held against, are of
-            # the policy with its dropout and its noise, and both would be off without in one.
+            # In the policy's mode, training with dropout and noise, because the estimate is
+            # compared with rewards that are computed in that mode.
             policy = replace(self._policy_reference, model=model, adapter=False, own_mode=True)
             with self.accelerator.autocast():
                 ratios = policy.logps(_sequences(inputs, "KL_")) - reference[size:]
@@ -171,5 +173,5 @@ class UnpairedPreferenceTrainer(BaseTrainer):
 
 
 def _sequences(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The batch of the answers, or with the prefix KL_ of the mismatched ones."""
+    """The part of a batch with the answers; with the prefix KL_ that with the mismatched ones."""
     return {key: batch[prefix + key] for key in _SEQUENCES if prefix + key in batch}

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import cuda_emulated  # noqa: F401  puts csrc/cuda on the path
+import machine
 import nvcc_build
 import pytest
 import torch
 
-from fastpref import backends
+from fastpref import backends, linear_token_logps
 from fastpref.backends import cuda, cuda_module, triton
 
 CUDA = torch.device("cuda")
@@ -126,13 +127,20 @@ print(_cuda.emulated, len(_cuda.pair_forms), _cuda.ready(0)[:2])
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
-    """The module for one architecture: all of them take the compiler a while."""
+    """The module that the installation has built, if it is of these sources; otherwise it is built
+    for one architecture, as all of them take the compiler minutes."""
     if nvcc_build.find_nvcc() is None or not sys.platform.startswith("linux"):
         pytest.skip("nvcc is not installed")
     pybind11 = pytest.importorskip("pybind11")
     import sysconfig
 
     folder = tmp_path_factory.mktemp("cuda")
+    sources = [p for end in ("h", "cu", "cpp") for p in nvcc_build.HERE.parent.rglob(f"*.{end}")]
+    newest = max(path.stat().st_mtime for path in sources)
+    for installed in (nvcc_build.HERE.parents[1] / "fastpref").glob("_cuda*.so"):
+        if installed.stat().st_mtime > newest:
+            (folder / "_cuda.so").symlink_to(installed)
+            return folder
     patch = pytest.MonkeyPatch()
     patch.setenv("FASTPREF_CUDA_ARCH", "90")
     try:
@@ -232,15 +240,17 @@ def _forget():
 )
 def test_why_a_gpu_cannot_run_it(pretend, error, said):
     pretend.answer = (error, "no CUDA-capable device is detected", 0, 13000, 12080)
-    for reason in (cuda.problem(), cuda.why_not(CUDA, torch.float32)):
+    for reason in (cuda.problem(), cuda.unavailable_reason(CUDA, torch.float32)):
         assert reason is not None and all(words in reason for words in said), reason
     with pytest.raises(RuntimeError, match="backend='cuda' cannot run here: "):
         backends.choose(CUDA, torch.float32, "cuda")
 
 
 def test_a_gpu_that_can(pretend):
-    assert cuda.problem() is None and cuda.why_not(CUDA, torch.bfloat16) is None
-    assert "no kernels for cpu tensors" in str(cuda.why_not(torch.device("cpu"), torch.float32))
+    assert cuda.problem() is None and cuda.unavailable_reason(CUDA, torch.bfloat16) is None
+    assert "no kernels for cpu tensors" in str(
+        cuda.unavailable_reason(torch.device("cpu"), torch.float32)
+    )
     assert cuda.describe() == "CUDA 13.0 kernels for sm_90 on Some GPU"
     assert cuda_module.clusters_of(0) == 8
 
@@ -252,7 +262,8 @@ def test_older_architectures_have_no_clusters(pretend):
 
 def test_the_next_backend_is_taken_and_said_once(pretend, monkeypatch):
     monkeypatch.delenv("FASTPREF_BACKEND", raising=False)
-    monkeypatch.setattr(triton, "why_not", lambda device, dtype: "triton is not installed, pretend")
+    missing = "triton is not installed, pretend"
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device, dtype: missing)
     backends._say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="runs on its cuda backend: triton is not installed"):
         assert backends.choose(CUDA, torch.float32) is cuda
@@ -268,7 +279,7 @@ def test_the_next_backend_is_taken_and_said_once(pretend, monkeypatch):
 
 def test_triton_comes_first_until_a_gpu_has_been_seen(pretend, monkeypatch):
     monkeypatch.delenv("FASTPREF_BACKEND", raising=False)
-    monkeypatch.setattr(triton, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device, dtype: None)
     assert backends.choose(CUDA, torch.float32) is triton
 
 
@@ -294,9 +305,21 @@ def test_without_the_module():
     assert run.stdout.strip() == "ok", run.stderr
 
 
-def test_one_kernel_where_triton_is_missing(monkeypatch):
-    monkeypatch.setattr(triton, "why_not", lambda device, dtype: "triton is not installed")
-    weight = torch.zeros(2, 2)
-    assert not cuda.fused_is_fast(weight)
-    with pytest.raises(ValueError, match="fused: got True.*triton is not installed"):
-        cuda.linear_logps(weight, weight, weight, None, None, None)
+def test_where_its_own_product_cannot_run_tiles_are_taken(monkeypatch):
+    """The cuda backend does not borrow Triton's product; fused=True gets the reason."""
+    reason = machine.why_not("cuda", [torch.bfloat16])
+    if reason is not None:
+        pytest.skip(reason)
+    device = machine.device_of("cuda")
+    taken, linear = [], cuda.linear
+    monkeypatch.setattr(cuda, "linear", lambda *a: (taken.append("tile"), linear(*a)))
+    monkeypatch.setattr(cuda_module, "forward_works", lambda index: False)
+    hidden = torch.randn(6, 16, device=device).bfloat16()
+    weight = torch.randn(20, 16, device=device).bfloat16()
+    labels = torch.randint(20, (6,), device=device)
+    for strategy in ("auto", "forward-only"):
+        options = dict(backend="cuda", strategy=strategy)
+        linear_token_logps(hidden, weight, labels, **options)
+        with pytest.raises(ValueError, match="fused: got True, .*: it is compiled for sm_90a"):
+            linear_token_logps(hidden, weight, labels, fused=True, **options)
+    assert taken == ["tile"] * 2

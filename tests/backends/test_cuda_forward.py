@@ -49,10 +49,13 @@ def test_rows_of_larger_tensors():
     weight = wide_w[:, 8:72]
     for x in (wide_x[:, 8:72], wide_x[:, 3:67], wide_x[:, :64].t().contiguous().t()):
         check(run(x, weight, labels), x, weight, labels)
-    assert "16 bytes" in cuda_forward.why_not(wide_w[:, 3:67])
-    assert "16 bytes" in cuda_forward.why_not(torch.zeros(4, 9, dtype=torch.bfloat16))
-    assert "float32" in cuda_forward.why_not(torch.zeros(4, 8))
-    assert "scale" in cuda_forward.why_not(weight, Transform(scale=0.0))
+    plain, reason = Transform(), cuda_forward.logit_free_reason
+    assert "16 bytes" in reason(wide_w[:, 3:67], plain)
+    assert "16 bytes" in reason(torch.zeros(4, 9, dtype=torch.bfloat16), plain)
+    assert "float32" in reason(torch.zeros(4, 8), plain)
+    assert "scale" in reason(weight, Transform(scale=0.0))
+    assert "float16" in reason(weight.half(), plain)
+    assert reason(weight.half(), plain, with_d=False) is None
 
 
 def test_the_backend_takes_it():

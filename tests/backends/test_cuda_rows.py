@@ -1,4 +1,4 @@
-"""fold_grad, which only the CUDA backend has, and the ways in which its blocks share a row."""
+"""The one kernel of fold_grad, and the ways in which its blocks share a row."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def test_the_passes_over_the_head_use_it(monkeypatch):
 def test_it_says_what_it_is():
     status = next(s for s in backends.report() if s.name == "cuda")
     assert status.works and "CUDA" in status.reason
-    assert "meta" in str(cuda.why_not(torch.device("meta"), torch.float32))
-    assert "backend='eager'" in str(cuda.why_not(DEVICE, torch.float64))
+    assert "meta" in str(cuda.unavailable_reason(torch.device("meta"), torch.float32))
+    assert "backend='eager'" in str(cuda.unavailable_reason(DEVICE, torch.float64))
 
 
 def test_tanh():

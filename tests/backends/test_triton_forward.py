@@ -15,8 +15,9 @@ from triton_interpret import DEVICE, INTERPRETED
 # isort: split
 # After the import that skips this file where triton is missing.
 from fastpref.kernels import forward, forward_config
-from fastpref.kernels.forward import config, fused_logps, why_not
+from fastpref.kernels.forward import config, fused_logps, logit_free_reason
 
+from fastpref import linear_token_logps
 from fastpref.backends.tile import Transform
 
 run = Forward("triton")
@@ -102,26 +103,42 @@ def test_the_configuration_is_chosen_from_the_head_alone(n, monkeypatch):
     assert given == {"softcap": False, "bias": False, "aligned": True}
 
 
-def test_made_for_this_weight():
-    """What is asked before this pass is chosen unasked."""
+def test_alignment_and_gpu():
+    """Asked for and without D any alignment and GPU will do; else those that a kernel is for."""
     memory = torch.zeros(17 * 72, dtype=torch.bfloat16, device=DEVICE)
-    known = forward_config.has_config(forward._device(DEVICE)[0])
-    assert forward.made_for(memory[: 16 * 72].view(16, 72)) == known
-    assert not forward.made_for(memory[1 : 16 * 72 + 1].view(16, 72))
-    assert not forward.made_for(memory[: 16 * 71].view(16, 71))
+    aligned, odd = memory[: 16 * 72].view(16, 72), memory[: 16 * 71].view(16, 71)
+    plain, known = Transform(), forward_config.has_config(forward._device(DEVICE)[0])
+    assert (logit_free_reason(aligned, plain, with_d=False) is None) == known
+    for weight in (odd, memory[1 : 16 * 72 + 1].view(16, 72)):
+        for given in (dict(with_d=False), dict(with_d=True), dict(with_d=True, asked=True)):
+            assert "16 bytes" in logit_free_reason(weight, plain, **given)
+        assert logit_free_reason(weight, plain, with_d=False, asked=True) is None
     assert forward_config.has_config("gfx942") and not forward_config.has_config("gfx1100")
+
+
+def test_gpus_without_a_kernel(monkeypatch):
+    weight = torch.zeros(16, 72, dtype=torch.bfloat16, device=DEVICE)
+    monkeypatch.setattr(forward, "_device", lambda device: ("gfx1100", 3))
+    assert "no kernel is made" in logit_free_reason(weight, Transform(), with_d=False)
+    assert logit_free_reason(weight, Transform(), with_d=False, asked=True) is None
+    monkeypatch.setattr(forward, "_device", lambda device: ("sm_100", 3))  # no registers for D
+    assert "no kernel is made" in logit_free_reason(weight, Transform(), with_d=True)
+    assert logit_free_reason(weight, Transform(), with_d=False) is None
 
 
 def test_says_why_not():
     x, weight, labels = head(4, 64, 300)
     plain = Transform()
-    assert why_not(x, weight, plain) is None
-    assert "float32" in why_not(x.float(), weight.float(), plain)
-    assert "float16" in why_not(x, weight.half(), plain)
-    assert "not contiguous" in why_not(x, weight.t().contiguous().t(), plain)
-    assert "scale is 0" in why_not(x, weight, Transform(scale=0.0))
-    with pytest.raises(ValueError, match="the fused forward pass cannot run: the scale is 0"):
-        run(x, weight, labels, scale=0.0)
+    assert logit_free_reason(weight.to(DEVICE), plain, with_d=False) is None
+    for asked in (False, True):
+        given = dict(with_d=False, asked=asked)
+        assert "float32" in logit_free_reason(weight.float(), plain, **given)
+        assert "not contiguous" in logit_free_reason(weight.t().contiguous().t(), plain, **given)
+        assert "scale is 0" in logit_free_reason(weight, Transform(scale=0.0), **given)
+    assert "float16" in logit_free_reason(weight.half(), plain, with_d=True)
+    x, weight, labels = (t.to(DEVICE) for t in (x, weight, labels))
+    with pytest.raises(ValueError, match="^fused: got True, expected None or False: the scale is"):
+        linear_token_logps(x, weight, labels, backend="triton", fused=True, scale=0.0)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -17,6 +17,7 @@ from fastpref.kernels.forward_config import (
     launch_tokens,
 )
 
+pytestmark = pytest.mark.slow
 KERNEL = "fastpref.kernels.forward_kernels:"
 
 
@@ -87,7 +88,7 @@ def combine(arch: str) -> triton_static.Job:
 
 def row_kernel(kernel: str, arch: str) -> triton_static.Job:
     """What a pass that writes d does to whole rows, before and after."""
-    pointers = dict.fromkeys(("partial_ptr", "logps_ptr", "factor_ptr"), "*fp32")
+    pointers = dict.fromkeys(("partial_ptr", "logps_ptr", "row_scale_ptr"), "*fp32")
     pointers |= {"labels_ptr": "*i64", "d_ptr": "*bf16"}
     signature = pointers | dict.fromkeys(("stride_d", "N", "V", "num_n"), "i32")
     signature |= {"slope": "fp32", "k": "fp32"}

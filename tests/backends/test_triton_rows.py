@@ -73,11 +73,11 @@ def test_minus_expm1():
 
 
 def test_what_it_refuses():
-    reason = backend.why_not(DEVICE, torch.float64)
+    reason = backend.unavailable_reason(DEVICE, torch.float64)
     assert reason is not None and "float64" in reason and "backend='eager'" in reason
-    assert "meta" in str(backend.why_not(torch.device("meta"), torch.float32))
+    assert "meta" in str(backend.unavailable_reason(torch.device("meta"), torch.float32))
     for dtype in DTYPES:
-        assert backend.why_not(DEVICE, dtype) is None
+        assert backend.unavailable_reason(DEVICE, dtype) is None
     assert triton.__version__ in backend.describe()
 
 
@@ -88,7 +88,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from fastpref.backends import triton as backend
 cpu = torch.device("cpu")
-print(backend.problem(), "|", backend.why_not(cpu, torch.float32), "|", "triton" in sys.modules)
+reason = backend.unavailable_reason(cpu, torch.float32)
+print(backend.problem(), "|", reason, "|", "triton" in sys.modules)
 """
 
 

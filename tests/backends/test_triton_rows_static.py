@@ -19,6 +19,7 @@ import triton_static
 
 from fastpref.backends import triton as backend
 
+pytestmark = pytest.mark.slow
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 VOCAB = 128256
 FP32, BF16, FP16 = "fp32", "bf16", "fp16"
@@ -98,14 +99,14 @@ def _fold(arch, dtype, everything=False, aligned=True, start=True, vocab=VOCAB):
     return _job(name, "rows:fold", arch, signature, constexprs, constexprs["LANES"], known)
 
 
-def _grad(arch, dtype, out, everything=False, aligned=True, vocab=VOCAB, coef=True):
+def _grad(arch, dtype, out, everything=False, aligned=True, vocab=VOCAB, dlogp=True):
     signature = {"tile": f"*{dtype}", "labels": "*i64", "lse": "*fp32", "logps": "*fp32"}
     signature |= {"out": f"*{out}", "stride": "i32", "out_stride": "i32", "columns": "i32"}
     signature["col0"] = "i32"
     per_lane = backend._grad_columns(aligned, SIZE[dtype], everything)
     constexprs = _shape(dtype, aligned, per_lane, vocab)
-    _optional(signature, constexprs, coef or everything, coef="*fp32")
-    pointers = dict(entropy="*fp32", entropy_coef="*fp32")
+    _optional(signature, constexprs, dlogp or everything, dlogp="*fp32")
+    pointers = dict(entropy="*fp32", dentropy="*fp32")
     _optional(signature, constexprs, everything, inner="fp32", outer="fp32", **pointers)
     name = f"grad/{dtype}-{out}{'/all' * everything}{'' if aligned else '/unaligned'}"
     name += "" if vocab == VOCAB else f"/{vocab}"
@@ -114,7 +115,7 @@ def _grad(arch, dtype, out, everything=False, aligned=True, vocab=VOCAB, coef=Tr
 
 
 def _pair_loss(arch, ipo):
-    outputs = ("loss", "sequences", "rewards", "slopes", "coef")
+    outputs = ("loss", "sequences", "rewards", "slopes", "dlogp")
     signature = {"logps": "*fp32", "sequence_ids": "*i64", "tokens": "i32", "pairs": "i32"}
     signature |= {"beta": "fp32", "option": "fp32", "ref_logps": "*fp32", "weight": "*fp32"}
     signature |= dict.fromkeys(outputs, "*fp32")
@@ -126,7 +127,7 @@ def _pair_loss(arch, ipo):
     _optional(signature, constexprs, ipo, lengths="*fp32")
     _optional(signature, constexprs, not ipo, margin="*fp32")
     name = f"pair_loss/{'ipo' if ipo else 'sigmoid'}"
-    known = ["logps", "sequence_ids", "coef"]
+    known = ["logps", "sequence_ids", "dlogp"]
     return _job(name, "pairs:pair_loss", arch, signature, constexprs, backend._PAIR_LANES, known)
 
 
@@ -138,7 +139,7 @@ def _jobs(arch):
         _fold(arch, BF16, everything=True),
         _fold(arch, FP32, everything=True, start=False),
         _fold(arch, BF16, everything=True, aligned=False),
-        _grad(arch, FP32, BF16, coef=False),
+        _grad(arch, FP32, BF16, dlogp=False),
         _grad(arch, FP32, FP32),
         _grad(arch, BF16, BF16),
         _grad(arch, FP32, BF16, everything=True),
@@ -150,7 +151,7 @@ def _jobs(arch):
         _pair_loss(arch, ipo=True),
     ]
     if arch == "sm_90":
-        jobs += [_fold(arch, FP16), _grad(arch, FP32, FP16, coef=False), _grad(arch, FP16, FP16)]
+        jobs += [_fold(arch, FP16), _grad(arch, FP32, FP16, dlogp=False), _grad(arch, FP16, FP16)]
         for vocab in (8192, 2048, 512):  # the other numbers of lanes
             jobs += [
                 _fold(arch, FP32, everything=True, vocab=vocab),

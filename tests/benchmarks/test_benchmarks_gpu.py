@@ -15,19 +15,18 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import gpu  # noqa: E402
-import gpu_logits  # noqa: E402
-import gpu_peers  # noqa: E402
 import head  # noqa: E402
-import head_gpu  # noqa: E402
-import head_gpu_report  # noqa: E402
-import head_gpu_run  # noqa: E402
-from gpu_shapes import SHAPES, parse_shape  # noqa: E402
-from problem import dpo_loss, float64_truth, zipf_problem  # noqa: E402
-from supervise import Supervisor  # noqa: E402
+from lib import device as devices  # noqa: E402
+from lib import parts, peers, report  # noqa: E402
+from lib import worker as workers  # noqa: E402
+from lib.problem import SHAPES, dpo_loss, float64_truth, make_problem, parse_shape  # noqa: E402
+from lib.runner import Supervisor  # noqa: E402
+from lib.targets import compared  #
+from lib.targets import targets as targets_of  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = "16,8,64"
+GPU = ["--device", "cuda"]
 
 
 # ---- the inputs --------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ def test_shapes():
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_zipf_problem_and_its_truth(softcap):
-    p = zipf_problem(256, 64, 4000, torch.bfloat16, CPU, softcap)
+    p = make_problem(256, 64, 4000, torch.bfloat16, CPU, softcap, zipf=True)
     truth = float64_truth(p)
     assert 0.25 < truth.median_probability < 0.75
     x, w = (t.detach().double().requires_grad_() for t in (p.hidden, p.weight))
@@ -66,7 +65,7 @@ def test_zipf_problem_and_its_truth(softcap):
 
 
 def _request(**changes):
-    tasks = [{"id": mode, "kind": "cell", "shape": SMALL, "mode": mode} for mode in gpu_peers.MODES]
+    tasks = [{"id": mode, "kind": "cell", "shape": SMALL, "mode": mode} for mode in peers.MODES]
     request = {
         "tasks": [
             *tasks,
@@ -75,7 +74,7 @@ def _request(**changes):
         ],
         "deadline": time.time() + 600,
         "least_seconds": 0.0,
-        "modes": list(gpu_peers.MODES),
+        "modes": list(peers.MODES),
         "precision": ["exact", "fast"],
         "peers": None,
         "repeats": 3,
@@ -86,18 +85,18 @@ def _request(**changes):
 
 def _work(request, device=None):
     said = []
-    worker = head_gpu.Worker(device or gpu.PretendGpu(), request, said.append)
+    worker = workers.Worker(device or devices.PretendGpu(), request, said.append)
     worker.run()
     assert json.loads(json.dumps(said)) == said
-    results = [head_gpu_report.compared(m["result"]) for m in said if "result" in m]
+    results = [compared(m["result"]) for m in said if "result" in m]
     for result in results:
-        assert head_gpu_report.report(result)
+        assert report.report(result)
     return said, {r["id"]: r for r in results}
 
 
 def _peers(monkeypatch, *entries):
-    eager = next(e for e in gpu_peers.PEERS if e.name == gpu_peers.EAGER)
-    monkeypatch.setattr(gpu_peers, "PEERS", (eager, *entries))
+    eager = next(e for e in peers.PEERS if e.name == peers.EAGER)
+    monkeypatch.setattr(peers, "PEERS", (eager, *entries))
 
 
 def _raising(error):
@@ -115,29 +114,29 @@ def test_every_mode(monkeypatch):
             calls.append(1)
             if len(calls) > 4:
                 raise torch.OutOfMemoryError("tried to allocate 8 GiB")
-            return gpu_peers._full(p.hidden, p.weight, p.labels, p.softcap)
+            return peers._full(p.hidden, p.weight, p.labels, p.softcap)
 
-        return gpu_peers._from_logps(logps)
+        return peers._from_logps(logps)
 
     def wrong():
-        return gpu_peers._from_logps(lambda p: 2 * (p.hidden @ p.weight.t()).mean(-1))
+        return peers._from_logps(lambda p: 2 * (p.hidden @ p.weight.t()).mean(-1))
 
     _peers(
         monkeypatch,
-        gpu_peers.Entry("absent", _raising(ModuleNotFoundError("No module named 'absent'"))),
-        gpu_peers.Entry("large", _raising(torch.OutOfMemoryError("no room"))),
-        gpu_peers.Entry("late", late, products=4),
-        gpu_peers.Entry("wrong", wrong, products=4),
-        gpu_peers.Entry("capless", _raising(RuntimeError), softcap=False),
+        peers.Entry("absent", _raising(ModuleNotFoundError("No module named 'absent'"))),
+        peers.Entry("large", _raising(torch.OutOfMemoryError("no room"))),
+        peers.Entry("late", late, products=4),
+        peers.Entry("wrong", wrong, products=4),
+        peers.Entry("capless", _raising(RuntimeError), softcap=False),
     )
     sides = {
-        "eager": lambda: gpu_logits._plain,
+        "eager": lambda: parts._plain,
         "absent": _raising(ModuleNotFoundError("No module named 'absent'")),
         "large": _raising(torch.OutOfMemoryError("no room")),
     }
-    monkeypatch.setattr(gpu_logits, "PEERS", sides)
+    monkeypatch.setattr(parts, "LOGITS_PEERS", sides)
     _, results = _work(_request())
-    for mode in gpu_peers.MODES:
+    for mode in peers.MODES:
         rows = {r["variant"]: r for r in results[mode]["variants"]}
         assert rows["absent"]["missing"] == "ModuleNotFoundError: No module named 'absent'"
         assert rows["large"]["missing"].startswith("out of memory: ")
@@ -156,11 +155,11 @@ def test_every_mode(monkeypatch):
     assert sides["absent"]["missing"].startswith("ModuleNotFoundError")
     assert sides["large"]["missing"].startswith("out of memory") and sides["large"]["peer"]
     assert all("gb_per_s" in sides[name] for name in ("fastpref native", "eager"))
-    targets = head_gpu_report.targets(list(results.values()))
+    targets = [t for r in results.values() for t in targets_of(r)]
     assert [t for t in targets if t["target"].startswith("logits, fastpref native")]
     assert not [t for t in targets if t["target"].startswith(("logits, eager", "logits, absent"))]
     assert any(t["measured"] is not None for t in targets)
-    closing = head_gpu_report.closing(
+    closing = report.closing(
         {"targets": targets, "results": list(results.values()), "dropped": ["x"], "stops": ["y"]}
     )
     assert "left out: x" in closing and "stopped: y" in closing
@@ -171,7 +170,7 @@ def test_the_backends_that_are_asked_for(monkeypatch):
     reason = machine.why_not("cuda")
     if reason is not None or machine.HAS_GPU:
         pytest.skip(reason or "this is for CPUs")
-    monkeypatch.setattr(gpu_logits, "PEERS", {})
+    monkeypatch.setattr(parts, "LOGITS_PEERS", {})
     tasks = _request()["tasks"][-2:]
     _, results = _work(_request(tasks=tasks, backends=["cuda"], repeats=1))
     kernels = results["rows"]["kernels"]
@@ -183,7 +182,7 @@ def test_the_backends_that_are_asked_for(monkeypatch):
 
 
 def test_a_shape_with_a_softcap_leaves_out_who_has_none(monkeypatch):
-    _peers(monkeypatch, gpu_peers.Entry("capless", _raising(RuntimeError), softcap=False))
+    _peers(monkeypatch, peers.Entry("capless", _raising(RuntimeError), softcap=False))
     task = {"id": "cell", "kind": "cell", "shape": SMALL + ",30", "mode": "frozen"}
     _, results = _work(_request(tasks=[task]))
     rows = {r["variant"]: r for r in results["cell"]["variants"]}
@@ -195,15 +194,15 @@ def test_what_a_small_call_costs(monkeypatch):
     task = {"id": "overhead", "kind": "overhead", "shape": SMALL}
     _, results = _work(_request(tasks=[task], precision=["exact"]))
     modes = results["overhead"]["modes"]
-    assert list(modes) == list(gpu_peers.MODES)
+    assert list(modes) == list(peers.MODES)
     row = next(r for r in modes["trainable"] if r["variant"] == "eager")
     assert row["wall_us"] >= row["forward_us"] > 0 and row["backward_us"] > 0
     assert "backward_us" not in modes["forward-only"][0]
-    assert head_gpu_report.targets(list(results.values()))
+    assert [t for r in results.values() for t in targets_of(r)]
 
 
 def test_no_time_left(monkeypatch):
-    _peers(monkeypatch, gpu_peers.Entry("slow", _raising(RuntimeError("made"))))
+    _peers(monkeypatch, peers.Entry("slow", _raising(RuntimeError("made"))))
     request = _request(deadline=time.time() - 1, least_seconds=0.0)
     said, results = _work(request)
     assert not results and [m["dropped"] for m in said if "dropped" in m] == [
@@ -211,7 +210,7 @@ def test_no_time_left(monkeypatch):
     ]
     # With time for the task and not for the peers of it.
     request = _request(deadline=time.time() + 5, tasks=_request()["tasks"][:3] * 2)
-    monkeypatch.setattr(head_gpu, "_RESERVE_S", 1e9)
+    monkeypatch.setattr(workers, "_RESERVE_S", 1e9)
     _, results = _work(request)
     rows = {r["variant"]: r for r in results["trainable"]["variants"]}
     assert rows["slow"]["missing"] == "left out: no time left" and rows["slow"]["dropped"]
@@ -219,12 +218,12 @@ def test_no_time_left(monkeypatch):
 
 
 def test_a_gpu_that_is_beyond_use_ends_the_worker(monkeypatch):
-    class Lost(gpu.PretendGpu):
+    class Lost(devices.PretendGpu):
         def check(self, why):
-            raise gpu.Lost(why)
+            raise devices.Lost(why)
 
-    _peers(monkeypatch, gpu_peers.Entry("bad", _raising(RuntimeError("illegal memory access"))))
-    with pytest.raises(gpu.Lost, match="illegal memory access"):
+    _peers(monkeypatch, peers.Entry("bad", _raising(RuntimeError("illegal memory access"))))
+    with pytest.raises(devices.Lost, match="illegal memory access"):
         _work(_request(), Lost())
     excluded = {"bad": "it stopped the process: illegal memory access"}
     # Backends without a pass in one kernel would fail in the third mode.
@@ -273,10 +272,10 @@ def test_timing_with_events(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake, raising=False)
-    monkeypatch.setattr(gpu, "_FLUSH_BYTES", 1024)
+    monkeypatch.setattr(devices, "_FLUSH_BYTES", 1024)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
-    device = gpu.Gpu()
+    device = devices.Gpu()
     spin = next(line for line in log if line.startswith("spin "))
     del log[:]
     times = device.time(lambda: log.append("call"), lambda: log.append("reset"))
@@ -295,7 +294,7 @@ def test_timing_with_events(monkeypatch):
 
 WORKER = """
 import json, os, sys, time
-request = json.load(sys.stdin)
+request = json.loads(sys.stdin.readline())
 def say(**m): print(json.dumps(m), flush=True)
 if request["fault"] == "start": sys.exit("no luck")
 if request["first"]: say(machine={"name": "m"})
@@ -370,11 +369,14 @@ def test_the_time_is_up(tmp_path):
 
 
 def test_which_mode_runs(monkeypatch):
+    def device(*argv):
+        return head.arguments(list(argv)).device
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not head.gpu_mode([]) and head.gpu_mode(["--device", "cuda"])
+    assert device() == "cpu" and device("--device", "cuda") == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert head.gpu_mode([]) and head.gpu_mode(["--shapes", "a"])
-    assert not head.gpu_mode(["--device", "cpu"]) and not head.gpu_mode(["--worker"])
+    assert device() == "cuda" and device("--shapes", "a") == "cuda"
+    assert device("--device", "cpu") == "cpu"
     assert head.arguments(["--device", "cpu", "--repeats", "3"]).repeats == 3
 
 
@@ -387,13 +389,13 @@ def test_options_and_the_order_of_tasks(capsys):
         ["--backends", "z"],
     ):
         with pytest.raises(SystemExit):
-            head_gpu_run.arguments(bad)
+            head.arguments([*GPU, *bad])
         assert bad[0] in capsys.readouterr().err
-    names = [t["id"] for t in head_gpu_run.tasks(head_gpu_run.arguments([]))]
+    names = [t["id"] for t in head.tasks(head.arguments(GPU))]
     assert names[:4] == ["a trainable", "a frozen", "a forward-only", "row kernels of a"]
     assert names.index("overhead of d/256") < names.index("a/1024 trainable")
     assert names[-1] == "d/1024 forward-only" and len(names) == len(set(names)) == 42
-    assert head_gpu_run.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
+    assert head.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
 
 
 def test_the_whole_command(tmp_path, capsys):
@@ -407,3 +409,26 @@ def test_the_whole_command(tmp_path, capsys):
     assert [r["id"] for r in results["results"]] == wanted
     assert results["machine"]["gpu"].startswith("none") and results["targets"]
     assert "targets: " in capsys.readouterr().out
+
+
+def test_the_whole_command_on_a_cpu(tmp_path):
+    """Memory comes from another process and stands in the rows; --only leaves sides out."""
+    options = ["--device", "cpu", "--dtype", "fp32", "--shapes", SMALL, "--modes", "frozen"]
+    options += ["--only", "fastpref;eager", "--repeats", "2", "--output", str(tmp_path / "out")]
+    head.main(options)
+    (cell,) = json.loads((tmp_path / "out.json").read_text())["cells"]
+    assert cell["shape"] == {"N": 16, "H": 8, "V": 64} and cell["canary"]["median_ms"] > 0
+    assert [r["variant"] for r in cell["variants"]] == ["fastpref exact", "eager"]
+    assert all(
+        r["memory"]["peak_beyond"] >= 0 and r["time"]["median_ms"] > 0 for r in cell["variants"]
+    )
+    assert [name for name in cell["head_products"]] == ["X W^T", "D W"]
+
+
+def test_single_parts_are_asked_for():
+    def names(*argv):
+        return [t["id"] for t in head.tasks(head.arguments([*GPU, *argv]))]
+
+    assert names("--shapes", "b", "--parts", "logits") == ["ready logits of b"]
+    only = ["--shapes", "c d", "--modes", "forward-only", "--parts", "head"]
+    assert names(*only) == ["c forward-only", "d forward-only"]

@@ -285,16 +285,6 @@ def _app(command):
     return app
 
 
-def test_latest_checkpoint_is_a_complete_one(tmp_path):
-    from fastpref.cli.models import latest_checkpoint
-
-    for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if step < 12:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
 def test_debug_shows_the_error(tmp_path):
     result = CliRunner().invoke(
         cli.app, ["train", "--model", str(ASSETS), "--data", str(tmp_path / "no.jsonl"), "--debug"]
@@ -312,7 +302,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, pairs):
 
 def test_a_run_in_a_log_file_says_how_far_it_is_and_why_it_is_fp32(tmp_path, pairs, monkeypatch):
     monkeypatch.setattr("fastpref.progress.INTERVAL", 0.0)
-    monkeypatch.setattr("fastpref.cli.train.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("fastpref.cli.train_run.bf16_is_fast", lambda device: False)
     result = invoke(
         "train", "--model", ASSETS, "--data", write(tmp_path / "pairs.jsonl", pairs), "--output",
         tmp_path / "out", "--max-steps", 2, "--eval-split", 0.5, "--batch-size", 2,

@@ -89,6 +89,7 @@ def test_a_step_equals_plain_torch(tmp_path, kind, tied, given):
         torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-5 * max(size, 1))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
 def test_training_and_resuming(tmp_path, kind):
     whole = trainer(tmp_path / "a", peft_config=lora(**KINDS[kind]), max_steps=4)
@@ -108,6 +109,7 @@ def test_training_and_resuming(tmp_path, kind):
     tiny.same(logs, history(again), tol=1e-6)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
 @pytest.mark.parametrize("how", ["autocast", "model"])
 def test_sixteen_bits(tmp_path, kind, how):
@@ -184,6 +186,7 @@ def test_dora_on_rows_of_zeros(tmp_path):
         trainer(tmp_path, model, peft_config=lora(**KINDS["dora"]))
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("kind", ["lora", "dora", "saved"])
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_trajectory_equals_trl(tmp_path, kind, loss):

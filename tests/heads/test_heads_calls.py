@@ -127,6 +127,7 @@ def test_16_bit_models():
     families.assert_same(mixed, families.batch(None), rtol=0.05, atol=0.3, grads=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["model", "layers"])
 def test_torch_compile(where):
     inner, inputs = model(), families.batch()

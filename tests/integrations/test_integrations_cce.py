@@ -199,7 +199,7 @@ def test_bad_inputs():
 def test_unknown_keywords_are_refused_under_the_functions_own_name():
     e, c, y = problem()
     for function in (ours.linear_cross_entropy, torch_linear_cross_entropy):
-        for name in ("colour", "token_indices", "low_rank", "weight_scale"):
+        for name in ("colour", "token_indices", "lora_hidden", "low_rank", "weight_scale"):
             own = rf"^{function.__name__}\(\) got an unexpected keyword argument '{name}'"
             with pytest.raises(TypeError, match=own):
                 function(e, c, y, **{name: None})

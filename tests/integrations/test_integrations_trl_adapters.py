@@ -17,7 +17,7 @@ from trl_runs import trained  # noqa: E402
 
 import fastpref  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("unpatched")
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("unpatched")]
 
 
 HEAD_LORA = {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 16}

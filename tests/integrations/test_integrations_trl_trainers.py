@@ -15,7 +15,7 @@ from trl_runs import TRAINERS, assert_same, trained  # noqa: E402
 import fastpref  # noqa: E402
 from fastpref.integrations import trl as ours  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("unpatched")
+pytestmark = [pytest.mark.train, pytest.mark.usefixtures("unpatched")]
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -89,6 +89,14 @@ def _ready_logits(hidden, weight, bias, labels, index=None):
 
 
 STEPS = [_dpo, _ipo_with_entropy, _little_memory, _reference_inside, _ready_logits]
+DTYPES = [torch.float32, torch.bfloat16]
+# Each step in each dtype, and with and without token_indices; the two in turn, as compiling takes
+# seconds.
+CASES = [
+    pytest.param(step, dtype, (i + j) % 2 == 1, id=f"{step.__name__}-{dtype}-{(i + j) % 2}")
+    for i, step in enumerate(STEPS)
+    for j, dtype in enumerate(DTYPES)
+]
 
 
 def _run(step, inputs, index, wanted=(0, 1, 2)):
@@ -105,9 +113,7 @@ def _compare(step, compiled, inputs, index=None, wanted=(0, 1, 2)):
         torch.testing.assert_close(a, b, rtol=2e-2 if half else 1e-5, atol=1e-3 if half else 1e-5)
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["", "token_indices"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step, dtype, known", CASES)
 def test_no_graph_break(device, step, dtype, known):
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -117,6 +123,7 @@ def test_no_graph_break(device, step, dtype, known):
         _compare(step, compiled, inputs, index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor(device):
     """In a process of its own: what it imports does not get on with what other tests import."""

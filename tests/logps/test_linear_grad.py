@@ -1,4 +1,4 @@
-"""The products that write D instead of their logits, against float64: on a GPU, or on the CPU in
+"""The logit-free products, against float64: on a GPU, or on the CPU in
 Triton's interpreter and in the emulation of CUDA.
 """
 
@@ -15,6 +15,7 @@ from forward_problem import TRANSFORMS, Forward, check, head
 from fastpref import backends, linear_dpo_loss, linear_token_logps
 from fastpref.backends import cuda, eager, triton
 from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.logps import prepared
 
 SENTINEL = 7.0
 BF16 = 2**-8  # half of the distance from 1 to the next number
@@ -43,14 +44,14 @@ def run(backend, x, weight, labels, bias=None, extras=(), **transform):
     moved = (None if t is None else t.to(device) for t in (x, weight, labels, bias))
     x, weight, labels, bias = moved
     transform = Transform(**transform)
-    assert backend.keeps_logits(weight, transform, extras)
+    assert backend.logit_free_reason(weight, transform, extras) is None
     stats = Stats.empty(n, device, torch.float32, extras)
-    backend.linear_grad(x, weight, labels, bias, stats, transform, out, factor)
+    backend.logit_free_forward(x, weight, labels, bias, stats, transform, out, factor)
     around = room.clone()
     around[1 : n + 1, :vocab] = SENTINEL
     assert (around == SENTINEL).all() and (factors[n:] == SENTINEL).all()
     again = Stats.empty(n, device, torch.float32)
-    backend.linear_logps(x, weight, labels, bias, again, transform)
+    backend.logit_free_forward(x, weight, labels, bias, again, transform)
     for a, b in ((stats.logps, again.logps), (stats.lse, again.lse)):
         # Those of a pass without gradients and extras: with cuda, to the last bit.
         bound = 0 if backend is cuda else 1e-5
@@ -217,12 +218,13 @@ def test_bitwise_independent_of_the_batch(backend, monkeypatch):
 def test_a_head_that_it_does_not_take(backend):
     device = machine.device_of(backend.NAME)
     weight = torch.zeros(20, 16, dtype=torch.bfloat16, device=device)
-    assert backend.keeps_logits(weight, Transform(), ())
-    assert backend.keeps_logits(weight, Transform(), EXTRAS) == (backend is cuda)
-    assert not backend.keeps_logits(weight.half(), Transform(), ())
-    assert not backend.keeps_logits(weight.float(), Transform(), ())
-    assert not backend.keeps_logits(weight[:, 3:11], Transform(), ())
-    assert not backend.keeps_logits(weight, Transform(scale=0.0), ())
+    plain, reason = Transform(), backend.logit_free_reason
+    assert reason(weight, plain) is None
+    assert (reason(weight, plain, EXTRAS) is None) == (backend is cuda)
+    assert "float16" in reason(weight.half(), plain)
+    assert "float32" in reason(weight.float(), plain)
+    assert "16 bytes" in reason(weight[:, 3:11], plain)
+    assert "scale is 0" in reason(weight, Transform(scale=0.0))
 
 
 @pytest.mark.parametrize("strategy", ["stash", "recompute", "mixed", "frozen"])
@@ -248,25 +250,71 @@ def test_every_strategy(backend, strategy):
         assert (got.cpu().double() - true).norm() <= BF16 * true.norm()
 
 
-@pytest.mark.parametrize("fused", [None, True, False, "match"])
-def test_the_reference_takes_the_way_of_the_policy(backend, monkeypatch, fused):
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_the_reference_takes_the_product_of_the_policy(backend, monkeypatch, fused):
     """So that margins are exactly 0 as long as the two models are the same."""
     device = machine.device_of(backend.NAME)
     taken = []
-    for name in ("linear_grad", "linear_logps", "linear"):
+    for name in ("logit_free_forward", "linear"):
         real = getattr(backend, name)
         record = lambda *a, real=real, name=name: (taken.append(name), real(*a))  # noqa: E731
         monkeypatch.setattr(backend, name, record)
     x, weight, labels = (t.to(device) for t in head(8, 64, 300))
     hidden, labels = x.view(4, 2, 64).requires_grad_(), labels.view(4, 2)
-    given = dict(ref_hidden=hidden.detach(), backend=backend.NAME, fused=fused)
+    options = dict(backend=backend.NAME, fused=fused)
+    logit_free = backend.LOGIT_FREE_BY_DEFAULT if fused is None else fused
+    assert backend.LOGIT_FREE_BY_DEFAULT == (backend is not triton)
+    for strategy in ("auto", "forward-only"):  # which is for passes without gradients
+        given = dict(ref_hidden=hidden.detach(), strategy=strategy, **options)
+        out = linear_dpo_loss(hidden, weight, labels, **given)
+        assert taken == ["logit_free_forward" if logit_free else "linear"] * 2
+        assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
+        taken.clear()
+    with torch.no_grad():
+        alone = linear_token_logps(hidden, weight, labels, **options)
+    assert alone.sum(1).equal(torch.cat([out.chosen_logps, out.rejected_logps]))
+
+
+def test_the_policys_adapter_or_extras_decide_for_the_reference(backend, monkeypatch):
+    """Where the policy cannot take the logit-free product, its reference takes tiles too."""
+    device = machine.device_of(backend.NAME)
+    monkeypatch.setattr(backend, "LOGIT_FREE_BY_DEFAULT", True)
+    x, weight, labels = (t.to(device) for t in head(8, 64, 300))
+    hidden, labels = x.view(4, 2, 64), labels.view(4, 2)
+    scale = torch.ones(300, device=device).bfloat16()
+    given = dict(ref_hidden=hidden, backend=backend.NAME, dora_scale=scale)
     out = linear_dpo_loss(hidden, weight, labels, **given)
-    own = fused is True or (backend.KEEPS_LOGITS and fused is not False)
-    assert backend.KEEPS_LOGITS == (backend is not triton)
-    assert taken == (["linear_logps", "linear_grad"] if own else ["linear", "linear"])
     assert (out.chosen_rewards == 0).all() and (out.rejected_rewards == 0).all()
-    if fused is not True:
-        with torch.no_grad():
-            way = "match" if fused is None else fused
-            alone = linear_token_logps(hidden, weight, labels, backend=backend.NAME, fused=way)
-        assert alone.sum(1).equal(torch.cat([out.chosen_logps, out.rejected_logps]))
+    with pytest.raises(ValueError, match="^fused: got True, expected .*: the head has an adapter"):
+        linear_dpo_loss(hidden, weight, labels, fused=True, **given)
+
+
+def test_a_softcap_too_wide(backend):
+    device = machine.device_of(backend.NAME)
+    given = [t.to(device) for t in head(8, 64, 300)]
+    with pytest.raises(ValueError, match="^fused: got True, expected .*: the softcap is more than"):
+        linear_token_logps(*given, softcap=101.0, fused=True, backend=backend.NAME)
+
+
+def test_the_fastest_pass_without_gradients(backend, monkeypatch):
+    """strategy="forward-only" on a GPU; elsewhere, and with fused=False, it takes tiles."""
+    device = machine.device_of(backend.NAME)
+    given = [t.to(device) for t in head(8, 64, 300)]
+    planned = []
+    real = prepared.plan_head
+    monkeypatch.setattr(prepared, "plan_head", lambda *a, **k: planned.append(k) or real(*a, **k))
+    for strategy, fused in (("forward-only", None), ("auto", backend.LOGIT_FREE_BY_DEFAULT)):
+        linear_token_logps(*given, strategy=strategy, backend=backend.NAME)
+        assert planned.pop()["fused"] is fused
+    half = [given[0].half(), given[1].half(), given[2]]  # whose D would not fit its numbers
+    linear_token_logps(*half, strategy="forward-only", fused=True, backend=backend.NAME)
+    with pytest.raises(ValueError, match="^fused: got True, expected None or False: .*float16"):
+        linear_token_logps(*half, fused=True, backend=backend.NAME)
+
+
+def test_a_backend_without_it_says_so():
+    given = head(8, 64, 300)
+    with pytest.raises(ValueError, match="^fused: got True, .* no logit-free product"):
+        linear_token_logps(*given, fused=True, backend="eager")
+    with pytest.raises(ValueError, match="^fused: got 'match', .* None has its meaning"):
+        linear_token_logps(*given, fused="match", backend="eager")

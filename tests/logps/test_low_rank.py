@@ -171,18 +171,47 @@ def test_a_loss_with_an_adapter():
     torch.testing.assert_close(out.loss, oracle.dpo(ratios[:2], ratios[2:]).mean())
 
 
+LORA_HIDDEN, LORA_B = torch.zeros(23, R), torch.zeros(V, R)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"low_rank": (torch.zeros(23, 4), torch.zeros(V, R))}, "low_rank: got shapes"),
-        ({"low_rank": (torch.zeros(22, R), torch.zeros(V, R))}, "low_rank: got shapes"),
-        ({"low_rank": (torch.zeros(23, R), None)}, "low_rank: got one of its two"),
-        ({"low_rank": (torch.zeros(23, R).double(), torch.zeros(V, R))}, "low_rank: got float64"),
-        ({"weight_scale": torch.zeros(V, 1)}, "weight_scale: got shape"),
-        ({"weight_scale": torch.zeros(V, dtype=torch.int64)}, "weight_scale: got int64"),
+        ({"lora_hidden": LORA_HIDDEN[:, :1], "lora_B": LORA_B}, "lora_hidden: got shape"),
+        ({"lora_hidden": LORA_HIDDEN[:22], "lora_B": LORA_B}, "lora_hidden: got shape"),
+        ({"lora_hidden": LORA_HIDDEN, "lora_B": LORA_B[1:]}, "lora_B: got shape"),
+        ({"lora_hidden": LORA_HIDDEN}, "lora_B: got None, expected both"),
+        ({"lora_B": LORA_B}, "lora_hidden: got None, expected both"),
+        ({"low_rank": (LORA_HIDDEN, None)}, "lora_B: got None, .*low_rank"),
+        ({"low_rank": (LORA_HIDDEN, LORA_B), "lora_B": LORA_B}, "low_rank: got it with"),
+        ({"lora_hidden": LORA_HIDDEN.double(), "lora_B": LORA_B}, "lora_hidden: got float64"),
+        ({"dora_scale": torch.zeros(V, 1)}, "dora_scale: got shape"),
+        ({"dora_scale": torch.zeros(V, dtype=torch.int64)}, "dora_scale: got int64"),
+        ({"dora_scale": torch.ones(V), "weight_scale": torch.ones(V)}, "weight_scale: got it with"),
     ],
 )
 def test_what_is_refused(change, message):
     tensors, labels = _problem(torch.float32, "lora")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         linear_token_logps(tensors["hidden"], tensors["weight"], labels, **change)
+
+
+def test_earlier_names():
+    tensors, labels = _problem(torch.float32, "dora")
+    hidden, weight, low, up = (tensors[k] for k in ("hidden", "weight", "low", "up"))
+    scale, reference = tensors["weight_scale"], torch.zeros(1)
+    new = dict(lora_hidden=low, lora_B=up, dora_scale=scale)
+    old = dict(low_rank=(low, up), weight_scale=scale)
+    one, other = (linear_token_logps(hidden, weight, labels, **given) for given in (new, old))
+    assert one.equal(other)
+    flat = dict(sequence_ids=torch.zeros_like(labels), num_sequences=2)
+    for function, more in (
+        (fastpref.linear_dpo_loss, {"ref_logps": torch.zeros(2), **flat}),
+        (
+            fastpref.linear_kto_loss,
+            {"desirable": torch.tensor([True]), "ref_logps": reference}
+            | {"kl": 0.0, "sequence_ids": flat["sequence_ids"]},
+        ),
+    ):
+        one, other = (function(hidden, weight, labels, **more, **given) for given in (new, old))
+        assert one.loss.equal(other.loss)

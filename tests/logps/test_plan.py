@@ -135,6 +135,19 @@ def test_gpu_blocks_of_few_tokens(n):
     assert plan.block_tokens == n if n <= 512 else plan.block_tokens in (384, 512)
 
 
+@pytest.mark.parametrize("h, small", [(896, True), (4096, False)])
+def test_the_logit_free_product_unasked(h, small):
+    """On a GPU, for the fastest pass without gradients, in 16 bits, up to a hidden size."""
+
+    def logit_free(dtype=torch.bfloat16, device="cuda", strategy="forward-only", grad=False):
+        given = dict(device=device, strategy=strategy, memory_budget=2**33)
+        return plan_head(100, h, V, dtype, hidden_grad=grad, weight_grad=False, **given).logit_free
+
+    assert logit_free() == small
+    assert not logit_free(torch.float32) and not logit_free(device="cpu")
+    assert not logit_free(strategy="auto") and not logit_free(grad=True)
+
+
 def test_report():
     text = str(_plan(strategy="recompute"))
     assert "recompute" in text and f"V={V}" in text and "GFLOP" in text and "MiB" in text
@@ -158,6 +171,7 @@ def test_a_trainable_head_cannot_be_frozen(strategy):
         ("precision", {"precision": "tf32"}),
         ("memory_budget", {"memory_budget": 0}),
         ("memory_budget", {"memory_budget": -1}),
+        ("fused", {"fused": "match"}),
     ],
 )
 def test_bad_input(name, options):

@@ -45,7 +45,7 @@ def pair_loss(options, given, logps):
     prepared = prepare_loss(labels, options, PairInputs(sums), has_reference=sums is not None)
     statistic = given["log_sum_sq_probs"].to(logps.dtype)
     logps = logps.masked_fill(~given["kept"], 0.0)  # as the head gives them
-    return prepared.solve(TokenStats(logps, log_sum_sq_probs=statistic)).loss
+    return prepared.loss_from_logps(TokenStats(logps, log_sum_sq_probs=statistic)).loss
 
 
 def unpaired_loss(options, given, logps):

@@ -7,6 +7,7 @@ tensors on the CPU. It needs a C++ compiler and pybind11.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +57,9 @@ def build() -> Path:
     if out.exists():
         return out
     out.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+    with _one_at_a_time(out.parent), tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        if out.exists():
+            return out
 
         def compiled(source: str) -> str:
             built = f"{scratch}/{source}.o"
@@ -68,8 +72,18 @@ def build() -> Path:
         for old in out.parent.glob("cuda_emulated-*.so"):
             if old != out:  # of other sources
                 old.unlink(missing_ok=True)
-        os.replace(f"{scratch}/module.so", out)  # others may be building it as well
+        os.replace(f"{scratch}/module.so", out)
     return out
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Among processes: the workers of one run of the tests wait for the first one's module."""
+    import fcntl
+
+    with open(folder / "cuda_emulated.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run(command: list[str]) -> None:

@@ -43,6 +43,7 @@ SMALL: dict[str, Any] = {
     "logit_scale": 0.5, "output_multiplier": 0.7, "lm_head_multiplier": 0.3, "logits_scaling": 4.0,
     "logits_mup_width_multiplier": 1.5, "unpadded_vocab_size": 60,
 }  # fmt: skip
+TINY = 20_000_000  # parameters: larger models would take the tests' time and memory
 _MLA = {"head_dim": None, "num_key_value_heads": 4}  # the rotary part of a head is not head_dim
 OWN: dict[str, dict[str, Any]] = {
     "axk1": _MLA, "axk2": _MLA, "deepseek_v2": _MLA, "deepseek_v3": _MLA, "deepseek_v32": _MLA,
@@ -57,6 +58,7 @@ OWN: dict[str, dict[str, Any]] = {
     "doge": {"is_moe": True, "num_experts": 16},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "mpt": {"logit_scale": None},  # a key that the model's forward does not read
@@ -107,7 +109,11 @@ def config(name: str, cls: Any = None, **kwargs: Any) -> Any:
 
 
 def build(cls: Any, made: Any, seed: int = 0) -> Any:
-    """A model whose biases and norms are random, too."""
+    """A model whose biases and norms are random, too. Raises if the config is not tiny."""
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(made).parameters())
+    if size > TINY:
+        raise ValueError(f"{cls.__name__} has {size:,} parameters; a tiny one has at most {TINY:,}")
     torch.manual_seed(seed)
     model = cls(made).eval()
     with torch.no_grad():

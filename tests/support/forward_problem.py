@@ -50,8 +50,8 @@ class Forward(NamedTuple):
         stats = Stats(*[None] * 3, lse=room[1][:n], logps=room[0][:n])
         x, weight, *rest = (None if t is None else t.to(device) for t in (x, weight, labels, bias))
         if self.backend == "cuda":
-            assert cuda_forward.why_not(weight, transform) is None
-            cuda_forward.linear_logps(x, weight, *rest, stats, transform)
+            assert cuda_forward.logit_free_reason(weight, transform, with_d=False) is None
+            cuda_forward.logit_free_forward(x, weight, *rest, stats, transform)
         else:
             # Not before it is known that there is triton: the tests of CUDA alone need none.
             from fastpref.kernels.forward import fused_logps

@@ -2,7 +2,9 @@
 
     python tests/support/gpu_smoke.py             # all cases
     python tests/support/gpu_smoke.py --few       # one of each kind: a sanitizer takes its time
+    python tests/support/gpu_smoke.py --backends triton
     python tests/support/gpu_smoke.py --filters   # compute-sanitizer's options for our kernels
+    python tests/support/gpu_smoke.py --emulate   # with Triton's interpreter and CUDA emulated
 
 Every result is compared with float64. Not a test module: pytest does not collect it.
 """
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import fastpref
 from fastpref import backends
+from fastpref.backends.tile import Transform
 
 BETA = 0.1
 # Relative error of gradients; log-probs are held to a hundredth of a nat, or to 1e-4 of it.
@@ -104,10 +107,19 @@ def problem(case: Case, device: torch.device, tokens: int = 21, size: int = 72) 
     return Problem(*given, labels, indices, ref, logps.detach(), grads)
 
 
+def logit_free(backend: str, weight: Tensor, with_d: bool, softcap: float | None = None) -> bool:
+    """Whether fused=True is possible."""
+    transform, module = Transform(softcap=softcap), backends._MODULES[backend]
+    return module.logit_free_reason(weight, transform, with_d=with_d, asked=True) is None
+
+
 def run(case: Case, p: Problem) -> tuple[Tensor, list[Tensor]]:
     """The loss, or the log-probs of a pass without gradients, and the gradients."""
     options = dict(case.options, softcap=case.softcap, backend=case.backend)
     options["token_indices"] = p.indices
+    if options.get("fused"):
+        with_d = case.mode != "forward-only"
+        options["fused"] = logit_free(case.backend, p.weight, with_d, case.softcap)
     if case.mode == "forward-only":
         with torch.no_grad():
             return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, p.bias, **options), []
@@ -123,16 +135,28 @@ def run(case: Case, p: Problem) -> tuple[Tensor, list[Tensor]]:
     return sums, [t.grad for t in leaves if t.grad is not None]
 
 
+# The largest errors so far, by backend, dtype and precision, and what was compared.
+worst: dict[tuple[str, str], float] = {}
+
+
+def _note(case: Case, what: str, error: float) -> None:
+    precision = dict(case.options).get("precision", "exact")
+    key = f"{case.backend} {str(case.dtype)[6:]} {precision}", what
+    worst[key] = max(error, worst.get(key, 0.0))
+
+
 def check(case: Case, p: Problem, result: tuple[Tensor, list[Tensor]]) -> None:
     logps, grads = result
     exact = p.logps if case.mode == "forward-only" else p.logps.sum(1)
     fast = dict(case.options).get("precision") == "fast"
     off = (logps.double() - exact).abs().max().item()
+    _note(case, "log-probs", off)
     limit = (0.5 if fast else 1e-3) * (1 if case.mode == "forward-only" else 4)
     assert off < limit, f"log-probs off by {off:.2e} nat"
     tolerance = TOLERANCE[case.dtype] * (2 if fast else 1)
     for name, got, wanted in zip(("hidden", "weight", "bias"), grads, p.grads, strict=False):
         off = ((got.double() - wanted).norm() / wanted.norm()).item()
+        _note(case, f"d{name}", off)
         assert off < tolerance, f"the gradient of {name} is off by {off:.2e}"
 
 
@@ -146,7 +170,7 @@ def cases(names: list[str], few: bool) -> Iterator[Case]:
         ("frozen", {"fused": False}),
         ("frozen", {"fused": True}),
         ("forward-only", {"fused": False}),
-        ("forward-only", {"fused": True}),
+        ("forward-only", {"fused": True, "strategy": "forward-only"}),
     ]
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     for backend in names:
@@ -155,7 +179,7 @@ def cases(names: list[str], few: bool) -> Iterator[Case]:
             if few and i % 7:  # 7 shares no factor with any of the options' periods
                 continue
             if options.get("fused") and dtype == torch.float32:
-                continue  # that kernel is for 16-bit inputs
+                continue  # the logit-free product is for 16-bit inputs
             precision = "fast" if i % 3 == 2 and dtype != torch.float32 else "exact"
             chosen = tuple({**options, "precision": precision}.items())
             yield Case(backend, dtype, vocab, softcap, mode, chosen, bias=i % 4 in (1, 2))
@@ -191,7 +215,8 @@ def rare_labels(device: torch.device, backend: str) -> None:
     hidden[:, 0] = torch.linspace(-20, 20, 40, device=device)
     labels = torch.arange(180, 220, device=device)
     leaves = [t.requires_grad_() for t in (hidden, weight)]
-    logps = fastpref.linear_token_logps(*leaves, labels, backend=backend, fused=True)
+    fused = logit_free(backend, weight, with_d=True)
+    logps = fastpref.linear_token_logps(*leaves, labels, backend=backend, fused=fused)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     wanted = (exact[0] @ exact[1].t()).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     assert (logps.double() - wanted).abs().max() < 1e-2
@@ -305,6 +330,26 @@ def filters() -> str:
     return " ".join(f"--kernel-name kns={name}" for name in names)
 
 
+def lost(device: torch.device) -> bool:
+    """Whether an error has left the GPU beyond use for this process."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except Exception:
+            return True
+    return False
+
+
+def emulate() -> None:
+    """Before anything of fastpref.kernels is imported."""
+    import cuda_emulated
+    import triton_interpret  # noqa: F401  interpreted from here on
+
+    why = cuda_emulated.install()
+    if why is not None:
+        raise SystemExit(why)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -312,26 +357,33 @@ def main() -> None:
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--filters", action="store_true")
     parser.add_argument("--device", default="cuda", help="cpu tries this script itself")
+    parser.add_argument("--emulate", action="store_true", help="CUDA and Triton on the CPU")
+    parser.add_argument("--backends", default=None, help="such as triton,cuda; default: all")
+    parser.add_argument("--most", type=int, default=None, help="so many of the cases")
     args = parser.parse_args()
     if args.filters:
         print(filters())
         return
+    if args.emulate:
+        emulate()
+        args.device = "cpu"
     device = torch.device(args.device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit("torch finds no GPU")
         device = torch.device("cuda", torch.cuda.current_device())
+    wanted = None if args.backends is None else args.backends.split(",")
     working = {
-        name: module.why_not(device, torch.bfloat16)
+        name: module.unavailable_reason(device, torch.bfloat16)
         for name, module in backends._MODULES.items()
-        if name != "eager"
+        if name != "eager" and (wanted is None or name in wanted)
     }
     names = [name for name, why in working.items() if why is None]
     for name, why in working.items():
         print(f"{name}: {'works' if why is None else why}")
     if not names:
         raise SystemExit(f"no backend works on {device}: {working}")
-    todo = [(str(case), case) for case in cases(names, args.few)]
+    todo: list[tuple[str, Any]] = [(str(case), case) for case in cases(names, args.few)]
     more = [ready_logits, rare_labels]
     if device.type == "cuda":
         more += [no_synchronisation, other_stream, other_device]
@@ -339,8 +391,10 @@ def main() -> None:
         if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING") != "1":
             more.append(captured)
     todo += [(f"{f.__name__} {name}", (f, name)) for f in more for name in names]
-    failed = 0
-    for name, what in todo:
+    failed = tried = 0
+    stopped = ""
+    for name, what in todo[: args.most]:
+        tried += 1
         try:
             if isinstance(what, Case):
                 p = problem(what, device)
@@ -349,9 +403,20 @@ def main() -> None:
                 what[0](device, what[1])
         except Exception as error:
             failed += 1
-            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    print(f"{len(todo) - failed} passed, {failed} failed: {', '.join(names)} on {where}")
+            print(f"FAILED {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if lost(device):
+                stopped = f"the GPU is beyond use; {len(todo) - tried} cases did not run"
+                break
+        except KeyboardInterrupt:  # its time was up
+            tried -= 1
+            stopped = f"interrupted at {name}; {len(todo) - tried} cases did not run"
+            break
+    for (which, what), error in sorted(worst.items()):
+        print(f"largest error of {which} in {what}: {error:.1e}")
+    where = torch.cuda.get_device_name(0) if device.type == "cuda" else "the CPU"
+    print(f"{tried - failed} passed, {failed} failed: {', '.join(names)} on {where}")
+    if stopped:
+        raise SystemExit(stopped)
     if failed:
         raise SystemExit(1)
 

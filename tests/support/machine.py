@@ -41,13 +41,13 @@ def device_of(case: str) -> torch.device:
 def why_not(case: str, dtypes: Sequence[torch.dtype] = ()) -> str | None:
     """Why the case's backend cannot run here, or not in one of these dtypes; or None."""
     module = backends._MODULES[backend_of(case)]
-    if module.NAME == "eager":
-        return None
     if module.NAME == "cuda" and not HAS_GPU:
         reason = cuda_emulated.install()
         if reason is not None:
             return reason
-    reasons = (module.why_not(device_of(case), dtype) for dtype in dtypes or [torch.float32])
+    reasons = (
+        module.unavailable_reason(device_of(case), dtype) for dtype in dtypes or [torch.float32]
+    )
     return next((reason for reason in reasons if reason is not None), None)
 
 

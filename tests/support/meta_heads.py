@@ -18,6 +18,7 @@ from fastpref.heads import install_head_forward
 
 warnings.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()
+torch.nn.Linear.reset_parameters = lambda self: None  # a third of the time, for no numbers at all
 found = {}
 for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
     try:

@@ -39,11 +39,26 @@ def moved(seed=7, make=tiny.model):
     return model
 
 
-def evaluated(tmp_path, data, kind="pairs", make=tiny.model, **options):
-    options.setdefault("ref_model", make())
-    t = MAKE[kind](tmp_path, moved(make=make), **options)
+def figures(t, data):
+    """What an evaluation finds, without times."""
     metrics = t.evaluate(data)
     return {k: v for k, v in metrics.items() if not any(word in k for word in UNSTABLE)}
+
+
+def evaluated(tmp_path, data, kind="pairs", make=tiny.model, **options):
+    options.setdefault("ref_model", make())
+    return figures(MAKE[kind](tmp_path, moved(make=make), **options), data)
+
+
+def in_batches_of(sizes, tmp_path, data, kind="pairs", make=tiny.model, **options):
+    """The figures for each batch size, which one trainer takes in turn."""
+    options.setdefault("ref_model", make())
+    t = MAKE[kind](tmp_path, moved(make=make), **options)
+    found = []
+    for size in sizes:
+        t.args.per_device_eval_batch_size = size
+        found.append(figures(t, data))
+    return found
 
 
 def assert_alike(many):
@@ -89,10 +104,7 @@ CASES = {
 def test_figures_of_pairs_do_not_depend_on_the_batch_size(tmp_path, name):
     options = dict(CASES[name])
     data = options.pop("data", tiny.rows(7, seed=9))
-    many = [
-        evaluated(tmp_path, data, per_device_eval_batch_size=size, **options)
-        for size in (7, 1, 2, 3, 16)
-    ]
+    many = in_batches_of((7, 1, 2, 3, 16), tmp_path, data, **options)
     assert_alike(many)
     margin = many[0]["eval_rewards/chosen"] - many[0]["eval_rewards/rejected"]
     assert many[0]["eval_rewards/margins"] == pytest.approx(margin)
@@ -149,10 +161,7 @@ def test_figures_of_answers_do_not_depend_on_the_batch_size(tmp_path, loss, weig
     if weights:
         data = [{**row, "weight": 0.5 + i} for i, row in enumerate(data)]
         options |= {"desirable_weight": 1.3, "undesirable_weight": 0.4}
-    many = [
-        evaluated(tmp_path, data, "answers", per_device_eval_batch_size=size, **options)
-        for size in (9, 1, 2, 4)
-    ]
+    many = in_batches_of((9, 1, 2, 4), tmp_path, data, "answers", **options)
     assert_alike(many)
     margin = many[0]["eval_rewards/chosen"] - many[0]["eval_rewards/rejected"]
     assert many[0]["eval_rewards/margins"] == pytest.approx(margin)
@@ -184,10 +193,7 @@ def mixtral(**kwargs):
 @pytest.mark.parametrize("kind", MAKE)
 def test_the_balancing_loss_is_over_all_tokens(tmp_path, kind):
     data = ROWS[kind](7, seed=9)
-    many = [
-        evaluated(tmp_path, data, kind, mixtral, per_device_eval_batch_size=size)
-        for size in (7, 1, 3)
-    ]
+    many = in_batches_of((7, 1, 3), tmp_path, data, kind, mixtral)
     assert_alike(many)
     whole = MAKE[kind](
         tmp_path, moved(make=mixtral), data, ref_model=mixtral(), max_steps=1,

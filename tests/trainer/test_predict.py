@@ -1,24 +1,18 @@
 """predict: the rewards of every row in order, and what compute_metrics gets."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import search_path
 
 pytest.importorskip("transformers")
 
-import predict_run  # noqa: E402
 import test_unpaired_trainer as unpaired  # noqa: E402
 import tiny  # noqa: E402
 from tiny import trainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-KINDS = predict_run.TRAINERS
+KINDS = {"pairs": (trainer, tiny.rows), "answers": (unpaired.trainer, unpaired.rows)}
 FIGURES = ("loss", "entropy", "num_tokens", "rewards/chosen", "rewards/margins", "logps/rejected")
 
 
@@ -64,24 +58,6 @@ def test_raw_rows_give_their_rewards_in_order(tmp_path, kind):
         assert out.metrics[f"test_{key}"] == pytest.approx(figures[f"eval_{key}"]), key
     assert not any("test_" in key for log in t.state.log_history for key in log)
     assert "other_rewards/chosen" in t.predict(data, metric_key_prefix="other").metrics
-
-
-def test_several_processes_give_the_same_rows(tmp_path):
-    """Seven rows in batches of two on two processes: the last batch is filled up."""
-    target = tmp_path / "found.npz"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(predict_run.__file__)
-    environment = {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*launcher, str(script), str(target)], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    expected, _ = predict_run.predictions(tmp_path)
-    with np.load(target) as found:
-        assert set(found) == set(expected)
-        for name in found:
-            close(found[name], expected[name])
-            assert len(found[name]) == 7
 
 
 def test_the_metrics_are_those_of_the_rows(tmp_path):

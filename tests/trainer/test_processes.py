@@ -1,4 +1,5 @@
-"""Two processes find what one finds: evaluation, references, and the rows of a resumed run."""
+"""Two processes find what one finds: evaluation, references, predictions, and the rows of a resumed
+run."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paths import search_path
 
@@ -51,6 +53,15 @@ def test_references(found, tmp_path):
     one = two_processes.references(tmp_path)
     for each in found:
         assert each["references"] == [pytest.approx(row, rel=1e-5) for row in one]
+
+
+def test_predictions(found, tmp_path):
+    """Seven rows in batches of two on two processes: the last batch is filled up."""
+    one = two_processes.predictions(tmp_path)
+    assert set(one) == {"pairs", "pairs stream", "answers", "answers stream"}
+    for name, rows in one.items():
+        assert len(rows) == 7
+        np.testing.assert_allclose(found[0]["predictions"][name], rows, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["map", "stream", "dispatched map", "dispatched stream"])

@@ -81,11 +81,24 @@ def rows_of_runs(path):
     return found
 
 
+def predictions(path):
+    """Of seven rows, by kind of data and whether it is a stream."""
+    found = {}
+    for kind, make in MAKE.items():
+        t = make(path, ref_model=tiny.model(seed=5), per_device_eval_batch_size=2)
+        for name, data in (
+            (kind, ROWS[kind](7, seed=4)), (f"{kind} stream", stream(kind, 7, seed=4)),
+        ):  # fmt: skip
+            found[name] = t.predict(data).predictions.tolist()
+    return found
+
+
 def main(path):
     torch.set_num_threads(1)
     disable_progress_bars()
     found = {"evaluations": evaluations(path), "references": references(path)}
     found["rows"] = rows_of_runs(path)
+    found["predictions"] = predictions(path)
     rank = torch.distributed.get_rank()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

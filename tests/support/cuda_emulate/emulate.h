@@ -24,7 +24,7 @@
 #define DEVICE inline
 #define DEVICE_CALL inline
 #define UNROLL
-#define SHARED(type, name, size)                                                \
+#define SHARED(type, name, size)                                                    \
     static const int name##_slot = fastpref::emulate::new_slot(sizeof(type[size])); \
     type* name = reinterpret_cast<type*>(fastpref::emulate::shared(name##_slot))
 
@@ -176,9 +176,7 @@ template <class T> T shuffle_xor(T v, int mask) {
     std::memcpy(&v, &slots[f.thread % 32 ^ mask], sizeof(T));
     return v;
 }
-inline void cluster_arrive() {
-    emulate::machine().now->ticket = emulate::machine().cluster.arrive();
-}
+inline void cluster_arrive() { emulate::machine().now->ticket = emulate::machine().cluster.arrive(); }
 inline void cluster_started() { cluster_arrive(); }
 inline void cluster_wait() {
     emulate::wait(emulate::machine().cluster, emulate::machine().now->ticket);

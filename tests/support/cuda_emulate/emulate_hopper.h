@@ -38,7 +38,8 @@ struct TensorMap {
     int64_t rows, columns, stride;
     int box_rows;
 };
-inline TensorMap tensor_map(const void* data, bool, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+inline TensorMap tensor_map(const void* data, bool, int64_t rows, int64_t columns, int64_t stride,
+                            int box_rows) {
     if (reinterpret_cast<uintptr_t>(data) % 16 || stride * 2 % 16)
         throw std::invalid_argument("cuTensorMapEncodeTiled: misaligned");
     return {static_cast<const uint16_t*>(data), rows, columns, stride, box_rows};

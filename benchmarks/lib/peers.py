@@ -1,8 +1,8 @@
-"""Every way to compute the DPO loss of a head on a GPU: fastpref's and the peers'.
+"""Every way to compute the DPO loss of a head that is measured; fastpref's are in ours.py.
 
-As in peers.py, each gets the same inputs, labels and reference log-probs. fastpref is called as its
-trainer calls it, with the indices of the labelled tokens; the peers get their tokens compacted, and
-those without a loss of their own an ordinary torch DPO loss.
+All get the same inputs, labels and reference log-probs. On a GPU fastpref is called as its trainer
+calls it, with the indices of the labelled tokens. Peers get their tokens compacted, and those
+without a loss of their own an ordinary torch DPO loss.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import peers
 import torch
-from problem import BETA, HeadProblem, dpo_loss
 from torch import Tensor
 
+from .device import Device
+from .problem import BETA, HeadProblem, capped, dpo_loss
+
 MODES = ("trainable", "frozen", "forward-only")
-# The products with the fewest FLOPs: 6NHV, 4NHV and 2NHV.
-PRODUCTS = {"trainable": 3, "frozen": 2, "forward-only": 1}
 
 
 class Output(NamedTuple):
@@ -47,26 +46,30 @@ class Side:
 class Entry:
     """One line of the table. make: imports what it needs; raises where it cannot run.
 
-    products: how many of the head's products it computes to train it, 3 being the fewest. other:
-    it computes another function, so it has no errors and no part in any target.
+    options: of fastpref's. products: how many of the head's products it computes to train it, 3
+    being the fewest. compiled: its second call compiles, too. softcap: whether it has one.
+    with_reference: whether its loss uses the reference log-probs. other: it computes another
+    function, so it has no errors and no part in any target. on: kinds of devices. by_default:
+    measured unless peers are named.
     """
 
     name: str
     make: Callable[[], Side]
     note: str = ""
+    ours: bool = False
     backend: str | None = None
-    precision: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
     products: int | None = None
     compiled: bool = False
     softcap: bool = True
     with_reference: bool = True
     other: bool = False
+    on: tuple[str, ...] = ("cpu", "cuda")
+    by_default: bool = True
     modes: tuple[str, ...] = MODES
 
-    @property
-    def ours(self) -> bool:
-        return self.backend is not None
+    def runs_on(self, device: Device) -> bool:
+        return ("cuda" if device.like_gpu else "cpu") in self.on
 
 
 def step(side: Side, mode: str) -> Callable[[HeadProblem], Any]:
@@ -99,89 +102,6 @@ def _from_logps(logps: Callable[[HeadProblem], Tensor]) -> Side:
     return Side(loss, logps)
 
 
-# ---- fastpref ----------------------------------------------------------------------------------
-
-
-def _fastpref(backend: str, options: dict[str, Any]) -> Side:
-    import fastpref
-    from fastpref import backends
-    from fastpref.backends.tile import Transform
-
-    module: Any = backends._MODULES[backend]
-    indices: dict[int, Tensor] = {}
-    kept: set[int] = set()
-
-    def given(p: HeadProblem) -> dict[str, Any]:
-        n = p.labels.numel()
-        if n not in indices:
-            indices[n] = torch.arange(n, device=p.labels.device)
-        return dict(backend=backend, softcap=p.softcap, token_indices=indices[n], **options)
-
-    def loss(p: HeadProblem) -> Output:
-        if (
-            options.get("fused") and p.weight.data_ptr() not in kept
-        ):  # asked once, not in the timing
-            if not module.keeps_logits(p.weight, Transform(1.0, p.softcap), ()):
-                raise RuntimeError(f"the {backend} backend keeps no logits on this GPU")
-            kept.add(p.weight.data_ptr())
-        out = fastpref.linear_dpo_loss(
-            p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **given(p)
-        )
-        return Output(out.loss, (out.chosen_logps, out.rejected_logps))
-
-    def logps(p: HeadProblem) -> Tensor:
-        return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
-
-    if options.get("fused") and not hasattr(module, "linear_logps"):
-        raise RuntimeError(f"the {backend} backend has no pass in one kernel")
-    return Side(loss, logps)
-
-
-def ours(mode: str, backends: list[str], precisions: list[str]) -> list[Entry]:
-    """fastpref's strategies for a mode. Where a backend's product keeps its logits in a pass with
-    gradients, too, that is measured beside the tiles; it is always exact."""
-    from fastpref import backends as known
-
-    given: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "trainable": [("stash", {"strategy": "stash"}), ("recompute", {"strategy": "recompute"})],
-        "frozen": [("", {})],
-        "forward-only": [("tiles", {"fused": False}), ("one kernel", {"fused": True})],
-    }
-    out = []
-    for backend in backends:
-        for precision in precisions:
-            ways = list(given[mode])
-            if mode != "forward-only" and hasattr(known._MODULES[backend], "linear_grad"):
-                label, options = ways[0]
-                tiles = (f"{label}, tiles".removeprefix(", "), {**options, "fused": False})
-                ways = [(label, {**options, "fused": True}) for label, options in ways]
-                ways = [ways[0], tiles, *ways[1:]] if precision == "exact" else [tiles]
-            for label, options in ways:
-                if precision == "fast" and label in ("recompute", "one kernel"):
-                    continue  # nothing that exact does not show; one kernel is always exact
-                options = {"precision": precision, **options}
-                name = f"fastpref {backend} {precision}" + (f", {label}" if label else "")
-                out.append(
-                    Entry(
-                        name,
-                        lambda b=backend, o=options: _fastpref(b, o),
-                        backend=backend,
-                        precision=precision,
-                        options=tuple(options.items()),
-                        products=4 if label == "recompute" else 3,
-                    )
-                )
-    return out
-
-
-# ---- peers -------------------------------------------------------------------------------------
-
-
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """As transformers does it in Gemma 2: in the logits' own dtype."""
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
 def _full(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     logits = capped(hidden @ weight.t(), softcap)
     return logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
@@ -189,6 +109,14 @@ def _full(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None)
 
 def _eager() -> Side:
     return _from_logps(lambda p: _full(p.hidden, p.weight, p.labels, p.softcap))
+
+
+def _narrow() -> Side:
+    def logps(p: HeadProblem) -> Tensor:
+        logits = capped(p.hidden @ p.weight.t(), p.softcap)
+        return logits.log_softmax(-1).gather(-1, p.labels[..., None])[..., 0]
+
+    return _from_logps(logps)
 
 
 def _compiled() -> Side:
@@ -241,25 +169,32 @@ def _liger_scaled() -> Side:
     return _from_logps(logps)
 
 
-def _cce(**options: Any) -> Side:
+def _cce(impl: str = "cce", **options: Any) -> Side:
     from cut_cross_entropy import linear_cross_entropy
 
     def logps(p: HeadProblem) -> Tensor:
         rows, labels = _rows(p)
         losses = linear_cross_entropy(
-            rows, p.weight, labels, softcap=p.softcap, reduction="none", impl="cce", **options
+            rows, p.weight, labels, softcap=p.softcap, reduction="none", impl=impl, **options
         )
         return -losses.view(p.labels.shape)
 
     return _from_logps(logps)
 
 
-def _torch_lce() -> Side:
+def _torch_lce(chunks: bool = True) -> Side:
+    """chunks: on a CPU in chunks of 256 tokens, which there is many times as fast."""
+    from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy
+
+    few = LinearCrossEntropyOptions(
+        chunking_method=None, batch_chunk_size=256, acc_policy="accurate"
+    )
 
     def logps(p: HeadProblem) -> Tensor:
         rows, labels = _rows(p)
-        losses = linear_cross_entropy(rows, p.weight, labels, reduction="none")
+        options = {"options": few} if chunks and not rows.is_cuda else {}
+        losses = linear_cross_entropy(rows, p.weight, labels, reduction="none", **options)
         return -losses.view(p.labels.shape)
 
     return _from_logps(logps)
@@ -276,11 +211,11 @@ def _quack() -> Side:
     return Side(loss, forward=loss)
 
 
-EAGER, COMPILED, TRL = peers.EAGER, peers.COMPILED, peers.TRL
-LIGER_SCALED, CCE = "Liger scaled CE", "CCE"
+EAGER, NARROW, TRL, LIGER = "eager", "eager bf16", "TRL chunked", "Liger DPO"
 # The most important first: where time is short, the last ones are left out.
 PEERS = (
     Entry(EAGER, _eager, "softmax in float32", products=3),
+    Entry(NARROW, _narrow, "softmax in bf16, as in older trainers", products=3, on=("cpu",)),
     Entry(
         TRL,
         _trl,
@@ -288,17 +223,19 @@ PEERS = (
         products=4,
     ),
     Entry(
-        LIGER_SCALED,
+        "Liger scaled CE",
         _liger_scaled,
         "LigerFusedLinearScaledCrossEntropyFunction: log-probs per token, no softcap",
         products=4,
         softcap=False,
+        on=("cuda",),
     ),
     Entry(
-        CCE,
+        "CCE",
         lambda: _cce(),
         "cut_cross_entropy.linear_cross_entropy, impl='cce', its own filter of small gradients",
         products=4,
+        on=("cuda",),
     ),
     Entry(
         "QuACK",
@@ -308,17 +245,38 @@ PEERS = (
         products=3,
         softcap=False,
         other=True,
+        on=("cuda",),
     ),
     Entry(
         "torch LCE",
         _torch_lce,
-        "torch.nn.functional.linear_cross_entropy, reduction='none', its defaults; no softcap",
+        "torch.nn.functional.linear_cross_entropy, reduction='none'; its defaults on a GPU, chunks "
+        "of 256 tokens on a CPU, where that is many times as fast; no softcap",
         products=4,
         softcap=False,
     ),
-    Entry(COMPILED, _compiled, "the eager function, static shapes", products=3, compiled=True),
     Entry(
-        peers.LIGER,
+        "torch LCE default",
+        lambda: _torch_lce(chunks=False),
+        "the same with LinearCrossEntropyOptions(): chunks of a few tokens; runs only if named",
+        products=4,
+        softcap=False,
+        on=("cpu",),
+        by_default=False,
+    ),
+    Entry(
+        "CCE torch_compile",
+        lambda: _cce("torch_compile"),
+        "cut_cross_entropy.linear_cross_entropy, impl='torch_compile'",
+        products=4,
+        compiled=True,
+        on=("cpu",),
+    ),
+    Entry(
+        "torch.compile", _compiled, "the eager function, static shapes", products=3, compiled=True
+    ),
+    Entry(
+        LIGER,
         _liger_dpo,
         "LigerFusedLinearDPOLoss(compiled=True); it takes no reference log-probs, so it runs with "
         "use_ref_model=False and is spared the reference's product; no softcap, and its forward "
@@ -335,14 +293,6 @@ PEERS = (
         "the same with filter_eps=None: all of the gradient",
         products=4,
         modes=("trainable", "frozen"),
+        on=("cuda",),
     ),
 )
-
-
-def entries(
-    mode: str, backends: list[str], precisions: list[str], names: list[str] | None
-) -> list[Entry]:
-    """What is measured in a mode. names: of peers, beside eager; None: all of them."""
-    wanted = [e.name for e in PEERS] if names is None else [EAGER, *names]
-    chosen = [e for e in PEERS if e.name in wanted and mode in e.modes]
-    return [*ours(mode, backends, precisions), *chosen]

@@ -1,28 +1,30 @@
-"""What a GPU changes about measuring: events, the cache, peak memory, errors that end a process.
+"""The devices that are measured, behind one face: time, peak memory, errors that end a process.
 
-`Gpu` is the device; `PretendGpu` has the same face on a CPU, so that all that is built on it can be
-tried and tested where there is no GPU. Its times and bytes mean nothing.
+`Device` is the CPU and the face; `Gpu` times with events, with a cold cache. `PretendGpu` is a CPU
+that gets a GPU's list of work, for tests: its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
-import random
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import runner
 import torch
 
 # Before each timed call the GPU spins for so long, in which the host prepares the call's launches:
 # in training it is ahead as well. What the host takes is reported beside.
 _AHEAD_S = 2e-3
 _FLUSH_BYTES = 256 * 2**20
+# With these glibc gives every large block back at once, so that resident memory is live memory.
+TIGHT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 class Lost(Exception):
@@ -30,28 +32,117 @@ class Lost(Exception):
 
 
 class Times(NamedTuple):
-    """Seconds of one call: between events on the GPU, and until the call returned on the host."""
+    """Seconds of one call: between events on a GPU, and until the call returned on the host."""
 
     device: float
     host: float
 
 
-class Gpu:
-    """Timing and memory of one NVIDIA or AMD GPU, on its default stream."""
+class Device:
+    """The CPU. Peak memory is the process's, which should run with TIGHT_MALLOC."""
+
+    kind = "cpu"
+    device = torch.device("cpu")
+    # fastpref's that are measured one by one; none: the one that fastpref picks.
+    backends: tuple[str, ...] = ()
+
+    @property
+    def like_gpu(self) -> bool:
+        """Whether it gets the GPU's list of work."""
+        return self.kind != "cpu"
+
+    def synchronize(self) -> None:
+        """Wait until all calls are done."""
+
+    def check(self, why: str) -> None:
+        """Raise Lost, with why, after an error that no later call of this process can survive."""
+
+    def free(self) -> None:
+        """Give memory back that nothing uses, graphs compiled for another shape included."""
+        forget_compiled()
+        gc.collect()
+
+    def time(self, call: Callable[[], object], reset: Callable[[], object] | None = None) -> Times:
+        """One call, after `reset`, which is not timed."""
+        return self.wall(call, reset)
+
+    def wall(self, call: Callable[[], object], reset: Callable[[], object] | None = None) -> Times:
+        """One call until the device is done, with whatever the cache holds."""
+        if reset is not None:
+            reset()
+        gc.collect()
+        self.synchronize()
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            call()
+            host = time.perf_counter() - start
+            self.synchronize()
+            return Times(time.perf_counter() - start, host)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def peak(self, call: Callable[[], object]) -> dict[str, int]:
+        """Peak resident memory of a call beyond what was resident before it, in bytes."""
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        call()
+        peak = peak_resident_bytes()
+        return {"resident_before": before, "peak_resident": peak, "peak_beyond": peak - before}
+
+    def describe(self) -> dict[str, Any]:
+        """What to say of it beside the machine."""
+        return {}
+
+
+def _status(key: str) -> int:
+    """A line of /proc/self/status that is in kB, as bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only")
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held, or since the last `Device.peak`."""
+    return _status("VmHWM")
+
+
+class PretendGpu(Device):
+    """`Gpu` on a CPU."""
+
+    kind = "pretend"
+    backends = ("native", "eager")
+
+    def peak(self, call: Callable[[], object]) -> dict[str, int]:
+        call()
+        return {"allocated_before": 0, "peak_allocated": 0, "peak_beyond": 0}
+
+    def describe(self) -> dict[str, Any]:
+        return {"gpu": "none: a CPU that pretends; no figure here means anything"}
+
+
+class Gpu(Device):
+    """One NVIDIA or AMD GPU, on its default stream."""
+
+    kind = "cuda"
+    backends = ("cuda", "triton")
 
     def __init__(self, index: int = 0):
         if not torch.cuda.is_available():
             raise RuntimeError("torch finds no GPU")
         self.device = torch.device("cuda", index)
         torch.cuda.set_device(self.device)
-        properties = torch.cuda.get_device_properties(self.device)
-        self._properties = properties
-        cache = getattr(properties, "L2_cache_size", 0)
+        self._properties = torch.cuda.get_device_properties(self.device)
+        cache = getattr(self._properties, "L2_cache_size", 0)
         self._other = torch.zeros(max(_FLUSH_BYTES, 4 * cache) // 4, device=self.device)
         self._sink = torch.zeros((), device=self.device)
         self._spin_cycles = self._calibrate()
-
-    backends = ("cuda", "triton")
 
     def _events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -75,16 +166,13 @@ class Gpu:
         torch.cuda.synchronize(self.device)
 
     def check(self, why: str) -> None:
-        """Raise Lost, with why, after an error that no later call of this process can survive."""
         try:
             self._sink.add_(0).item()
         except Exception:
             raise Lost(why) from None
 
     def free(self) -> None:
-        """Give memory back that nothing uses, graphs compiled for another shape included."""
-        forget_compiled()
-        gc.collect()
+        super().free()
         torch.cuda.empty_cache()
 
     def time(self, call: Callable[[], object], reset: Callable[[], object] | None = None) -> Times:
@@ -145,38 +233,6 @@ def _driver(index: int) -> dict[str, str]:
     return {}
 
 
-class PretendGpu:
-    """`Gpu` on a CPU."""
-
-    backends = ("native", "eager")
-    device = torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
-
-    def check(self, why: str) -> None:
-        pass
-
-    def free(self) -> None:
-        forget_compiled()
-        gc.collect()
-
-    def time(self, call: Callable[[], object], reset: Callable[[], object] | None = None) -> Times:
-        if reset is not None:
-            reset()
-        begun = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - begun
-        return Times(seconds, seconds)
-
-    def peak(self, call: Callable[[], object]) -> dict[str, int]:
-        call()
-        return {"allocated_before": 0, "peak_allocated": 0, "peak_beyond": 0}
-
-    def describe(self) -> dict[str, Any]:
-        return {"gpu": "none: a CPU that pretends; no figure here means anything"}
-
-
 def forget_compiled() -> None:
     """Otherwise torch compiles the second shape for shapes of any size, and the ninth not at all.
     Where nothing has been compiled, the compiler is not even imported."""
@@ -185,64 +241,7 @@ def forget_compiled() -> None:
         compiler.reset()
 
 
-def open_device(kind: str) -> Gpu | PretendGpu:
-    return PretendGpu() if kind == "pretend" else Gpu()
-
-
-class Rounds:
-    """Interleaved calls: each round all of them, in an order of its own, so that a hot spell of the
-    GPU hits every side."""
-
-    def __init__(self, gpu: Gpu | PretendGpu, repeats: int, seconds: float, seed: int = 0):
-        self._gpu, self._repeats, self._seconds = gpu, repeats, seconds
-        self._order = random.Random(seed)
-        self.device: dict[str, runner.Timing] = {}
-        self.host: dict[str, runner.Timing] = {}
-        self.failed: dict[str, str] = {}
-
-    def run(
-        self,
-        calls: dict[str, Callable[[], object]],
-        cost: dict[str, float],
-        reset: Callable[[], object] | None = None,
-        doing: Callable[[str], object] = lambda name: None,
-    ) -> None:
-        """cost: seconds of a warm call; one that is slow sits out rounds, but takes part in three.
-
-        doing: told whose turn it is. A call that fails is out, and `failed` says why. Raises Lost.
-        """
-        wanted = {name: cost[name] for name in calls}
-        shares = runner.share_rounds(wanted, self._repeats, self._seconds)
-        for name, k in shares.items():
-            self.device[name] = runner.Timing(limited=k < self._repeats)
-            self.host[name] = runner.Timing(limited=k < self._repeats)
-        gc.collect()
-        gc.freeze()  # what lives now stays; it need not be looked at again every round
-        gc.disable()
-        try:
-            for i in range(self._repeats):
-                for name in runner.due(shares, i, self._repeats, self._order):
-                    if name not in self.failed:
-                        self._once(name, calls[name], reset, doing)
-                gc.collect()
-        finally:
-            gc.enable()
-            gc.unfreeze()
-
-    def _once(self, name: str, call: Any, reset: Any, doing: Callable[[str], object]) -> None:
-        doing(name)
-        try:
-            times = self._gpu.time(call, reset)
-        except Exception as error:
-            self.failed[name] = failure(error)
-            self._gpu.check(self.failed[name])
-            return
-        self.device[name].seconds.append(times.device)
-        self.host[name].seconds.append(times.host)
-
-
-def failure(error: BaseException) -> str:
-    """One line on why something cannot run here; running out of memory is a result like others."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {runner.one_line(error)}"
-    return runner.one_line(error)
+def open_device(kind: str | None = None) -> Device:
+    """cpu, cuda or pretend; None: cuda where there is one."""
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+    return {"cpu": Device, "cuda": Gpu, "pretend": PretendGpu}[kind]()

@@ -1,9 +1,10 @@
-"""One head problem: inputs like those of a trained model, and the float64 truth about them."""
+"""Head problems: shapes, inputs like those of a trained model, and their float64 truth."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,50 @@ SENTENCE = 512  # tokens per sequence: the error of a 512-token sum is one of th
 _SPREAD = 2.0  # standard deviation of the logits
 _SAMPLED_TOKENS = 32
 _SAMPLED_ROWS = 64
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The head of a model, and a number of labelled tokens."""
+
+    name: str
+    n: int
+    h: int
+    v: int
+    softcap: float | None = None
+    model: str = ""
+
+    def with_tokens(self, n: int) -> Shape:
+        return Shape(f"{self.name}/{n}", n, self.h, self.v, self.softcap, self.model)
+
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("a", 8192, 4096, 128256, model="Llama 3 8B"),
+        Shape("b", 8192, 896, 151936, model="Qwen 2.5 0.5B"),
+        Shape("c", 4096, 2304, 256000, softcap=30.0, model="Gemma 2 2B"),
+        Shape("d", 16384, 576, 49152, model="SmolLM2 135M"),
+        Shape("e", 2048, 8192, 128256, model="Llama 3 70B"),
+    )
+}
+
+
+def parse_shape(text: str) -> Shape:
+    """A letter, or N,H,V with or without a softcap; either with another number of tokens, a/1024.
+
+    Raises ValueError for anything else.
+    """
+    name, _, tokens = text.partition("/")
+    shape = SHAPES.get(name)
+    if shape is None:
+        sizes = name.split(",")
+        if len(sizes) not in (3, 4):
+            raise ValueError(f"shape: got {text}, expected a letter, a/1024 or N,H,V")
+        n, h, v = map(int, sizes[:3])
+        shape = Shape(name, n, h, v, float(sizes[3]) if len(sizes) == 4 else None)
+    return shape.with_tokens(int(tokens)) if tokens else shape
 
 
 @dataclass
@@ -47,70 +92,59 @@ def _sequences(n: int) -> int:
     return sequences
 
 
-def make_problem(n: int, h: int, v: int, dtype: torch.dtype, seed: int = 0) -> HeadProblem:
-    """Random inputs whose labels have a probability of about a half.
-
-    The other logits are normal with a standard deviation of 2; hidden leans towards its label's row
-    of the head by as much as makes that logit equal, on average, to the logsumexp of the others.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sequences = _sequences(n)
-    weight = torch.empty(v, h, dtype=dtype)
-    for part in weight.split(16384):
-        part.copy_(torch.randn(part.shape, generator=generator) / math.sqrt(h))
-    labels = torch.randint(v, (n,), generator=generator)
-    own = weight[labels].float()
-    lift = math.log(v) + _SPREAD**2 / 2
-    hidden = lift * own / own.square().sum(1, keepdim=True)
-    hidden += _SPREAD * torch.randn(n, h, generator=generator)
-    hidden = hidden.to(dtype).view(sequences, -1, h).requires_grad_()
-    # Near the policy's own sums, whose expectation this is, so that the loss is not saturated.
-    ref = -1.1 * n / sequences + 5 * torch.randn(sequences, generator=generator)
-    return HeadProblem(hidden, weight, labels.view(sequences, -1), ref)
-
-
-def zipf_problem(
+def make_problem(
     n: int,
     h: int,
     v: int,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | str = "cpu",
     softcap: float | None = None,
+    *,
+    zipf: bool = False,
     seed: int = 0,
 ) -> HeadProblem:
-    """As `make_problem`, on any device, with the vocabulary of a language.
+    """Random inputs whose labels have a probability of about a half.
 
-    Half of what a language model knows is which tokens are rare. A kernel that skips small
-    gradients lives on that, and would come off too badly with tokens that are all alike. So the
-    logits have a part that follows Zipf's law, -log(rank), beside the normal one with a standard
-    deviation of 2; the ranks are shuffled over the vocabulary and labels are drawn by that law.
-    hidden leans towards its label's row until that logit equals the logsumexp of the others.
+    The other logits are normal with a standard deviation of 2; hidden leans towards its label's row
+    of the head by as much as makes that logit equal, on average, to the logsumexp of the others.
+
+    zipf: with the vocabulary of a language. Half of what a language model knows is which tokens are
+    rare. A kernel that skips small gradients lives on that, and would come off too badly with
+    tokens that are all alike. So the logits get a part that follows Zipf's law, -log(rank), beside
+    the normal one; the ranks are shuffled over the vocabulary and labels are drawn by that law.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    on = {"generator": generator, "device": device}
+    on: dict[str, Any] = {"generator": generator, "device": device}
     sequences = _sequences(n)
-    by_rank = torch.randperm(v, **on)  # the vocabulary, most frequent first
-    prior = torch.empty(v, device=device)
-    prior[by_rank] = -torch.arange(1, v + 1, device=device).log()
-    mean = prior.mean().item()
-    prior -= mean
-    # One hidden dimension is constant and carries the prior; the rest is the context.
-    constant = math.sqrt(h)
     weight = torch.empty(v, h, dtype=dtype, device=device)
     for part in weight.split(16384):
         part.copy_(torch.randn(part.shape, **on) / math.sqrt(h))
-    weight[:, 0] = (prior / constant).to(dtype)
-    ranks = ((v + 1) ** torch.rand(n, **on, dtype=torch.float64)).long() - 1
-    labels = by_rank[ranks.clamp(0, v - 1)]
-    wanted = _SPREAD**2 / 2 - mean + math.log(sum(1 / i for i in range(1, v + 1)))
+    wanted = torch.full((n,), math.log(v) + _SPREAD**2 / 2, device=device)  # the labels' logits
+    if zipf:
+        by_rank = torch.randperm(v, **on)  # the vocabulary, most frequent first
+        prior = torch.empty(v, device=device)
+        prior[by_rank] = -torch.arange(1, v + 1, device=device).log()
+        mean = prior.mean().item()
+        prior -= mean
+        # One hidden dimension is constant and carries the prior; the rest is the context.
+        weight[:, 0] = (prior / math.sqrt(h)).to(dtype)
+        ranks = ((v + 1) ** torch.rand(n, **on, dtype=torch.float64)).long() - 1
+        labels = by_rank[ranks.clamp(0, v - 1)]
+        wanted.fill_(_SPREAD**2 / 2 - mean + math.log(sum(1 / i for i in range(1, v + 1))))
+    else:
+        labels = torch.randint(v, (n,), **on)
     if softcap is not None:
-        wanted = softcap * math.atanh(min(wanted / softcap, 0.99))
+        wanted = softcap * (wanted / softcap).clamp(max=0.99).atanh()
     own = weight[labels].float()
-    own[:, 0] = 0
-    hidden = (wanted - prior[labels])[:, None] * own / own.square().sum(1, keepdim=True)
+    if zipf:
+        own[:, 0] = 0
+        wanted -= prior[labels]
+    hidden = wanted[:, None] * own / own.square().sum(1, keepdim=True)
     hidden += _SPREAD * torch.randn(n, h, **on)
-    hidden[:, 0] = constant
+    if zipf:
+        hidden[:, 0] = math.sqrt(h)
     hidden = hidden.to(dtype).view(sequences, -1, h).requires_grad_()
+    # Near the policy's own sums, whose expectation this is, so that the loss is not saturated.
     ref = -1.1 * n / sequences + 5 * torch.randn(sequences, **on)
     return HeadProblem(hidden, weight, labels.view(sequences, -1), ref, softcap=softcap)
 
@@ -127,6 +161,11 @@ class Truth:
     dhidden: dict[bool, Tensor]
     dweight: dict[bool, Tensor]
     median_probability: float
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """As transformers does it in Gemma 2: in the logits' own dtype."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:

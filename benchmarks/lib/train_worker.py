@@ -11,39 +11,36 @@ import os
 import sys
 import tempfile
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import runner
 from transformers import TrainerCallback
 
-CHANNEL = None  # what was stdout; stdout itself goes to stderr, where libraries may print
+from .device import peak_resident_bytes
 
-
-def say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), file=CHANNEL, flush=True)
+Say = Callable[[dict[str, Any]], None]
 
 
 class Turns(TrainerCallback):
     """Times every optimiser step, and hands over to the other run before every segment."""
 
-    def __init__(self, segment: int | None) -> None:
-        self.segment = segment
+    def __init__(self, segment: int | None, say: Say) -> None:
+        self.segment, self.say = segment, say
         self.seconds: list[float] = []
         self.peaks: list[int] = []
         self.start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.segment and state.global_step % self.segment == 0:
-            say({"paused": state.global_step})
+            self.say({"paused": state.global_step})
             sys.stdin.readline()
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.start)
-        self.peaks.append(runner.peak_resident_bytes())
-        say({"step": state.global_step, "seconds": self.seconds[-1]})
+        self.peaks.append(peak_resident_bytes())
+        self.say({"step": state.global_step, "seconds": self.seconds[-1]})
 
 
 def options(request: dict[str, Any], output_dir: str) -> dict[str, Any]:
@@ -60,8 +57,8 @@ def options(request: dict[str, Any], output_dir: str) -> dict[str, Any]:
         learning_rate=request["learning_rate"],
         lr_scheduler_type="linear",
         warmup_steps=request["warmup_steps"],
-        gradient_checkpointing=request["checkpointing"],
-        bf16=request["autocast"],
+        gradient_checkpointing=not request["no_checkpointing"],
+        bf16=not request["no_autocast"],
         seed=request["seed"],
         precompute_ref_log_probs=request["precompute"],
         logging_steps=1,
@@ -129,15 +126,15 @@ def evaluate(trainer: Any) -> dict[str, float]:
     }
 
 
-def run(request: dict[str, Any]) -> dict[str, Any]:
-    turns = Turns(request["segment"])
-    answer: dict[str, Any] = {}
+def answer(request: dict[str, Any], say: Say) -> None:
+    turns = Turns(request["segment"], say)
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         trainer, reference = make_trainer(request, folder, turns)
-        answer["setup_s"] = round(time.perf_counter() - start - reference, 2)
-        answer["reference_s"] = round(reference, 2)
-        answer["peak_bytes_after_setup"] = runner.peak_resident_bytes()
+        found["setup_s"] = round(time.perf_counter() - start - reference, 2)
+        found["reference_s"] = round(reference, 2)
+        found["peak_bytes_after_setup"] = peak_resident_bytes()
         if request["keep_data"]:
             for name, dataset in (
                 ("train", trainer.train_dataset),
@@ -146,32 +143,16 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
                 dataset.save_to_disk(os.path.join(request["keep_data"], name))
         if request["held_out"]:
             say({"stage": "held-out pairs before training"})
-            answer["held_out_before"] = evaluate(trainer)
+            found["held_out_before"] = evaluate(trainer)
         say({"stage": "training"})
         trainer.train()
-        answer["step_s"] = [round(s, 4) for s in turns.seconds]
-        answer["peak_bytes"] = turns.peaks[-1]
+        found["step_s"] = [round(s, 4) for s in turns.seconds]
+        found["peak_bytes"] = turns.peaks[-1]
         if request["held_out"]:
             say({"stage": "held-out pairs after training"})
-            answer["held_out_after"] = evaluate(trainer)
+            found["held_out_after"] = evaluate(trainer)
         keys = ("step", "loss", "rewards/margins", "rewards/accuracies", "grad_norm", "num_tokens")
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        answer["log"] = [{k: entry[k] for k in keys if k in entry} for entry in log]
-        answer["pairs"] = len(trainer.train_dataset)
-    return answer
-
-
-def main() -> None:
-    global CHANNEL
-    warnings.filterwarnings("ignore")
-    CHANNEL, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
-    os.dup2(2, 1)
-    try:
-        say({"result": run(json.loads(sys.stdin.readline()))})
-    except Exception as error:
-        say({"failed": runner.one_line(error)})
-        raise
-
-
-if __name__ == "__main__":
-    main()
+        found["log"] = [{k: entry[k] for k in keys if k in entry} for entry in log]
+        found["pairs"] = len(trainer.train_dataset)
+    say({"result": found})

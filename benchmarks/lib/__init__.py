@@ -1,0 +1,1 @@
+"""What the benchmarks share: the device, problems, peers, running and reporting."""

@@ -1,0 +1,123 @@
+"""fastpref's ways to compute the loss of a head, and the list of all that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import peers
+from .device import Device
+from .peers import Entry, Output, Side
+from .problem import BETA, HeadProblem
+
+
+def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
+    import fastpref
+    from fastpref import backends
+    from fastpref.backends.tile import Transform
+
+    module: Any = backend and backends._MODULES[backend]
+    indices: dict[int, Tensor] = {}
+    checked: set[int] = set()
+
+    def given(p: HeadProblem) -> dict[str, Any]:
+        if backend is None:
+            return dict(softcap=p.softcap, **options)
+        n = p.labels.numel()
+        if n not in indices:
+            indices[n] = torch.arange(n, device=p.labels.device)
+        return dict(backend=backend, softcap=p.softcap, token_indices=indices[n], **options)
+
+    def check(p: HeadProblem) -> None:
+        """Once for each weight, before it is timed."""
+        if p.weight.data_ptr() not in checked:
+            reason = module.logit_free_reason(p.weight, Transform(1.0, p.softcap))
+            if reason is not None:
+                raise RuntimeError(f"the {backend} backend's logit-free product: {reason}")
+            checked.add(p.weight.data_ptr())
+
+    def loss(p: HeadProblem) -> Output:
+        if options.get("fused"):
+            check(p)
+        out = fastpref.linear_dpo_loss(
+            p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **given(p)
+        )
+        return Output(out.loss, (out.chosen_logps, out.rejected_logps))
+
+    def logps(p: HeadProblem) -> Tensor:
+        return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
+
+    if options.get("fused") and backend == "eager":
+        raise RuntimeError(f"the {backend} backend has no pass in one kernel")
+    return Side(loss, logps)
+
+
+def _ways(mode: str, backend: str | None, precision: str) -> list[tuple[str, dict[str, Any]]]:
+    """Labels and options of fastpref's strategies for a mode.
+
+    The logit-free product of a backend, which is always exact, is measured beside the tiles.
+    """
+    ways: list[tuple[str, dict[str, Any]]] = [("", {})]
+    if mode == "trainable":
+        ways = [(strategy, {"strategy": strategy}) for strategy in ("stash", "recompute")]
+    if backend is None:
+        return ways
+    if mode == "forward-only":
+        ways = [
+            ("tiles", {"fused": False}),
+            ("one kernel", {"fused": True, "strategy": "forward-only"}),
+        ]
+    elif backend in ("cuda", "triton"):
+        label, options = ways[0]
+        tiles = (f"{label}, tiles".removeprefix(", "), {**options, "fused": False})
+        ways = [(label, {**options, "fused": True}) for label, options in ways]
+        ways = [ways[0], tiles, *ways[1:]] if precision == "exact" else [tiles]
+    if precision == "fast":  # nothing that exact does not show
+        ways = [way for way in ways if way[0] not in ("recompute", "one kernel")]
+    return ways
+
+
+def ours(mode: str, backends: Sequence[str | None], precisions: list[str]) -> list[Entry]:
+    """fastpref's. A backend that is None is the one that fastpref picks."""
+    out = []
+    for backend in backends:
+        for precision in precisions:
+            for label, options in _ways(mode, backend, precision):
+                options = {"precision": precision, **options}
+                name = " ".join(part for part in ("fastpref", backend, precision) if part)
+                entry = Entry(
+                    name + (f", {label}" if label else ""),
+                    lambda b=backend, o=options: _fastpref(b, o),
+                    ours=True,
+                    backend=backend,
+                    options=tuple(options.items()),
+                    products=4 if label == "recompute" else 3,
+                )
+                out.append(entry)
+    return out
+
+
+def known(device: Device) -> list[str]:
+    return [e.name for e in peers.PEERS if e.runs_on(device)]
+
+
+def entries(
+    device: Device,
+    mode: str,
+    dtype: torch.dtype,
+    *,
+    backends: Sequence[str | None],
+    precisions: list[str],
+    names: list[str] | None = None,
+) -> list[Entry]:
+    """What is measured in a mode. names: of peers, beside eager; None: the usual ones."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    out = ours(mode, backends, precisions if narrow else precisions[:1])  # which then are the same
+    for e in peers.PEERS:
+        named = e.by_default if names is None else e.name in [peers.EAGER, *names]
+        if named and mode in e.modes and e.runs_on(device) and (narrow or e.name != peers.NARROW):
+            out.append(e)
+    return out

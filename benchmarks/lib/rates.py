@@ -1,0 +1,73 @@
+"""What the machine can do: the head's bare products, a copy, and a canary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+import fastpref
+
+from .problem import HeadProblem, capped
+
+# The products with the fewest FLOPs: 6NHV, 4NHV and 2NHV.
+PRODUCTS = {"trainable": 3, "frozen": 2, "forward-only": 1}
+
+
+class Products:
+    """The head's bare products on the data at hand.
+
+    D is the real one: nearly all of it is tiny, on which a GPU runs faster than on random numbers.
+    """
+
+    def __init__(self, problem: HeadProblem):
+        self._x = x = problem.hidden.detach().flatten(0, 1)
+        self._w = w = problem.weight.detach()
+        labels, cap = problem.labels.flatten(), problem.softcap
+        self._z, self._d = (x.new_empty(x.shape[0], w.shape[0]) for _ in range(2))
+        self._u, self._dw = torch.empty_like(x), torch.empty_like(w)
+        for a in range(0, x.shape[0], 512):
+            block = slice(a, a + 512)
+            z = capped(x[block] @ w.t(), cap).float()
+            d = z.softmax(1).neg_()
+            d.scatter_add_(1, labels[block, None], torch.ones_like(d[:, :1]))
+            self._d[block] = d if cap is None else d * (1 - (z / cap).square())
+
+    def _calls(self) -> dict[str, Callable[[], object]]:
+        x, w, d = self._x, self._w, self._d
+        return {
+            "X W^T": lambda: torch.mm(x, w.t(), out=self._z),
+            "D W": lambda: torch.mm(d, w, out=self._u),
+            "D^T X": lambda: torch.mm(d.t(), x, out=self._dw),
+        }
+
+    def together(self, mode: str) -> Callable[[], object]:
+        """Those that a mode needs, one after the other: what no exact method can go below."""
+        calls = list(self._calls().values())[: PRODUCTS[mode]]
+        return lambda: [call() for call in calls]
+
+    def single(self, mode: str) -> dict[str, tuple[int, Callable[[], object]]]:
+        """Each with its number of rows. On a GPU the first one in float32, too, for the rows of a
+        tile, as precision="exact" has it where torch can do that."""
+        x, w = self._x, self._w
+        calls = list(self._calls().items())[: PRODUCTS[mode]]
+        out = {name: (len(x), call) for name, call in calls}
+        if x.is_cuda and torch.version.hip is None:
+            plan = fastpref.plan_head(*x.shape, len(w), x.dtype, device=x.device)
+            tile = x[: plan.block_tokens]
+            wide = torch.empty(len(tile), len(w), device=x.device)
+
+            def product() -> object:
+                return torch.mm(tile, w.t(), out_dtype=torch.float32, out=wide)
+
+            out["X W^T in float32"] = len(tile), product
+        return out
+
+
+def canary(dtype: torch.dtype) -> Callable[[], object]:
+    """A fixed product on the CPU, 8.6 GFLOP: its spread is the machine's, not any variant's."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(512, 1024, generator=generator).to(dtype)
+    b = torch.randn(1024, 8192, generator=generator).to(dtype)
+    out = torch.empty(512, 8192, dtype=dtype)
+    return lambda: torch.mm(a, b, out=out)

@@ -1,0 +1,223 @@
+"""What head.py prints and draws of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .results import table, target_table
+from .targets import fastest, speed, usable
+
+Row = dict[str, Any]
+
+
+def report(result: dict[str, Any]) -> str:
+    """What one task gave, as a table."""
+    if "failed" in result:
+        return f"\n{result['id']}: {result['failed']}"
+    made = {"cell": _cell_table, "overhead": _small_table}.get(result["kind"], _row_table)
+    size = result["size"]
+    head = f"\n{result['id']}: N={size['n']} H={size['h']} V={size['v']}"
+    if size["softcap"] is not None:
+        head += f" softcap {size['softcap']:g}"
+    if size["model"]:
+        head += f" ({size['model']})"
+    return f"{head}, {result['seconds']:.0f} s\n{made(result)}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _label(row: Row) -> str:
+    return row["variant"] + ("*" if row["other_function"] else "")
+
+
+def _missing(rows: list[Row], key: str) -> list[str]:
+    return [f"{r[key]} is missing: {r['missing']}" for r in rows if "missing" in r]
+
+
+def _mib(row: Row, key: str) -> float | None:
+    found = row.get("memory", {}).get(key)
+    return None if found is None else found / 2**20
+
+
+def _ratio(key: str) -> Callable[[Row], str]:
+    return lambda r: "WRONG" if r["wrong"] else _number(r.get(key), ".2f")
+
+
+def _error(key: str) -> Callable[[Row], str]:
+    return lambda r: _number((r["errors"] or {}).get(key), ".1e")
+
+
+def _spread(row: Row) -> str:
+    low, high = row["time"]["quartiles_ms"]
+    return f"{(high - low) / row['time']['median_ms']:.0%}"
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "": _label,
+    "ms": lambda r: f"{r['time']['median_ms']:.3f}",
+    "IQR": _spread,
+    "calls": lambda r: str(r["time"]["repeats"]),
+    "host ms": lambda r: _number(r.get("host_ms"), ".3f"),
+    "x eager": _ratio("speed_over_eager"),
+    "x TRL": _ratio("speed_over_trl"),
+    "roofline": lambda r: _number(r.get("roofline_fraction"), ".0%"),
+    "MiB": lambda r: _number(_mib(r, "peak_beyond"), ".1f"),
+    "MiB extra": lambda r: _number(_mib(r, "extra"), ".1f"),
+    "of eager's": lambda r: _number(r.get("memory_over_eager"), ".3f"),
+    "logp max": _error("logp_max"),
+    "logp RMS": _error("logp_rms"),
+    "sum error": _error("sum_max"),
+    "dhidden": _error("dhidden"),
+    "dweight": _error("dweight"),
+    "same": lambda r: {True: "yes", False: "no"}.get(r.get("same_bits_twice"), "-"),
+}
+
+
+def _cell_table(result: dict[str, Any]) -> str:
+    rows = [r for r in result["variants"] if "time" in r and "missing" not in r]
+    columns = {title: [text(r) for r in rows] for title, text in _COLUMNS.items()}
+    columns = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
+    about = f"roofline {_number(result['roofline_ms'], '.3f')} ms"
+    if result["products"]:
+        rates = [f"{k} {g['tflop_per_s']:.4g}" for k, g in result["products"].items()]
+        about += f"; TFLOP/s: {', '.join(rates)}"
+    if result["canary"] is not None:
+        low, high = result["canary"]["quartiles_ms"]
+        about += f"; canary {result['canary']['median_ms']:.1f} ms ({low:.1f} to {high:.1f})"
+    notes = _missing(result["variants"], "variant")
+    if any(r["other_function"] for r in rows):
+        notes.append("* computes another function")
+    if result["canary"] is not None and result.get("targets"):
+        notes.append(target_table(result["targets"]))
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    return "\n".join([about, table(list(columns), lines), *notes])
+
+
+def _row_table(result: dict[str, Any]) -> str:
+    lines, missing = [], []
+    for k in result["kernels"]:
+        name = f"{k['backend']} {k['precision']} {k['kernel']}"
+        if "missing" in k:
+            missing.append(f"{name} is missing: {k['missing']}")
+            continue
+        share = "-" if "of_copy" not in k else f"{100 * k['of_copy']:.0f}%"
+        lines.append([name, f"{k['time']['median_ms']:.3f}", f"{k['gb_per_s']:.0f}", share])
+    found = table(["", "ms", "GB/s", "of a copy's"], lines)
+    return "\n".join([f"a copy: {result['copy']['gb_per_s']:.0f} GB/s", found, *missing])
+
+
+def _small_table(result: dict[str, Any]) -> str:
+    keys = "forward_us", "backward_us", "wall_us"
+    lines, missing = [], []
+    for mode, rows in result["modes"].items():
+        for row in rows:
+            name = f"{mode}: {row['variant']}"
+            if "wall_us" in row:
+                lines.append([name, *(_number(row.get(k), ".0f") for k in keys)])
+            else:
+                missing.append(f"{name} is missing: {row['missing']}")
+    header = ["", "host forward, us", "host backward", "until done"]
+    return "\n".join([table(header, lines), *missing])
+
+
+def _summary(cells: list[dict[str, Any]]) -> str:
+    """A line per cell: fastpref's fastest exact way beside the fastest peer."""
+    lines = []
+    for cell in cells:
+        rows = cell["variants"]
+        best = fastest([r for r in rows if r["ours"] and r["precision"] == "exact"])
+        fast = fastest([r for r in rows if r["ours"] and r["precision"] == "fast"])
+        peer = fastest([r for r in rows if not r["ours"] and not r["other_function"]])
+        fraction = best.get("roofline_fraction") if best else None
+        lines.append(
+            [
+                cell["id"],
+                _number(best and best["time"]["median_ms"], ".3f"),
+                _number(fast and fast["time"]["median_ms"], ".3f"),
+                _number(fraction, ".2f"),
+                _number(best and best.get("speed_over_eager"), ".2f"),
+                _number(best and best.get("speed_over_trl"), ".2f"),
+                _number(speed(peer, best) if peer and best else None, ".2f"),
+                peer["variant"] if peer else "-",
+                _number(best and _mib(best, "peak_beyond"), ".0f"),
+            ]
+        )
+    header = ["fastpref, exact", "ms", "fast ms", "roofline", "x eager", "x TRL", "x best peer"]
+    return table([*header, "which", "MiB"], lines)
+
+
+def closing(results: dict[str, Any]) -> str:
+    """A summary, the targets that are not met, and what is not there. Short: it comes last."""
+    targets = results["targets"]
+    cells = [r for r in results["results"] if r["kind"] == "cell" and "failed" not in r]
+    lines = ["", _summary([*results.get("cells", []), *cells]), ""]
+    if any(not t["met"] for t in targets):
+        lines.append(target_table([t for t in targets if not t["met"]]))
+    if results["dropped"]:
+        lines.append(f"left out: {', '.join(results['dropped'])}")
+    lines += [f"{r['id']}: {r['failed']}" for r in results["results"] if "failed" in r]
+    lines += [f"stopped: {why}" for why in results["stops"]]
+    met = [t["met"] for t in targets]
+    lines.append(
+        f"targets: {met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured"
+    )
+    return "\n".join(lines)
+
+
+_PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
+    ("speed over eager", lambda r: r.get("speed_over_eager")),
+    ("fraction of the roofline", lambda r: r.get("roofline_fraction")),
+    ("extra memory, MiB", lambda r: None if (mib := _mib(r, "extra")) is None else max(mib, 0.1)),
+)
+
+
+def plot(cells: list[dict[str, Any]], path: Path) -> None:
+    """A line of panels per dtype and mode, full shapes and those with fewer tokens apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["dtype"], cell["mode"], "/" in cell["shape"]), []).append(cell)
+    names = {r["variant"]: _label(r) for c in cells for r in c["variants"] if usable(r)}
+    if not names:
+        return
+    names = {n: names[n] for n in sorted(names, key=lambda n: not n.startswith("fastpref"))}
+    ours = [n for n in names if n.startswith("fastpref")]
+    colours = {n: plt.get_cmap("Blues")(0.95 - 0.7 * i / len(ours)) for i, n in enumerate(ours)}
+    theirs = [n for n in names if n not in ours]
+    colours |= {n: plt.get_cmap("Set2")(i % 8) for i, n in enumerate(theirs)}
+    figure, axes = plt.subplots(
+        len(groups), 3, figsize=(21, 3.4 * len(groups)), squeeze=False, layout="constrained"
+    )
+    for line, ((dtype, mode, few), group) in zip(axes, groups.items(), strict=True):
+        found = [{r["variant"]: r for r in c["variants"] if usable(r)} for c in group]
+        here = [n for n in names if any(n in rows for rows in found)]
+        width = 0.85 / max(len(here), 1)
+        for axis, (title, value) in zip(line, _PANELS, strict=True):
+            for i, name in enumerate(here):
+                heights = [value(rows[name]) if name in rows else None for rows in found]
+                left = (i - (len(here) - 1) / 2) * width
+                points = [(at + left, y) for at, y in enumerate(heights) if y is not None]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axis.bar(x, y, width, color=colours[name], label=names[name])
+            sizes = ["N={n} H={h}\nV={v}".format(**c["size"]) for c in group]
+            axis.set_xticks(range(len(group)), sizes, fontsize=8)
+            about = f"{dtype}, {mode}{', few tokens' if few else ''}"
+            axis.set_title(f"{title}: {about}", fontsize=10)
+            axis.spines[["top", "right"]].set_visible(False)
+        line[0].axhline(1, color="grey", linewidth=0.8, linestyle="--")
+        line[2].set_yscale("log")
+    handles: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles.update(dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

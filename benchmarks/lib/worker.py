@@ -1,0 +1,401 @@
+"""What head.py measures, task by task, in a process of its own: a peer that takes its process down,
+or hangs, costs its own figure and no other."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import parts, peers, rates, results
+from .device import Device, Lost, open_device
+from .ours import entries
+from .peers import Entry, Output, Side, step
+from .problem import (
+    DTYPES,
+    HeadProblem,
+    Shape,
+    Truth,
+    errors,
+    float64_truth,
+    logp_errors,
+    make_problem,
+    parse_shape,
+)
+from .runner import Rounds, Timing, failure
+
+# Gradients further off than this are wrong, not imprecise; so are log-probs, in nats.
+WRONG_GRADIENT = {"bf16": 0.05, "fp32": 1e-3}
+WRONG_LOGP = 0.2
+# What each task still to come is left, before a peer may be warmed up that is known to be slow.
+_RESERVE_S = 3.0
+_ALWAYS = (peers.EAGER, peers.TRL)  # what the ratios are to
+ROOFLINE, CANARY = "products", "canary"
+Say = Callable[[dict[str, Any]], None]
+
+
+class Worker:
+    """Measures one task after another. say: tells the supervisor, who stops a worker that is silent
+    for long."""
+
+    def __init__(self, device: Device, request: dict[str, Any], say: Say):
+        import fastpref.backends
+
+        self._device, self._request, self._say = device, request, say
+        wanted = request.get("backends") or device.backends
+        self._backends: list[Any] = [b for b in wanted if b in fastpref.backends.NAMES]
+        self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
+        self._at: tuple[Shape, str] | None = None
+        self._after = 0  # tasks still to come
+
+    def machine(self) -> dict[str, Any]:
+        import fastpref.backends
+
+        about = results.machine() | self._device.describe()
+        active = fastpref.backends.active(self._device.device, torch.bfloat16)
+        return about | ({"backend": active} if self._device.like_gpu else {})
+
+    def left(self) -> float:
+        return self._request["deadline"] - time.time()
+
+    def run(self) -> None:
+        tasks = self._request["tasks"]
+        for i, task in enumerate(tasks):
+            task = {"dtype": "bf16", **task}
+            self._after = len(tasks) - i - 1
+            if self.left() < self._request["least_seconds"]:
+                self._say({"dropped": task["id"]})
+                continue
+            self._say({"doing": task["id"]})
+            begun = time.perf_counter()
+            try:
+                result = getattr(self, "_" + task["kind"])(parse_shape(task["shape"]), task)
+            except Lost:
+                raise
+            except Exception as error:  # most likely too little memory for the inputs themselves
+                result = {"failed": failure(error)}
+                self._device.check(result["failed"])
+            seconds = round(time.perf_counter() - begun, 1)
+            self._say({"result": {**task, **result, "seconds": seconds}})
+
+    def _teller(self, task: dict[str, Any]) -> Callable[[str], None]:
+        return lambda name: self._say({"doing": task["id"], "entry": name})
+
+    def _rounds(self) -> Rounds:
+        return Rounds(self._device, self._request["repeats"], self._request["seconds"])
+
+    def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
+        """In the place of the one before."""
+        self._at = self._kept = None
+        self._device.free()
+        size = shape.n, shape.h, shape.v, DTYPES[dtype], self._device.device, shape.softcap
+        return make_problem(*size, zipf=self._device.like_gpu)
+
+    def _prepare(
+        self, shape: Shape, dtype: str
+    ) -> tuple[HeadProblem, Truth, rates.Products | None]:
+        """Made once for all tasks in a row that are about it."""
+        if (shape, dtype) != self._at:
+            problem = self._problem(shape, dtype)
+            truth = float64_truth(problem)
+            self._device.free()
+            try:
+                products = rates.Products(problem)
+            except torch.OutOfMemoryError:
+                products = None
+            self._at, self._kept = (shape, dtype), (problem, truth, products)
+        self._device.free()
+        assert self._kept is not None
+        return self._kept
+
+    def _cell(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        mode, dtype = task["mode"], task["dtype"]
+        problem, truth, products = self._prepare(shape, dtype)
+        problem.set_trainable(mode == "trainable")
+        calls: dict[str, Callable[[], object]] = {}
+        cost: dict[str, float] = {}
+        once: dict[str, Timing] = {}
+
+        def warm_up(entry: Entry, row: dict[str, Any]) -> None:
+            call, seconds = self._warm_up(entry, row, problem, truth, mode)
+            if self._device.like_gpu:
+                seconds = self._device.time(call, problem.clear).device
+            elif seconds > self._request["seconds"]:  # so slow that this call has to do
+                once[entry.name] = Timing([seconds], limited=True)
+                return
+            calls[entry.name], cost[entry.name] = call, seconds
+
+        rows = self._each(shape, task, problem, warm_up)
+        bare = self._bare(products, mode, problem.weight.dtype)
+        for name, (_, call) in bare.items():
+            self._teller(task)(name)
+            self._device.time(call)
+            cost[name] = self._device.time(call).device
+            calls[name] = call
+        rounds = self._rounds()
+        rounds.run(calls, cost, problem.clear, self._teller(task))
+        problem.clear()
+        timings = {n: t for n, t in (rounds.device | once).items() if n not in rounds.failed}
+        roofline = timings[ROOFLINE].median if ROOFLINE in timings else None
+        for name, row in rows.items():
+            if name in rounds.failed:
+                row["missing"] = rounds.failed[name]
+            elif name in timings:
+                row["time"] = timings[name].to_json()
+                row["host_ms"] = round(1e3 * rounds.host.get(name, timings[name]).median, 3)
+                if roofline is not None:
+                    row["roofline_fraction"] = round(roofline / timings[name].median, 4)
+        products_row = {}
+        for name, (n, _) in bare.items():
+            if n and name in timings:
+                rate = 2 * n * shape.h * shape.v / timings[name].median / 1e12
+                more = {"rows": n, "tflop_per_s": round(rate, 4)}
+                products_row[name] = timings[name].to_json() | more
+        return {
+            "size": asdict(shape),
+            "sequences": problem.labels.shape[0],
+            "median_label_probability": round(truth.median_probability, 4),
+            "products": products_row,
+            "roofline_ms": None if roofline is None else round(1e3 * roofline, 4),
+            "plan_fuses": self._fuses(shape, dtype),
+            "canary": timings[CANARY].to_json() if CANARY in timings else None,
+            "variants": list(rows.values()),
+        }
+
+    def _each(
+        self,
+        shape: Shape,
+        task: dict[str, Any],
+        problem: HeadProblem,
+        measure: Callable[[Entry, dict[str, Any]], None],
+    ) -> dict[str, dict[str, Any]]:
+        """A row for each side; one that fails, or is not there, has the reason in its row."""
+        rows = {}
+        for entry, row in self._entries(shape, task):
+            rows[entry.name] = row
+            if "missing" in row:
+                continue
+            self._teller(task)(entry.name)
+            if not self._device.like_gpu:
+                print(f"  {task['id']}: {entry.name}", file=sys.stderr, flush=True)
+            begun = time.perf_counter()
+            try:
+                measure(entry, row)
+            except Exception as error:
+                row["missing"] = failure(error)
+                self._device.check(row["missing"])
+            finally:
+                problem.clear()
+                took = time.perf_counter() - begun
+                self._warm[entry.name] = max(took, self._warm.get(entry.name, 0.0))
+        return rows
+
+    def _listed(self, mode: str, dtype: str) -> list[Entry]:
+        found = entries(
+            self._device,
+            mode,
+            DTYPES[dtype],
+            backends=self._backends or [None],
+            precisions=self._request["precision"],
+            names=self._request["peers"],
+        )
+        only = self._request.get("only")
+        return [e for e in found if not only or any(part in e.name for part in only)]
+
+    def _entries(
+        self, shape: Shape, task: dict[str, Any]
+    ) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """Each side with its row, which says where it is missing and why."""
+        mode, excluded = task["mode"], task.get("excluded", {})
+        for entry in self._listed(mode, task["dtype"]):
+            options = dict(entry.options)
+            row: dict[str, Any] = {
+                "variant": entry.name,
+                "ours": entry.ours,
+                "backend": entry.backend,
+                "strategy": options.get("strategy", mode) if entry.ours else None,
+                "precision": options.get("precision"),
+                "products": entry.products,
+                "other_function": entry.other,
+                "note": entry.note,
+            }
+            slow = self._warm.get(entry.name, 0.0)
+            if entry.name in excluded:
+                row["missing"] = excluded[entry.name]
+            elif shape.softcap is not None and not entry.softcap:
+                row["missing"] = "it has no softcap"
+            elif entry.name not in _ALWAYS and not entry.ours and self._short(slow):
+                row["missing"] = "left out: no time left"
+                row["dropped"] = True
+            elif entry.ours:
+                row["plan"] = self._plan(shape, mode, task["dtype"], options)
+            yield entry, row
+
+    def _short(self, seconds: float) -> bool:
+        """Whether so many would be missing for the tasks to come."""
+        return self.left() - seconds < _RESERVE_S * self._after
+
+    def _plan(self, shape: Shape, mode: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
+        from fastpref.logps.plan import plan_head
+
+        grads = {"hidden_grad": mode != "forward-only", "weight_grad": mode == "trainable"}
+        size = shape.n, shape.h, shape.v, DTYPES[dtype]
+        return asdict(plan_head(*size, device=self._device.device, **grads, **options))
+
+    def _fuses(self, shape: Shape, dtype: str) -> bool:
+        """Whether a pass without gradients runs in one kernel if it is left to the plan."""
+        fastest = {"strategy": "forward-only"}
+        return self._plan(shape, "forward-only", dtype, fastest)["logit_free"]
+
+    def _warm_up(
+        self, entry: Entry, row: dict[str, Any], problem: HeadProblem, truth: Truth, mode: str
+    ) -> tuple[Callable[[], object], float]:
+        """The call, warm, and its seconds at last; its errors go into the row. On a GPU its memory
+        as well, and whether it gives the same bits twice."""
+        begun = time.perf_counter()
+        side = entry.make()
+        run = step(side, mode)
+        outputs: list[Any] = []
+
+        def call() -> None:
+            outputs[:] = [run(problem)]
+
+        seconds = self._device.wall(call).device
+        row["first_call_s"] = round(time.perf_counter() - begun, 3)
+        if entry.compiled:
+            seconds = self._device.wall(call, problem.clear).device
+        out = outputs.pop()
+        row["errors"], row["wrong"] = self._errors(entry, side, problem, truth, mode, out)
+        if self._device.like_gpu:
+            before = _results(problem, out)
+            problem.clear()
+            row["memory"] = self._device.peak(call)
+            row["memory"]["extra"] = row["memory"]["peak_beyond"] - _returned(problem, mode)
+            after = _results(problem, outputs.pop())
+            row["same_bits_twice"] = all(map(torch.equal, before, after))
+        return lambda: run(problem), seconds
+
+    def _errors(
+        self, entry: Entry, side: Side, problem: HeadProblem, truth: Truth, mode: str, out: Any
+    ) -> tuple[dict[str, float | None] | None, bool]:
+        if entry.other:
+            return None, False
+        if mode == "forward-only":
+            found = logp_errors(problem, truth, out, out.double().sum(1))
+            return found, not (found["logp_rms"] or 0.0) < WRONG_LOGP
+        assert isinstance(out, Output)
+        tokens = out.token_logps
+        if tokens is None and side.logps is not None:
+            tokens = side.logps(problem).detach()
+        sums = torch.cat(out.sums) if isinstance(out.sums, tuple) else out.sums
+        assert sums is not None
+        loss = float(out.loss.detach())
+        found = errors(problem, truth, loss, tokens, sums, entry.with_reference)
+        limit = WRONG_GRADIENT["bf16" if problem.weight.dtype == torch.bfloat16 else "fp32"]
+        return found, not max(found["dhidden"] or 0.0, found["dweight"] or 0.0) < limit
+
+    def _bare(
+        self, products: rates.Products | None, mode: str, dtype: torch.dtype
+    ) -> dict[str, tuple[int, Callable[[], object]]]:
+        """Bare products, each with its number of rows; 0 for those of the roofline together, and
+        for the canary."""
+        out: dict[str, tuple[int, Callable[[], object]]] = {}
+        if products is not None:
+            out[ROOFLINE] = 0, products.together(mode)
+        if products is not None and (mode == "trainable" or not self._device.like_gpu):
+            out |= products.single(mode)
+        if not self._device.like_gpu:
+            out[CANARY] = 0, rates.canary(dtype)
+        return out
+
+    def _memory(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        """Peak resident memory of each side, in a process that has the allocator for that."""
+        mode, dtype = task["mode"], task["dtype"]
+        problem = self._problem(shape, dtype)
+        problem.set_trainable(mode == "trainable")
+        small = make_problem(64, shape.h, 1024, DTYPES[dtype], softcap=shape.softcap)
+        small.set_trainable(problem.trainable)
+
+        def peak(entry: Entry, row: dict[str, Any]) -> None:
+            run = step(entry.make(), mode)
+            run(problem if entry.compiled else small)
+            problem.clear()
+            row["memory"] = self._device.peak(lambda: run(problem))
+            row["memory"]["extra"] = row["memory"]["peak_beyond"] - _returned(problem, mode)
+
+        rows = self._each(shape, task, problem, peak)
+        found = {n: row.get("memory", {"failed": row.get("missing")}) for n, row in rows.items()}
+        return {"memory": found}
+
+    def _rows(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        problem, _, _ = self._prepare(shape, task["dtype"])
+        makers = parts.row_passes(problem, self._named(), self._request["precision"])
+        return self._passes(shape, task, makers)
+
+    def _logits(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        problem, _, _ = self._prepare(shape, task["dtype"])
+        makers = parts.logits_passes(self._device, problem, self._named(), self._request["peers"])
+        return self._passes(shape, task, makers)
+
+    def _named(self) -> list[str]:
+        import fastpref.backends
+
+        return self._backends or [fastpref.backends.active(self._device.device, torch.bfloat16)]
+
+    def _passes(self, shape: Shape, task: dict[str, Any], makers: Any) -> dict[str, Any]:
+        excluded, tell = task.get("excluded", {}), self._teller(task)
+        found = parts.measure(self._device, self._rounds(), makers, excluded, tell)
+        return {"size": asdict(shape), **found}
+
+    def _overhead(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        """All modes of a small batch. Its inputs need no float64 truth."""
+        problem = self._problem(shape, task["dtype"])
+        calls: dict[str, Callable[[], tuple[float, ...]]] = {}
+        modes = {}
+        for mode in self._request["modes"]:
+            problem.set_trainable(mode == "trainable")
+            self._device.free()
+            calls.clear()
+
+            def warm_up(entry: Entry, row: dict[str, Any], mode: str = mode) -> None:
+                call = parts.small_call(self._device, entry, problem, mode)
+                call()
+                calls[entry.name] = call
+
+            rows = self._each(shape, {**task, "mode": mode}, problem, warm_up)
+            for name, times in parts.small_rows(calls).items():
+                rows[name] |= times
+            problem.clear()
+            modes[mode] = list(rows.values())
+        return {"size": asdict(shape), "modes": modes}
+
+
+def _results(problem: HeadProblem, out: Any) -> list[Tensor]:
+    """What has to be the same in every run."""
+    if isinstance(out, Tensor):
+        return [out]
+    given = out.loss.detach(), problem.hidden.grad, problem.weight.grad
+    return [t for t in given if t is not None]
+
+
+def _returned(problem: HeadProblem, mode: str) -> int:
+    """Bytes of the gradients that a call returns."""
+    return 0 if mode == "forward-only" else problem.gradient_bytes()
+
+
+def answer(request: dict[str, Any], say: Say) -> None:
+    """The whole worker."""
+    worker = Worker(open_device(request["device"]), request, say)
+    if request["first"]:
+        say({"machine": worker.machine()})
+    try:
+        worker.run()
+    except Lost as error:
+        say({"lost": str(error)})
+        raise SystemExit(1) from None
+    say({"done": True})

@@ -1,0 +1,89 @@
+"""The options of `fastpref train` as one object, and their checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+
+class Precision(str, Enum):
+    exact = "exact"
+    fast = "fast"
+
+
+class Reference(str, Enum):
+    auto = "auto"
+    model = "model"
+    adapter = "adapter"
+    precompute = "precompute"
+    columns = "columns"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of `fastpref train`; see its help."""
+
+    model: str
+    data: str
+    loss: str
+    loss_option: list[str] | None
+    output: Path
+    lora: bool
+    lora_r: int | None
+    lora_alpha: int | None
+    lora_targets: str | None
+    eval_data: str | None
+    eval_split: float
+    eval_steps: int | None
+    beta: float
+    lr: float | None
+    epochs: float
+    max_steps: int
+    batch_size: int
+    grad_accumulation: int
+    max_length: int
+    precision: Precision
+    bf16: bool | None
+    reference: Reference
+    gradient_checkpointing: bool
+    resume: str | None
+    resume_anyway: bool
+    overwrite: bool
+    trust_remote_code: bool
+    as_json: bool
+    quiet: bool
+    seed: int
+    logging_steps: int | None
+    save_steps: int
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The options that shape a new adapter."""
+        return {
+            "--lora-r": self.lora_r,
+            "--lora-alpha": self.lora_alpha,
+            "--lora-targets": self.lora_targets,
+        }
+
+
+def check_options(options: TrainOptions, unused: list[str]) -> None:
+    """Raise ValueError for options that are out of range or would have no effect.
+
+    unused: the options of a new adapter that were passed without --lora.
+    """
+    max_steps = options.max_steps
+    if max_steps < 1 and max_steps != -1:
+        raise ValueError(f"--max-steps is {max_steps}; expected at least 1, or -1 for all epochs")
+    if not 0 < options.epochs < math.inf:
+        raise ValueError(f"--epochs is {options.epochs:g}; expected a finite number above 0")
+    if unused:
+        raise ValueError(f"{' and '.join(unused)} would do nothing; add --lora")
+    if options.resume is None and options.resume_anyway:
+        raise ValueError("--resume-anyway would do nothing; add --resume")
+    if options.resume not in (None, "auto") and options.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one of them")
+    if options.eval_steps and options.eval_data is None and not options.eval_split:
+        raise ValueError("--eval-steps needs held-out pairs; add --eval-data or --eval-split")

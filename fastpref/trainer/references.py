@@ -1,0 +1,140 @@
+"""The reference of a trainer: which one it is, and its log-probabilities of batches and data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref import reference as refs
+from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
+from fastpref.heads.reading import unwrap
+from fastpref.trainer.checks import check_trains
+from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns
+
+
+class ReferencingTrainer(SyncingTrainer):
+    """The part of a trainer that has a reference."""
+
+    ld_alpha: float | None = None  # for the reference's sums, as in `ld_sequence_logps`
+    needs_reference: bool  # whether the loss needs a reference
+    precompute: bool  # whether reference log-probs are computed before training
+    _head_options: dict[str, Any]
+
+    def choose_reference(self, model: Any, ref_model: Any, datasets: list[Any]) -> Any:
+        """Decide where the reference's log-probs come from, before transformers' constructor.
+
+        Args:
+            model: the policy.
+            ref_model: the user's reference model or None.
+            datasets: the prepared training and evaluation data.
+
+        Returns:
+            The second model: ref_model or a frozen copy of the policy; None if none is needed.
+        """
+        in_data = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
+        check_sync_columns(self.args, in_data)
+        self.check_data(datasets, any(in_data) or ref_model is not None)
+        self._runs_reference = not all(in_data) and self.needs_reference
+        self.precompute = self.args.precompute_ref_log_probs and self._runs_reference
+        if self.precompute:  # `train` checks this again, after hours of computing log-probs
+            check_trains(model)
+        self._is_own_reference = refs.is_peft(model) and ref_model is None
+        if self._runs_reference and self._is_own_reference:
+            refs.check_adapter_reference(model)
+        elif self._runs_reference and not self.precompute and ref_model is None:
+            return refs.frozen_copy(model)
+        return ref_model
+
+    def set_up_reference(self, ref_model: Any) -> None:
+        """Prepare the reference that `choose_reference` returned, and precompute its log-probs."""
+        self.ref_model: Any = None
+        if ref_model is not None:
+            self.ref_model = self._prepare_reference_model(ref_model)
+        self._policy_reference = refs.Reference(
+            self.model, self._is_own_reference, self._head_options, self.ld_alpha
+        )
+        self.reference: refs.Reference | None = None
+        if self.ref_model is not None:
+            self.reference = replace(self._policy_reference, model=self.ref_model, adapter=False)
+        elif self._is_own_reference and self._runs_reference:
+            self.reference = self._policy_reference
+        if self.args.sync_ref_model:
+            self.start_sync(ref_model)
+        if self.precompute:
+            self.train_dataset = self._precompute(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, Mapping):
+                named = self.eval_dataset.items()
+                self.eval_dataset = {name: self._precompute(d, name) for name, d in named}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._precompute(self.eval_dataset, "eval")
+
+    def _prepare_reference_model(self, model: Any) -> Any:
+        install_head_forward(model)
+        if type(unwrap(model)) is not type(unwrap(self.model)):  # the policy's class is checked
+            check_head(model)
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        model = model.eval().requires_grad_(False)
+        return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def with_reference(self, dataset: Any, name: str) -> Any:
+        """Evaluation data with the reference's log-probs, if they are computed ahead.
+
+        The policy is its own reference only before the first step.
+        """
+        check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
+        if self.precompute and (self.reference is not None or self.state.global_step == 0):
+            return self._precompute(dataset, name)
+        return dataset
+
+    def _precompute(self, dataset: Any, name: str) -> Any:
+        """The data with the log-probs of the reference, or of the policy if there is no other."""
+        if refs.has_reference(dataset, self.reference_columns()):
+            return dataset
+        args = self.args
+        size = args.train_batch_size if name == "train" else args.eval_batch_size
+        reference = self.reference or self._policy_reference
+        with self.accelerator.autocast():
+            return refs.precompute(
+                dataset,
+                lambda batch: self.reference_sums(reference, batch),
+                self.data_collator,
+                self.accelerator,
+                batch_size=args.precompute_ref_batch_size or size,
+                name=name,
+                columns=self.reference_columns(),
+                num_workers=args.dataloader_num_workers,
+                disable_tqdm=bool(args.disable_tqdm) or not self.is_world_process_zero(),
+            )
+
+    def reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The reference's log-probs of a batch, [C * P] for C `reference_columns`, or None."""
+        names = self.reference_columns()
+        if names[0] in inputs:
+            return torch.cat([inputs[name] for name in names])
+        if self.reference is None and not self.needs_reference:
+            return None
+        if self.reference is None:
+            raise ValueError(
+                "this data has no reference log-probs and no reference model is kept; pass it as "
+                "eval_dataset when the trainer is made, or pass ref_model"
+            )
+        with self.accelerator.autocast():
+            return self.reference_sums(self.reference, inputs)
+
+    # ---- defined by a subclass ----
+
+    def check_data(self, datasets: list[Any], has_reference: bool) -> None:
+        """Raise ValueError for columns, or a reference, that the loss does not support."""
+
+    def reference_columns(self) -> tuple[str, ...]:
+        """The columns of reference log-probs."""
+        raise NotImplementedError
+
+    def reference_sums(self, reference: refs.Reference, batch: dict[str, Any]) -> Tensor:
+        """The reference's log-probs of a batch, [C * P], one column after the other."""
+        return reference.logps(batch)
