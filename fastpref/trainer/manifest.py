@@ -40,7 +40,7 @@ def write_manifest(folder: Path, step: int, run: dict[str, Any]) -> None:
     """
     files: dict[str, dict[str, Any]] = {}
     for path in files_under(folder):
-        if path.name.startswith("."):
+        if path.name.startswith(".") or path == folder / MANIFEST:
             continue
         sync_file(path)
         name = path.relative_to(folder).as_posix()

@@ -273,7 +273,7 @@ def test_unexpected_errors_are_one_sentence(monkeypatch):
         raise KeyError("what")
 
     result = CliRunner().invoke(_app(command), [])
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert complaint(result) == "fastpref: KeyError: 'what' (--debug shows the traceback)\n"
 
 
@@ -295,7 +295,7 @@ def test_debug_shows_the_error(tmp_path):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, pairs):
     rows = [{**row, "ref_chosen_logps": -1e30, "ref_rejected_logps": -30.0} for row in pairs]
     data = write(tmp_path / "pairs.jsonl", rows)
-    result = train(tmp_path / "out", "--loss", "ipo", data=data, code=2)
+    result = train(tmp_path / "out", "--loss", "ipo", data=data, code=3)
     assert "the loss is inf at step 1, micro-batch 1 of 1, data rows [" in complaint(result)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
