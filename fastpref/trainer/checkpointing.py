@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 from torch import nn
 from transformers.trainer_utils import TrainOutput
@@ -237,6 +239,19 @@ class CheckpointingTrainer(AgreeingTrainer):
             pending = self.accelerator.gather(pending.detach().reshape(1)).mean().item()
         return self._earlier_loss + getattr(self, "_total_loss_scalar", 0.0) + (pending or 0.0)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if getattr(self.accelerator, "scaler", None) is not None:  # with fp16
+            with _readable(checkpoint, "scaler.pt"):
+                super()._load_scaler(checkpoint)
+
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -363,6 +378,18 @@ class CheckpointingTrainer(AgreeingTrainer):
     def reference_columns(self) -> tuple[str, ...]:
         """The columns that reference log-probs are in."""
         raise NotImplementedError
+
+
+@contextmanager
+def _readable(checkpoint: str | None, names: str) -> Iterator[None]:
+    """A ValueError that names the files for what torch refuses to load, such as code in a pickle."""
+    try:
+        yield
+    except (UnpicklingError, EOFError, BadZipFile) as error:
+        reason = "it holds objects other than tensors and numbers"
+        if "Unsupported global" not in str(error):
+            reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{checkpoint}: {names} cannot be loaded: {reason}") from error
 
 
 def _replace_model(beside: Path, target: Path) -> None:
