@@ -68,10 +68,10 @@ def run(options: TrainOptions) -> None:
     if not console.is_terminal or console.quiet:  # bars are for people
         hide_library_bars()
     directory = OutputDirectory(options.output)
+    if first:
+        check_output(options, directory)
+    plan = make_plan(options)
     with directory.held() if first else contextlib.nullcontext():
-        if first:
-            check_output(options, directory)
-        plan = make_plan(options)
         console.print(headline(options, plan))
         config = make_config(options, plan, not console.is_terminal or console.quiet)
         bar, memory = ProgressBar(console), report.PeakMemory(plan.device)

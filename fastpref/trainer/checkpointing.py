@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 from zipfile import BadZipFile
 
 from torch import nn
@@ -39,7 +39,6 @@ from fastpref.trainer.storage import (
 )
 
 logger = logging.getLogger("fastpref")
-T = TypeVar("T")
 _STAGING = ".saving"  # where a checkpoint is written before it takes its name
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
@@ -382,7 +381,7 @@ class CheckpointingTrainer(AgreeingTrainer):
 
 @contextmanager
 def _readable(checkpoint: str | None, names: str) -> Iterator[None]:
-    """A ValueError that names the files for what torch refuses to load, such as code in a pickle."""
+    """Raise ValueError, with the files' names, for what torch refuses to load, such as code."""
     try:
         yield
     except (UnpicklingError, EOFError, BadZipFile) as error:

@@ -167,3 +167,23 @@ def test_no_pickle_of_a_checkpoint_is_run(tmp_path, pairs, file):
     assert not mark.exists(), "code of a checkpoint ran"
     if not harmless:
         assert file in complaint(result)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no processes")
+def test_two_processes_end_together(tmp_path, pairs):
+    process = start(
+        tmp_path / "out", pairs, "--max-steps", 4000, "--save-steps", 0, "--json",
+        "--eval-split", 0.3, "--reference", "model", interpreter=TORCHRUN,
+    )  # fmt: skip
+    lines = []
+    while '"step"' not in (lines or [""])[-1]:
+        lines.append(process.stdout.readline())
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on
+    _, said = process.communicate(timeout=90)
+    assert process.returncode != 0 and "of 4000 steps are done" in said, said
+    assert [event["event"] for event in events_of("".join(lines))].count("start") == 1
+    assert len(list((tmp_path / "out").glob("checkpoint-*/manifest.json"))) == 1
