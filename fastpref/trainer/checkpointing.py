@@ -337,10 +337,11 @@ class CheckpointingTrainer(AgreeingTrainer):
             super().save_model(output_dir, _internal_call)
             return
         target = Path(output_dir or str(self.args.output_dir))
-        beside = OutputDirectory(target).beside
+        directory = OutputDirectory(target)
+        beside = directory.beside
         try:
             if self.args.should_save:
-                shutil.rmtree(beside, ignore_errors=True)
+                directory.clear()
                 beside.mkdir(parents=True)
                 if (target / "README.md").is_file():  # whose text the model card keeps
                     shutil.copy2(target / "README.md", beside)
@@ -350,9 +351,10 @@ class CheckpointingTrainer(AgreeingTrainer):
                 self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 _replace_model(beside, target)
+                directory.clear()
         except Exception as error:
             problem = disk_problem(error)
-            shutil.rmtree(beside, ignore_errors=True)
+            directory.clear()
             if problem is None:
                 raise
             raise StorageError(

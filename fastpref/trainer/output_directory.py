@@ -51,7 +51,11 @@ class OutputDirectory:
     @property
     def beside(self) -> Path:
         """Where the final model is written before it takes its place."""
-        return self.path / _BESIDE
+        return self.path / _BESIDE / self.path.resolve().name  # a model card's title is the name
+
+    def clear(self) -> None:
+        """Remove what a model that was not saved to its end has left."""
+        shutil.rmtree(self.path / _BESIDE, ignore_errors=True)
 
     def hold(self) -> None:
         """Take the lock. StorageError if the directory cannot be written, ValueError if another
@@ -143,7 +147,7 @@ class OutputDirectory:
         self._start()
 
     def _start(self) -> None:
-        shutil.rmtree(self.beside, ignore_errors=True)
+        self.clear()
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._write({**self.read(), "run_id": self.run_id, "started": started})
 
