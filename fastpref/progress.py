@@ -186,3 +186,13 @@ def count(number: int = 1) -> None:
     """Increase the count of `counting`, from this process or from a forked one."""
     if _current is not None:
         _current.add(number)
+
+
+def size_text(count: float | None) -> str:
+    """Bytes for people: 12.3 MB, 4.56 GB; "not measured" for None."""
+    if count is None:
+        return "not measured"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"

@@ -1,6 +1,7 @@
 """The command line: `fastpref train`, `fastpref demo`, `fastpref doctor`.
 
-Bad input ends with one sentence on stderr and exit code 2, or with a traceback under `--debug`.
+An error ends with one sentence on stderr, or with a traceback under `--debug`, and with an exit
+status of `fastpref.cli.exit_codes`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ except ImportError:
 import torch
 
 from fastpref import backends
-from fastpref.cli import doctor
+from fastpref.cli import doctor, exit_codes
 
 NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
-EXPECTED = (ValueError, OSError, ImportError, ArithmeticError)  # errors that explain a bad input
 app: Any = None  # the typer application; None where typer is not installed
 
 
@@ -57,7 +57,7 @@ def check_backend() -> None:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its errors turned into one sentence on stderr and exit code 2."""
+    """The command with its errors turned into one sentence on stderr and an exit status."""
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
@@ -66,17 +66,33 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2)
         try:
             check_backend()  # before anything is loaded
+        except (RuntimeError, ValueError) as error:
+            typer.echo(f"fastpref: {sentence(error)}", err=True)
+            raise typer.Exit(exit_codes.INPUT) from None
+        try:
             command(**options)
+        except KeyboardInterrupt as error:
+            typer.echo(f"fastpref: {str(error) or 'interrupted'}", err=True)
+            raise typer.Exit(exit_codes.CTRL_C) from None
+        except SystemExit as error:
+            if error.code != exit_codes.SIGTERM:
+                raise
+            typer.echo(f"fastpref: {error}", err=True)
+            raise typer.Exit(exit_codes.SIGTERM) from None
+        except typer.Exit:
+            raise
         except Exception as error:
             if options["debug"]:
                 raise
-            text = sentence(error)
-            if not isinstance(error, EXPECTED):
+            text, code = sentence(error), exit_codes.exit_code(error, options.get("output"))
+            if code == exit_codes.OURS:
                 if not isinstance(error, RuntimeError):
                     text = f"{type(error).__name__}: {text}"  # a KeyError's message is its key
                 text += " (--debug shows the traceback)"
+            elif code == exit_codes.RESUMABLE:
+                text += "; --resume latest goes on from the newest complete checkpoint"
             typer.echo(f"fastpref: {text}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(code) from None
 
     return run
 
@@ -90,8 +106,8 @@ def _build() -> Any:
         add_completion=False,
         pretty_exceptions_show_locals=False,
     )
-    application.command("train")(guarded(train.command))
-    application.command("demo")(guarded(demo.command))
+    application.command("train", epilog=exit_codes.HELP)(guarded(train.command))
+    application.command("demo", epilog=exit_codes.HELP)(guarded(demo.command))
 
     @application.command("doctor")
     def doctor_command(

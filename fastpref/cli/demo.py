@@ -17,6 +17,7 @@ import torch
 import typer
 
 from fastpref.cli import report
+from fastpref.progress import size_text
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "demo"
 TEMPERATURE = 0.7
@@ -303,7 +304,7 @@ def show_head(console: Any, head: dict[str, Any]) -> None:
         ("eager", "eager torch, with logits"),
         ("fastpref", f"fastpref, without ({head['backend']})"),
     ):
-        table.add_row(label, report.size_text(extra[side]), f"{seconds[side] * 1e3:.1f} ms")
+        table.add_row(label, size_text(extra[side]), f"{seconds[side] * 1e3:.1f} ms")
     table.add_row(
         "eager / fastpref",
         memory_ratio(extra),

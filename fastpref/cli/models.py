@@ -33,16 +33,20 @@ def continues(name: str, options: list[str]) -> bool:
     return True
 
 
-def load_model(name: str, dtype: torch.dtype) -> Any:
-    """The model of --model; of an adapter a PeftModel that trains it."""
+def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of --model; of an adapter a PeftModel that trains it.
+
+    trust_remote_code: whether code that comes with the model may run.
+    """
     from fastpref.trainer.adapter_loading import load_adapter
 
     adapter = adapter_of(name)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if adapter is None:
-        return _load_whole(name, {"dtype": dtype})
+        return _load_whole(name, options)
     path = str(Path(name).expanduser())
     try:
-        return load_adapter(path, adapter, {"dtype": dtype}, _load_base, trainable=True)
+        return load_adapter(path, adapter, options, _load_base, trainable=True)
     except ValueError as error:
         raise ValueError(f"--model {name}: {error}") from error
 
@@ -62,19 +66,20 @@ def _load_whole(name: str, options: dict[str, Any], argument: str = "--model") -
     return model
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model; of an adapter its tokenizer or else its base model's."""
     from transformers import AutoTokenizer
 
     from fastpref.trainer.adapter_loading import tokenizer_of
 
     adapter, path = adapter_of(name), str(Path(name).expanduser())
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if adapter is None:
-        return from_pretrained(AutoTokenizer, name)
+        return from_pretrained(AutoTokenizer, name, **options)
     base = adapter.get("base_model_name_or_path")
     if tokenizer_of(path, {}) is None and base:
-        return from_pretrained(AutoTokenizer, base, f"--model {name}: base")
-    return AutoTokenizer.from_pretrained(path)
+        return from_pretrained(AutoTokenizer, base, f"--model {name}: base", **options)
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **options: Any) -> Any:
@@ -93,10 +98,13 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
         name = str(path)
     elif path.exists() or is_path(name):
         raise ValueError(f"{argument} {name} is not a directory")
+    options.setdefault("trust_remote_code", False)  # without it transformers asks, and takes a "y"
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(" .:")
+        if "trust_remote_code" in str(error):
+            first = "it brings code of its own, which runs only with --trust-remote-code"
         kind = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
         raise ValueError(f"{argument} {name}: no {kind} could be loaded ({first})") from error
 
@@ -112,15 +120,3 @@ def lora_config(rank: Any, alpha: Any, targets: Any) -> Any:
         lora_alpha=alpha or 32,
         target_modules="all-linear" if modules == ["all-linear"] else modules,
     )
-
-
-def latest_checkpoint(output: Path) -> str:
-    """The newest complete checkpoint in a directory.
-
-    A checkpoint is complete if it has trainer_state.json, which is written last.
-    """
-    complete = [p.parent for p in output.glob("checkpoint-*/trainer_state.json")]
-    steps = {int(step): path for path in complete if (step := path.name[11:]).isdecimal()}
-    if not steps:
-        raise ValueError(f"--resume latest: there is no complete checkpoint in {output}")
-    return str(steps[max(steps)])

@@ -78,16 +78,6 @@ def _life_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def size_text(count: float | None) -> str:
-    """Bytes as text: 12.3 MB, 4.56 GB; "not measured" for None."""
-    if count is None:
-        return "not measured"
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
 def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Any:
     """A rich table of two columns, name and value."""
     from rich.box import SIMPLE_HEAD

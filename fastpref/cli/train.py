@@ -83,8 +83,28 @@ def command(
     ] = True,
     resume: Annotated[
         str | None,
-        typer.Option(help="Continue from this checkpoint directory, or 'latest' of --output."),
+        typer.Option(
+            help="Continue from this checkpoint directory, or from the newest complete one of "
+            "--output: 'latest', or 'auto', which starts a new run if there is none."
+        ),
     ] = None,
+    resume_anyway: Annotated[
+        bool,
+        typer.Option(
+            "--resume-anyway",
+            help="Continue also with other data, loss, seed or adapter than the checkpoint's.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what another run has left in --output.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON for each event, and no text.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
     logging_steps: Annotated[
         int | None,

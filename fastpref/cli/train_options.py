@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -49,6 +50,11 @@ class TrainOptions:
     reference: Reference
     gradient_checkpointing: bool
     resume: str | None
+    resume_anyway: bool
+    overwrite: bool
+    trust_remote_code: bool
+    as_json: bool
+    quiet: bool
     seed: int
     logging_steps: int | None
     save_steps: int
@@ -71,9 +77,13 @@ def check_options(options: TrainOptions, unused: list[str]) -> None:
     max_steps = options.max_steps
     if max_steps < 1 and max_steps != -1:
         raise ValueError(f"--max-steps is {max_steps}; expected at least 1, or -1 for all epochs")
-    if not options.epochs > 0:
-        raise ValueError(f"--epochs is {options.epochs:g}; expected more than 0")
+    if not 0 < options.epochs < math.inf:
+        raise ValueError(f"--epochs is {options.epochs:g}; expected a finite number above 0")
     if unused:
         raise ValueError(f"{' and '.join(unused)} would do nothing; add --lora")
+    if options.resume is None and options.resume_anyway:
+        raise ValueError("--resume-anyway would do nothing; add --resume")
+    if options.resume not in (None, "auto") and options.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other; give one of them")
     if options.eval_steps and options.eval_data is None and not options.eval_split:
         raise ValueError("--eval-steps needs held-out pairs; add --eval-data or --eval-split")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastpref.cli import report
+from fastpref.progress import size_text
 
 
 def summarise(trainer: Any, memory: report.PeakMemory, bar: Any) -> dict[str, Any]:
@@ -47,11 +48,11 @@ def summary_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens per second", "not measured" if rate is None else f"{rate:,.0f}"),
         (
             "peak memory",
-            f"{report.size_text(facts['peak_memory_bytes'])} ({facts['peak_memory_kind']})",
+            f"{size_text(facts['peak_memory_bytes'])} ({facts['peak_memory_kind']})",
         ),
         (
             "logits not made",
-            f"{report.size_text(facts['logits_bytes'])} for one fp32 copy of those "
+            f"{size_text(facts['logits_bytes'])} for one fp32 copy of those "
             f"of the largest batch ({facts['batch_positions']:,} positions)",
         ),
     ]

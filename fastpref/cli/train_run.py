@@ -18,7 +18,6 @@ from fastpref.cli import report
 from fastpref.cli.losses import ChosenLoss, choose_loss
 from fastpref.cli.models import (
     continues,
-    latest_checkpoint,
     load_model,
     load_tokenizer,
     lora_config,
@@ -38,7 +37,6 @@ class Plan:
     Attributes:
         lora: whether an adapter is trained.
         continued: whether --model is an adapter, which is trained further.
-        resume: the checkpoint directory or None.
         reference: where reference log-probs come from, without `auto` if the loss needs them.
         reference_text: the same for people.
     """
@@ -46,7 +44,6 @@ class Plan:
     loss: ChosenLoss
     lora: bool
     continued: bool
-    resume: str | None
     tokenizer: Any
     train_set: Any
     eval_set: Any
@@ -61,19 +58,44 @@ def run(options: TrainOptions) -> None:
     """Train a model, save it, and print and write a summary. Raises ValueError for bad input."""
     from rich.console import Console
 
+    from fastpref.cli.events import Events
     from fastpref.cli.progress import ProgressBar
+    from fastpref.trainer.output_directory import OutputDirectory
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # bars are for people
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    console = Console(highlight=False, quiet=options.quiet or options.as_json or not first)
+    events = Events(enabled=options.as_json and first)
+    if not console.is_terminal or console.quiet:  # bars are for people
         hide_library_bars()
+    directory = OutputDirectory(options.output)
+    if first:
+        check_output(options, directory)
     plan = make_plan(options)
-    console.print(headline(options, plan))
-    options.output.mkdir(parents=True, exist_ok=True)
-    config = make_config(options, plan, disable_tqdm=not console.is_terminal)
-    bar, memory = ProgressBar(console), report.PeakMemory(plan.device)
-    trainer = train(options, plan, config, console, bar, memory)
-    trainer.save_model(str(options.output))
-    write_results(options, plan, trainer, console, summarise(trainer, memory, bar))
+    with directory.held() if first else contextlib.nullcontext():
+        console.print(headline(options, plan))
+        config = make_config(options, plan, not console.is_terminal or console.quiet)
+        bar, memory = ProgressBar(console), report.PeakMemory(plan.device)
+        trainer = train(options, plan, config, directory, console, events, bar, memory)
+        trainer.save_model(str(options.output))
+        if first:
+            facts = summarise(trainer, memory, bar)
+            write_results(options, plan, trainer, console, facts)
+            events.write("end", output=str(options.output), **facts)
+
+
+def check_output(options: TrainOptions, directory: Any) -> None:
+    """Raise ValueError, before anything is loaded, if the run could not start in its directory."""
+    from fastpref.trainer.manifest import MANIFEST, checkpoints
+
+    resume, found = options.resume, directory.foreign_files()
+    complete = [p for _, p in checkpoints(directory.path) if (p / MANIFEST).is_file()]
+    if resume not in (None, "latest", "auto"):
+        if not Path(resume).is_dir():
+            raise ValueError(f"--resume {resume} is not a checkpoint directory")
+    elif resume == "latest" and not complete:
+        raise ValueError(f"--resume latest: there is no complete checkpoint in {options.output}")
+    elif not (options.overwrite or (resume and complete)):
+        directory.check_free(found)
 
 
 # ---- decisions ----
@@ -85,11 +107,6 @@ def make_plan(options: TrainOptions) -> Plan:
     continued = continues(options.model, adapter_options)
     lora = options.lora or continued
     check_options(options, [] if options.lora else adapter_options)
-    resume = options.resume
-    if resume == "latest":
-        resume = latest_checkpoint(options.output)
-    elif resume is not None and not Path(resume).is_dir():
-        raise ValueError(f"--resume {resume} is not a checkpoint directory")
     loss = choose_loss(options.loss, options.beta, options.loss_option or [])
     needs_reference = loss.reference == "required"
     if not needs_reference and options.reference is not Reference.auto:
@@ -110,7 +127,6 @@ def make_plan(options: TrainOptions) -> Plan:
         loss=loss,
         lora=lora,
         continued=continued,
-        resume=resume,
         tokenizer=tokenizer,
         train_set=train_set,
         eval_set=eval_set,
@@ -140,7 +156,7 @@ def load_data(options: TrainOptions, loss: ChosenLoss) -> tuple[Any, Any, Any]:
             raise ValueError(f"--eval-split needs at least 2 pairs, but {options.data} has 1")
         parts = train_set.train_test_split(fraction, seed=options.seed)
         train_set, eval_set = parts["train"], parts["test"]
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     if loss.unpaired:  # its trainer reads rows in order, so that a batch should have both classes
         from fastpref.data.unpaired import unpair
 
@@ -234,6 +250,9 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
         precompute_ref_log_probs=plan.reference is Reference.precompute,
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,
+        overwrite_output_dir=options.overwrite,
+        resume_anyway=options.resume_anyway,
+        trust_remote_code=options.trust_remote_code,
         logging_steps=options.logging_steps or min(10, max(1, steps // 50)),
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 500,
@@ -252,17 +271,19 @@ def train(
     options: TrainOptions,
     plan: Plan,
     config: Any,
+    directory: Any,
     console: Any,
+    events: Any,
     bar: Any,
     memory: report.PeakMemory,
 ) -> Any:
     """Make the trainer, train, and evaluate on held-out data; returns the trainer."""
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    log = console.file if first and not console.is_terminal else None
+    log = None if console.is_terminal or console.quiet else console.file
     new_adapter = plan.lora and not plan.continued
-    with notes_on(console), lines_to(log), memory:
+    dtype = torch.bfloat16 if plan.lora and plan.bf16 else torch.float32
+    with notes_on(console), events.notes(), lines_to(log), memory:
         trainer = make_trainer(
-            load_model(options.model, torch.bfloat16 if plan.lora and plan.bf16 else torch.float32),
+            load_model(options.model, dtype, options.trust_remote_code),
             config,
             plan.tokenizer,
             plan.train_set,
@@ -270,8 +291,10 @@ def train(
             peft_config=lora_config(*options.adapter.values()) if new_adapter else None,
             bar=bar,
         )
+        trainer.output_directory = directory
+        trainer.add_callback(events)
         try:
-            trainer.train(resume_from_checkpoint=plan.resume)
+            trainer.train(resume_from_checkpoint=options.resume)
         finally:
             bar.close()
         if plan.eval_set is not None:

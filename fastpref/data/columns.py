@@ -88,11 +88,16 @@ def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) ->
 
 
 def check_number(value: Any, key: str, where: str) -> float:
-    """The value as a float. ValueError unless it is finite, and in [0, 1] for a soft label."""
+    """The value as a float.
+
+    ValueError unless it is finite, in [0, 1] for a soft label, and not negative for a weight.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{where}: {key} is {value!r}; expected a finite number")
     if key == "soft_label" and not 0 <= value <= 1:
         raise ValueError(f"{where}: {key} is {value!r}; expected a probability in [0, 1]")
+    if key == "weight" and value < 0:
+        raise ValueError(f"{where}: weight is {value!r}; expected a number that is not negative")
     return float(value)
 
 

@@ -5,16 +5,14 @@ In errors, lines of a file are numbered from 1 and rows from 0.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, is_messages
+from fastpref.data.columns import TEXT, UNPAIRED
+from fastpref.data.readers import read_csv, read_json, read_jsonl, read_parquet, read_saved
 
 
 def load_preference_data(source: Any, *, split: str = "train", streaming: bool = False) -> Any:
@@ -23,7 +21,7 @@ def load_preference_data(source: Any, *, split: str = "train", streaming: bool =
     Args:
         source: a path ending in .jsonl, .json, .csv (each also with .gz) or .parquet, a directory
             written by `Dataset.save_to_disk`, the name of a data set on the hub, a
-            `datasets.Dataset` or `IterableDataset` (returned as is), or an iterable of dicts.
+            `datasets.Dataset` or `IterableDataset`, or an iterable of dicts.
         split: the split of a hub data set, such as "train" or "train[:100]".
         streaming: whether to stream a hub data set instead of downloading it.
 
@@ -36,7 +34,9 @@ def load_preference_data(source: Any, *, split: str = "train", streaming: bool =
     """
     import datasets
 
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+    if isinstance(source, datasets.Dataset):
+        return _apart(source)
+    if isinstance(source, datasets.IterableDataset):
         return source
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ValueError(f"data is a set of splits {sorted(source)}; pass one of them")
@@ -55,11 +55,8 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
 
     path = Path(source).expanduser()
     if path.is_dir():
-        try:
-            loaded = datasets.load_from_disk(str(path))
-        except FileNotFoundError:
-            raise ValueError(f"{source} is a directory without a saved data set") from None
-        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        loaded = read_saved(path)
+        return _apart(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded)
     kinds = [s for s in path.suffixes if s in READERS]
     if not path.exists():
         if not kinds and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
@@ -70,14 +67,31 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
     if path.stat().st_size == 0:
         raise ValueError(f"data file {source} is empty")
     if kinds[-1] == ".parquet":
-        return _named(_load_parquet(path), path)
-    try:
-        rows = list(READERS[kinds[-1]](path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from None
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{source} is not a complete gzip file: {error}") from None
-    return _named(_from_rows(rows, source), path)
+        return _named(read_parquet(path), path)
+    return _named(_from_rows(list(READERS[kinds[-1]](path)), source), path)
+
+
+def _apart(dataset: Any) -> Any:
+    """The data set, but that what is derived from it is not written beside the user's files.
+
+    `datasets` writes its caches to the directory of the data; that of the user may be read-only.
+    """
+    import datasets
+    from datasets.table import InMemoryTable
+
+    cache = os.path.abspath(datasets.config.HF_DATASETS_CACHE)
+    files = [os.path.abspath(file["filename"]) for file in dataset.cache_files]
+    if all(os.path.commonpath([cache, file]) == cache for file in files):
+        return dataset
+    # The memory that the table's buffers map stays mapped.
+    indices = dataset._indices
+    return datasets.Dataset(
+        InMemoryTable(dataset.data.table),
+        info=dataset.info,
+        split=dataset.split,
+        indices_table=None if indices is None else InMemoryTable(indices.table),
+        fingerprint=dataset._fingerprint,
+    )
 
 
 def _named(dataset: Any, path: Path) -> Any:
@@ -98,87 +112,8 @@ def _load_hub(name: str, split: str, streaming: bool) -> Any:
         ) from error
 
 
-def _load_parquet(path: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from None
-    if table.num_rows == 0:
-        raise ValueError(f"data file {path} has no rows")
-    return Dataset(InMemoryTable(table))
-
-
-def _open(path: Path) -> Any:
-    opener = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")
-
-
-def _read_jsonl(path: Path) -> Iterator[dict]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}: line {number} is a JSON {type(row).__name__}; expected an object"
-                )
-            yield row
-
-
-def _read_json(path: Path) -> Iterable[dict]:
-    with _open(path) as file:
-        text = file.read()
-    if not text.lstrip().startswith("["):  # a .json file may hold one object per line
-        return _read_jsonl(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
-
-
-def _read_csv(path: Path) -> Iterator[dict]:
-    csv.field_size_limit(2**31 - 1)  # a long answer exceeds the default of 128 KiB
-    with _open(path) as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}: line {reader.line_num} does not have the header's "
-                    f"{len(reader.fieldnames or ())} fields"
-                )
-            yield {key: _csv_cell(key, value) for key, value in row.items()}
-
-
-def _csv_cell(key: str, value: str) -> Any:
-    if key in NUMBERS:
-        try:
-            return float(value)
-        except ValueError:
-            return value  # `prepare_dataset` reports it with the row's number
-    if key in UNPAIRED.labels:
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
-    known = (*TEXT, *IDS, *UNPAIRED.answers, *UNPAIRED.ids)
-    if key in known and value.startswith("["):
-        try:
-            decoded = json.loads(value)
-        except json.JSONDecodeError:
-            return value  # an ordinary string that starts with a bracket
-        if key.endswith("_ids") or is_messages(decoded):
-            return decoded
-    return value
-
-
-READERS: dict[str, Any] = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-READERS[".parquet"] = None  # read by `_load_parquet`, as columns
+READERS: dict[str, Any] = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv}
+READERS[".parquet"] = None  # read by `read_parquet`, as columns
 
 
 def _from_rows(rows: list, name: str) -> Any:

@@ -144,6 +144,25 @@ class RowTokenizer:
         return list(out["input_ids"]) if tokenize else out
 
 
+# Arguments of `apply_chat_template` that a row of data must not set: the template itself above all.
+_TEMPLATE_ARGUMENTS = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
+
+
 def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The row's tools and chat_template_kwargs, as arguments of `apply_chat_template`."""
     tools = _decoded(row.get("tools"), f"{where}: tools")
@@ -158,6 +177,12 @@ def template_options(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     options = _decoded(row.get(key), f"{where}: {key}") or {}
     if not isinstance(options, dict):
         raise ValueError(f"{where}: {key} is {describe(options)}; expected a dict")
+    reserved = sorted(_TEMPLATE_ARGUMENTS & set(options))
+    if reserved:
+        raise ValueError(
+            f"{where}: {key} has {reserved[0]!r}, which data must not set; expected variables of "
+            "the chat template"
+        )
     return {"tools": tools, **{k: v for k, v in options.items() if v is not None}}
 
 
@@ -171,6 +196,8 @@ def _decoded(value: Any, what: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} is text that is not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a huge number, deep nesting
+        raise ValueError(f"{what} is JSON that cannot be read ({error})") from None
 
 
 def _affixes(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -23,6 +23,7 @@ from fastpref.heads.calling import check_head, disable_dropout, install_head_for
 from fastpref.heads.modes import same_weights_trained
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.progress import silenced
+from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import check_optimizer, check_sampling, check_trains
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.loading import as_list, load_parts, router_coefficient
@@ -36,7 +37,7 @@ from fastpref.trainer.references import ReferencingTrainer
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(PredictingTrainer, ReferencingTrainer, CardTrainer):
+class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, CardTrainer):
     """Base class of `PreferenceTrainer` and `UnpairedPreferenceTrainer`.
 
     A subclass defines its configuration, its data and its loss.
@@ -121,6 +122,7 @@ class BaseTrainer(PredictingTrainer, ReferencingTrainer, CardTrainer):
 
     def _set_up_training(self) -> None:
         use_lines(self)
+        self.start_checkpoints()
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
         if self.args.gradient_checkpointing:
             # The backward pass casts each block's weights again. A cache would hold 16-bit copies
@@ -248,10 +250,22 @@ class BaseTrainer(PredictingTrainer, ReferencingTrainer, CardTrainer):
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`transformers.Trainer.train`; ValueError if no weight is trainable."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """`transformers.Trainer.train`; `CheckpointingTrainer.run_training` says how it resumes.
+
+        Raises:
+            ValueError: no weight is trainable, the checkpoint is damaged or of another run, or
+                output_dir holds another run's files or is in use.
+            StorageError: output_dir cannot be written, or is full.
+            Interrupted, Terminated: Ctrl-C or SIGTERM has ended the run, after a checkpoint.
+        """
         check_trains(self.model)
-        return super().train(*args, **kwargs)
+        return self.run_training(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with same_weights_trained(self.model):  # PEFT makes all weights of an adapter trainable
@@ -266,7 +280,7 @@ class BaseTrainer(PredictingTrainer, ReferencingTrainer, CardTrainer):
         self._window.sync()
         check_weights(model, self.state.global_step)
         saved: Any = self.state.stateful_callbacks
-        saved[TokenCount.KEY] = {"num_tokens": self._window.total_tokens}
+        saved.setdefault(TokenCount.KEY, {})["num_tokens"] = self._window.total_tokens
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

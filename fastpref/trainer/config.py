@@ -43,6 +43,17 @@ class BaseConfig(TrainingArguments):
         False, "Leave NaN losses out of the log; costs a device synchronisation every micro-step."
     )
 
+    # The run
+    overwrite_output_dir: bool = _option(
+        False, "Remove the checkpoints and the model that another run has left in output_dir."
+    )
+    resume_anyway: bool = _option(
+        False, "Continue from a checkpoint of a run with other data, loss, seed or adapter."
+    )
+    handle_signals: bool = _option(
+        True, "On SIGTERM or Ctrl-C finish the step and save a checkpoint; on SIGUSR1 save one."
+    )
+
     # The model
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None, "Arguments of from_pretrained when the model is given by name; dtype is float32 else."

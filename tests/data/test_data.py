@@ -107,7 +107,7 @@ def test_tools_and_template_options_are_kept_as_they_are():
         ("a.json", '[{"a": 1},\n oops]', "line 2 is not JSON"),
         ("a.json", "[]", "has no rows"),
         ("a.json", "[3]", "row 0 is a int; expected a dict"),
-        ("a.csv", "prompt,chosen,rejected\na,b\n", "line 2 does not have the header's 3 fields"),
+        ("a.csv", "prompt,chosen,rejected\na,b\n", "line 2 has 2 fields instead of the header's 3"),
         ("a.csv", "prompt,chosen,rejected\n", "has no rows"),
         ("a.parquet", "x", "is not a Parquet file"),
         ("a.jsonl.gz", "x", "is not a complete gzip file"),

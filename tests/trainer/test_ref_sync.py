@@ -133,7 +133,9 @@ def test_a_checkpoint_without_the_reference_is_said(tmp_path, caplog):
     t = trainer(tmp_path, **options)
     t.train()
     assert not list(tmp_path.rglob("reference.safetensors"))
-    t = trainer(tmp_path, **{**options, "max_steps": 3}, **SYNC)
+    with pytest.raises(ValueError, match="sync_ref_model True instead of False"):
+        trainer(tmp_path, **options, **SYNC).train(resume_from_checkpoint=True)
+    t = trainer(tmp_path, **{**options, "max_steps": 3}, **SYNC, resume_anyway=True)
     t.train(resume_from_checkpoint=True)
     assert "holds no reference.safetensors" in caplog.text
 

@@ -67,7 +67,7 @@ def test_resumed_rows_are_those_of_the_uninterrupted_run(tmp_path, kind, accumul
     assert (first == second) == in_order
     for saved in (2, 3, 5) if accumulation == 1 else (1, 3, 4):
         checkpoint = str(tmp_path / "whole" / "out" / f"checkpoint-{saved}")
-        resumed = seen_rows(start("resumed"), checkpoint)
+        resumed = seen_rows(start(f"resumed from {saved}"), checkpoint)
         assert resumed == [seen for seen in whole if seen[0] >= saved], saved
 
 

@@ -327,7 +327,7 @@ def test_nan_stops_at_once_and_keeps_the_last_checkpoint(tmp_path):
         NonFiniteLossError, match=r"nan at step 4, micro-batch 1 of 2, data rows \["
     ):
         t.train()
-    saved = sorted(p.name for p in (tmp_path / "out").iterdir())
+    saved = sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir())
     assert saved == ["checkpoint-2"]
     resumed = trainer(tmp_path, max_steps=3, gradient_accumulation_steps=2)
     out = resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))

@@ -1,0 +1,75 @@
+"""The events of a run as lines of JSON on standard output, for programs that watch it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class Events(TrainerCallback):
+    """Prints a line of JSON for each event of a run: start, step, eval, save, alarm, end.
+
+    Every line has `event` and `time`, seconds since 1970. A `step` and an `eval` have the step and
+    the metrics, a `save` the checkpoint's directory, an `alarm` the message. Numbers that are not
+    finite are null.
+
+    Args:
+        enabled: whether anything is printed.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def write(self, event: str, **values: Any) -> None:
+        """Print one event."""
+        if self.enabled:
+            line = {"event": event, "time": round(time.time(), 3), **_finite(values)}
+            print(json.dumps(line), file=sys.stdout, flush=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.write("start", step=state.global_step, steps=state.max_steps, output=args.output_dir)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "train_runtime" not in logs:
+            event = "eval" if any(key.startswith("eval_") for key in logs) else "step"
+            self.write(event, step=state.global_step, **logs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        name = f"checkpoint-{state.global_step}"
+        self.write("save", step=state.global_step, checkpoint=f"{args.output_dir}/{name}")
+
+    @contextmanager
+    def notes(self) -> Iterator[None]:
+        """Inside a `with` block, the package's warnings are alarms."""
+        handler = _AlarmHandler(self)
+        logger = logging.getLogger("fastpref")
+        if self.enabled:
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
+
+class _AlarmHandler(logging.Handler):
+    def __init__(self, events: Events) -> None:
+        super().__init__(logging.WARNING)
+        self.events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.write("alarm", message=record.getMessage())
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }

@@ -1,0 +1,41 @@
+"""The exit statuses of the command line, for scripts and schedulers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+DONE, OURS, INPUT, NOT_FINITE, STORAGE, RESUMABLE = 0, 1, 2, 3, 4, 5
+CTRL_C, SIGTERM = 130, 143
+
+HELP = """Exit status: 0 done; 1 a fault of fastpref; 2 the input; 3 a loss, gradient or weight that
+is not finite; 4 the disk; 5 interrupted and resumable, as by a process that was lost; 130 Ctrl-C;
+143 SIGTERM."""
+
+# From the input, and explained.
+_INPUT_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
+# What a process says whose partner died.
+_LOST = ("connection closed by peer", "connection reset by peer", "nccl", "gloo", "socket timeout")
+
+
+def exit_code(error: BaseException, output: Path | None = None) -> int:
+    """The exit status for an error.
+
+    Args:
+        output: the output directory of the command, which may hold a checkpoint.
+    """
+    from fastpref.trainer.manifest import MANIFEST, checkpoints
+    from fastpref.trainer.metrics import NonFiniteLossError
+    from fastpref.trainer.storage import StorageError, disk_problem
+
+    if isinstance(error, NonFiniteLossError):
+        return NOT_FINITE
+    full = isinstance(error, OSError) and disk_problem(error) == "no space left on the device"
+    if isinstance(error, StorageError) or full:
+        return STORAGE
+    if isinstance(error, _INPUT_ERRORS):
+        return INPUT
+    if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST):
+        found = checkpoints(output) if output is not None else iter(())
+        if any((path / MANIFEST).is_file() for _, path in found):
+            return RESUMABLE
+    return OURS

@@ -1,0 +1,222 @@
+"""Readers of JSON Lines, JSON, CSV and Parquet files, whose errors name the line or the row.
+
+Lines of a file are numbered from 1 and rows from 0. Nothing is written beside the user's files.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, is_messages
+
+_BOM = b"\xef\xbb\xbf"
+_GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their numbers, one in memory at a time.
+
+    Raises:
+        ValueError: a line that is not UTF-8, or a damaged gzip file; the message names the line.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for raw in file:
+                number += 1
+                if number == 1:
+                    raw = raw.removeprefix(_BOM)
+                yield number, raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{path}: line {number} is not UTF-8 text: byte 0x{byte:02x} at its position "
+            f"{error.start}"
+        ) from None
+    except _GZIP_ERRORS as error:
+        raise ValueError(
+            f"{path} is not a complete gzip file: it is damaged after line {number} ({error})"
+        ) from None
+
+
+def decode_json(text: str, where: Callable[[int], str]) -> Any:
+    """A JSON text as an object.
+
+    Args:
+        where: what the text is, in errors, from the number of the line in it, from 1.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or has a number or text that cannot be
+            stored.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where(error.lineno)} is not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{where(1)} is nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{where(1)} has a number that cannot be read ({error})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The objects of a file that holds one a line."""
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        row = decode_json(line, partial(_same_line, where))
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is a JSON {type(row).__name__}; expected an object")
+        yield row
+
+
+def _same_line(where: str, line: int) -> str:
+    return where
+
+
+def read_json(path: Path) -> Iterable[dict]:
+    """The objects of a JSON array, or of one a line, which a .json file may hold as well."""
+    text = "".join(line for _, line in lines(path))
+    if not text.lstrip().startswith("["):
+        return read_jsonl(path)
+    return decode_json(text, lambda line: f"{path}: line {line}")
+
+
+def read_csv(path: Path) -> Iterator[dict]:
+    """The rows of a CSV file as dicts, by its header."""
+    csv.field_size_limit(2**31 - 1)  # a long answer exceeds the default of 128 KiB
+    reader = csv.reader((line for _, line in lines(path)), strict=True)
+    header = _next_record(reader, path)
+    if header is None:
+        return
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{path}: the header has the column {repeated[0]!r} more than once")
+    while (fields := _next_record(reader, path)) is not None:
+        if len(fields) != len(header):
+            raise ValueError(
+                f"{path}: line {reader.line_num} has {len(fields)} fields instead of the "
+                f"header's {len(header)}"
+            )
+        pairs = zip(header, fields, strict=True)
+        yield {key: _csv_cell(key, value) for key, value in pairs}
+
+
+def _next_record(reader: Any, path: Path) -> list[str] | None:
+    """The next record that is not an empty line, or None at the end."""
+    while True:
+        start = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return None
+        except csv.Error as error:
+            problem = f"is not CSV ({error})"
+            if "unexpected end of data" in str(error):
+                problem = "has a quote that is never closed"
+            raise ValueError(f"{path}: the record that starts in line {start} {problem}") from None
+        if fields:
+            return fields
+
+
+def _csv_cell(key: str, value: str) -> Any:
+    if key in NUMBERS:
+        try:
+            return float(value)
+        except ValueError:
+            return value  # `prepare_dataset` reports it with the row's number
+    if key in UNPAIRED.labels:
+        return {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
+    known = (*TEXT, *IDS, *UNPAIRED.answers, *UNPAIRED.ids)
+    if key in known and value.startswith("["):
+        try:
+            decoded = json.loads(value)
+        except (ValueError, RecursionError):
+            return value  # an ordinary string that starts with a bracket
+        if key.endswith("_ids") or is_messages(decoded):
+            return decoded
+    return value
+
+
+def read_parquet(path: Path) -> Any:
+    """A Parquet file as a `datasets.Dataset`."""
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file: {_first_line(error)}") from None
+    with file:
+        try:
+            table = file.read()
+        except (pyarrow.ArrowException, OSError) as error:
+            rows = _damaged_rows(file)
+            raise ValueError(f"{path}: {rows} cannot be read: {_first_line(error)}") from None
+    if table.num_rows == 0:
+        raise ValueError(f"data file {path} has no rows")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            _check_utf8(column, f"{path}: ", name)
+    return Dataset(InMemoryTable(table))
+
+
+def _damaged_rows(file: Any) -> str:
+    """The rows of a Parquet file's first row group that cannot be read."""
+    import pyarrow
+
+    start = 0
+    for group in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(group).num_rows
+        try:
+            file.read_row_group(group)
+        except (pyarrow.ArrowException, OSError):
+            return f"row group {group}, rows {start} to {stop - 1},"
+        start = stop
+    return "its contents"
+
+
+def _check_utf8(column: Any, where: str, name: str) -> None:
+    """Raise ValueError, with the row, if a column of text holds bytes that are not UTF-8."""
+    import pyarrow
+
+    start = 0
+    for chunk in column.chunks:
+        try:
+            chunk.validate(full=True)
+        except pyarrow.ArrowInvalid:
+            for row, value in enumerate(chunk.cast(pyarrow.large_binary()).to_pylist(), start):
+                try:
+                    (value or b"").decode("utf-8")
+                except UnicodeDecodeError:
+                    raise ValueError(f"{where}row {row}: {name} is not UTF-8 text") from None
+        start += len(chunk)
+
+
+def read_saved(path: Path) -> Any:
+    """What `Dataset.save_to_disk` wrote: a `datasets.Dataset` or `datasets.DatasetDict`."""
+    import datasets
+    import pyarrow
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is a directory without a saved data set") from None
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is a saved data set that cannot be read: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

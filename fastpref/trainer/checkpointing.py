@@ -1,0 +1,403 @@
+"""What of a trainer saves, and resumes: complete checkpoints, one run for a directory, signals."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import BadZipFile
+
+from torch import nn
+from transformers.trainer_utils import TrainOutput
+
+from fastpref.trainer.config import BaseConfig
+from fastpref.trainer.identity import describe_run, differences, fingerprint
+from fastpref.trainer.manifest import (
+    newest_complete,
+    problem_with,
+    read_manifest,
+    remove_checkpoint,
+    rotate,
+    write_manifest,
+)
+from fastpref.trainer.output_directory import OutputDirectory
+from fastpref.trainer.processes import AgreeingTrainer
+from fastpref.trainer.signals import SignalCallback, name_of
+from fastpref.trainer.storage import (
+    StorageError,
+    check_room,
+    disk_problem,
+    move_into,
+    sync_directory,
+)
+
+logger = logging.getLogger("fastpref")
+_STAGING = ".saving"  # where a checkpoint is written before it takes its name
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+class Terminated(SystemExit):
+    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
+
+
+class CheckpointingTrainer(AgreeingTrainer):
+    """A trainer whose checkpoints are complete or not there, in a directory of its own.
+
+    Attributes:
+        output_directory: the directory of `args.output_dir`, which a run holds while it trains.
+    """
+
+    args: BaseConfig
+    output_directory: OutputDirectory
+    _signals: SignalCallback
+    precompute: bool  # whether the reference's log-probs are computed ahead of the training
+    _loss_options: Any
+    _run: dict[str, Any] | None = None  # what this run is
+    _saved: tuple[int, int] | None = None  # of the newest checkpoint: which training, which step
+    _trainings = 0
+    _earlier_loss = 0.0  # sum over the steps before the checkpoint that this run resumes from
+    _staging: Path | None = None
+
+    def start_checkpoints(self) -> None:
+        """Called once, when the trainer is complete."""
+        self.output_directory = OutputDirectory(str(self.args.output_dir))
+        self._signals = SignalCallback(saves=True)
+        if self.args.handle_signals:
+            self.add_callback(self._signals)
+
+    # ---- a run ----
+
+    def run_training(self, resume: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`transformers.Trainer.train`, in a directory that is this run's while it trains.
+
+        Args:
+            resume: a checkpoint's directory; True or "latest": the newest complete one; "auto": the
+                same, or a new run if there is none; None or False: a new run.
+        """
+        self._run = self.describe_run()
+        self._trainings += 1
+        first = self.args.should_save
+        if first:
+            self.on_first(self.output_directory.hold)
+        else:
+            self.on_first(None)
+        try:
+            checkpoint = self.on_first(lambda: self._start_of(resume))
+            if self.args.handle_signals:
+                self._signals.install()
+            out = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self._signals.remove()
+            self.output_directory.release()
+        self._raise_if_ended()
+        self.check_same_weights()
+        mean = out.metrics.get("train_loss", out.training_loss)  # as `log` has it
+        return TrainOutput(out.global_step, mean, out.metrics)
+
+    def _start_of(self, resume: str | bool | None) -> str | None:
+        """The checkpoint that a run starts from, checked; None for a new run."""
+        output = self.output_directory
+        path: Path | None = None
+        if resume is True or resume in ("latest", "auto"):
+            path, passed_over = newest_complete(output.path)
+            for sentence in passed_over:
+                logger.warning(sentence)
+            if path is None and resume != "auto":
+                raise ValueError(f"there is no complete checkpoint in {output.path}")
+        elif resume:
+            path = Path(str(resume))
+            self._check_complete(path)
+        if path is None:
+            removed = output.begin(self.args.overwrite_output_dir)
+            if removed:
+                logger.warning(f"{output.path}: removed another run's {', '.join(removed)}")
+        else:
+            self._check_same_run(path)
+            output.go_on() if path.parent.resolve() == output.path.resolve() else output.begin(
+                self.args.overwrite_output_dir
+            )
+            logger.warning(f"continuing from {path}")
+        shutil.rmtree(output.path / _STAGING, ignore_errors=True)
+        if self.args.save_strategy != "no":
+            check_room(output.path, self.checkpoint_bytes())
+        return None if path is None else str(path)
+
+    def _check_complete(self, path: Path) -> None:
+        problem = problem_with(path)
+        if problem is None:
+            return
+        other, _ = newest_complete(path.parent)
+        instead = "" if other is None else f"; {other} is complete"
+        raise ValueError(f"cannot continue from {path}: {problem}{instead}")
+
+    def _check_same_run(self, path: Path) -> None:
+        """Raise ValueError unless a checkpoint can be continued by this run."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+                if not (path / name).is_file():
+                    raise ValueError(
+                        f"cannot continue from {path}: it has no {name}; a checkpoint that was "
+                        "saved with save_only_model=True is a model, not a run"
+                    )
+        assert self._run is not None
+        found = differences(read_manifest(path)["run"], self._run)
+        if not found:
+            return
+        text = f"{path} was saved by another run: {'; '.join(found)}"
+        if not self.args.resume_anyway:
+            raise ValueError(
+                f"{text}. Continue with what it was saved with, or say resume_anyway=True "
+                "(--resume-anyway)"
+            )
+        logger.warning(f"{text}; continuing all the same")
+
+    def checkpoint_bytes(self) -> int:
+        """About how many bytes a checkpoint takes: weights and, of those trained, AdamW's two."""
+        model: Any = self.model
+        weights = trained = 0
+        for p in model.parameters():
+            size = p.numel() * p.element_size()
+            trained += size if p.requires_grad else 0
+            weights += size
+        saved = trained if getattr(model, "peft_config", None) else weights
+        return saved + 2 * trained + (1 << 20)
+
+    def describe_run(self) -> dict[str, Any]:
+        """What this run is, as a checkpoint's manifest keeps it."""
+        data = self.on_first(lambda: fingerprint(self._identity_data()))
+        return describe_run(self.args, self.model, data, self._loss_options)
+
+    def _identity_data(self) -> Any:
+        """The training data without what may differ between two runs that are the same."""
+        data: Any = self.train_dataset
+        columns = getattr(data, "column_names", None) or []
+        computed = [name for name in self.reference_columns() if name in columns]
+        return data.remove_columns(computed) if self.precompute and computed else data
+
+    def _raise_if_ended(self) -> None:
+        number = self._signals.received
+        if number is None:
+            return
+        newest, _ = newest_complete(self.output_directory.path)
+        state = f"{self.state.global_step} of {self.state.max_steps} steps are done"
+        message = f"{name_of(number)} ended the run: {state}"
+        if newest is not None:
+            message += (
+                f" and {newest} is saved; resume_from_checkpoint=True (--resume latest) goes on"
+            )
+        if number == signal.SIGINT:
+            raise Interrupted(message)
+        raise Terminated(message)
+
+    # ---- steps that earlier runs made ----
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        callbacks: Any = self.state.stateful_callbacks or {}
+        saved = callbacks.get(self.STATE_KEY, {})
+        self._earlier_loss = saved.get("loss_sum", 0.0)
+        if self.state.global_step >= self.state.max_steps > 0:
+            done = f"{self.state.global_step} of {self.state.max_steps} steps"
+            logger.warning(f"this run is finished, with {done}: there is nothing left to train")
+            return sys.maxsize, 0  # no pass is left
+        return passes, batches
+
+    STATE_KEY = "fastpref"  # in trainer_state.json, under stateful_callbacks
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `transformers.Trainer`; train_loss is the mean over all steps of a resumed run."""
+        steps = self.state.global_step
+        if "train_loss" in logs and steps:
+            here = steps - getattr(self, "_initial_global_step", 0)
+            logs["train_loss"] = (
+                self._earlier_loss + logs["train_loss"] * max(here, 0.001)
+            ) / steps
+        super().log(logs, start_time)
+
+    def _loss_sum_so_far(self) -> float:
+        pending = getattr(self, "_tr_loss", None)
+        if pending is not None:
+            pending = self.accelerator.gather(pending.detach().reshape(1)).mean().item()
+        return self._earlier_loss + getattr(self, "_total_loss_scalar", 0.0) + (pending or 0.0)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if getattr(self.accelerator, "scaler", None) is not None:  # with fp16
+            with _readable(checkpoint, "scaler.pt"):
+                super()._load_scaler(checkpoint)
+
+    # ---- checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside the others and give it its name when it is complete."""
+        mark = self._trainings, self.state.global_step
+        if self._saved == mark:  # a pass and the run can end with the same step
+            return
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        state: Any = self.state.stateful_callbacks
+        state.setdefault(self.STATE_KEY, {})["loss_sum"] = self._loss_sum_so_far()
+        best = self.state.best_model_checkpoint
+        try:
+            with self._staged(run / _STAGING), self._not_pushed():
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._finish(run, name, best)
+        except Exception as error:
+            problem = disk_problem(error)
+            shutil.rmtree(run / _STAGING, ignore_errors=True)
+            if problem is None:
+                raise
+            raise StorageError(self._lost(run, name, problem)) from error
+        self.accelerator.wait_for_everyone()
+        self._saved = mark
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    @contextmanager
+    def _staged(self, folder: Path) -> Iterator[None]:
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = folder
+        try:
+            yield
+        finally:
+            self._staging = None
+
+    @contextmanager
+    def _not_pushed(self) -> Iterator[None]:
+        """While files are not where they stay, nothing is uploaded."""
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
+        try:
+            yield
+        finally:
+            self.args.push_to_hub = pushes
+
+    def _finish(self, run: Path, name: str, best: str | None) -> None:
+        staged, final = run / _STAGING / name, run / name
+        if self.state.best_model_checkpoint != best:  # it is this one, by the name it will have
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        assert self._run is not None
+        run_facts = {**self._run, "processes": self.args.world_size}
+        write_manifest(staged, self.state.global_step, run_facts)
+        if final.exists():
+            remove_checkpoint(final)
+        os.rename(staged, final)
+        sync_directory(run)
+        shutil.rmtree(run / _STAGING, ignore_errors=True)
+        protected = self.state.best_model_checkpoint
+        rotate(run, self.args.save_total_limit, Path(protected) if protected else None)
+
+    def _lost(self, run: Path, name: str, problem: str) -> str:
+        newest, _ = newest_complete(run)
+        safe = "no checkpoint was saved before it"
+        if newest is not None:
+            safe = f"{newest} is complete; --resume latest continues from it"
+        return f"{name} could not be saved in {run}: {problem}; {safe}"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model beside what is there, and move it to its place when it is whole.
+
+        Raises:
+            StorageError: the disk is full or fails; what was there is still there.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        target = Path(output_dir or str(self.args.output_dir))
+        directory = OutputDirectory(target)
+        beside = directory.beside
+        try:
+            if self.args.should_save:
+                directory.clear()
+                beside.mkdir(parents=True)
+                if (target / "README.md").is_file():  # whose text the model card keeps
+                    shutil.copy2(target / "README.md", beside)
+            with self._not_pushed():
+                super().save_model(str(beside), _internal_call)
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _replace_model(beside, target)
+                directory.clear()
+        except Exception as error:
+            problem = disk_problem(error)
+            directory.clear()
+            if problem is None:
+                raise
+            raise StorageError(
+                f"the model could not be saved in {target}: {problem}; what was there before has "
+                "not been changed"
+            ) from error
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As in `transformers.Trainer`, but for weights that are tied to some that were loaded."""
+        model: Any = self.model
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {p.data_ptr() for name, p in weights.items() if name not in missing}
+        tied = {n for n in missing if n in weights and weights[n].data_ptr() in loaded}
+        kept = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
+
+    # ---- what a trainer says ----
+
+    def reference_columns(self) -> tuple[str, ...]:
+        """The columns that reference log-probs are in."""
+        raise NotImplementedError
+
+
+@contextmanager
+def _readable(checkpoint: str | None, names: str) -> Iterator[None]:
+    """Raise ValueError, with the files' names, for what torch refuses to load, such as code."""
+    try:
+        yield
+    except (UnpicklingError, EOFError, BadZipFile) as error:
+        reason = "it holds objects other than tensors and numbers"
+        if "Unsupported global" not in str(error):
+            reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{checkpoint}: {names} cannot be loaded: {reason}") from error
+
+
+def _replace_model(beside: Path, target: Path) -> None:
+    """Move a whole model into a directory; weights there that it has no more are removed after."""
+    names = {path.name for path in beside.iterdir()}
+    move_into(beside, target)
+    for pattern in _WEIGHTS:
+        for path in target.glob(pattern):
+            if path.name not in names:
+                path.unlink()

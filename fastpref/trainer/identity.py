@@ -1,0 +1,154 @@
+"""What a training run is: what its checkpoints may be continued with, and what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from fastpref.heads.reading import unwrap
+from fastpref.losses.options import LossOptions
+from fastpref.trainer.config import BaseConfig
+
+# Options that the trajectory depends on, apart from those of the loss and the optimiser's schedule.
+_OPTIONS = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "weight_decay",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "optim",
+    "max_length",
+    "truncation_mode",
+    "precision",
+    "bf16",
+    "fp16",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "router_aux_loss_coef",
+)
+# Of an adapter's configuration; the rest says how it was made or where it is from.
+_ADAPTER_OPTIONS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+def describe_run(
+    args: BaseConfig, model: Any, data: dict[str, Any], loss: LossOptions | dict[str, Any]
+) -> dict[str, Any]:
+    """What a run is, as JSON values that are compared with those of a checkpoint.
+
+    Args:
+        args: the trainer's options.
+        model: the policy, with its adapter.
+        data: `fingerprint` of the training data.
+        loss: the loss's options; a function of the user's own goes by its name.
+    """
+    if not isinstance(loss, dict):
+        loss = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss) if f.init}
+    return {
+        "model": _model(model),
+        "adapter": _adapters(model),
+        "data": data,
+        "loss": {name: _plain(value) for name, value in loss.items()},
+        "options": {name: _plain(getattr(args, name, None)) for name in _OPTIONS},
+        "rows per step": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+    }
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """The number of rows of tokenised data and the SHA-256 of its columns; of a stream, neither."""
+    if not hasattr(dataset, "__len__"):
+        return {"rows": "a stream"}
+    import pyarrow as pa
+
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(batch_size=1000):
+        sink = pa.BufferOutputStream()
+        bare = batch.replace_schema_metadata(None).combine_chunks()
+        with pa.ipc.new_stream(sink, bare.schema) as writer:
+            writer.write_table(bare)
+        digest.update(sink.getvalue())
+    return {"rows": len(dataset), "sha256": digest.hexdigest()}
+
+
+def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """What of a run differs from the one that a checkpoint is of, one phrase for each thing."""
+    trained, trains = _trained(saved), _trained(present)
+    if trained != trains:
+        return [f"the checkpoint is of a run that trains {trained}, and this one trains {trains}"]
+    found = []
+    for key in ("rows", "sha256"):
+        ours, theirs = saved["data"].get(key), present["data"].get(key)
+        if ours != theirs:
+            text = (
+                f"{theirs} training rows instead of {ours}"
+                if key == "rows"
+                else ("training data whose contents are others")
+            )
+            found.append(text)
+            break
+    for title, part in (("", "options"), ("loss option ", "loss"), ("model's ", "model")):
+        found += _changes(title, saved.get(part) or {}, present.get(part) or {})
+    ours, theirs = saved.get("adapter") or {}, present.get("adapter") or {}
+    for name in sorted({*ours, *theirs}):
+        found += _changes(f"adapter {name!r}: ", ours.get(name) or {}, theirs.get(name) or {})
+    found += _changes(
+        "", *({"rows per step": run.get("rows per step")} for run in (saved, present))
+    )
+    return found
+
+
+def _changes(title: str, saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    names = [name for name in {**saved, **present} if saved.get(name) != present.get(name)]
+    return [f"{title}{name} {present.get(name)} instead of {saved.get(name)}" for name in names]
+
+
+def _trained(run: dict[str, Any]) -> str:
+    return "a LoRA adapter" if run.get("adapter") else "all weights"
+
+
+def _model(model: Any) -> dict[str, Any]:
+    base = unwrap(model)
+    config = getattr(base, "config", None)
+    return {
+        "class": type(base).__name__,
+        "parameters": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n),
+        "vocabulary": getattr(config, "vocab_size", None),
+    }
+
+
+def _adapters(model: Any) -> dict[str, dict[str, Any]]:
+    configs = getattr(model, "peft_config", None) or {}
+    return {
+        name: {key: _plain(getattr(config, key, None)) for key in _ADAPTER_OPTIONS}
+        for name, config in configs.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: sets and tuples are lists, other objects their names."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return getattr(value, "value", value)  # of an enum of strings
+    return getattr(value, "__name__", None) or str(getattr(value, "value", value))

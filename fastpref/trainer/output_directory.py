@@ -1,0 +1,162 @@
+"""The output directory of a run: one run at a time, and no run over another's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fastpref.trainer.manifest import checkpoints, remove_checkpoint
+from fastpref.trainer.storage import check_writable, write_json
+
+RUN_FILE = "run.json"
+_LOCK_FILE = ".run.lock"
+_BESIDE = ".final-model.new"  # where the final model is written before it takes its place
+# What a finished model leaves in the directory itself.
+_MODEL_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "training_log.json",
+    "training.png",
+)
+
+
+class OutputDirectory:
+    """The directory that a run writes to, held by a lock of the system while it trains.
+
+    The lock ends with the process, however that ends. Only the first of several processes makes
+    one of these.
+
+    Args:
+        path: the directory; it is made if it does not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.run_id = uuid.uuid4().hex
+        self._lock: FileLock | None = None
+        self._holds = 0  # how often it is held; a run inside another hold keeps it
+
+    @property
+    def beside(self) -> Path:
+        """Where the final model is written before it takes its place."""
+        return self.path / _BESIDE / self.path.resolve().name  # a model card's title is the name
+
+    def clear(self) -> None:
+        """Remove what a model that was not saved to its end has left."""
+        shutil.rmtree(self.path / _BESIDE, ignore_errors=True)
+
+    def hold(self) -> None:
+        """Take the lock. StorageError if the directory cannot be written, ValueError if another
+        process holds it."""
+        if self._lock is not None:
+            self._holds += 1
+            return
+        check_writable(self.path)
+        lock = FileLock(self.path / _LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = self.read().get("process", {})
+            who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
+            raise ValueError(
+                f"output directory {self.path} is in use by another run{who}; wait for its end or "
+                "choose another directory"
+            ) from None
+        self._lock, self._holds = lock, 1
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._write({**self.read(), "process": process})
+
+    @contextmanager
+    def held(self) -> Iterator[OutputDirectory]:
+        """Hold the directory inside a `with` block, as `hold` and `release` do."""
+        self.hold()
+        try:
+            yield self
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._holds = max(0, self._holds - 1)
+        if self._lock is not None and self._holds == 0:
+            self._lock.release()
+            self._lock = None
+
+    def read(self) -> dict[str, Any]:
+        """What run.json says of the run whose directory this is; {} if there is none."""
+        try:
+            value = json.loads((self.path / RUN_FILE).read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def foreign_files(self) -> list[str]:
+        """The names of what another run has left here: its checkpoints and its final model."""
+        if not self.path.is_dir() or self.read().get("run_id") == self.run_id:
+            return []
+        names = [path.name for _, path in checkpoints(self.path)]
+        for pattern in _MODEL_FILES:
+            names += sorted(path.name for path in self.path.glob(pattern))
+        return names
+
+    def check_free(self, foreign_files: list[str]) -> None:
+        """Raise ValueError if another run has left files here."""
+        if foreign_files:
+            raise ValueError(
+                f"output directory {self.path} holds another run's {listed(foreign_files)}; "
+                "continue that run (resume_from_checkpoint=True, or --resume latest), choose "
+                "another directory, or have it replaced (overwrite_output_dir=True, or --overwrite)"
+            )
+
+    def begin(self, overwrite: bool = False) -> list[str]:
+        """Make the directory that of a new run, which `hold` holds.
+
+        Args:
+            overwrite: remove what another run has left.
+
+        Returns:
+            The names of what was removed.
+
+        Raises:
+            ValueError: another run has left something here, and overwrite is False.
+        """
+        found = self.foreign_files()
+        if not overwrite:
+            self.check_free(found)
+        for name in found:
+            path = self.path / name
+            remove_checkpoint(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._start()
+        return found
+
+    def go_on(self) -> None:
+        """Make this process the one that continues the run whose directory this is."""
+        self.run_id = str(self.read().get("run_id") or self.run_id)
+        self._start()
+
+    def _start(self) -> None:
+        self.clear()
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._write({**self.read(), "run_id": self.run_id, "started": started})
+
+    def _write(self, value: dict[str, Any]) -> None:
+        write_json(self.path / RUN_FILE, value)
+
+
+def listed(names: list[str], most: int = 4) -> str:
+    """Names as a list for people, of which the first few are said."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"

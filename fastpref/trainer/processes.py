@@ -1,0 +1,66 @@
+"""What of a trainer makes several processes act as one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import Trainer
+
+T = TypeVar("T")
+
+
+class AgreeingTrainer(Trainer):
+    """A trainer whose processes train the same weights, or say that they do not."""
+
+    def on_first(self, function: Callable[[], T] | None) -> T:
+        """What a function gives on the first process, on all of them; and its error, likewise."""
+        found: list[Any] = [None, None]
+        if self.args.process_index == 0 and function is not None:
+            try:
+                found[0] = function()
+            except (ValueError, OSError) as error:
+                found[1] = error
+        if self.args.world_size > 1:
+            broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def check_same_weights(self) -> None:
+        """Raise RuntimeError unless all processes have trained the same weights."""
+        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if self.args.world_size == 1 or not whole:
+            return
+        model: Any = self.model
+        digest = hashlib.sha256()
+        for p in model.parameters():
+            if p.requires_grad:
+                flat = p.detach().reshape(-1).contiguous().view(torch.uint8)
+                digest.update(memoryview(flat.cpu().numpy()))
+        found = gather_object([digest.hexdigest()])
+        odd = [rank for rank, value in enumerate(found) if value != found[0]]
+        if odd:
+            raise RuntimeError(
+                f"after training, the weights of process {', '.join(map(str, odd))} differ from "
+                "those of process 0; the run is not to be trusted"
+            )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`, where a model that an evaluation has prepared stays as it
+        is: without the wrapper that makes processes agree on their gradients."""
+        several = self.args.world_size > 1
+        whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if several and whole and self.model_wrapped is self.model:
+            model: Any = self.model
+            model._is_accelerate_prepared = False
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if several and whole and self.model_wrapped is self.model:
+            raise RuntimeError(
+                f"{self.args.world_size} processes train, but nothing makes them agree on their "
+                "gradients: the model was not wrapped for that"
+            )
+        return prepared

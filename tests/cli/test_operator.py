@@ -1,0 +1,189 @@
+"""`fastpref train` for operators and their scripts: exit statuses, events, signals, directories."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_cli import ASSETS, complaint, demo, train, write
+
+pytestmark = pytest.mark.train
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write(tmp_path / "pairs.jsonl", demo.read_pairs("train.jsonl")[:12])
+
+
+STEPS = ("--max-steps", 2, "--save-steps", 1)
+
+
+def start(output, data, *options, interpreter=()):
+    """`python -m fastpref train` in a process of its own."""
+    command = [
+        sys.executable, *interpreter, "-m", "fastpref", "train", "--model", ASSETS, "--data", data,
+        "--output", output, "--fp32", "--no-gradient-checkpointing", "--batch-size", 2, *options,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [str(part) for part in command], stdout=pipe, stderr=pipe, text=True, env=environment
+    )
+
+
+def events_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_directory_belongs_to_one_run(tmp_path, pairs):
+    out = tmp_path / "out"
+    train(out, *STEPS, data=pairs)
+    said = complaint(train(out, *STEPS, data=pairs, code=2))
+    assert "holds another run's checkpoint-2, checkpoint-1, model.safetensors" in said
+    assert "--resume latest" in said and "--overwrite" in said
+    train(out, *STEPS, "--overwrite", data=pairs)
+    said = complaint(train(out, *STEPS, "--resume", "latest", "--lora", data=pairs, code=2))
+    assert "of a run that trains all weights, and this one trains a LoRA adapter" in said
+    said = complaint(train(out, *STEPS, "--resume", "latest", "--seed", 1, data=pairs, code=2))
+    assert "seed 1 instead of 42" in said and "--resume-anyway" in said
+    result = train(out, "--max-steps", 3, "--resume", "latest", data=pairs)
+    assert "continuing from" in result.stdout
+
+
+def test_auto_starts_and_then_continues(tmp_path, pairs):
+    result = train(tmp_path / "out", *STEPS, "--resume", "auto", data=pairs)
+    assert "continuing" not in result.stdout
+    result = train(tmp_path / "out", *STEPS, "--resume", "auto", data=pairs)
+    assert "nothing left to train" in " ".join(result.stdout.split())
+
+
+def test_events_are_lines_of_json(tmp_path, pairs):
+    result = train(tmp_path / "out", *STEPS, "--eval-split", 0.2, "--json", data=pairs)
+    events = events_of(result.stdout)
+    assert {"start", "step", "eval", "save", "end"} == {event["event"] for event in events}
+    assert events[0]["steps"] == 2 and events[-1]["steps"] == 2
+    step = next(event for event in events if event["event"] == "step")
+    assert step["step"] == 1 and step["loss"] == pytest.approx(0.6931, abs=1e-3)
+    saves = [event["checkpoint"] for event in events if event["event"] == "save"]
+    assert saves == [str(tmp_path / "out" / f"checkpoint-{i}") for i in (1, 2)]
+
+
+def test_quiet_prints_nothing(tmp_path, pairs):
+    result = train(tmp_path / "out", *STEPS, "--quiet", data=pairs)
+    assert result.stdout == "" and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_full_disk_is_exit_status_4(tmp_path, pairs, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    said = complaint(train(tmp_path / "out", *STEPS, data=pairs, code=4))
+    assert "checkpoint-1 could not be saved" in said and "no space left on the device" in said
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_a_resumed_run_ends_as_if_there_had_been_none(
+    tmp_path, pairs, name, status
+):
+    options = ("--max-steps", 400, "--save-steps", 0, "--json")
+    process = start(tmp_path / "out", pairs, *options)
+    lines = []
+    while not lines or json.loads(lines[-1])["event"] != "step":
+        lines.append(process.stdout.readline())
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    assert "finishing the step" in said and "of 400 steps are done" in said
+    (saved,) = (tmp_path / "out").glob("checkpoint-*")
+    assert str(saved) in said and "--resume latest" in said
+
+
+def test_a_second_signal_ends_at_once(tmp_path, pairs):
+    process = start(tmp_path / "out", pairs, "--max-steps", 4000, "--save-steps", 0, "--json")
+    while json.loads(process.stdout.readline())["event"] != "step":
+        pass
+    process.send_signal(signal.SIGSTOP)  # so that both arrive within one step
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGTERM, 143)
+
+
+def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path, pairs):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "code.Model", "AutoConfig": "code.Config"}
+    config["model_type"] = "unheard_of"
+    (folder / "config.json").write_text(json.dumps(config))
+    mark = tmp_path / "it ran"
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    said = complaint(train(tmp_path / "out", *STEPS, data=pairs, model=folder, code=2))
+    assert "runs only with --trust-remote-code" in said and not mark.exists()
+
+
+class Malicious:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt"]
+)
+def test_no_pickle_of_a_checkpoint_is_run(tmp_path, pairs, file):
+    """Not even of one whose manifest is right."""
+    from fastpref.trainer.manifest import read_manifest, write_manifest
+
+    out, mark = tmp_path / "out", tmp_path / "it ran"
+    train(out, *STEPS, data=pairs)
+    checkpoint = out / "checkpoint-2"
+    torch.save(Malicious(mark), checkpoint / file)
+    write_manifest(checkpoint, 2, read_manifest(checkpoint)["run"])
+    harmless = file in ("training_args.bin", "scaler.pt")  # which are not read
+    from test_cli import invoke
+
+    result = invoke(
+        "train", "--model", ASSETS, "--data", pairs, "--output", out, "--fp32", "--batch-size", 4,
+        "--no-gradient-checkpointing", "--max-steps", 3, "--resume", checkpoint,
+        code=0 if harmless else 2,
+    )  # fmt: skip
+    assert not mark.exists(), "code of a checkpoint ran"
+    if not harmless:
+        assert file in complaint(result)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no processes")
+def test_two_processes_end_together(tmp_path, pairs):
+    process = start(
+        tmp_path / "out", pairs, "--max-steps", 4000, "--save-steps", 0, "--json",
+        "--eval-split", 0.3, "--reference", "model", interpreter=TORCHRUN,
+    )  # fmt: skip
+    lines = []
+    while '"step"' not in (lines or [""])[-1]:
+        lines.append(process.stdout.readline())
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on
+    _, said = process.communicate(timeout=90)
+    assert process.returncode != 0 and "of 4000 steps are done" in said, said
+    assert [event["event"] for event in events_of("".join(lines))].count("start") == 1
+    assert len(list((tmp_path / "out").glob("checkpoint-*/manifest.json"))) == 1

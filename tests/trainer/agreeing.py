@@ -1,0 +1,38 @@
+"""Run by test_processes.py in each of two processes: an evaluation before the training."""
+
+import json
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+
+WAYS = {
+    "copy": {},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "model": {"ref_model": "a model"},
+    "adapter": {"peft_config": "an adapter"},
+}
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for way, options in WAYS.items():
+        options = dict(options)
+        if "ref_model" in options:
+            options["ref_model"] = tiny.model(seed=5)
+        if "peft_config" in options:
+            options["peft_config"] = tiny.lora()
+        t = tiny.trainer(path / way, eval_dataset=tiny.rows(3, seed=2), max_steps=3, **options)
+        t.evaluate()
+        t.train()  # which compares the weights of the processes at its end
+        found[way] = [float(p.double().sum()) for p in t.model.parameters() if p.requires_grad]
+    rank = torch.distributed.get_rank()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    (path / f"agreed-{rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
