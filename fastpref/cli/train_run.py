@@ -96,6 +96,8 @@ def check_output(options: TrainOptions, directory: Any) -> None:
         raise ValueError(f"--resume latest: there is no complete checkpoint in {options.output}")
     elif not (options.overwrite or (resume and complete)):
         directory.check_free(found)
+    if options.overwrite:
+        directory.check_not_source(Path(options.model).expanduser())
 
 
 # ---- decisions ----
