@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastpref.cli.progress import discard_output
+
 logger = logging.getLogger("fastpref")
 
 
@@ -38,6 +40,7 @@ class Events(TrainerCallback):
                 print(json.dumps(line, default=str), file=sys.stdout, flush=True)
             except OSError as error:  # whoever reads is gone, or the disk of a log is full
                 self.enabled = False  # the run is worth more than its events
+                discard_output()
                 logger.warning(f"standard output cannot be written, so events end here: {error}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

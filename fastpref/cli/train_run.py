@@ -56,14 +56,12 @@ class Plan:
 
 def run(options: TrainOptions) -> None:
     """Train a model, save it, and print and write a summary. Raises ValueError for bad input."""
-    from rich.console import Console
-
     from fastpref.cli.events import Events
-    from fastpref.cli.progress import ProgressBar
+    from fastpref.cli.progress import ProgressBar, RunConsole
     from fastpref.trainer.output_directory import OutputDirectory
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    console = Console(highlight=False, quiet=options.quiet or options.as_json or not first)
+    console = RunConsole(highlight=False, quiet=options.quiet or options.as_json or not first)
     events = Events(enabled=options.as_json and first)
     if not console.is_terminal or console.quiet:  # bars are for people
         hide_library_bars()

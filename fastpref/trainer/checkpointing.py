@@ -20,7 +20,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from fastpref.heads.reading import unwrap
-from fastpref.trainer.identity import describe_run, differences, fingerprint
+from fastpref.trainer.identity import (
+    describe_run,
+    differences,
+    fingerprint,
+    untrained_weights,
+    why_never,
+)
 from fastpref.trainer.manifest import (
     newest_complete,
     next_number,
@@ -32,7 +38,7 @@ from fastpref.trainer.manifest import (
 )
 from fastpref.trainer.output_directory import OutputDirectory
 from fastpref.trainer.saving import SavingTrainer
-from fastpref.trainer.signals import SignalCallback, name_of
+from fastpref.trainer.signals import Interrupted, SignalCallback, Terminated, name_of
 from fastpref.trainer.storage import (
     StorageError,
     check_room,
@@ -42,21 +48,6 @@ from fastpref.trainer.storage import (
 
 logger = logging.getLogger("fastpref")
 _STAGING = ".saving"  # where a checkpoint is written before it takes its name
-
-
-class Terminated(SystemExit):
-    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
 
 
 class CheckpointingTrainer(SavingTrainer):
@@ -69,6 +60,7 @@ class CheckpointingTrainer(SavingTrainer):
     _signals: SignalCallback
     precompute: bool  # whether the reference's log-probs are computed ahead of the training
     _loss_options: Any
+    _weights: dict[str, str | None]
     _run: dict[str, Any] | None = None  # what this run is
     _saved: tuple[int, int] | None = None  # of the newest checkpoint: which training, which step
     _trainings = 0
@@ -76,8 +68,14 @@ class CheckpointingTrainer(SavingTrainer):
     _staging: Path | None = None
     _limit: int | None = None  # save_total_limit
 
-    def start_checkpoints(self) -> None:
-        """Called once, when the trainer is complete."""
+    def start_checkpoints(self, reference: Any) -> None:
+        """Called once, before the first step.
+
+        Args:
+            reference: the model that reference log-probs come from, unless it is the policy
+                without its adapter; None if they are in the data or the loss needs none.
+        """
+        self._weights = untrained_weights(self.model, reference)
         self.output_directory = OutputDirectory(str(self.args.output_dir))
         self._signals = SignalCallback(saves=True)
         if self.args.handle_signals:
@@ -188,7 +186,13 @@ class CheckpointingTrainer(SavingTrainer):
                         "saved with save_only_model=True is a model, not a run"
                     )
         assert self._run is not None
-        found = differences(read_manifest(path)["run"], self._run)
+        saved = read_manifest(path)["run"]
+        if never := why_never(saved, self._run):
+            raise ValueError(
+                f"{path} was saved by another run: {'; '.join(never)}; what it holds does not fit "
+                "this run, not even with resume_anyway"
+            )
+        found = differences(saved, self._run)
         if not found:
             return
         text = f"{path} was saved by another run: {'; '.join(found)}"
@@ -213,7 +217,7 @@ class CheckpointingTrainer(SavingTrainer):
     def describe_run(self) -> dict[str, Any]:
         """What this run is, as a checkpoint's manifest keeps it."""
         data = self.on_first(lambda: fingerprint(self._identity_data()))
-        return describe_run(self.args, self.model, data, self._loss_options)
+        return describe_run(self.args, self.model, data, self._loss_options, self._weights)
 
     def _identity_data(self) -> Any:
         """The training data without what may differ between two runs that are the same."""

@@ -21,6 +21,21 @@ _ENDS = ("SIGTERM", "SIGINT")
 _SAVES = ("SIGUSR1",)
 
 
+class Terminated(SystemExit):
+    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
+
+
 class SignalCallback(TrainerCallback):
     """Ends or saves a run between two steps, when a signal has asked for it.
 
