@@ -97,6 +97,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                     text = f"{type(error).__name__}: {text}"  # a KeyError's message is its key
                 text += " (--debug shows the traceback)"
             elif code == exit_codes.RESUMABLE:
+                text = f"another process of this run was lost ({text})"
                 text += "; --resume latest goes on from the newest complete checkpoint"
             typer.echo(f"{speaker()}: {text}", err=True)
             raise typer.Exit(code) from None

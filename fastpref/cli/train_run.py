@@ -65,6 +65,8 @@ def run(options: TrainOptions) -> None:
     events = Events(enabled=options.as_json and first)
     if not console.is_terminal or console.quiet:  # bars are for people
         hide_library_bars()
+    if options.quiet or not first:
+        hide_library_warnings()
     directory = OutputDirectory(options.output)
     if first:
         check_output(options, directory)
@@ -348,6 +350,12 @@ def hide_library_bars() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+
+
+def hide_library_warnings() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
 
 
 def write_results(
