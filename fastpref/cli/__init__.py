@@ -7,6 +7,7 @@ status of `fastpref.cli.exit_codes`.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -50,6 +51,12 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def speaker() -> str:
+    """Whose error it is: "fastpref", and of several processes, other than the first, which one."""
+    rank = os.environ.get("RANK", "0")
+    return "fastpref" if rank == "0" else f"fastpref (process {rank})"
+
+
 def check_backend() -> None:
     """Raise if FASTPREF_BACKEND names a backend that cannot run where this process will train."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,17 +74,17 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             check_backend()  # before anything is loaded
         except (RuntimeError, ValueError) as error:
-            typer.echo(f"fastpref: {sentence(error)}", err=True)
+            typer.echo(f"{speaker()}: {sentence(error)}", err=True)
             raise typer.Exit(exit_codes.INPUT) from None
         try:
             command(**options)
         except KeyboardInterrupt as error:
-            typer.echo(f"fastpref: {str(error) or 'interrupted'}", err=True)
+            typer.echo(f"{speaker()}: {str(error) or 'interrupted'}", err=True)
             raise typer.Exit(exit_codes.CTRL_C) from None
         except SystemExit as error:
             if error.code != exit_codes.SIGTERM:
                 raise
-            typer.echo(f"fastpref: {error}", err=True)
+            typer.echo(f"{speaker()}: {error}", err=True)
             raise typer.Exit(exit_codes.SIGTERM) from None
         except typer.Exit:
             raise
@@ -90,8 +97,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                     text = f"{type(error).__name__}: {text}"  # a KeyError's message is its key
                 text += " (--debug shows the traceback)"
             elif code == exit_codes.RESUMABLE:
+                text = f"another process of this run was lost ({text})"
                 text += "; --resume latest goes on from the newest complete checkpoint"
-            typer.echo(f"fastpref: {text}", err=True)
+            typer.echo(f"{speaker()}: {text}", err=True)
             raise typer.Exit(code) from None
 
     return run

@@ -13,6 +13,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastpref.cli.progress import discard_output
+
+logger = logging.getLogger("fastpref")
+
 
 class Events(TrainerCallback):
     """Prints a line of JSON for each event of a run: start, step, eval, save, alarm, end.
@@ -32,7 +36,12 @@ class Events(TrainerCallback):
         """Print one event."""
         if self.enabled:
             line = {"event": event, "time": round(time.time(), 3), **_finite(values)}
-            print(json.dumps(line), file=sys.stdout, flush=True)
+            try:
+                print(json.dumps(line, default=str), file=sys.stdout, flush=True)
+            except OSError as error:  # whoever reads is gone, or the disk of a log is full
+                self.enabled = False  # the run is worth more than its events
+                discard_output()
+                logger.warning(f"standard output cannot be written, so events end here: {error}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.write("start", step=state.global_step, steps=state.max_steps, output=args.output_dir)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+
+class RunConsole(Console):
+    """A console whose run goes on, unseen, when nobody reads its output any more."""
+
+    def on_broken_pipe(self) -> None:
+        discard_output()
+        self.quiet = True
+
+
+def discard_output() -> None:
+    """Let what is written to standard output be lost, so that a closed pipe raises no more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 class ProgressBar(TrainerCallback):

@@ -59,6 +59,10 @@ class TrainOptions:
     logging_steps: int | None
     save_steps: int
 
+    def __post_init__(self) -> None:
+        # A shell leaves the ~ of --output=~/run as it is.
+        object.__setattr__(self, "output", self.output.expanduser())
+
     @property
     def adapter(self) -> dict[str, Any]:
         """The options that shape a new adapter."""

@@ -56,17 +56,17 @@ class Plan:
 
 def run(options: TrainOptions) -> None:
     """Train a model, save it, and print and write a summary. Raises ValueError for bad input."""
-    from rich.console import Console
-
     from fastpref.cli.events import Events
-    from fastpref.cli.progress import ProgressBar
+    from fastpref.cli.progress import ProgressBar, RunConsole
     from fastpref.trainer.output_directory import OutputDirectory
 
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
-    console = Console(highlight=False, quiet=options.quiet or options.as_json or not first)
+    console = RunConsole(highlight=False, quiet=options.quiet or options.as_json or not first)
     events = Events(enabled=options.as_json and first)
     if not console.is_terminal or console.quiet:  # bars are for people
         hide_library_bars()
+    if options.quiet or not first:
+        hide_library_warnings()
     directory = OutputDirectory(options.output)
     if first:
         check_output(options, directory)
@@ -96,6 +96,8 @@ def check_output(options: TrainOptions, directory: Any) -> None:
         raise ValueError(f"--resume latest: there is no complete checkpoint in {options.output}")
     elif not (options.overwrite or (resume and complete)):
         directory.check_free(found)
+    if options.overwrite:
+        directory.check_not_source(Path(options.model).expanduser())
 
 
 # ---- decisions ----
@@ -348,6 +350,12 @@ def hide_library_bars() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+
+
+def hide_library_warnings() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
 
 
 def write_results(

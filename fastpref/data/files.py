@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastpref.data.columns import TEXT, UNPAIRED
+from fastpref.data.columns import TEXT, UNPAIRED, check_encodable
 from fastpref.data.readers import read_csv, read_json, read_jsonl, read_parquet, read_saved
 
 
@@ -35,9 +35,9 @@ def load_preference_data(source: Any, *, split: str = "train", streaming: bool =
     import datasets
 
     if isinstance(source, datasets.Dataset):
-        return _apart(source)
+        return _apart(source.with_format(None))  # rows of Python objects, not of arrays
     if isinstance(source, datasets.IterableDataset):
-        return source
+        return source.with_format(None)
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ValueError(f"data is a set of splits {sorted(source)}; pass one of them")
     if isinstance(source, (str, os.PathLike)):
@@ -56,7 +56,14 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
     path = Path(source).expanduser()
     if path.is_dir():
         loaded = read_saved(path)
-        return _apart(loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ValueError(
+                    f"{source} holds the splits {sorted(loaded)} and no {split!r}; name the "
+                    "directory of one of them"
+                )
+            loaded = loaded[split]
+        return _apart(loaded.with_format(None))
     kinds = [s for s in path.suffixes if s in READERS]
     if not path.exists():
         if not kinds and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
@@ -126,6 +133,8 @@ def _from_rows(rows: list, name: str) -> Any:
             raise ValueError(f"{name}: row {index} is a {type(row).__name__}; expected a dict")
     columns: dict[str, list] = {key: [] for row in rows for key in row}
     for key, values in columns.items():
+        if isinstance(key, str):
+            check_encodable(key, f"{name}: the column name {key!r}")
         values.extend(row.get(key) for row in rows)
         if key in (*TEXT, *UNPAIRED.answers):
             kinds = [type(value) for value in values]

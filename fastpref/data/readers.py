@@ -97,9 +97,7 @@ def read_csv(path: Path) -> Iterator[dict]:
     header = _next_record(reader, path)
     if header is None:
         return
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise ValueError(f"{path}: the header has the column {repeated[0]!r} more than once")
+    _check_names(header, f"{path}: the header")
     while (fields := _next_record(reader, path)) is not None:
         if len(fields) != len(header):
             raise ValueError(
@@ -108,6 +106,12 @@ def read_csv(path: Path) -> Iterator[dict]:
             )
         pairs = zip(header, fields, strict=True)
         yield {key: _csv_cell(key, value) for key, value in pairs}
+
+
+def _check_names(names: list[str], what: str) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what} has the column {repeated[0]!r} more than once")
 
 
 def _next_record(reader: Any, path: Path) -> list[str] | None:
@@ -165,10 +169,12 @@ def read_parquet(path: Path) -> Any:
             raise ValueError(f"{path}: {rows} cannot be read: {_first_line(error)}") from None
     if table.num_rows == 0:
         raise ValueError(f"data file {path} has no rows")
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            _check_utf8(column, f"{path}: ", name)
-    return Dataset(InMemoryTable(table))
+    _check_names(table.column_names, f"{path}:")
+    _check_text(table, path)
+    try:
+        return Dataset(InMemoryTable(table))
+    except ValueError as error:  # a type of a column, such as a map, that datasets lacks
+        raise ValueError(f"{path}: {_first_line(error)} Remove that column") from None
 
 
 def _damaged_rows(file: Any) -> str:
@@ -184,6 +190,15 @@ def _damaged_rows(file: Any) -> str:
             return f"row group {group}, rows {start} to {stop - 1},"
         start = stop
     return "its contents"
+
+
+def _check_text(table: Any, path: Path) -> None:
+    """Raise ValueError, with the row, if a column of a table has text that is not UTF-8."""
+    import pyarrow
+
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            _check_utf8(column, f"{path}: ", name)
 
 
 def _check_utf8(column: Any, where: str, name: str) -> None:
@@ -209,13 +224,19 @@ def read_saved(path: Path) -> Any:
     import pyarrow
 
     try:
-        return datasets.load_from_disk(str(path))
-    except FileNotFoundError:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            raise ValueError(f"{path} is a saved data set that lacks a file: {error}") from None
         raise ValueError(f"{path} is a directory without a saved data set") from None
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is a saved data set that cannot be read: {_first_line(error)}"
         ) from None
+    parts = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
+    for part in parts:
+        _check_text(part.data.table, path)
+    return loaded
 
 
 def _first_line(error: BaseException) -> str:

@@ -101,7 +101,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._set_up_training()
+        self._set_up_training(ref_model)
         self._set_up_metrics()
         self.set_up_reference(ref_model)
 
@@ -120,9 +120,10 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
         check_adapters(read_head(model, adapters=True).adapters, training=True)
         check_optimizer(model, optimizer)
 
-    def _set_up_training(self) -> None:
+    def _set_up_training(self, ref_model: Any) -> None:
         use_lines(self)
-        self.start_checkpoints()
+        reference = self.model if ref_model is None and not self._is_own_reference else ref_model
+        self.start_checkpoints(reference if self._runs_reference else None)
         self.model_accepts_loss_kwargs = False  # transformers before `loss_is_scaled_for_ga`
         if self.args.gradient_checkpointing:
             # The backward pass casts each block's weights again. A cache would hold 16-bit copies

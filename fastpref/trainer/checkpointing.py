@@ -15,12 +15,21 @@ from typing import Any
 from zipfile import BadZipFile
 
 from torch import nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from fastpref.trainer.config import BaseConfig
-from fastpref.trainer.identity import describe_run, differences, fingerprint
+from fastpref.heads.reading import unwrap
+from fastpref.trainer.identity import (
+    describe_run,
+    differences,
+    fingerprint,
+    untrained_weights,
+    why_never,
+)
 from fastpref.trainer.manifest import (
     newest_complete,
+    next_number,
     problem_with,
     read_manifest,
     remove_checkpoint,
@@ -28,56 +37,45 @@ from fastpref.trainer.manifest import (
     write_manifest,
 )
 from fastpref.trainer.output_directory import OutputDirectory
-from fastpref.trainer.processes import AgreeingTrainer
-from fastpref.trainer.signals import SignalCallback, name_of
+from fastpref.trainer.saving import SavingTrainer
+from fastpref.trainer.signals import Interrupted, SignalCallback, Terminated, name_of
 from fastpref.trainer.storage import (
     StorageError,
     check_room,
     disk_problem,
-    move_into,
     sync_directory,
 )
 
 logger = logging.getLogger("fastpref")
 _STAGING = ".saving"  # where a checkpoint is written before it takes its name
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-class Terminated(SystemExit):
-    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
-
-
-class CheckpointingTrainer(AgreeingTrainer):
+class CheckpointingTrainer(SavingTrainer):
     """A trainer whose checkpoints are complete or not there, in a directory of its own.
 
     Attributes:
         output_directory: the directory of `args.output_dir`, which a run holds while it trains.
     """
 
-    args: BaseConfig
-    output_directory: OutputDirectory
     _signals: SignalCallback
     precompute: bool  # whether the reference's log-probs are computed ahead of the training
     _loss_options: Any
+    _weights: dict[str, str | None]
     _run: dict[str, Any] | None = None  # what this run is
     _saved: tuple[int, int] | None = None  # of the newest checkpoint: which training, which step
     _trainings = 0
     _earlier_loss = 0.0  # sum over the steps before the checkpoint that this run resumes from
     _staging: Path | None = None
+    _limit: int | None = None  # save_total_limit
 
-    def start_checkpoints(self) -> None:
-        """Called once, when the trainer is complete."""
+    def start_checkpoints(self, reference: Any) -> None:
+        """Called once, before the first step.
+
+        Args:
+            reference: the model that reference log-probs come from, unless it is the policy
+                without its adapter; None if they are in the data or the loss needs none.
+        """
+        self._weights = untrained_weights(self.model, reference)
         self.output_directory = OutputDirectory(str(self.args.output_dir))
         self._signals = SignalCallback(saves=True)
         if self.args.handle_signals:
@@ -101,9 +99,11 @@ class CheckpointingTrainer(AgreeingTrainer):
             self.on_first(None)
         try:
             checkpoint = self.on_first(lambda: self._start_of(resume))
+            self._signals.reset()
             if self.args.handle_signals:
                 self._signals.install()
-            out = super().train(checkpoint, *args, **kwargs)
+            with self._own_rotation():
+                out = super().train(checkpoint, *args, **kwargs)
         finally:
             self._signals.remove()
             self.output_directory.release()
@@ -111,6 +111,23 @@ class CheckpointingTrainer(AgreeingTrainer):
         self.check_same_weights()
         mean = out.metrics.get("train_loss", out.training_loss)  # as `log` has it
         return TrainOutput(out.global_step, mean, out.metrics)
+
+    @contextmanager
+    def _own_rotation(self) -> Iterator[None]:
+        """`rotate` alone deletes checkpoints.
+
+        With save_total_limit=1 transformers would end by deleting the newest one, if the best one
+        is older: a run that was ended would go on from the best one.
+        """
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = self._limit
+
+    def _load_best_model(self) -> None:
+        if self._signals.received is None:  # else the run is to end soon
+            super()._load_best_model()
 
     def _start_of(self, resume: str | bool | None) -> str | None:
         """The checkpoint that a run starts from, checked; None for a new run."""
@@ -126,19 +143,30 @@ class CheckpointingTrainer(AgreeingTrainer):
             path = Path(str(resume))
             self._check_complete(path)
         if path is None:
-            removed = output.begin(self.args.overwrite_output_dir)
-            if removed:
-                logger.warning(f"{output.path}: removed another run's {', '.join(removed)}")
+            self._begin()
         else:
             self._check_same_run(path)
-            output.go_on() if path.parent.resolve() == output.path.resolve() else output.begin(
-                self.args.overwrite_output_dir
-            )
+            path = path.resolve()  # a link may name it
+            if path.parent == output.path.resolve():
+                path = output.path / path.name
+                output.go_on()
+            else:
+                self._begin()
             logger.warning(f"continuing from {path}")
         shutil.rmtree(output.path / _STAGING, ignore_errors=True)
         if self.args.save_strategy != "no":
             check_room(output.path, self.checkpoint_bytes())
         return None if path is None else str(path)
+
+    def _begin(self) -> None:
+        """Start a new run in the output directory."""
+        output, overwrite = self.output_directory, bool(self.args.overwrite_output_dir)
+        if overwrite:
+            config = getattr(unwrap(self.model), "config", None)
+            output.check_not_source(getattr(config, "_name_or_path", ""))
+        removed = output.begin(overwrite)
+        if removed:
+            logger.warning(f"{output.path}: removed another run's {', '.join(removed)}")
 
     def _check_complete(self, path: Path) -> None:
         problem = problem_with(path)
@@ -158,7 +186,13 @@ class CheckpointingTrainer(AgreeingTrainer):
                         "saved with save_only_model=True is a model, not a run"
                     )
         assert self._run is not None
-        found = differences(read_manifest(path)["run"], self._run)
+        saved = read_manifest(path)["run"]
+        if never := why_never(saved, self._run):
+            raise ValueError(
+                f"{path} was saved by another run: {'; '.join(never)}; what it holds does not fit "
+                "this run, not even with resume_anyway"
+            )
+        found = differences(saved, self._run)
         if not found:
             return
         text = f"{path} was saved by another run: {'; '.join(found)}"
@@ -183,7 +217,7 @@ class CheckpointingTrainer(AgreeingTrainer):
     def describe_run(self) -> dict[str, Any]:
         """What this run is, as a checkpoint's manifest keeps it."""
         data = self.on_first(lambda: fingerprint(self._identity_data()))
-        return describe_run(self.args, self.model, data, self._loss_options)
+        return describe_run(self.args, self.model, data, self._loss_options, self._weights)
 
     def _identity_data(self) -> Any:
         """The training data without what may differ between two runs that are the same."""
@@ -211,6 +245,8 @@ class CheckpointingTrainer(AgreeingTrainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         passes, batches = super()._init_training_state(*args, **kwargs)
+        values = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
+        self._find_best(next((v for v in values if isinstance(v, str)), None))
         callbacks: Any = self.state.stateful_callbacks or {}
         saved = callbacks.get(self.STATE_KEY, {})
         self._earlier_loss = saved.get("loss_sum", 0.0)
@@ -219,6 +255,20 @@ class CheckpointingTrainer(AgreeingTrainer):
             logger.warning(f"this run is finished, with {done}: there is nothing left to train")
             return sys.maxsize, 0  # no pass is left
         return passes, batches
+
+    def _find_best(self, checkpoint: str | None) -> None:
+        """Take the best checkpoint from beside the one resumed from.
+
+        A checkpoint's state has the best one's path of then; the directory may have been moved, or
+        the path may be relative to another working directory.
+        """
+        if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+            return
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        if state.best_model_checkpoint:
+            here = Path(checkpoint).parent / Path(state.best_model_checkpoint).name
+            if here.is_dir():
+                self.state.best_model_checkpoint = str(here)
 
     STATE_KEY = "fastpref"  # in trainer_state.json, under stateful_callbacks
 
@@ -254,7 +304,11 @@ class CheckpointingTrainer(AgreeingTrainer):
     # ---- checkpoints ----
 
     def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+        if self._staging is not None:
+            return str(self._staging)
+        found = super()._get_output_dir(trial)
+        is_own = found == self.args.output_dir  # not that of a trial of a search
+        return str(self.output_directory.path) if is_own else found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside the others and give it its name when it is complete."""
@@ -295,15 +349,6 @@ class CheckpointingTrainer(AgreeingTrainer):
         finally:
             self._staging = None
 
-    @contextmanager
-    def _not_pushed(self) -> Iterator[None]:
-        """While files are not where they stay, nothing is uploaded."""
-        pushes, self.args.push_to_hub = self.args.push_to_hub, False
-        try:
-            yield
-        finally:
-            self.args.push_to_hub = pushes
-
     def _finish(self, run: Path, name: str, best: str | None) -> None:
         staged, final = run / _STAGING / name, run / name
         if self.state.best_model_checkpoint != best:  # it is this one, by the name it will have
@@ -311,14 +356,14 @@ class CheckpointingTrainer(AgreeingTrainer):
             self.state.save_to_json(str(staged / "trainer_state.json"))
         assert self._run is not None
         run_facts = {**self._run, "processes": self.args.world_size}
-        write_manifest(staged, self.state.global_step, run_facts)
-        if final.exists():
+        write_manifest(staged, self.state.global_step, run_facts, next_number(run))
+        if os.path.lexists(final):
             remove_checkpoint(final)
         os.rename(staged, final)
         sync_directory(run)
         shutil.rmtree(run / _STAGING, ignore_errors=True)
         protected = self.state.best_model_checkpoint
-        rotate(run, self.args.save_total_limit, Path(protected) if protected else None)
+        rotate(run, self._limit, Path(protected) if protected else None)
 
     def _lost(self, run: Path, name: str, problem: str) -> str:
         newest, _ = newest_complete(run)
@@ -326,53 +371,6 @@ class CheckpointingTrainer(AgreeingTrainer):
         if newest is not None:
             safe = f"{newest} is complete; --resume latest continues from it"
         return f"{name} could not be saved in {run}: {problem}; {safe}"
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model beside what is there, and move it to its place when it is whole.
-
-        Raises:
-            StorageError: the disk is full or fails; what was there is still there.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        target = Path(output_dir or str(self.args.output_dir))
-        directory = OutputDirectory(target)
-        beside = directory.beside
-        try:
-            if self.args.should_save:
-                directory.clear()
-                beside.mkdir(parents=True)
-                if (target / "README.md").is_file():  # whose text the model card keeps
-                    shutil.copy2(target / "README.md", beside)
-            with self._not_pushed():
-                super().save_model(str(beside), _internal_call)
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                _replace_model(beside, target)
-                directory.clear()
-        except Exception as error:
-            problem = disk_problem(error)
-            directory.clear()
-            if problem is None:
-                raise
-            raise StorageError(
-                f"the model could not be saved in {target}: {problem}; what was there before has "
-                "not been changed"
-            ) from error
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As in `transformers.Trainer`, but for weights that are tied to some that were loaded."""
-        model: Any = self.model
-        weights = dict(model.named_parameters(remove_duplicate=False))
-        missing = set(load_result.missing_keys)
-        loaded = {p.data_ptr() for name, p in weights.items() if name not in missing}
-        tied = {n for n in missing if n in weights and weights[n].data_ptr() in loaded}
-        kept = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
 
     # ---- what a trainer says ----
 
@@ -391,13 +389,3 @@ def _readable(checkpoint: str | None, names: str) -> Iterator[None]:
         if "Unsupported global" not in str(error):
             reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{checkpoint}: {names} cannot be loaded: {reason}") from error
-
-
-def _replace_model(beside: Path, target: Path) -> None:
-    """Move a whole model into a directory; weights there that it has no more are removed after."""
-    names = {path.name for path in beside.iterdir()}
-    move_into(beside, target)
-    for pattern in _WEIGHTS:
-        for path in target.glob(pattern):
-            if path.name not in names:
-                path.unlink()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastpref.heads.reading import unwrap
 from fastpref.losses.options import LossOptions
 from fastpref.trainer.config import BaseConfig
 
-# Options that the trajectory depends on, apart from those of the loss and the optimiser's schedule.
+# Options that the trajectory depends on, apart from those of the loss and the number of steps.
 _OPTIONS = (
     "seed",
     "data_seed",
@@ -21,6 +25,17 @@ _OPTIONS = (
     "optim",
     "max_length",
     "truncation_mode",
+    "train_sampling_strategy",
+    "group_by_length",
+    "dataloader_drop_last",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "optim_args",
+    "warmup_steps",
+    "warmup_ratio",
+    "lr_scheduler_kwargs",
+    "neftune_noise_alpha",
     "precision",
     "bf16",
     "fp16",
@@ -44,10 +59,16 @@ _ADAPTER_OPTIONS = (
     "rank_pattern",
     "alpha_pattern",
 )
+# Of these, options that change no weight's shape.
+_SCALES = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")
 
 
 def describe_run(
-    args: BaseConfig, model: Any, data: dict[str, Any], loss: LossOptions | dict[str, Any]
+    args: BaseConfig,
+    model: Any,
+    data: dict[str, Any],
+    loss: LossOptions | dict[str, Any],
+    weights: dict[str, str | None],
 ) -> dict[str, Any]:
     """What a run is, as JSON values that are compared with those of a checkpoint.
 
@@ -56,12 +77,14 @@ def describe_run(
         model: the policy, with its adapter.
         data: `fingerprint` of the training data.
         loss: the loss's options; a function of the user's own goes by its name.
+        weights: `untrained_weights` of the trainer's models.
     """
     if not isinstance(loss, dict):
         loss = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss) if f.init}
     return {
         "model": _model(model),
         "adapter": _adapters(model),
+        "weights": weights,
         "data": data,
         "loss": {name: _plain(value) for name, value in loss.items()},
         "options": {name: _plain(getattr(args, name, None)) for name in _OPTIONS},
@@ -69,6 +92,38 @@ def describe_run(
         * args.gradient_accumulation_steps
         * args.world_size,
     }
+
+
+def untrained_weights(model: Any, reference: Any) -> dict[str, str | None]:
+    """The SHA-256 of samples of weights that a run depends on and that its checkpoints lack.
+
+    Args:
+        model: the policy. If it has an adapter, the sample is of the base model.
+        reference: the model that reference log-probs come from, or None.
+    """
+    adapters = getattr(model, "peft_config", None) or {}
+    base = None
+    if adapters:
+        parts = {*adapters, "modules_to_save", "original_module"}
+        base = _sample(
+            (name, p)
+            for name, p in model.named_parameters()
+            if not (p.requires_grad or "lora_" in name or parts & set(name.split(".")))
+        )
+    found = None if reference is None else _sample(unwrap(reference).named_parameters())
+    return {"base": base, "reference": found}
+
+
+def _sample(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256 of a few values of each weight; of one in shards or without values, of none."""
+    digest = hashlib.sha256()
+    for name, p in weights:
+        digest.update(name.encode())
+        if not (p.is_meta or hasattr(p, "_local_tensor")):
+            values = p.detach().reshape(-1)
+            for part in (values[:32], values[-32:]):
+                digest.update(part.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
@@ -94,7 +149,7 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
         return [f"the checkpoint is of a run that trains {trained}, and this one trains {trains}"]
     found = []
     for key in ("rows", "sha256"):
-        ours, theirs = saved["data"].get(key), present["data"].get(key)
+        ours, theirs = ((run.get("data") or {}).get(key) for run in (saved, present))
         if ours != theirs:
             text = (
                 f"{theirs} training rows instead of {ours}"
@@ -104,7 +159,19 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
             found.append(text)
             break
     for title, part in (("", "options"), ("loss option ", "loss"), ("model's ", "model")):
-        found += _changes(title, saved.get(part) or {}, present.get(part) or {})
+        ours, theirs = saved.get(part) or {}, present.get(part) or {}
+        if part == "loss":  # of losses of different kinds, what both have
+            ours, theirs = (
+                {k: v for k, v in d.items() if k in ours.keys() & theirs} for d in (ours, theirs)
+            )
+        found += _changes(title, ours, theirs)
+    for title in ("base", "reference"):
+        ours, theirs = ((run.get("weights") or {}).get(title) for run in (saved, present))
+        if ours and theirs and ours != theirs:
+            found.append(
+                f"the {title}'s weights are others: a run goes on with the model that it began "
+                "with, and takes what was trained from the checkpoint"
+            )
     ours, theirs = saved.get("adapter") or {}, present.get("adapter") or {}
     for name in sorted({*ours, *theirs}):
         found += _changes(f"adapter {name!r}: ", ours.get(name) or {}, theirs.get(name) or {})
@@ -112,6 +179,26 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
         "", *({"rows per step": run.get("rows per step")} for run in (saved, present))
     )
     return found
+
+
+def why_never(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Those differences with which no run can go on: files that do not fit the model or optimiser.
+
+    Arguments and phrases: those of `differences`.
+    """
+    trained, trains = _trained(saved), _trained(present)
+    if trained != trains:
+        return differences(saved, present)
+    found = _changes("model's ", saved.get("model") or {}, present.get("model") or {})
+    ours, theirs = saved.get("adapter") or {}, present.get("adapter") or {}
+    for name in sorted({*ours, *theirs}):
+        shapes = (
+            {k: v for k, v in (d.get(name) or {}).items() if k not in _SCALES}
+            for d in (ours, theirs)
+        )
+        found += _changes(f"adapter {name!r}: ", *shapes)
+    optimisers = ({"optim": (run.get("options") or {}).get("optim")} for run in (saved, present))
+    return found + _changes("", *optimisers)
 
 
 def _changes(title: str, saved: dict[str, Any], present: dict[str, Any]) -> list[str]:

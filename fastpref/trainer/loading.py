@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ def load_parts(
 
     Arguments and errors: those of `PreferenceTrainer`; tokenizer is its processing_class.
     """
+    model, ref_model = _as_name(model), _as_name(ref_model)
     check_models(model, ref_model, args, quantization_config, peft_config)
     name = model if isinstance(model, str) else None
     model = load_model(model, args, quantization_config)
@@ -61,6 +63,11 @@ def load_parts(
     tokenizer, pad_token_id = load_tokenizer(model, tokenizer, args, name)
     model = add_adapter(model, peft_config, ref_model is not None)
     return Parts(model, ref_model, tokenizer, pad_token_id)
+
+
+def _as_name(model: Any) -> Any:
+    """A path as the string that names a model; anything else unchanged."""
+    return os.fspath(model) if isinstance(model, os.PathLike) else model
 
 
 def check_models(

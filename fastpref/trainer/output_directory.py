@@ -15,21 +15,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastpref.trainer.manifest import checkpoints, remove_checkpoint
+from fastpref.trainer.manifest import checkpoints, clear_removed, remove_checkpoint
 from fastpref.trainer.storage import check_writable, write_json
 
 RUN_FILE = "run.json"
 _LOCK_FILE = ".run.lock"
 _BESIDE = ".final-model.new"  # where the final model is written before it takes its place
-# What a finished model leaves in the directory itself.
-_MODEL_FILES = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "training_log.json",
-    "training.png",
-)
+# What a finished model leaves in the directory itself. Other names are the user's files.
+_SHARD = "model-" + "[0-9]" * 5 + "-of-" + "[0-9]" * 5 + ".safetensors"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", _SHARD)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+_MODEL_FILES = (*WEIGHT_FILES, *ADAPTER_FILES, "training_log.json", "training.png")
 
 
 class OutputDirectory:
@@ -43,7 +39,8 @@ class OutputDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        # Absolute, so that a run stays where it is when the working directory changes.
+        self.path = Path(os.path.abspath(Path(path).expanduser()))
         self.run_id = uuid.uuid4().hex
         self._lock: FileLock | None = None
         self._holds = 0  # how often it is held; a run inside another hold keeps it
@@ -54,8 +51,9 @@ class OutputDirectory:
         return self.path / _BESIDE / self.path.resolve().name  # a model card's title is the name
 
     def clear(self) -> None:
-        """Remove what a model that was not saved to its end has left."""
+        """Remove what a save or a deletion that did not come to its end has left."""
         shutil.rmtree(self.path / _BESIDE, ignore_errors=True)
+        clear_removed(self.path)
 
     def hold(self) -> None:
         """Take the lock. StorageError if the directory cannot be written, ValueError if another
@@ -120,6 +118,21 @@ class OutputDirectory:
                 "another directory, or have it replaced (overwrite_output_dir=True, or --overwrite)"
             )
 
+    def check_not_source(self, source: str | Path) -> None:
+        """Raise ValueError if `begin` with overwrite=True would remove the model that is trained.
+
+        Args:
+            source: the directory that it was loaded from, or any other name of a model.
+        """
+        if not source or not Path(source).is_dir():
+            return
+        place, output = Path(source).resolve(), self.path.resolve()
+        if place == output or place in [output / name for name in self.foreign_files()]:
+            raise ValueError(
+                f"output directory {self.path} holds the model {source} that is to be trained, "
+                "which overwriting would remove; choose another directory"
+            )
+
     def begin(self, overwrite: bool = False) -> list[str]:
         """Make the directory that of a new run, which `hold` holds.
 
@@ -137,7 +150,7 @@ class OutputDirectory:
             self.check_free(found)
         for name in found:
             path = self.path / name
-            remove_checkpoint(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_checkpoint(path)
         self._start()
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,9 +23,11 @@ class AgreeingTrainer(Trainer):
         if self.args.process_index == 0 and function is not None:
             try:
                 found[0] = function()
-            except (ValueError, OSError) as error:
+            except Exception as error:  # of any kind: the other processes wait for an answer
                 found[1] = error
         if self.args.world_size > 1:
+            if found[1] is not None and not _travels(found[1]):
+                found[1] = RuntimeError(f"{type(found[1]).__name__}: {found[1]}")
             broadcast_object_list(found)
         if found[1] is not None:
             raise found[1]
@@ -64,3 +67,12 @@ class AgreeingTrainer(Trainer):
                 "gradients: the model was not wrapped for that"
             )
         return prepared
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error can be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of a class that another library has made
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,9 +16,24 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger("fastpref")
 
-# Signals by what they ask for; Windows lacks the last. SIGHUP is what a closed terminal sends.
+# Signals by what they ask for; Windows lacks the last.
 _ENDS = ("SIGTERM", "SIGINT")
 _SAVES = ("SIGUSR1",)
+
+
+class Terminated(SystemExit):
+    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
 
 
 class SignalCallback(TrainerCallback):
@@ -44,15 +60,25 @@ class SignalCallback(TrainerCallback):
 
     # ---- the handlers ----
 
+    def reset(self) -> None:
+        """Forget the signals of an earlier training."""
+        self.received = self._asked = None
+        self._save = False
+
     def install(self) -> None:
-        """Take the signals over. Only the main thread can; in another one nothing is done."""
+        """Take the signals over, except for those that are ignored, as under nohup.
+
+        Only the main thread can; in another one nothing is done.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
-        self.received = self._asked = None
         for names, handler in ((_ENDS, self._end), (_SAVES, self._save_soon)):
             for name in names:
                 number = getattr(signal, name, None)
-                if number is not None and signal.getsignal(number) is not None:
+                if number is None:
+                    continue
+                # None: a handler of C code. SIG_IGN: a shell's background job, say.
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
                     self._before[number] = signal.signal(number, handler)
 
     def remove(self) -> None:
@@ -72,7 +98,8 @@ class SignalCallback(TrainerCallback):
         then = " and saving a checkpoint" if self.saves else ""
         # A handler interrupts whatever runs, a write to the log as well, so it does not log.
         text = f"{name_of(number)}: finishing the step{step}{then}; once more ends at once\n"
-        os.write(2, text.encode())
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            os.write(2, text.encode())
 
     def _save_soon(self, number: int, frame: FrameType | None) -> None:
         self._save = True

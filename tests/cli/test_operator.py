@@ -187,3 +187,29 @@ def test_two_processes_end_together(tmp_path, pairs):
     assert process.returncode != 0 and "of 4000 steps are done" in said, said
     assert [event["event"] for event in events_of("".join(lines))].count("start") == 1
     assert len(list((tmp_path / "out").glob("checkpoint-*/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--seed=42"])
+def test_a_run_outlives_the_reader_of_its_output(tmp_path, pairs, option):
+    steps = ("--max-steps", 8, "--logging-steps", 1, option)
+    with start(tmp_path / "out", pairs, *steps) as run:
+        assert run.stdout.readline()
+        run.stdout.close()
+        assert run.wait(timeout=120) == 0, run.stderr.read()
+    assert (tmp_path / "out/training_log.json").is_file()
+
+
+def test_the_home_directory_of_an_output_is_expanded(tmp_path, pairs, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train("~/run", *STEPS, data=pairs)
+    assert (tmp_path / "run/model.safetensors").is_file()
+    assert (tmp_path / "run/checkpoint-2").is_dir() and not os.path.exists("~")
+
+
+def test_overwriting_does_not_remove_the_model(tmp_path, pairs):
+    out = tmp_path / "out"
+    train(out, *STEPS, data=pairs)
+    for model in (out, out / "checkpoint-2"):
+        said = complaint(train(out, "--overwrite", "--model", model, data=pairs, code=2))
+        assert "that is to be trained, which overwriting would remove" in said
+    assert (out / "model.safetensors").is_file() and (out / "checkpoint-2").is_dir()

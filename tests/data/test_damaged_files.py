@@ -12,7 +12,7 @@ pytest.importorskip("datasets")
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import tiny  # noqa: E402
-from datasets import Dataset, load_from_disk  # noqa: E402
+from datasets import Dataset, DatasetDict, load_from_disk  # noqa: E402
 
 from fastpref.data import load_preference_data, prepare_dataset  # noqa: E402
 
@@ -158,3 +158,48 @@ def test_a_line_of_50_megabytes(tmp_path):
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert len(data) == 2 and len(data[1]["chosen"]) == 50_100_000
     assert grown * 1024 < 8 * path.stat().st_size
+
+
+def test_repeated_columns_and_unknown_types_of_parquet(tmp_path):
+    names = ["prompt", "prompt", "chosen", "rejected"]
+    columns = [pa.array(["a"])] * 4
+    pq.write_table(pa.table(columns, names=names), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match="twice.parquet: has the column 'prompt' more than once"):
+        load_preference_data(tmp_path / "twice.parquet")
+    pairs = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+    table = pa.table([*columns[:3], pairs], names=["prompt", "chosen", "rejected", "m"])
+    pq.write_table(table, tmp_path / "map.parquet")
+    with pytest.raises(ValueError, match=r"map.parquet: .*map<string, int64 \('m'\)>"):
+        load_preference_data(tmp_path / "map.parquet")
+
+
+def test_a_lone_surrogate_in_a_columns_name(tmp_path):
+    path = tmp_path / "name.jsonl"
+    path.write_text(json.dumps({**ROW, "\ud800": 1}))
+    with pytest.raises(ValueError, match="name.jsonl: the column name .* lone surrogate U\\+D800"):
+        load_preference_data(path)
+
+
+def test_saved_data_that_lacks_a_split_or_a_file_or_has_a_flipped_byte(tmp_path):
+    data = Dataset.from_list([ROW] * 2)
+    DatasetDict({"test": data}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match=r"holds the splits \['test'\] and no 'train'"):
+        load_preference_data(tmp_path / "splits")
+    data.save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes().replace(b"w2 w3", b"w2 \xff3"))
+    with pytest.raises(ValueError, match="saved: row 0: chosen is not UTF-8 text"):
+        load_preference_data(tmp_path / "saved")
+    file.unlink()
+    with pytest.raises(ValueError, match="saved data set that lacks a file.*arrow"):
+        load_preference_data(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
+def test_the_format_of_a_data_set_does_not_matter(form):
+    data = tiny.data(4, chat=True)
+    plain, _ = prepare_dataset(data, tiny.tokenizer(), max_length=64)
+    formatted, _ = prepare_dataset(
+        load_preference_data(data.with_format(form)), tiny.tokenizer(), max_length=64
+    )
+    assert formatted[:] == plain[:]
