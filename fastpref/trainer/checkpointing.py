@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from fastpref.trainer.config import BaseConfig
+from fastpref.trainer.ending import EndingTrainer, raise_ended
 from fastpref.trainer.identity import describe_run, differences, fingerprint
 from fastpref.trainer.manifest import (
     newest_complete,
@@ -28,8 +28,7 @@ from fastpref.trainer.manifest import (
     write_manifest,
 )
 from fastpref.trainer.output_directory import OutputDirectory
-from fastpref.trainer.processes import AgreeingTrainer
-from fastpref.trainer.signals import SignalCallback, name_of
+from fastpref.trainer.signals import RunEnded, SignalCallback, name_of
 from fastpref.trainer.storage import (
     StorageError,
     check_room,
@@ -43,22 +42,7 @@ _STAGING = ".saving"  # where a checkpoint is written before it takes its name
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
-class Terminated(SystemExit):
-    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(128 + signal.SIGTERM)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
-
-
-class CheckpointingTrainer(AgreeingTrainer):
+class CheckpointingTrainer(EndingTrainer):
     """A trainer whose checkpoints are complete or not there, in a directory of its own.
 
     Attributes:
@@ -67,7 +51,6 @@ class CheckpointingTrainer(AgreeingTrainer):
 
     args: BaseConfig
     output_directory: OutputDirectory
-    _signals: SignalCallback
     precompute: bool  # whether the reference's log-probs are computed ahead of the training
     _loss_options: Any
     _run: dict[str, Any] | None = None  # what this run is
@@ -102,8 +85,11 @@ class CheckpointingTrainer(AgreeingTrainer):
         try:
             checkpoint = self.on_first(lambda: self._start_of(resume))
             if self.args.handle_signals:
-                self._signals.install()
+                self._signals.install(self.args.world_size)
             out = super().train(checkpoint, *args, **kwargs)
+        except RunEnded:  # in an evaluation that a callback has started
+            self._raise_if_ended()
+            raise
         finally:
             self._signals.remove()
             self.output_directory.release()
@@ -203,9 +189,7 @@ class CheckpointingTrainer(AgreeingTrainer):
             message += (
                 f" and {newest} is saved; resume_from_checkpoint=True (--resume latest) goes on"
             )
-        if number == signal.SIGINT:
-            raise Interrupted(message)
-        raise Terminated(message)
+        raise_ended(number, message)
 
     # ---- steps that earlier runs made ----
 

@@ -1,4 +1,4 @@
-"""What autograd and its relatives ask of the fused losses: what plain torch gives, or a sentence."""
+"""What autograd and its relatives ask of the fused losses: what plain torch gives, or one line."""
 
 from __future__ import annotations
 
