@@ -75,6 +75,8 @@ class EndingTrainer(AgreeingTrainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in `transformers.Trainer`; no metrics if a signal has ended the evaluation."""
         metrics: dict[str, float] = {}
+        if self._signals.active and self._signals.received is not None:
+            return metrics
         try:
             with self._signals.within("batch"):
                 metrics = super()._evaluate(*args, **kwargs)
