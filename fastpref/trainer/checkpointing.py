@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -9,9 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
 from torch import nn
 from transformers.trainer_utils import TrainOutput
@@ -28,6 +27,7 @@ from fastpref.trainer.manifest import (
     write_manifest,
 )
 from fastpref.trainer.output_directory import OutputDirectory
+from fastpref.trainer.pickles import readable, readable_weights
 from fastpref.trainer.signals import RunEnded, SignalCallback, name_of
 from fastpref.trainer.storage import (
     StorageError,
@@ -143,6 +143,7 @@ class CheckpointingTrainer(EndingTrainer):
                         f"cannot continue from {path}: it has no {name}; a checkpoint that was "
                         "saved with save_only_model=True is a model, not a run"
                     )
+        _check_state(path / "trainer_state.json")
         assert self._run is not None
         found = differences(read_manifest(path)["run"], self._run)
         if not found:
@@ -222,17 +223,25 @@ class CheckpointingTrainer(EndingTrainer):
             pending = self.accelerator.gather(pending.detach().reshape(1)).mean().item()
         return self._earlier_loss + getattr(self, "_total_loss_scalar", 0.0) + (pending or 0.0)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with readable_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint, "optimizer.pt or scheduler.pt"):
+        with readable(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint, "rng_state.pth"):
+        with readable(checkpoint, "rng_state.pth"):
             super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if getattr(self.accelerator, "scaler", None) is not None:  # with fp16
-            with _readable(checkpoint, "scaler.pt"):
+            with readable(checkpoint, "scaler.pt"):
                 super()._load_scaler(checkpoint)
 
     # ---- checkpoints ----
@@ -365,16 +374,16 @@ class CheckpointingTrainer(EndingTrainer):
         raise NotImplementedError
 
 
-@contextmanager
-def _readable(checkpoint: str | None, names: str) -> Iterator[None]:
-    """Raise ValueError, with the files' names, for what torch refuses to load, such as code."""
+def _check_state(file: Path) -> None:
+    """Raise ValueError, with the file's name, for a trainer state that is not a JSON object."""
+    if not file.is_file():
+        return
     try:
-        yield
-    except (UnpicklingError, EOFError, BadZipFile) as error:
-        reason = "it holds objects other than tensors and numbers"
-        if "Unsupported global" not in str(error):
-            reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{checkpoint}: {names} cannot be loaded: {reason}") from error
+        state = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot continue from {file.parent}: {file.name}: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"cannot continue from {file.parent}: {file.name} is not a JSON object")
 
 
 def _replace_model(beside: Path, target: Path) -> None:
