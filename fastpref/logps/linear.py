@@ -86,6 +86,8 @@ def linear_token_logps(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a label outside [0, V), an
             unknown option. RuntimeError: a forced backend that cannot run here.
+        NotImplementedError: a second or a forward-mode derivative, batched gradients, a transform
+            of torch.func, torch.jit.trace.
     """
     values = dict(
         scale=scale,
