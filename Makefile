@@ -78,11 +78,12 @@ test-latest: ## Run all tests with the newest of everything, in .venv-latest
 
 NATIVE := $(foreach folder,csrc csrc/cuda tests/support/cuda_emulate,$(wildcard $(addprefix $(folder)/*.,cpp h cu cuh)))
 
-lint: install ## Check style, types and docs: ruff, clang-format, mypy, mkdocs
+lint: install ## Check style, types, docs and versions: ruff, clang-format, mypy, mkdocs, pip-audit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
+	$(BIN)/python scripts/audit.py
 	$(MAKE) --no-print-directory docs
 
 # Nothing is downloaded; a broken link is an error.

@@ -90,6 +90,7 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
     from safetensors import SafetensorError
 
     from fastpref.trainer.adapter_loading import is_path
+    from fastpref.trainer.pickles import readable_weights
 
     path = Path(name).expanduser()
     if path.is_dir():
@@ -100,7 +101,8 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
         raise ValueError(f"{argument} {name} is not a directory")
     options.setdefault("trust_remote_code", False)  # without it transformers asks, and takes a "y"
     try:
-        return auto_class.from_pretrained(name, **options)
+        with readable_weights(name):
+            return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0].rstrip(" .:")
         if "trust_remote_code" in str(error):

@@ -76,7 +76,6 @@ def run(options: TrainOptions) -> None:
         config = make_config(options, plan, not console.is_terminal or console.quiet)
         bar, memory = ProgressBar(console), report.PeakMemory(plan.device)
         trainer = train(options, plan, config, directory, console, events, bar, memory)
-        trainer.save_model(str(options.output))
         if first:
             facts = summarise(trainer, memory, bar)
             write_results(options, plan, trainer, console, facts)
@@ -279,7 +278,7 @@ def train(
     bar: Any,
     memory: report.PeakMemory,
 ) -> Any:
-    """Make the trainer, train, and evaluate on held-out data; returns the trainer."""
+    """Make the trainer, train, save the model and evaluate on held-out data."""
     log = None if console.is_terminal or console.quiet else console.file
     new_adapter = plan.lora and not plan.continued
     dtype = torch.bfloat16 if plan.lora and plan.bf16 else torch.float32
@@ -299,6 +298,7 @@ def train(
             trainer.train(resume_from_checkpoint=options.resume)
         finally:
             bar.close()
+        trainer.save_model(str(options.output))  # a signal that ends the evaluation costs no model
         if plan.eval_set is not None:
             trainer.evaluate()
     return trainer

@@ -54,6 +54,7 @@ def dataset_of(columns: Mapping[str, list], name: str) -> Dataset:
     """
     data, features = {}, {}
     for key, values in columns.items():
+        check_encodable(str(key), f"{name}: the column name {key!r}")
         if key in TEMPLATE_COLUMNS:  # always JSON text; a string is JSON already
             values = [
                 v if v is None or isinstance(v, str) else _json(v, key, row, name)
@@ -75,6 +76,8 @@ def _feature(key: str, values: list, name: str) -> Any:
         for row, value in enumerate(values):
             if isinstance(value, str):
                 check_encodable(value, f"{name}: row {row}: {key}")
+    except RecursionError:  # `_json` says in which row
+        pass
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         if key in (*PAIRS.ids, *UNPAIRED.ids):
             raise ValueError(f"{name}: {key} holds values of different types: {error}") from None

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref import backends, validation
 from fastpref.backends.tile import Backend, PairLossInputs
 from fastpref.logps.checks import check_extras
 from fastpref.logps.compile import CompiledLogps
+from fastpref.logps.first_order import FirstOrderFunction, check_transforms, first_order
 from fastpref.logps.forward import TokenStats
 from fastpref.logps.prepared import PreparedLogps
 from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import check_inputs, evaluate, make_pairs
 from fastpref.losses.tokens import ld_sequence_logps, nll_tokens, wpo_weights
-from fastpref.validation import check_ids
+from fastpref.validation import check_dense, check_device, check_ids
 
 
 class PreferenceOutput(NamedTuple):
@@ -62,7 +62,7 @@ class PairInputs(NamedTuple):
         return PairInputs(*(None if t is None else t.to(device, dtype).contiguous() for t in self))
 
 
-class _PairLoss(torch.autograd.Function):
+class _PairLoss(FirstOrderFunction):
     """Token log-probs [N] to the results of `Backend.pair_loss` but its derivative.
 
     The derivative is kept, so that the backward pass is one scaling.
@@ -79,7 +79,7 @@ class _PairLoss(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return None if dloss is None else ctx.saved_tensors[0] * dloss, None, None
 
@@ -180,7 +180,7 @@ class PreparedLoss(NamedTuple):
 
         backend: t's backend, if the caller knows it.
         """
-        if torch.compiler.is_compiling():  # torch.compile fuses the operations on [2P]
+        if validation.is_traced(t):  # torch.compile fuses the operations on [2P]
             return None
         inputs = self.inputs
         name = None if inputs.soft_labels is not None else self.options.closed_form
@@ -320,9 +320,12 @@ def prepare_loss(
     Raises:
         ValueError: as `linear_preference_loss`.
     """
+    check_transforms()
     size = _count_sequences(labels, sequence_ids, num_sequences, inputs.ref_logps, inputs.lengths)
     options.check_reference(has_reference)
     for name, t in (("ref_logps", inputs.ref_logps), ("lengths", inputs.lengths)):
+        if isinstance(t, Tensor):
+            check_dense(name, t)
         if t is not None and (not isinstance(t, Tensor) or t.shape != (size,)):
             shape = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(f"{name}: got {shape}, expected a tensor [{size}]")
@@ -346,7 +349,7 @@ def _check_nll_labels(nll_labels: Tensor, labels: Tensor, ignore_index: int) -> 
             f"nll_labels: got {str(nll_labels.dtype)[6:]} on {nll_labels.device}, expected int64 "
             f"on {labels.device}"
         )
-    if validation.may_synchronise(labels.device):
+    if validation.may_synchronise(labels):
         both = (labels != ignore_index) & (nll_labels != ignore_index)
         if bool((both & (labels != nll_labels)).any()):
             raise ValueError(
@@ -390,6 +393,7 @@ def _count_sequences(
                 f"sequence_ids: got shape {tuple(sequence_ids.shape)} for labels "
                 f"{tuple(labels.shape)}, expected [N] for both"
             )
+        check_device("sequence_ids", sequence_ids, labels.device)
         sizes = [len(t) for t in vectors if isinstance(t, Tensor)]
         if num_sequences is None and not sizes:
             raise ValueError("num_sequences: got None, expected 2P with sequence_ids")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastpref.logps.checks import adapter_tensors
+from fastpref.logps.first_order import check_transforms
 from fastpref.logps.forward import HeadTensors
 from fastpref.logps.linear import prepare
 from fastpref.logps.options import take_head_options
@@ -20,7 +21,7 @@ from fastpref.losses.unpaired import (
     kto_loss,
     shape_or_type,
 )
-from fastpref.validation import check_ids
+from fastpref.validation import check_device, check_ids
 
 
 def linear_kto_loss(
@@ -73,6 +74,7 @@ def linear_kto_loss(
         ValueError: as `kto_loss` and `linear_token_logps`, before any product.
         TypeError: an unknown keyword.
     """
+    check_transforms()
     options = take_head_options("linear_kto_loss", head)
     check_unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     if not isinstance(desirable, Tensor) or desirable.dim() != 1:
@@ -92,6 +94,7 @@ def linear_kto_loss(
                 f"sequence_ids: got {tuple(sequence_ids.shape)} for labels "
                 f"{shape_or_type(labels)}, expected [N] for both"
             )
+        check_device("sequence_ids", sequence_ids, labels.device)
         layout |= {"sequence_ids": sequence_ids, "num_sequences": size}
     lora_hidden, lora_B, dora_scale = adapter_tensors(
         low_rank, weight_scale, lora_hidden, lora_B, dora_scale

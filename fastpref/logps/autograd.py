@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref.backends.tile import PairLossInputs
 from fastpref.logps.backward import all_grads, head_grads, needs_head_again, scaled
+from fastpref.logps.first_order import FirstOrderFunction, first_order
 from fastpref.logps.forward import (
     HeadGrads,
     HeadInputs,
@@ -20,12 +20,13 @@ from fastpref.logps.forward import (
     Saved,
     forward_pass,
 )
+from fastpref.validation import autocasts
 
 # The shape and the dtype that a gradient has in the end.
 Like = tuple[torch.Size, torch.dtype]
 
 
-class LinearTokenLogps(torch.autograd.Function):
+class LinearTokenLogps(FirstOrderFunction):
     """The head's inputs and tensors to a `TokenStats`, or to a preference loss.
 
     With pair_loss the outputs are those of `Backend.pair_loss` without the last, which is its
@@ -62,8 +63,7 @@ class LinearTokenLogps(torch.autograd.Function):
                 labels,
                 index,
                 *saved,
-                out.logps,
-                out.entropy,
+                *(_own(t) if head_again else None for t in (out.logps, out.entropy)),
                 None if pair is None else pair[-1],
             )
         ctx.set_materialize_grads(False)
@@ -74,7 +74,7 @@ class LinearTokenLogps(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, dout: Tensor | None, dentropy: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -84,9 +84,10 @@ class LinearTokenLogps(torch.autograd.Function):
         x, lora_hidden, *head, labels, index = tensors[:8]
         *saved, logps, entropy, loss_dlogp = tensors[8:]
         dlogp = dout if loss_dlogp is None else loss_dlogp * dout
-        dlogp = torch.zeros_like(logps) if dlogp is None else dlogp.contiguous()
+        lse = saved[3]
+        dlogp = torch.zeros_like(lse) if dlogp is None else as_vector(dlogp)
         if dentropy is not None:
-            dentropy = dentropy.contiguous()
+            dentropy = as_vector(dentropy)
         # A backward pass inside the caller's autocast must not round dW to 16 bits.
         with without_autocast(ctx.device_type):
             dx, dlora_hidden, grads = gradients(
@@ -106,12 +107,22 @@ class LinearTokenLogps(torch.autograd.Function):
         return dx, dlora_hidden, *grads, None, None, None, None
 
 
+def _own(t: Tensor | None) -> Tensor | None:
+    """A copy of an output for the backward pass: the caller may change the output in place."""
+    return None if t is None else t.clone()
+
+
+def as_vector(dout: Tensor) -> Tensor:
+    """A gradient [N] as the kernels read it: contiguous, with its sign in its values."""
+    return dout.resolve_neg().contiguous()
+
+
 _NOTHING = contextlib.nullcontext()
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """The context in which autocast is off for this type of device."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return _NOTHING
 
@@ -147,7 +158,7 @@ def gradients(
     head: HeadTensors,
     labels: Tensor,  # [N]
     saved: Saved,
-    logps: Tensor,  # [N]
+    logps: Tensor | None,  # [N]; None: no logits are recomputed
     dlogp: Tensor,  # [N]
     entropy: Tensor | None,  # [N]
     dentropy: Tensor | None,  # [N]
@@ -167,7 +178,7 @@ def gradients(
     grads = HeadGrads(*out)
     dx = dlora_hidden = None
     if dentropy is not None:
-        assert entropy is not None
+        assert logps is not None and entropy is not None
         vectors = logps, dlogp, entropy, dentropy
         dx, dlora_hidden = all_grads(call, inputs, head, labels, saved.lse, *vectors, grads)
     else:

@@ -71,7 +71,7 @@ def head_grads(
     head: HeadTensors,
     labels: Tensor,  # [N]
     saved: Saved,
-    logps: Tensor,  # [N]
+    logps: Tensor | None,  # [N]; None: all of D is stashed
     dlogp: Tensor,  # [N], times saved.row_scale for the stashed rows
     grads: HeadGrads,
 ) -> None:
@@ -88,6 +88,7 @@ def head_grads(
             for a, b in _slices(call):  # these widen D
                 _sums(call, stash[:, a:b], scaled_inputs, head, dlogp, grads, a, b)
         return
+    assert logps is not None
     for a, b, tile, part in _recomputed_logits(call, inputs, head, stashed):
         d = in_place(tile, inputs.x.dtype)
         lse, rest_logps = saved.lse[stashed:], logps[stashed:]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpref import validation
 from fastpref.backends.tile import EXTRAS
 from fastpref.logps.forward import HeadTensors
-from fastpref.validation import check_float, check_ids
+from fastpref.validation import autocasts, check_dense, check_device, check_float, check_ids
 
 
 def check_extras(extras: Sequence[str]) -> tuple[str, ...]:
@@ -42,14 +42,13 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
             f"{hidden_name}: got shape {tuple(hidden.shape)}, expected [..., {weight.shape[1]}] to "
             f"go with {weight_name} {tuple(weight.shape)}"
         )
-    cast = torch.is_autocast_enabled(hidden.device.type) and weight.dtype != torch.float64
+    cast = autocasts(hidden.device.type) and weight.dtype != torch.float64
     if weight.dtype != hidden.dtype and not cast:
         raise ValueError(
             f"{weight_name}: got {str(weight.dtype)[6:]}, expected {str(hidden.dtype)[6:]}, the "
             f"dtype of {hidden_name} (they may differ under autocast)"
         )
-    if weight.device != hidden.device:
-        raise ValueError(f"{weight_name}: got device {weight.device}, expected {hidden.device}")
+    check_device(weight_name, weight, hidden.device)
     if bias is None:
         return
     check_float(bias_name, bias)
@@ -62,8 +61,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str 
             f"{bias_name}: got {str(bias.dtype)[6:]}, expected {str(weight.dtype)[6:]}, as "
             f"{weight_name}"
         )
-    if bias.device != hidden.device:
-        raise ValueError(f"{bias_name}: got device {bias.device}, expected {hidden.device}")
+    check_device(bias_name, bias, hidden.device)
 
 
 def adapter_tensors(
@@ -98,9 +96,8 @@ def check_adapter(hidden: Tensor, head: HeadTensors, lora_hidden: Tensor | None)
         if t is None:
             continue
         check_float(name, t)
-        if t.device != hidden.device:
-            raise ValueError(f"{name}: got device {t.device}, expected {hidden.device}")
-        cast = torch.is_autocast_enabled(hidden.device.type) and t.dtype != torch.float64
+        check_device(name, t, hidden.device)
+        cast = autocasts(hidden.device.type) and t.dtype != torch.float64
         if name != "dora_scale" and t.dtype != hidden.dtype and not cast:
             raise ValueError(
                 f"{name}: got {str(t.dtype)[6:]}, expected {str(hidden.dtype)[6:]}, the dtype of "
@@ -123,16 +120,14 @@ def check_adapter(hidden: Tensor, head: HeadTensors, lora_hidden: Tensor | None)
 
 def check_labels(labels: Tensor, shape: torch.Size, of: str, device: torch.device) -> None:
     """Raise ValueError unless the labels are int64, of this shape and on this device."""
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
+    check_dense("labels", labels)
     if labels.shape != shape:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(shape)}, the shape of {of}"
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: got {str(labels.dtype)[6:]}, expected int64")
-    if labels.device != device:
-        raise ValueError(f"labels: got device {labels.device}, expected {device}")
+    check_device("labels", labels, device)
 
 
 def check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> None:
@@ -140,7 +135,7 @@ def check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> No
 
     On a GPU, where looking would synchronise, only with FASTPREF_DEBUG=1.
     """
-    if labels.numel() == 0 or not validation.may_synchronise(labels.device):
+    if labels.numel() == 0 or not validation.may_synchronise(labels):
         return
     bad = (labels < 0) | (labels >= vocab)
     if ignored is not None:
@@ -153,9 +148,8 @@ def check_range(labels: Tensor, vocab: int, ignored: Tensor | None = None) -> No
 def check_indices(index: Tensor, labels: Tensor, ignore_index: int) -> None:
     """Raise ValueError unless token_indices are all labelled positions, increasing."""
     check_ids("token_indices", index, labels.shape[0])
-    if index.device != labels.device:
-        raise ValueError(f"token_indices: got device {index.device}, expected {labels.device}")
-    if not validation.may_synchronise(index.device):
+    check_device("token_indices", index, labels.device)
+    if not validation.may_synchronise(index):
         return
     expected = (labels != ignore_index).nonzero()[:, 0]
     if not torch.equal(index, expected):

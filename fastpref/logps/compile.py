@@ -17,6 +17,7 @@ from torch import Tensor
 from fastpref.backends import choose
 from fastpref.backends.tile import EXTRAS, Transform
 from fastpref.logps.autograd import gradients, pick_rows, unpick
+from fastpref.logps.first_order import check_first_order
 from fastpref.logps.forward import HeadTensors, Saved, TokenStats, forward_pass, padded_rows
 from fastpref.logps.logits import logits_backward, logits_forward
 from fastpref.logps.options import HeadOptions, flat_options, from_flat
@@ -229,6 +230,7 @@ def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) 
 def _linear_gradients(
     ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
+    check_first_order(dlogp, dentropy)
     if not ctx.has_entropy:
         dentropy = None
     none = (None,) * (2 + len(ctx.flat))
@@ -308,6 +310,7 @@ def _token_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _token_gradients(ctx: Any, dlogp: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    check_first_order(dlogp)
     dlogits = None
     if dlogp is not None:
         saved, options = ctx.saved_tensors, ctx.options

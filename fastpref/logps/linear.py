@@ -15,10 +15,11 @@ from fastpref.logps.checks import (
     check_labels,
 )
 from fastpref.logps.compile import CompiledLogps
+from fastpref.logps.first_order import check_transforms
 from fastpref.logps.forward import HeadTensors, TokenStats
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.prepared import PreparedLogps, adjacent, compact
-from fastpref.validation import cached_options
+from fastpref.validation import autocasts, cached_options, is_traced
 
 
 def linear_token_logps(
@@ -85,6 +86,8 @@ def linear_token_logps(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a label outside [0, V), an
             unknown option. RuntimeError: a forced backend that cannot run here.
+        NotImplementedError: a second or a forward-mode derivative, batched gradients, a transform
+            of torch.func, torch.jit.trace.
     """
     values = dict(
         scale=scale,
@@ -121,6 +124,7 @@ def prepare(
 
     prefix goes before the names hidden, weight and bias in the messages of errors.
     """
+    check_transforms()
     extras = check_extras(extras)
     check_head(hidden, head.weight, head.bias, prefix)
     check_adapter(hidden, head, lora_hidden)
@@ -131,17 +135,22 @@ def prepare(
     inputs_grad = hidden.requires_grad or (lora_hidden is not None and lora_hidden.requires_grad)
     head_grad = any(t is not None and t.requires_grad for t in head)
     grads = enabled and inputs_grad, enabled and head_grad
-    rows = adjacent(hidden.reshape(-1, hidden.shape[-1]))
+    rows = adjacent(_matrix(hidden))
     if lora_hidden is not None:
-        lora_hidden = lora_hidden.to(hidden.dtype).reshape(-1, lora_hidden.shape[-1])
-        lora_hidden = adjacent(lora_hidden)
-    call = CompiledLogps if torch.compiler.is_compiling() else compact
+        lora_hidden = adjacent(_matrix(lora_hidden.to(hidden.dtype)))
+    call = CompiledLogps if is_traced(hidden, head.weight, labels) else compact
     return call(rows, lora_hidden, head, labels, options, extras, token_indices, grads)
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[..., H] as [N, H]."""
+    # Without elements, a size of -1 could be any.
+    return t.reshape(-1 if t.shape[-1] else t.shape[:-1].numel(), t.shape[-1])
 
 
 def _autocast(hidden: Tensor) -> Tensor:
     """The hidden states in the dtype in which `F.linear` would multiply them."""
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    if autocasts(kind) and hidden.dtype != torch.float64:
         return hidden.to(torch.get_autocast_dtype(kind))
     return hidden

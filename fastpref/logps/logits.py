@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpref import backends
 from fastpref.backends.tile import Backend, Stats, Transform
+from fastpref.logps.autograd import as_vector
 from fastpref.logps.checks import check_labels, check_range
+from fastpref.logps.first_order import (
+    FirstOrderFunction,
+    check_transforms,
+    first_order,
+    raise_for_inference,
+)
 from fastpref.logps.prepared import adjacent
-from fastpref.validation import check_float
+from fastpref.validation import check_float, is_traced
 
 
 def token_logps(
@@ -46,6 +52,7 @@ def token_logps(
         ValueError: shapes or dtypes that do not fit together, a label outside [0, V).
     """
     transform = Transform(scale, softcap, temperature)
+    check_transforms()
     check_float("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V > 0")
@@ -61,13 +68,17 @@ def token_logps(
     rows = adjacent(logits.reshape(-1, logits.shape[-1]))
     # Any other negative label must not pass for an ignored one: out of range, it gives NaN.
     y = flat.masked_fill(flat < 0, logits.shape[-1]).masked_fill(ignored, -1)
-    if torch.compiler.is_compiling():  # torch.compile plans the backward pass's memory itself
+    if is_traced(logits):  # torch.compile plans the backward pass's memory itself
         op = torch.ops.fastpref.token_logps
         logps: Tensor = op(rows, y, scale, softcap, temperature, backend)[0]
     else:
         module = backends.choose(logits.device, logits.dtype, backend)
         options = transform, module, inplace_backward
-        logps = TokenLogps.apply(rows, y, *options)  # type: ignore[no-untyped-call]
+        try:
+            logps = TokenLogps.apply(rows, y, *options)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise_for_inference(error, logits=logits)
+            raise
     return logps.view(labels.shape)
 
 
@@ -108,7 +119,7 @@ def logits_backward(
         backend.grad(logits[a:b], *rows, dlogits[a:b], transform, dlogp[a:b])
 
 
-class TokenLogps(torch.autograd.Function):
+class TokenLogps(FirstOrderFunction):
     """Ready logits and labels to log-probabilities [N], 0 where the label is negative."""
 
     @staticmethod
@@ -121,22 +132,24 @@ class TokenLogps(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         logps, lse = logits_forward(logits, labels, transform, backend)
-        ctx.save_for_backward(logits, labels, lse, logps)
+        if ctx.needs_input_grad[0]:  # a copy of the output, which the caller may change in place
+            ctx.save_for_backward(logits, labels, lse, logps.clone())
         ctx.transform, ctx.backend, ctx.inplace, ctx.used = transform, backend, inplace, False
         return logps
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlogp: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, lse, logps = ctx.saved_tensors
         if ctx.used:
             raise RuntimeError(
                 "token_logps: inplace_backward=True overwrote the logits in the first backward "
                 "pass; a second one needs inplace_backward=False"
             )
+        logits, labels, lse, logps = ctx.saved_tensors
         ctx.used = ctx.inplace
-        # Through .data: autograd's version counter guards others against this write, not ourselves.
         dlogits = logits.data if ctx.inplace else torch.empty_like(logits)
-        rows = labels, lse, logps, dlogp.contiguous()
+        rows = labels, lse, logps, as_vector(dlogp)
         logits_backward(logits.data, *rows, dlogits, ctx.transform, ctx.backend)
+        if ctx.inplace:  # another backward pass that reads the logits must raise
+            torch.autograd.graph.increment_version(logits)
         return dlogits, None, None, None, None

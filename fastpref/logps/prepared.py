@@ -12,6 +12,7 @@ from fastpref import backends, validation
 from fastpref.backends.tile import Backend, PairLossInputs
 from fastpref.logps.autograd import LinearTokenLogps, without_autocast
 from fastpref.logps.checks import check_indices, check_range
+from fastpref.logps.first_order import raise_for_inference
 from fastpref.logps.forward import HeadTensors, LinearCall, TokenStats
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.plan import plan_head
@@ -44,10 +45,16 @@ class PreparedLogps(NamedTuple):
         `Backend.pair_loss` makes of their log-probs, without its derivative."""
         tensors = self.hidden, self.lora_hidden, *self.head, self.labels, self.positions
         arguments = *tensors, self.call, pair_loss
+        out: Sequence[Tensor | None]
         with without_autocast(self.hidden.device.type):
-            out: Sequence[Tensor | None]
-            out = LinearTokenLogps.apply(*arguments)  # type: ignore[no-untyped-call]
-            return out
+            try:
+                out = LinearTokenLogps.apply(*arguments)  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                raise_for_inference(
+                    error, hidden=self.hidden, labels=self.labels, **self.head._asdict()
+                )
+                raise
+        return out
 
     def spread(self, out: Sequence[Tensor | None]) -> TokenStats:
         """The result of `compute` at its places among the ignored tokens, shaped as the labels."""
@@ -139,7 +146,7 @@ def compact(
             index = None
     y = flat if index is None else flat.index_select(0, index)
     check_range(y, head.weight.shape[0])
-    if not validation.may_synchronise(y.device):
+    if not validation.may_synchronise(y):
         # A negative label that is not ignore_index must give NaN, like any other out of range.
         y = y.masked_fill(y < 0, head.weight.shape[0])
     call = plan_call(hidden, head, y.shape[0], options, extras, grads)
@@ -148,7 +155,8 @@ def compact(
 
 
 def adjacent(rows: Tensor) -> Tensor:
-    """The matrix with adjacent columns, as every kernel expects: a copy if need be."""
+    """The matrix with adjacent columns and its signs in its values, as every kernel expects."""
+    rows = rows.resolve_neg()
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastpref.validation import check_ids
+from fastpref.validation import check_device, check_ids
 
 
 def sequence_logps(
@@ -47,6 +47,8 @@ def sequence_logps(
                 f"{name}: got shape {tuple(other.shape)}, expected {tuple(token_logps.shape)}, "
                 "the shape of token_logps"
             )
+        if other is not None:
+            check_device(name, other, token_logps.device)
     # In float64: a policy and its reference then have the same sums wherever they were formed.
     counted = torch.ones_like(token_logps) if labels is None else (labels != ignore_index)
     values = token_logps if labels is None else token_logps.masked_fill(~counted, 0.0)

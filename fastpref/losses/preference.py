@@ -218,7 +218,7 @@ def check_inputs(
         return
     if options.label_smoothing != 0:
         raise ValueError("soft_labels: got them with label_smoothing, expected one of the two")
-    if validation.may_synchronise(soft_labels.device):
+    if validation.may_synchronise(soft_labels):
         bad = ~((soft_labels >= 0) & (soft_labels <= 1))
         if bool(bad.any()):
             raise ValueError(

@@ -12,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file, find_adapter_config_file
 
+from fastpref.trainer.pickles import readable_weights
+
 # The errors that peft raises for a configuration or weights that do not fit.
 _UNLOADABLE = (
     OSError,
@@ -124,7 +126,7 @@ def load_adapter(
 
     hub_options = _hub_options(options, "subfolder")
     try:
-        with quiet_peft():
+        with quiet_peft(), readable_weights(directory):
             warnings.filterwarnings("error", "Found missing adapter keys")
             return PeftModel.from_pretrained(model, name, is_trainable=trainable, **hub_options)
     except _UNLOADABLE as error:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile
 
 from torch import nn
 from transformers import TrainerState
@@ -20,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from fastpref.heads.reading import unwrap
+from fastpref.trainer.ending import EndingTrainer, raise_ended
 from fastpref.trainer.identity import (
     describe_run,
     differences,
@@ -37,8 +36,9 @@ from fastpref.trainer.manifest import (
     write_manifest,
 )
 from fastpref.trainer.output_directory import OutputDirectory
+from fastpref.trainer.pickles import readable, readable_weights
 from fastpref.trainer.saving import SavingTrainer
-from fastpref.trainer.signals import Interrupted, SignalCallback, Terminated, name_of
+from fastpref.trainer.signals import RunEnded, SignalCallback, name_of
 from fastpref.trainer.storage import (
     StorageError,
     check_room,
@@ -50,14 +50,13 @@ logger = logging.getLogger("fastpref")
 _STAGING = ".saving"  # where a checkpoint is written before it takes its name
 
 
-class CheckpointingTrainer(SavingTrainer):
+class CheckpointingTrainer(SavingTrainer, EndingTrainer):
     """A trainer whose checkpoints are complete or not there, in a directory of its own.
 
     Attributes:
         output_directory: the directory of `args.output_dir`, which a run holds while it trains.
     """
 
-    _signals: SignalCallback
     precompute: bool  # whether the reference's log-probs are computed ahead of the training
     _loss_options: Any
     _weights: dict[str, str | None]
@@ -101,9 +100,12 @@ class CheckpointingTrainer(SavingTrainer):
             checkpoint = self.on_first(lambda: self._start_of(resume))
             self._signals.reset()
             if self.args.handle_signals:
-                self._signals.install()
+                self._signals.install(self.args.world_size)
             with self._own_rotation():
                 out = super().train(checkpoint, *args, **kwargs)
+        except RunEnded:  # in an evaluation that a callback has started
+            self._raise_if_ended()
+            raise
         finally:
             self._signals.remove()
             self.output_directory.release()
@@ -124,10 +126,6 @@ class CheckpointingTrainer(SavingTrainer):
             yield
         finally:
             self.args.save_total_limit = self._limit
-
-    def _load_best_model(self) -> None:
-        if self._signals.received is None:  # else the run is to end soon
-            super()._load_best_model()
 
     def _start_of(self, resume: str | bool | None) -> str | None:
         """The checkpoint that a run starts from, checked; None for a new run."""
@@ -185,6 +183,7 @@ class CheckpointingTrainer(SavingTrainer):
                         f"cannot continue from {path}: it has no {name}; a checkpoint that was "
                         "saved with save_only_model=True is a model, not a run"
                     )
+        _check_state(path / "trainer_state.json")
         assert self._run is not None
         saved = read_manifest(path)["run"]
         if never := why_never(saved, self._run):
@@ -237,9 +236,7 @@ class CheckpointingTrainer(SavingTrainer):
             message += (
                 f" and {newest} is saved; resume_from_checkpoint=True (--resume latest) goes on"
             )
-        if number == signal.SIGINT:
-            raise Interrupted(message)
-        raise Terminated(message)
+        raise_ended(number, message)
 
     # ---- steps that earlier runs made ----
 
@@ -288,17 +285,27 @@ class CheckpointingTrainer(SavingTrainer):
             pending = self.accelerator.gather(pending.detach().reshape(1)).mean().item()
         return self._earlier_loss + getattr(self, "_total_loss_scalar", 0.0) + (pending or 0.0)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with readable_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._signals.received is not None:  # the run is to end soon
+            return
+        with readable_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint, "optimizer.pt or scheduler.pt"):
+        with readable(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint, "rng_state.pth"):
+        with readable(checkpoint, "rng_state.pth"):
             super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if getattr(self.accelerator, "scaler", None) is not None:  # with fp16
-            with _readable(checkpoint, "scaler.pt"):
+            with readable(checkpoint, "scaler.pt"):
                 super()._load_scaler(checkpoint)
 
     # ---- checkpoints ----
@@ -379,13 +386,13 @@ class CheckpointingTrainer(SavingTrainer):
         raise NotImplementedError
 
 
-@contextmanager
-def _readable(checkpoint: str | None, names: str) -> Iterator[None]:
-    """Raise ValueError, with the files' names, for what torch refuses to load, such as code."""
+def _check_state(file: Path) -> None:
+    """Raise ValueError, with the file's name, for a trainer state that is not a JSON object."""
+    if not file.is_file():
+        return
     try:
-        yield
-    except (UnpicklingError, EOFError, BadZipFile) as error:
-        reason = "it holds objects other than tensors and numbers"
-        if "Unsupported global" not in str(error):
-            reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{checkpoint}: {names} cannot be loaded: {reason}") from error
+        state = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot continue from {file.parent}: {file.name}: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"cannot continue from {file.parent}: {file.name} is not a JSON object")

@@ -14,12 +14,13 @@ from fastpref.heads.reading import Head
 from fastpref.heads.router import router_rows
 from fastpref.logps.forward import TokenStats
 from fastpref.logps.linear import linear_token_logps
+from fastpref.trainer.ending import EndingTrainer
 from fastpref.trainer.loaders import LoadingTrainer
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.scores import Rows, RowTable, Scored, figures
 
 
-class EvaluatingTrainer(LoadingTrainer):
+class EvaluatingTrainer(EndingTrainer, LoadingTrainer):
     """The part of a trainer that evaluates."""
 
     _head_options: dict[str, Any]
@@ -38,6 +39,7 @@ class EvaluatingTrainer(LoadingTrainer):
 
         Returns None for loss, logits and labels.
         """
+        self.end_before_batch()
         inputs = self._prepare_inputs(own_part(inputs) if self._dispatches else inputs)
         positions = inputs.pop(POSITION, None)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -65,6 +67,7 @@ class EvaluatingTrainer(LoadingTrainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
+        self.finish_batches()
         where = f"evaluation after step {self.state.global_step}"
         rewards: Any
         labels: Any

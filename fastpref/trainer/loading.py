@@ -29,6 +29,7 @@ from fastpref.trainer.adapter_loading import (
     tokenizer_of,
 )
 from fastpref.trainer.config import BaseConfig
+from fastpref.trainer.pickles import readable_weights
 
 logger = logging.getLogger("fastpref")
 
@@ -128,7 +129,8 @@ def _load_whole(name: str, options: dict[str, Any]) -> Any:
         raise ValueError(f"model {name!r} could not be loaded: it is not a directory")
     try:
         loader = _auto_class(name, options)
-        loaded, info = loader.from_pretrained(name, **options, output_loading_info=True)
+        with readable_weights(name):
+            loaded, info = loader.from_pretrained(name, **options, output_loading_info=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"model {name!r} could not be loaded: {error}") from error
     except ImportError as error:  # the library of a quantisation is not installed

@@ -13,10 +13,11 @@ from fastpref import reference as refs
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.reading import unwrap
 from fastpref.trainer.checks import check_trains
+from fastpref.trainer.ending import EndingTrainer
 from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns
 
 
-class ReferencingTrainer(SyncingTrainer):
+class ReferencingTrainer(EndingTrainer, SyncingTrainer):
     """The part of a trainer that has a reference."""
 
     ld_alpha: float | None = None  # for the reference's sums, as in `ld_sequence_logps`
@@ -98,10 +99,16 @@ class ReferencingTrainer(SyncingTrainer):
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
         reference = self.reference or self._policy_reference
-        with self.accelerator.autocast():
+
+        def logps(batch: dict[str, Any]) -> Tensor:
+            self.end_before_batch()
+            return self.reference_sums(reference, batch)
+
+        what = f"the reference's log-probs of {name} data"
+        with self.ending_computation(what), self.accelerator.autocast():
             return refs.precompute(
                 dataset,
-                lambda batch: self.reference_sums(reference, batch),
+                logps,
                 self.data_collator,
                 self.accelerator,
                 batch_size=args.precompute_ref_batch_size or size,

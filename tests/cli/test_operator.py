@@ -108,6 +108,43 @@ def test_a_signal_saves_and_a_resumed_run_ends_as_if_there_had_been_none(
     assert str(saved) in said and "--resume latest" in said
 
 
+@pytest.mark.parametrize("when", ["references", "evaluation", "last evaluation"])
+def test_a_signal_between_two_batches(tmp_path, pairs, monkeypatch, when):
+    from fastpref.reference.model import Reference
+    from fastpref.trainer.evaluation import EvaluatingTrainer
+
+    owner, name = EvaluatingTrainer, "prediction_step"
+    if when == "references":
+        owner, name = Reference, "logps"
+    original, calls = getattr(owner, name), []
+
+    def signalled(*args, **kwargs):
+        if when == "last evaluation" and args[0].is_in_train:
+            return original(*args, **kwargs)
+        calls.append(args)
+        if when == "last evaluation":  # when signals do again what they do anywhere in Python
+            os.kill(os.getpid(), signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalled)
+    options = {
+        "references": ("--reference", "precompute", "--batch-size", 2),
+        "evaluation": ("--eval-split", 0.5, "--eval-steps", 1, "--batch-size", 2),
+        "last evaluation": ("--eval-split", 0.5, "--eval-steps", 100),
+    }[when]
+    out, status = tmp_path / "out", 130 if when == "last evaluation" else 143
+    said = complaint(train(out, *STEPS, *options, data=pairs, code=status))
+    assert len(calls) == 1
+    if when == "references":
+        assert "SIGTERM ended the run while it computed the reference's log-probs" in said
+    elif when == "evaluation":
+        assert "1 of 2 steps are done" in said and "checkpoint-1 is saved" in said
+    else:
+        assert (out / "model.safetensors").is_file()  # which was saved before
+
+
 def test_a_second_signal_ends_at_once(tmp_path, pairs):
     process = start(tmp_path / "out", pairs, "--max-steps", 4000, "--save-steps", 0, "--json")
     while json.loads(process.stdout.readline())["event"] != "step":

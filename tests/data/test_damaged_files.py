@@ -105,6 +105,12 @@ ROWS = {
     "tools": ({"tools": "[{"}, "row 1: tools is text that is not JSON"),
     "deep tools": ({"tools": "[" * 100_000}, "row 1: tools is JSON that cannot be read"),
     "tool text": ({"tools": '["a"]'}, r"row 1: tools\[0\] is text that is not JSON"),
+    "tools that are no list": ({"tools": '{"a": 1}'}, "row 1: tools is a dict; expected a list"),
+    "tools of numbers": ({"tools": "[3]"}, "row 1: tools has a int; expected JSON schemas"),
+    "tools with a huge number": (
+        {"tools": f'[{{"a": {"9" * 5000}}}]'},
+        "row 1: tools is JSON that cannot be read",
+    ),
     "template": (
         {"chat_template_kwargs": {"chat_template": "mine"}},
         "row 1: chat_template_kwargs has 'chat_template', which data must not set",
@@ -128,6 +134,53 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, name):
     rows[1].update(changes)
     with pytest.raises(ValueError, match=message):
         prepare_dataset(load_preference_data(rows), tiny.tokenizer(), max_length=64)
+
+
+def deep():
+    value = 1
+    for _ in range(2000):
+        value = {"a": value}
+    return value
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+VALUES = {
+    "surrogate in a message": ({"prompt": user("a\ud800")}, "row 1 has the lone surrogate U.D800"),
+    "surrogate in an answer": (
+        {"chosen": [{"role": "assistant", "content": "\udfff"}]},
+        "row 1 has the lone surrogate U.DFFF",
+    ),
+    "surrogate in a role": (
+        {"prompt": [{"role": "\ud800", "content": "w1"}]},
+        "row 1 has the lone",
+    ),
+    "deep message": ({"prompt": user(deep())}, "row 1: prompt is not JSON: maximum recursion"),
+    "deep options": ({"chat_template_kwargs": deep()}, "row 1: chat_template_kwargs is not JSON"),
+    "deep schemas": ({"tools": [deep()]}, "row 1: tools is not JSON: maximum recursion"),
+    "bytes as tools": ({"tools": b"[{"}, "row 1: tools is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_that_no_text_can_hold_is_named(name):
+    changes, message = VALUES[name]
+    rows = tiny.rows(3, chat=True)
+    if not {"prompt", "chosen"} & set(changes):
+        rows = [{**row, **dict.fromkeys(changes)} for row in rows]
+    rows[1].update(changes)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_dataset(load_preference_data(rows), tiny.tokenizer(), max_length=64)
+    assert "\n" not in str(error.value)
+
+
+def test_a_surrogate_in_the_name_of_a_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**ROW, "more\ud800": "x"}) + "\n")
+    message = r"a.jsonl: the column name 'more\\ud800' has the lone surrogate U\+D800"
+    with pytest.raises(ValueError, match=message):
+        load_preference_data(str(tmp_path / "a.jsonl"))
 
 
 # ---- what is not written, and not kept ----

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from fastpref.trainer import checkpointing, manifest, storage
-from fastpref.trainer.checkpointing import Interrupted, Terminated
+from fastpref.trainer.ending import Interrupted, Terminated
 from fastpref.trainer.storage import StorageError
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}

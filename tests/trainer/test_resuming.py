@@ -11,7 +11,7 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 from fastpref.trainer import PreferenceTrainer, manifest
-from fastpref.trainer.checkpointing import Terminated
+from fastpref.trainer.ending import Terminated
 from fastpref.trainer.processes import _travels
 
 SAVES = {"save_strategy": "steps", "save_steps": 2}

@@ -1,0 +1,95 @@
+"""What of a trainer ends between two batches when a signal asks for it.
+
+Training ends between two steps, which `SignalCallback` does alone. An evaluation and the
+computation of reference log-probs take long as well, and end between two of their batches.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastpref.trainer.config import BaseConfig
+from fastpref.trainer.processes import AgreeingTrainer
+from fastpref.trainer.signals import RunEnded, SignalCallback, name_of
+
+
+class Terminated(SystemExit):
+    """SIGTERM has ended a run, after a checkpoint; exit status 143. See `Interrupted`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(128 + signal.SIGTERM)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C has ended a run, after a checkpoint; its message says how to continue."""
+
+
+def raise_ended(number: int, message: str) -> None:
+    """Raise what a run that this signal has ended raises."""
+    raise Interrupted(message) if number == signal.SIGINT else Terminated(message)
+
+
+class EndingTrainer(AgreeingTrainer):
+    """A trainer whose evaluations and precomputed log-probs end when a signal asks for it."""
+
+    args: BaseConfig
+    _signals: SignalCallback
+
+    def end_before_batch(self) -> None:
+        """Raise `RunEnded` if a signal has asked for the end; called before each batch."""
+        self._signals.check_batch()
+
+    def finish_batches(self) -> None:
+        """Called after the last batch. Other processes may have batches left, and signals."""
+        self._signals.finish_batches()
+
+    @contextmanager
+    def ending_computation(self, what: str) -> Iterator[None]:
+        """Let signals end a computation before the training; within a training they do already.
+
+        Raises:
+            Interrupted, Terminated: Ctrl-C or SIGTERM has ended it.
+        """
+        if self._signals.active or not self.args.handle_signals:
+            yield
+            return
+        self._signals.install(self.args.world_size, "batch")
+        try:
+            yield
+        except RunEnded as ended:
+            raise_ended(
+                ended.number,
+                f"{name_of(ended.number)} ended the run while it computed {what}, which are not "
+                "kept: the same command starts again",
+            )
+        finally:
+            self._signals.remove()
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `transformers.Trainer`; no metrics if a signal has ended the evaluation."""
+        metrics: dict[str, float] = {}
+        if self._signals.active and self._signals.received is not None:
+            return metrics
+        try:
+            with self._signals.within("batch"):
+                metrics = super()._evaluate(*args, **kwargs)
+        except RunEnded:
+            pass
+        self._signals.end_or_save(self.control)
+        return metrics
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        """As in `transformers.Trainer`; an evaluation that a signal has ended has no metrics.
+
+        The result tells whether to save a checkpoint with save_strategy="best".
+        """
+        if not metrics and self._signals.received is not None:
+            return self.control.should_save
+        return super()._determine_best_metric(metrics, trial)
