@@ -22,7 +22,6 @@ import forked  # noqa: E402
 
 pytestmark = pytest.mark.train
 
-LIMIT_S = 600
 # A full disk stays full until somebody makes room; a sector that fails is one.
 DISKS = {"full": (errno.ENOSPC, True), "failing": (errno.EIO, False)}
 
@@ -30,17 +29,24 @@ DISKS = {"full": (errno.ENOSPC, True), "failing": (errno.EIO, False)}
 # Parts of a run: the newest checkpoint that is there when they fail, and what is then said.
 PARTS = {
     "start": (0, r"output directory \S+ cannot be|run.json could not be written"),
-    "checkpoint": (2, "checkpoint-4 could not be saved in .*checkpoint-2 is complete"),
+    "checkpoint": (2, "checkpoint-4 could not be saved in .*-2 is complete|.* after .*-4 was saved"),
     "model": (4, "the model could not be saved in"),
     "log": (4, "the model is saved in .* but its log and plot could not be"),
 }
+CASES = [(part, disk) for part in PARTS for disk in DISKS]
+SHORT = [("start", "failing"), ("checkpoint", "full")]
+OPTIONS = ("--max-steps", 4, "--quiet")
+LIMIT_S = 600
 
 
-def fail_each_call(part: str, output: str, found: str, error: int, stays: bool) -> None:
+def fail_each_call(
+    part: str, output: str, found: str, error: int, stays: bool, stride: int
+) -> None:
     """Have this process come to a part of its run, and go on from there in a fork for each call.
 
     Args:
         part: of PARTS; "checkpoint" is the second one, after step 4, and "model" the final one.
+        stride: 1 for every call, 2 for every second one.
         found: a directory for what each fork has left: its output directory, log and exit status.
     """
     from fastpref.cli import train_run
@@ -54,11 +60,11 @@ def fail_each_call(part: str, output: str, found: str, error: int, stays: bool) 
         "log": (train_run, "write_results"),
     }[part]
     original, folder, results = getattr(owner, name), Path(output), Path(found)
-    folder.mkdir(exist_ok=True)
     todo = {name}
 
     def fork(go_on, first):
-        shutil.copytree(folder, results / "before", dirs_exist_ok=True)
+        if folder.exists():
+            shutil.copytree(folder, results / "before")
         child = os.fork()
         if child == 0:
             log = os.open(results / f"log-{first}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -74,22 +80,25 @@ def fail_each_call(part: str, output: str, found: str, error: int, stays: bool) 
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         note = json.loads((results / f"note-{first}.json").read_text())
         (results / f"note-{first}.json").write_text(json.dumps({**note, "status": status}))
-        os.rename(folder, results / f"output-{first}")
-        os.rename(results / "before", folder)
+        if folder.exists():
+            os.rename(folder, results / f"output-{first}")
+        if (results / "before").exists():
+            os.rename(results / "before", folder)
         return False
 
-    def in_turn(first, *args, **kwargs):
+    def in_turn(trainer, *args, **kwargs):
         def go_on():
-            original(first, *args, **kwargs)
+            original(trainer, *args, **kwargs)
 
         inside = kwargs.get("_internal_call") or args[1:] == (True,)
-        early = part == "checkpoint" and first.state.global_step != 4
+        early = part == "checkpoint" and trainer.state.global_step != 4
         if inside or early or name not in todo:
             return go_on()
         todo.clear()
         if fork(go_on, 0):
             return None
-        for first in range(1, json.loads((results / "note-0.json").read_text())["calls"] + 1):
+        calls = json.loads((results / "note-0.json").read_text())["calls"]
+        for first in range(1, calls + 1, stride):
             if fork(go_on, first):
                 return None
         os._exit(0)
@@ -140,8 +149,7 @@ def truth(tmp_path_factory):
     return data, runs.trajectory(folder / "out")
 
 
-@pytest.mark.parametrize("disk", DISKS)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part, disk", reliability.sized(CASES, SHORT))
 def test_a_call_that_fails_is_a_sentence_and_the_run_goes_on(tmp_path, truth, part, disk):
     library, reason = failing_files.library()
     if library is None:
@@ -149,13 +157,13 @@ def test_a_call_that_fails_is_a_sentence_and_the_run_goes_on(tmp_path, truth, pa
     data, trajectory = truth
     output, found = tmp_path / "out", tmp_path / "found"
     found.mkdir()
-    arguments = (part, str(output), str(found), *DISKS[disk])
+    arguments = (part, str(output), str(found), *DISKS[disk], reliability.sized(1, 8))
     command = runs.command(data, output, *OPTIONS)
     process = forked.start(command, tmp_path / "log", fail_each_call, arguments)
     process.join(LIMIT_S)
     assert process.exitcode == 0, (tmp_path / "log").read_text()
     notes = {int(p.stem[5:]): json.loads(p.read_text()) for p in found.glob("note-*.json")}
-    assert notes.pop(0)["status"] == 0 and len(notes) > 5
+    assert notes.pop(0)["status"] == 0 and notes
     states: dict[str, int] = {}
     faults, harmless = [], 0
     for first, note in sorted(notes.items()):
@@ -166,10 +174,12 @@ def test_a_call_that_fails_is_a_sentence_and_the_run_goes_on(tmp_path, truth, pa
             faults.append(f"{problem}: call {first} ({note['failed']}): {said}")
         harmless += note["status"] == 0
         states.setdefault(contents(left), first)
-    assert not faults, "\n".join(faults)
+    assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:5])
     for first in states.values():
-        output.exists() and shutil.rmtree(output)
-        os.rename(found / f"output-{first}", output)
+        if output.exists():
+            shutil.rmtree(output)
+        if (found / f"output-{first}").exists():
+            os.rename(found / f"output-{first}", output)
         log = tmp_path / f"resumed-{first}"
         process = forked.start([*command, "--resume", "auto"], log)
         process.join(LIMIT_S)

@@ -44,7 +44,7 @@ def arm(folder: Path, first: int, error: int, stays: bool) -> None:
         error: its error number.
         stays: whether every later call fails, too.
     """
-    directory = os.fsencode(folder)
+    directory = os.fsencode(os.path.realpath(folder))
     _loaded().failing_files_arm(directory, ctypes.c_long(first), error, int(stays))
 
 
