@@ -123,6 +123,15 @@ def describe(value: Any) -> str:
     return "a message list" if value and is_messages(value) else f"a {type(value).__name__}"
 
 
+def check_column_name(key: Any, name: str) -> None:
+    """Raise ValueError for a column name that Arrow cannot store; name: what errors call the data."""
+    if not isinstance(key, str):
+        raise ValueError(f"{name}: the column name {key!r} is no string")
+    check_encodable(key, f"{name}: the column name {key!r}")
+    if "\0" in key:
+        raise ValueError(f"{name}: the column name {key!r} has a null character")
+
+
 def check_encodable(text: str, where: str) -> None:
     """Raise ValueError if the text has a lone surrogate, which tokenizers do not accept."""
     try:

@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, is_messages
+from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, check_column_name, is_messages
 
 _BOM = b"\xef\xbb\xbf"
 _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+# What pyarrow raises for damaged files, apart from its own exceptions.
+_DAMAGED = (OSError, ValueError, KeyError, OverflowError, MemoryError)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -155,20 +157,30 @@ def read_parquet(path: Path) -> Any:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, *_DAMAGED) as error:
         raise ValueError(f"{path} is not a Parquet file: {_first_line(error)}") from None
     with file:
         try:
             table = file.read()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, *_DAMAGED) as error:
             rows = _damaged_rows(file)
             raise ValueError(f"{path}: {rows} cannot be read: {_first_line(error)}") from None
     if table.num_rows == 0:
         raise ValueError(f"data file {path} has no rows")
     for name, column in zip(table.column_names, table.columns, strict=True):
+        check_column_name(name, str(path))
         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
             _check_utf8(column, f"{path}: ", name)
-    return Dataset(InMemoryTable(table))
+        try:
+            column.validate(full=True)
+        except (pyarrow.ArrowException, *_DAMAGED) as error:
+            raise ValueError(f"{path}: column {name!r} is damaged: {_first_line(error)}") from None
+    try:
+        return Dataset(InMemoryTable(table))
+    except (pyarrow.ArrowException, *_DAMAGED, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: its columns and metadata cannot be read as a data set: {_first_line(error)}"
+        ) from None
 
 
 def _damaged_rows(file: Any) -> str:
@@ -180,7 +192,7 @@ def _damaged_rows(file: Any) -> str:
         stop = start + file.metadata.row_group(group).num_rows
         try:
             file.read_row_group(group)
-        except (pyarrow.ArrowException, OSError):
+        except (pyarrow.ArrowException, *_DAMAGED):
             return f"row group {group}, rows {start} to {stop - 1},"
         start = stop
     return "its contents"
