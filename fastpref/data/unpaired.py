@@ -73,7 +73,7 @@ def unpair(dataset: Any, name: str = "train") -> Any:
     column_names = dataset.column_names or list(first[0] if first else ())
     for column in (c for c in NUMBERS if c in column_names and c not in UNPAIRED.numbers):
         raise ValueError(
-            f"{name} data: column {column!r} is of pairs, and here are single answers; expected "
+            f"{origin(dataset, name)}: column {column!r} is of pairs, and here are single answers; expected "
             "data without it"
         )
     ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(column_names)]
@@ -89,7 +89,8 @@ def unpair(dataset: Any, name: str = "train") -> Any:
         unchanged = [c for c in column_names if c not in ("chosen_ids", "rejected_ids")]
         new_features = {"completion_ids": Sequence(Value("int32"))}
     else:
-        layout = find_layout(dataset, first, name, PAIRS)
+        named = origin(dataset, name).removesuffix(" data")
+        layout = find_layout(dataset, first, named, PAIRS)
         options = {"function": _split_texts, "with_indices": True}
         used = {layout.prompt, layout.context, layout.system, *PAIRS.answers}
         unchanged = [c for c in column_names if c not in used]
