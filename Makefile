@@ -102,7 +102,7 @@ bench: install ## Measure the head against its peers
 # Kills, disks that fail, generated cases, fuzzing, bad input, sanitizers and a soak, at whole length:
 # half an hour. The figures go to benchmarks/results/reliability.json and to docs/reliability.md.
 test-faults: install ## Run tests/faults at whole length and write docs/reliability.md
-	-$(BIN)/pip install --quiet --no-deps atheris
+	-$(PIP) --no-deps atheris
 	FASTPREF_FAULTS=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/tables.py
 

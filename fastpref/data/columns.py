@@ -73,14 +73,18 @@ def is_messages(value: Any) -> bool:
 
 
 def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) -> None:
-    """Raise ValueError unless value is a list of ids in [0, vocab_size); None: no upper bound."""
-    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
+    """Raise ValueError unless value is a list of ids in [0, vocab_size); None: that int32 holds."""
+    integers = isinstance(value, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in value
+    )
+    if not integers:
         raise ValueError(f"{where}: {key} is {describe(value)}; expected a list of token ids")
     if not value:
         return
     low, high = min(value), max(value)
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        expected = "from 0 on" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+    limit = 2**31 if vocab_size is None else vocab_size
+    if low < 0 or high >= limit:
+        expected = f"from 0 to {limit - 1}"
         raise ValueError(
             f"{where}: {key} has the token id {low if low < 0 else high}; expected ids {expected}"
             + (", which the model has" if vocab_size is not None else "")

@@ -69,12 +69,14 @@ def seeds() -> Iterator[bytes]:
 # Inputs that once ended in something other than an error that names the place.
 CRASHED = {
     "a null character in a column's name": b'\2prompt_ids,ck\0n_ids,rejected_ids\n"[7]","[9]","[1]"\n',
+    "a huge token id": b'\0{"prompt_ids": [18014398509481995], "chosen_ids": [9], "rejected_ids": [1]}',
+    "the same as single answers": b'\5{"prompt_ids": [1], "chosen_ids": [1e9], "rejected_ids": [1]}',
     "token ids that are text": b'\2prompt_ids,chosen_ids,rejected_ids\n"[7]","[9]","[1 11]"\n',
 }
 
 
 class Target:
-    """Reads one input: its first byte chooses the file's ending, the others are the file."""
+    """Reads one input: its first byte chooses the file's ending and the use, the others are the file."""
 
     def __init__(self) -> None:
         import datasets
@@ -94,7 +96,7 @@ class Target:
         """
         from fastpref.data import load_preference_data, prepare_dataset
         from fastpref.data.columns import PAIRS, UNPAIRED
-        from fastpref.data.unpaired import prepare_unpaired_dataset
+        from fastpref.data.unpaired import prepare_unpaired_dataset, unpair
 
         if not data:
             return ""
@@ -105,6 +107,8 @@ class Target:
             loaded = load_preference_data(str(path))
             own = {*UNPAIRED.answers, *UNPAIRED.ids} - {*PAIRS.answers, *PAIRS.ids}
             single = own & set(loaded.column_names)
+            if not single and data[0] // len(ENDINGS) % 2:  # pairs as single answers
+                loaded, single = unpair(loaded), True
             prepare = prepare_unpaired_dataset if single else prepare_dataset
             prepared, _ = prepare(loaded, self.tokenizer, max_length=32)
             list(prepared)
@@ -142,7 +146,7 @@ def mutated(draw: random.Random, corpus: list[bytes]) -> bytes:
             word = draw.choice(WORDS)
             data[at : at + len(word)] = word
         elif data:
-            data[0] = draw.randrange(len(ENDINGS))
+            data[0] = draw.randrange(2 * len(ENDINGS))
     return bytes(data[: _MOST_BYTES + 1])
 
 
