@@ -12,7 +12,8 @@ PIP = $(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(LIMITS) --bu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo yes)
 
-.PHONY: help install demo test test-fast test-latest coverage lint format docs bench sanitize gpu-first \
+.PHONY: help install demo test test-fast test-latest test-faults coverage lint format docs bench sanitize \
+  sanitize-address sanitize-thread gpu-first \
   gpu-install gpu-test gpu-sanitize gpu-profile gpu-bench clean
 
 help: ## List the targets
@@ -99,20 +100,33 @@ bench: install ## Measure the head against its peers
 	$(PIP) --no-deps triton liger-kernel cut-cross-entropy
 	$(BIN)/python benchmarks/head.py
 
-# The native tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer in fastpref._cpu.
-SANITIZED := build/sanitize
-SANITIZED_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-  PYTHONPATH=$(abspath $(SANITIZED)) FASTPREF_EXPECT_SANITIZED=1
-sanitize: install ## Run the native tests with AddressSanitizer and UndefinedBehaviorSanitizer
+# Kills, disks that fail, generated cases, fuzzing, bad input, sanitizers and a soak, at whole length:
+# half an hour. The figures go to benchmarks/results/reliability.json and to docs/reliability.md.
+test-faults: install ## Run tests/faults at whole length and write docs/reliability.md
+	-$(PIP) --no-deps atheris
+	FASTPREF_FAULTS=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/tables.py
+
+# The native tests once more, with sanitizers in fastpref._cpu and eight threads. ThreadSanitizer's
+# memory has fixed places, which setarch keeps free.
+sanitize: sanitize-address sanitize-thread ## Run the native tests with Address-, UB- and ThreadSanitizer
+sanitize-address: SANITIZE := 1
+sanitize-address: SANITIZED_ENV = FASTPREF_EXPECT_SANITIZED=asan ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+sanitize-thread: SANITIZE := thread
+sanitize-thread: SANITIZED_ENV = FASTPREF_EXPECT_SANITIZED=tsan TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
+  LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" setarch -R
+sanitize-address sanitize-thread: SANITIZED = build/$@
+sanitize-address sanitize-thread: install
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
-	FASTPREF_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	FASTPREF_SANITIZE=$(SANITIZE) $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	cp -r fastpref $(SANITIZED)/package
 	rm -f $(SANITIZED)/package/_cpu*.so
 	cp $(SANITIZED)/fastpref/_cpu*.so $(SANITIZED)/package/
 	rm -rf $(SANITIZED)/fastpref && mv $(SANITIZED)/package $(SANITIZED)/fastpref
-	cd $(SANITIZED) && $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
+	cd $(SANITIZED) && PYTHONPATH=$(abspath $(SANITIZED)) FASTPREF_TEST_THREADS=8 $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
 	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' -k 'not triton and not cuda' \
 	  $(addprefix $(CURDIR)/tests/,backends/test_tile.py backends/test_native.py logps/test_logps.py losses/test_losses.py)
 

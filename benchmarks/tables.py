@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib import reliability
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _BLOCK = re.compile(
@@ -244,7 +246,15 @@ def host_time() -> str:
     )
 
 
-BLOCKS = {f.__name__: f for f in (first, head, fp32, trl, trl_step, liger, cce, train, host_time)}
+def faults() -> str:
+    results = _results("reliability")
+    rows = reliability.table(results)
+    return _table(["what", "tests/faults/", "found"], rows) + "\n" + reliability.machine(results)
+
+
+BLOCKS = {
+    f.__name__: f for f in (first, head, fp32, trl, trl_step, liger, cce, train, host_time, faults)
+}
 
 
 def fill(text: str) -> str:

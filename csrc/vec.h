@@ -85,9 +85,17 @@ FP_INLINE float exp_(float x) {
     return x < -87.3f ? 0.f : e;
 }
 
+// tanh to about 2 ulp of its size. Near 0, where e - 1 would cancel, it is x + x^3 p(x^2): p is fitted
+// to (tanh x / x - 1) / x^2 at the Chebyshev nodes of x^2 in [0, 0.36].
 FP_INLINE float tanh_(float x) {
     float e = exp_(2.f * (x > 15.f ? 15.f : x < -15.f ? -15.f : x));
-    return (e - 1.f) / (e + 1.f);
+    float s = x * x;
+    float p = -6.2691136e-3f;
+    p = p * s + 2.1110954e-2f;
+    p = p * s - 5.3873949e-2f;
+    p = p * s + 1.3332915e-1f;
+    p = p * s - 3.3333331e-1f;
+    return s < 0.36f ? x + x * s * p : (e - 1.f) / (e + 1.f);
 }
 
 }  // namespace fastpref

@@ -25,12 +25,11 @@ def exit_code(error: BaseException, output: Path | None = None) -> int:
     """
     from fastpref.trainer.manifest import MANIFEST, checkpoints
     from fastpref.trainer.metrics import NonFiniteLossError
-    from fastpref.trainer.storage import StorageError, disk_problem
+    from fastpref.trainer.storage import StorageError, is_of_disk
 
     if isinstance(error, NonFiniteLossError):
         return NOT_FINITE
-    full = isinstance(error, OSError) and disk_problem(error) == "no space left on the device"
-    if isinstance(error, StorageError) or full:
+    if isinstance(error, StorageError) or is_of_disk(error):
         return STORAGE
     if isinstance(error, _INPUT_ERRORS):
         return INPUT

@@ -83,6 +83,10 @@ def check_options(options: TrainOptions, unused: list[str]) -> None:
         raise ValueError(f"--max-steps is {max_steps}; expected at least 1, or -1 for all epochs")
     if not 0 < options.epochs < math.inf:
         raise ValueError(f"--epochs is {options.epochs:g}; expected a finite number above 0")
+    if not 0 <= (options.lr or 0.0) < math.inf:
+        raise ValueError(f"--lr is {options.lr:g}; expected a finite number of at least 0")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"--seed is {options.seed}; expected 0 to {2**32 - 1}")
     if unused:
         raise ValueError(f"{' and '.join(unused)} would do nothing; add --lora")
     if options.resume is None and options.resume_anyway:

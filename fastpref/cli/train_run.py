@@ -364,13 +364,15 @@ def write_results(
     """Write training.png and training_log.json to the output, and print the summary."""
     from rich.markup import escape
 
+    from fastpref.trainer.storage import disk_errors
+
     output, history = options.output, trainer.state.log_history
     title = f"{plan.loss.title}, {Path(options.model).name}, beta {options.beta:g}"
-    report.plot_training(history, output / "training.png", title)
     config = {k: v for k, v in trainer.args.to_dict().items() if k != "hub_token"}
-    report.write_json(
-        output / "training_log.json", {"summary": facts, "history": history, "options": config}
-    )
+    log = {"summary": facts, "history": history, "options": config}
+    with disk_errors(f"the model is saved in {output}, but its log and plot could not be"):
+        report.write_json(output / "training_log.json", log)
+        report.plot_training(history, output / "training.png", title)
     console.print(report.summary_table("Summary", summary_rows(facts)))
     console.print(
         f"Model, training_log.json and training.png are in [bold]{escape(str(output))}[/bold]"

@@ -73,14 +73,18 @@ def is_messages(value: Any) -> bool:
 
 
 def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) -> None:
-    """Raise ValueError unless value is a list of ids in [0, vocab_size); None: no upper bound."""
-    if not isinstance(value, list) or not all(isinstance(token, int) for token in value):
+    """Raise ValueError unless value is a list of ids in [0, vocab_size); None: that int32 holds."""
+    integers = isinstance(value, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) for token in value
+    )
+    if not integers:
         raise ValueError(f"{where}: {key} is {describe(value)}; expected a list of token ids")
     if not value:
         return
     low, high = min(value), max(value)
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        expected = "from 0 on" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+    limit = 2**31 if vocab_size is None else vocab_size
+    if low < 0 or high >= limit:
+        expected = f"from 0 to {limit - 1}"
         raise ValueError(
             f"{where}: {key} has the token id {low if low < 0 else high}; expected ids {expected}"
             + (", which the model has" if vocab_size is not None else "")
@@ -121,6 +125,15 @@ def describe(value: Any) -> str:
     if value is None:
         return "missing"
     return "a message list" if value and is_messages(value) else f"a {type(value).__name__}"
+
+
+def check_column_name(key: Any, name: str) -> None:
+    """Raise ValueError for a column name that Arrow cannot store; name: what errors call the data."""
+    if not isinstance(key, str):
+        raise ValueError(f"{name}: the column name {key!r} is no string")
+    check_encodable(key, f"{name}: the column name {key!r}")
+    if "\0" in key:
+        raise ValueError(f"{name}: the column name {key!r} has a null character")
 
 
 def check_encodable(text: str, where: str) -> None:

@@ -17,7 +17,14 @@ import pyarrow
 from datasets import Dataset, Features
 from datasets.features.features import generate_from_arrow_type, register_feature
 
-from fastpref.data.columns import PAIRS, TEMPLATE_COLUMNS, UNPAIRED, check_encodable
+from fastpref.data.columns import (
+    PAIRS,
+    TEMPLATE_COLUMNS,
+    UNPAIRED,
+    check_column_name,
+    check_encodable,
+    describe,
+)
 
 
 @dataclass
@@ -54,7 +61,7 @@ def dataset_of(columns: Mapping[str, list], name: str) -> Dataset:
     """
     data, features = {}, {}
     for key, values in columns.items():
-        check_encodable(str(key), f"{name}: the column name {key!r}")
+        check_column_name(key, name)
         if key in TEMPLATE_COLUMNS:  # always JSON text; a string is JSON already
             values = [
                 v if v is None or isinstance(v, str) else _json(v, key, row, name)
@@ -80,7 +87,11 @@ def _feature(key: str, values: list, name: str) -> Any:
         pass
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         if key in (*PAIRS.ids, *UNPAIRED.ids):
-            raise ValueError(f"{name}: {key} holds values of different types: {error}") from None
+            row = _first_odd(values)
+            raise ValueError(
+                f"{name}: row {row}: {key} is {describe(values[row])}, which is no list of token "
+                "ids as in the rows before it"
+            ) from None
     nested = any(isinstance(value, (list, dict)) for value in values)
     if array is not None and (not nested or key in (*PAIRS.ids, *UNPAIRED.ids)):
         return generate_from_arrow_type(array.type)
@@ -90,12 +101,27 @@ def _feature(key: str, values: list, name: str) -> Any:
         if array is None:
             raise
         return generate_from_arrow_type(array.type)
-    if array is None or any("null" in text for text in texts):  # told apart from Arrow's nulls
+    # Arrow's nulls are told apart; the name of a field of its structs ends at a null character.
+    if array is None or any("null" in text or "\\u0000" in text for text in texts):
         return FreeForm()
     changed = any(
         json.dumps(value) != text for value, text in zip(array.to_pylist(), texts, strict=True)
     )
     return FreeForm() if changed else generate_from_arrow_type(array.type)
+
+
+def _first_odd(values: list) -> int:
+    """The first row whose value Arrow cannot store in one column with those before it."""
+    low, high = 1, len(values)  # of the shortest start of the column that cannot be stored
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            pyarrow.array(values[:middle])
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            high = middle
+        else:
+            low = middle + 1
+    return high - 1
 
 
 def _json(value: Any, key: str, row: int, name: str) -> str:

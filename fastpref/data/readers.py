@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, is_messages
+from fastpref.data.columns import IDS, NUMBERS, TEXT, UNPAIRED, check_column_name, is_messages
 
 _BOM = b"\xef\xbb\xbf"
 _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+# What pyarrow raises for damaged files, apart from its own exceptions.
+_DAMAGED = (OSError, ValueError, KeyError, OverflowError, MemoryError)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -159,22 +161,31 @@ def read_parquet(path: Path) -> Any:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, *_DAMAGED) as error:
         raise ValueError(f"{path} is not a Parquet file: {_first_line(error)}") from None
     with file:
         try:
             table = file.read()
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, *_DAMAGED) as error:
             rows = _damaged_rows(file)
             raise ValueError(f"{path}: {rows} cannot be read: {_first_line(error)}") from None
     if table.num_rows == 0:
         raise ValueError(f"data file {path} has no rows")
     _check_names(table.column_names, f"{path}:")
     _check_text(table, path)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        check_column_name(name, str(path))
+        try:
+            column.validate(full=True)
+        except (pyarrow.ArrowException, *_DAMAGED) as error:
+            raise ValueError(f"{path}: column {name!r} is damaged: {_first_line(error)}") from None
     try:
         return Dataset(InMemoryTable(table))
-    except ValueError as error:  # a type of a column, such as a map, that datasets lacks
-        raise ValueError(f"{path}: {_first_line(error)} Remove that column") from None
+    except (pyarrow.ArrowException, *_DAMAGED, TypeError, AttributeError) as error:
+        # A type of a column, such as a map, that datasets lacks, or metadata that is damaged.
+        raise ValueError(
+            f"{path}: its columns and metadata cannot be read as a data set: {_first_line(error)}"
+        ) from None
 
 
 def _damaged_rows(file: Any) -> str:
@@ -186,7 +197,7 @@ def _damaged_rows(file: Any) -> str:
         stop = start + file.metadata.row_group(group).num_rows
         try:
             file.read_row_group(group)
-        except (pyarrow.ArrowException, OSError):
+        except (pyarrow.ArrowException, *_DAMAGED):
             return f"row group {group}, rows {start} to {stop - 1},"
         start = stop
     return "its contents"

@@ -180,16 +180,17 @@ def tokenise(
     report = DataReport(name, max_length=max_length)
     streaming = isinstance(dataset, datasets.IterableDataset)
     first = sample(dataset)
+    named = origin(dataset, name).removesuffix(" data")  # with the file's name, for errors
     if not first:
-        raise ValueError(f"{name} data has no rows")
+        raise ValueError(f"{named} data has no rows")
     column_names = list(dataset.column_names or first[0])
     if "row" in column_names and set(columns.ids) <= set(column_names) <= columns.prepared:
         return dataset, report
-    layout = find_layout(dataset, first, name, columns)
+    layout = find_layout(dataset, first, named, columns)
     report.unread, report.implicit = layout.unread, layout.prompt is None
     is_text = not set(columns.ids) <= set(column_names)
     if is_text and tokenizer is None:
-        raise ValueError(f"{name} data is text; a tokenizer is needed")
+        raise ValueError(f"{named} data is text; a tokenizer is needed")
     ids = datasets.Sequence(datasets.Value("int32"))
     features = {**dict.fromkeys(columns.ids, ids), "row": datasets.Value("int64")}
     features["flags"] = datasets.Value("int16")
@@ -207,13 +208,13 @@ def tokenise(
             "layout": layout,
             "max_length": max_length,
             "keep_start": truncation_mode == "keep_start",
-            "data": origin(dataset, name),
+            "data": f"{named} data",
             "vocab_size": vocab_size,
         },
     }
     if is_text:
-        _check_layout(layout, tokenizer, name)
-        _check_first(first, layout, columns, origin(dataset, name), name, streaming)
+        _check_layout(layout, tokenizer, named)
+        _check_first(first, layout, columns, f"{named} data", named, streaming)
     if streaming:
         encoded = dataset.map(**encode).filter(_is_kept)
         return encoded.remove_columns("flags"), report
@@ -228,11 +229,11 @@ def tokenise(
         hits = np.flatnonzero((flags & bit > 0) & ((bit & DROPPED > 0) | ~dropped))
         setattr(report, key, len(hits))
         report.examples[key] = numbers[hits[:5]].tolist()
-    _check_prompts(int((flags & NO_PROMPT > 0).sum()), len(flags), layout, name)
+    _check_prompts(int((flags & NO_PROMPT > 0).sum()), len(flags), layout, named)
     if report.kept == 0:
         identical = f"in {report.identical} chosen and rejected are identical, "
         raise ValueError(
-            f"{name} data: none of {report.rows} rows can be used: "
+            f"{named} data: none of {report.rows} rows can be used: "
             f"{identical if columns is PAIRS else ''}in {report.too_long} the prompt alone reaches "
             f"max_length={max_length} tokens, in {report.unlabelled} no answer token follows "
             "another token"

@@ -6,7 +6,7 @@ import itertools
 import json
 from typing import Any
 
-from fastpref.data.columns import NUMBERS, PAIRS, UNPAIRED, origin
+from fastpref.data.columns import NUMBERS, PAIRS, UNPAIRED, check_token_ids, origin
 from fastpref.data.layouts import Layout, arrange_batch, find_layout, row_numbers, sample
 from fastpref.data.tokenise import DataReport, tokenise
 
@@ -73,7 +73,7 @@ def unpair(dataset: Any, name: str = "train") -> Any:
     column_names = dataset.column_names or list(first[0] if first else ())
     for column in (c for c in NUMBERS if c in column_names and c not in UNPAIRED.numbers):
         raise ValueError(
-            f"{name} data: column {column!r} is of pairs, and here are single answers; expected "
+            f"{origin(dataset, name)}: column {column!r} is of pairs, and here are single answers; expected "
             "data without it"
         )
     ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(column_names)]
@@ -85,11 +85,13 @@ def unpair(dataset: Any, name: str = "train") -> Any:
 
     features = dataset.features
     if ends[-1] == "_ids":
-        options: dict[str, Any] = {"function": _split_ids}
+        options: dict[str, Any] = {"function": _split_ids, "with_indices": True}
+        options["fn_kwargs"] = {"data": origin(dataset, name)}
         unchanged = [c for c in column_names if c not in ("chosen_ids", "rejected_ids")]
         new_features = {"completion_ids": Sequence(Value("int32"))}
     else:
-        layout = find_layout(dataset, first, name, PAIRS)
+        named = origin(dataset, name).removesuffix(" data")
+        layout = find_layout(dataset, first, named, PAIRS)
         options = {"function": _split_texts, "with_indices": True}
         used = {layout.prompt, layout.context, layout.system, *PAIRS.answers}
         unchanged = [c for c in column_names if c not in used]
@@ -104,7 +106,10 @@ def unpair(dataset: Any, name: str = "train") -> Any:
     return dataset.map(**options, batched=True, remove_columns=column_names)
 
 
-def _split_ids(batch: dict[str, list]) -> dict[str, list]:
+def _split_ids(batch: dict[str, list], rows: list[int], data: str) -> dict[str, list]:
+    for key in ("chosen_ids", "rejected_ids"):
+        for row, ids in zip(row_numbers(batch, rows), batch[key], strict=True):
+            check_token_ids(ids, key, f"{data}: row {row}", None)
     out = {k: v * 2 for k, v in batch.items() if k not in ("chosen_ids", "rejected_ids")}
     size = len(batch["chosen_ids"])
     out["completion_ids"] = batch["chosen_ids"] + batch["rejected_ids"]

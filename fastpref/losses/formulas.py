@@ -193,7 +193,8 @@ def sft(pairs: Pairs) -> Tensor:
     log-probability, after the mean over the pairs: -1 / (all tokens).
     """
     assert pairs.chosen_nll is not None and pairs.nll_lengths is not None
-    tokens = pairs.nll_lengths.sum().clamp(min=1)
+    # The quotient of two integers would be float32, also in the loss of float64 log-probs.
+    tokens = pairs.nll_lengths.sum().clamp(min=1).to(pairs.chosen_nll.dtype)
     return pairs.chosen_nll * (pairs.chosen_nll.shape[0] / tokens)
 
 

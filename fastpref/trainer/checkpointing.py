@@ -374,6 +374,8 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
 
     def _lost(self, run: Path, name: str, problem: str) -> str:
         newest, _ = newest_complete(run)
+        if newest is not None and newest.name == name:  # only what follows has failed
+            return f"{run}: {problem}, after {newest} was saved; --resume latest continues from it"
         safe = "no checkpoint was saved before it"
         if newest is not None:
             safe = f"{newest} is complete; --resume latest continues from it"

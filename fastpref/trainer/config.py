@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpref.backends.processor import bf16_is_fast, say_once, training_device
+from fastpref.logps.plan import check_plan_options
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
 from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
@@ -112,6 +113,7 @@ class BaseConfig(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         self._choose_bf16()
+        check_plan_options("auto", None, self.precision, None)
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):

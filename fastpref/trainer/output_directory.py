@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastpref.trainer.manifest import checkpoints, clear_removed, remove_checkpoint
-from fastpref.trainer.storage import check_writable, write_json
+from fastpref.trainer.storage import check_writable, disk_errors, write_json
 
 RUN_FILE = "run.json"
 _LOCK_FILE = ".run.lock"
@@ -64,7 +64,8 @@ class OutputDirectory:
         check_writable(self.path)
         lock = FileLock(self.path / _LOCK_FILE, timeout=0)
         try:
-            lock.acquire()
+            with disk_errors(f"output directory {self.path} cannot be locked"):
+                lock.acquire()
         except Timeout:
             holder = self.read().get("process", {})
             who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
@@ -72,9 +73,13 @@ class OutputDirectory:
                 f"output directory {self.path} is in use by another run{who}; wait for its end or "
                 "choose another directory"
             ) from None
-        self._lock, self._holds = lock, 1
         process = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._write({**self.read(), "process": process})
+        try:
+            self._write({**self.read(), "process": process})
+        except BaseException:
+            lock.release()
+            raise
+        self._lock, self._holds = lock, 1
 
     @contextmanager
     def held(self) -> Iterator[OutputDirectory]:
@@ -165,7 +170,9 @@ class OutputDirectory:
         self._write({**self.read(), "run_id": self.run_id, "started": started})
 
     def _write(self, value: dict[str, Any]) -> None:
-        write_json(self.path / RUN_FILE, value)
+        path = self.path / RUN_FILE
+        with disk_errors(f"{path} could not be written"):
+            write_json(path, value)
 
 
 def listed(names: list[str], most: int = 4) -> str:

@@ -40,6 +40,7 @@ _DISK_WORDS = (
     ("unexpected pos", "a file could not be written"),
     ("i/o error", "a file could not be written"),
     ("ioerror", "a file could not be written"),
+    ("iostream error", "a file could not be written"),
 )
 
 
@@ -57,6 +58,28 @@ def disk_problem(error: BaseException) -> str | None:
         current = current.__cause__ or current.__context__
     text = str(error).lower()
     return next((problem for words, problem in _DISK_WORDS if words in text), None)
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether the system says that a disk is full, failing or read-only."""
+    return isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EROFS,
+    )
+
+
+@contextlib.contextmanager
+def disk_errors(text: str) -> Iterator[None]:
+    """Turn errors of the disk inside a `with` block into a StorageError that begins with a text."""
+    try:
+        yield
+    except Exception as error:
+        problem = None if isinstance(error, StorageError) else disk_problem(error)
+        if problem is None:
+            raise
+        raise StorageError(f"{text}: {problem}") from error
 
 
 def sync_file(path: Path) -> None:
