@@ -253,8 +253,7 @@ def faults() -> str:
 
 
 BLOCKS = {
-    f.__name__: f
-    for f in (first, head, fp32, trl, trl_step, liger, cce, train, host_time, faults)
+    f.__name__: f for f in (first, head, fp32, trl, trl_step, liger, cce, train, host_time, faults)
 }
 
 

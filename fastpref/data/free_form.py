@@ -83,7 +83,7 @@ def _feature(key: str, values: list, name: str) -> Any:
         for row, value in enumerate(values):
             if isinstance(value, str):
                 check_encodable(value, f"{name}: row {row}: {key}")
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
         if key in (*PAIRS.ids, *UNPAIRED.ids):
             row = _first_odd(values)
             raise ValueError(

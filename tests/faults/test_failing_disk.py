@@ -1,4 +1,4 @@
-"""A disk that fails at each write, rename and fsync in turn costs no more than the last checkpoint."""
+"""A disk that fails at each write, rename and fsync in turn costs no more than one checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ DISKS = {"full": (errno.ENOSPC, True), "failing": (errno.EIO, False)}
 # Parts of a run: the newest checkpoint that is there when they fail, and what is then said.
 PARTS = {
     "start": (0, r"output directory \S+ cannot be|run.json could not be written"),
-    "checkpoint": (2, "checkpoint-4 could not be saved in .*-2 is complete|.* after .*-4 was saved"),
+    "checkpoint": (
+        2,
+        "checkpoint-4 could not be saved in .*-2 is complete|.* after .*-4 was saved",
+    ),
     "model": (4, "the model could not be saved in"),
     "log": (4, "the model is saved in .* but its log and plot could not be"),
 }
@@ -141,9 +144,7 @@ def truth(tmp_path_factory):
     """The data and the trajectory of a run on a good disk."""
     folder = tmp_path_factory.mktemp("good")
     data = runs.write_pairs(folder)
-    process = forked.start(
-        runs.command(data, folder / "out", *OPTIONS), folder / "log"
-    )
+    process = forked.start(runs.command(data, folder / "out", *OPTIONS), folder / "log")
     process.join(LIMIT_S)
     assert process.exitcode == 0, (folder / "log").read_text()
     return data, runs.trajectory(folder / "out")

@@ -91,7 +91,9 @@ class Case:
 
     def _labels(self, rows: int, vocab: int) -> Tensor:
         labels = torch.randint(vocab, (rows,), generator=self.generator)
-        ignored = torch.rand(rows, generator=self.generator) < self._pick("ignored", [0.0, 0.4, 1.0])
+        ignored = torch.rand(rows, generator=self.generator) < self._pick(
+            "ignored", [0.0, 0.4, 1.0]
+        )
         return labels.masked_fill(ignored, -100)
 
     def _transforms(self) -> dict[str, float]:
@@ -200,7 +202,9 @@ class Case:
             grads = torch.autograd.grad(
                 (logps * coefficients.to(logps.dtype)).sum(), wanted, allow_unused=True
             )
-            zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+            zeros = [
+                torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)
+            ]
             results.append([logps.detach(), *zeros])
         names = ["logps", *(f"d {name}" for name, t in ours.items() if t.requires_grad)]
         size = max(float(raw.detach().abs().max()), float(z.detach().abs().max()))
@@ -270,7 +274,9 @@ class Case:
                 loss = loss_formulas.LOSSES[name](p).mean()
             wanted = [leaves["w"], leaves["l"]]
             grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-            zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+            zeros = [
+                torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)
+            ]
             results.append([loss.detach(), *zeros])
         got, exact = results
         for title, ours, truth in zip(("loss", "d chosen", "d rejected"), got, exact, strict=True):
@@ -314,7 +320,9 @@ class Case:
             if i == 2:
                 gradient, dlogp = torch.autograd.grad(value, (raw, logps), retain_graph=True)
             grads = torch.autograd.grad(value, leaves, allow_unused=True)
-            zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+            zeros = [
+                torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)
+            ]
             results.append([value.detach(), *zeros])
         if not int(kept.sum()):  # a batch without a labelled token has a loss of 0 of its own
             assert all(not t.any() for t in results[0])
