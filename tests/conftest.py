@@ -109,8 +109,8 @@ def seed():
 @pytest.fixture(autouse=True)
 def threads():
     """torch.set_num_threads, undone afterwards. One thread unless a test asks for more: its idle
-    workers spin, and on a busy machine small tests then take ten times as long. `make sanitize` asks
-    for eight in all tests."""
+    workers spin, and on a busy machine small tests then take ten times as long. `make sanitize`
+    asks for eight in all tests."""
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("FASTPREF_TEST_THREADS", "1")))
     yield torch.set_num_threads

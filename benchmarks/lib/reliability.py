@@ -28,22 +28,22 @@ def _disk(parts: dict[str, Part]) -> str:
     found = [part for name, part in parts.items() if name.startswith("disk")]
     calls, harmless = (sum(part[key] for part in found) for key in ("calls", "harmless"))
     return (
-        f"{calls} failing calls: {calls - harmless} were one sentence and exit status 4, {harmless} "
-        "cost nothing; the checkpoint before was there each time, and each run went on"
+        f"{calls} failing calls: {calls - harmless} were one sentence and exit status 4, "
+        f"{harmless} cost nothing; the checkpoint before was there each time, and each run went on"
     )
 
 
 def _cases(parts: dict[str, Part]) -> str:
     part = parts["cases"]
     ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in part["error_over_eager"].items())
-    return f"{part['cases']} cases, no fault; root mean square error over eager's: {ratios}"
+    return f"{part['cases']} cases, no fault; root mean square error over eager torch's: {ratios}"
 
 
 def _fuzzing(parts: dict[str, Part]) -> str:
     part = parts["fuzzing"]
     return (
-        f"{part['inputs']} inputs in {part['seconds']} s by {part['by']}, {part['corpus']} of which "
-        f"reached new code: {part['crashes']} crashes"
+        f"{part['inputs']} inputs in {part['seconds']} s by {part['by']}, {part['corpus']} of "
+        f"which reached new code: {part['crashes']} crashes"
     )
 
 

@@ -128,7 +128,7 @@ def describe(value: Any) -> str:
 
 
 def check_column_name(key: Any, name: str) -> None:
-    """Raise ValueError for a column name that Arrow cannot store; name: what errors call the data."""
+    """Raise ValueError, which calls the data `name`, for a column name that Arrow cannot store."""
     if not isinstance(key, str):
         raise ValueError(f"{name}: the column name {key!r} is no string")
     check_encodable(key, f"{name}: the column name {key!r}")

@@ -85,7 +85,7 @@ def _feature(key: str, values: list, name: str) -> Any:
                 check_encodable(value, f"{name}: row {row}: {key}")
     except RecursionError:  # `_json` says in which row
         pass
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
         if key in (*PAIRS.ids, *UNPAIRED.ids):
             row = _first_odd(values)
             raise ValueError(

@@ -73,8 +73,8 @@ def unpair(dataset: Any, name: str = "train") -> Any:
     column_names = dataset.column_names or list(first[0] if first else ())
     for column in (c for c in NUMBERS if c in column_names and c not in UNPAIRED.numbers):
         raise ValueError(
-            f"{origin(dataset, name)}: column {column!r} is of pairs, and here are single answers; expected "
-            "data without it"
+            f"{origin(dataset, name)}: column {column!r} is of pairs, and here are single "
+            "answers; expected data without it"
         )
     ends = [end for end in ("", "_ids") if {f"chosen{end}", f"rejected{end}"} <= set(column_names)]
     if not ends:

@@ -170,7 +170,9 @@ TENSORS = {
     "smoothing of one half": (lambda: pair(label_smoothing=0.5), "label_smoothing"),
     "option of another loss": (lambda: pair(loss_type="hinge", alpha=1.0), "alpha"),
     "weights of another size": (lambda: pair(weight=torch.ones(3)), "weight"),
-    "three sequences": (lambda: fused(hidden=torch.randn(3, 2, 8), labels=Y.new_zeros(3, 2)), "odd|even|labels|hidden"),
+    "three sequences": (
+        lambda: fused(hidden=torch.randn(3, 2, 8), labels=Y.new_zeros(3, 2)), "odd|even|hidden"
+    ),
     "references of another size": (lambda: fused(ref_logps=torch.zeros(4)), "ref_logps"),
     "two references": (lambda: fused(ref_hidden=H.view(2, 2, 8)), "ref_hidden"),
 }  # fmt: skip

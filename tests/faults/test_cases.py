@@ -29,9 +29,11 @@ def test_generated_cases():
         for error in found:
             if error.is_fault:
                 faults.append(f"{error}; {case.description}")
-            elif case.kind != "formula" and error.luck > 0:  # in units of the rounding
+            elif case.kind != "formula" and case.dtype != torch.float64 and error.luck > 0:
+                # In units of the rounding. In float64 eager torch rounds as the truth does.
+                what = "gradients" if error.name.startswith("d ") else "log-probs"
                 for i, value in enumerate((error.ours, error.eager)):
-                    squares[str(case.dtype)][i] += (value / error.luck) ** 2
+                    squares[f"{case.dtype} {what}"][i] += (value / error.luck) ** 2
     again = "PYTHONPATH=.:tests:tests/support python tests/support/core_cases.py NUMBER"
     assert not faults, f"{len(faults)} faults; {again}\n" + "\n".join(faults[:10])
     ratios = {

@@ -1,4 +1,4 @@
-"""A disk that fails at each write, rename and fsync in turn costs no more than the last checkpoint."""
+"""A disk that fails at each write, rename and fsync in turn costs no more than one checkpoint."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SANITIZERS = reliability.sized(["thread", "address,undefined"], ["thread"])
 @pytest.mark.skipif(sys.platform != "linux", reason="of gcc on Linux")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_eight_threads(tmp_path, sanitizer):
-    """ThreadSanitizer does not understand libgomp: without OpenMP the kernels start std::threads."""
+    """Without OpenMP, whose libgomp ThreadSanitizer does not understand: with std::threads."""
     compiler, program = shutil.which("g++"), tmp_path / "program"
     if compiler is None:
         pytest.skip("no g++")

@@ -68,15 +68,18 @@ def seeds() -> Iterator[bytes]:
 
 # Inputs that once ended in something other than an error that names the place.
 CRASHED = {
-    "a null character in a column's name": b'\2prompt_ids,ck\0n_ids,rejected_ids\n"[7]","[9]","[1]"\n',
-    "a huge token id": b'\0{"prompt_ids": [18014398509481995], "chosen_ids": [9], "rejected_ids": [1]}',
-    "the same as single answers": b'\5{"prompt_ids": [1], "chosen_ids": [1e9], "rejected_ids": [1]}',
+    "a null character in a column's name": b'\2prompt,ck\0n_ids,rejected\n"[7]","[9]","[1]"\n',
+    "a huge token id": b'\0{"prompt_ids": [18014398509481995], "chosen_ids": [9], '
+    b'"rejected_ids": [1]}',
+    "the same as single answers": b'\5{"prompt_ids": [1], "chosen_ids": [1e9], '
+    b'"rejected_ids": [1]}',
     "token ids that are text": b'\2prompt_ids,chosen_ids,rejected_ids\n"[7]","[9]","[1 11]"\n',
 }
 
 
 class Target:
-    """Reads one input: its first byte chooses the file's ending and the use, the others are the file."""
+    """Reads an input: its first byte chooses the file's ending and its use, the others are the
+    file."""
 
     def __init__(self) -> None:
         import datasets

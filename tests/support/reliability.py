@@ -1,7 +1,7 @@
 """The length of the tests of tests/faults, and the figures that they leave.
 
-FASTPREF_FAULTS=whole, which `make test-faults` sets, asks for the whole length, and the figures then
-go to benchmarks/results/reliability.json. Without it the tests are short and write nothing.
+FASTPREF_FAULTS=whole, which `make test-faults` sets, asks for the whole length, and the figures
+then go to benchmarks/results/reliability.json. Without it the tests are short and write nothing.
 """
 
 from __future__ import annotations

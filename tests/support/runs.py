@@ -21,7 +21,7 @@ def write_pairs(folder: Path, count: int = 12) -> Path:
 
 
 def command(data: Path, output: Path, *options: Any) -> list[Any]:
-    """The arguments of a run of eight steps with four checkpoints, two of which stay, and evaluations."""
+    """The arguments of a run of eight steps with four checkpoints, two of which stay."""
     return [
         "train", "--model", ASSETS, "--data", data, "--output", output, "--fp32",
         "--batch-size", 2, "--no-gradient-checkpointing", "--max-length", 64,
