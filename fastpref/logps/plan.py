@@ -38,6 +38,8 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
+# What the CPU's logit-free pass keeps at most: blocks of D and sums, and an operand in packed form.
+_SCRATCH_BYTES, _PACKED_BYTES = 2**25, 2**24
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def _plan(
     if fused is None:
         asked = chosen == strategy == "forward-only"
         fused = asked and kind == "cuda" and h <= _FUSED_HIDDEN_SIZE
-    logit_free = fused and item == 2
+    logit_free = fused and (item == 2 or (kind == "cpu" and dtype == torch.float32))
     # The logit-free product does not round logits; the backward pass must not either.
     precision = "exact" if logit_free else precision
     tile_size = tile_dtype(dtype, precision).itemsize
@@ -228,14 +230,22 @@ def _plan(
     rows = max(1, min(n, max(tile_budget // max(forward_item * v, 1), _MIN_ROWS)))
     if kind == "cuda" and rows < n:
         rows = _even_rows(rows, n)
-    if logit_free and in_stash:
+    at_once = (
+        logit_free and kind == "cpu"
+    )  # D of the tokens that are not stashed is multiplied at once
+    if at_once or (logit_free and in_stash):
         rows = max(n, 1)
     # Half a tile in backward, where c X stands beside it.
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
     if columns < v:
         columns -= columns % _COLUMNS_STEP
     tile_bytes = 0 if in_stash else rows * v * forward_item
-    if logit_free:  # two numbers for each token and each 128 entries of the vocabulary, in launches
+    if at_once:
+        tile_bytes = min(n * (2048 * item + 4 * h + -(-v // 512) * 16), _SCRATCH_BYTES)
+        tile_bytes += min(4 * n * h, _PACKED_BYTES) + 2048 * 4 * h  # packed operands
+    elif (
+        logit_free
+    ):  # two numbers for each token and each 128 entries of the vocabulary, in launches
         tile_bytes = tile_bytes if hidden_grad or weight_grad else 0
         tile_bytes += min(8 * n * -(-v // 128), _FUSED_BYTES)
     states = n * h * item  # of the hidden states, and of everything in their shape

@@ -43,10 +43,7 @@ def _size(backend) -> tuple[int, int, int]:
 
 def _own_product(dtype) -> bool:
     """Whether the native backend does the logits product in its own kernel, row by row."""
-    if native.problem() or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    bf16 = dtype == torch.bfloat16
-    return native._cpu.have_gemm(True) if bf16 else native._cpu.gemm_beats_library()
+    return not native.problem() and native._product_kernel(dtype, torch.float32) is not None
 
 
 def _problem(dtype, transform, size=(N, V, H)):
