@@ -44,7 +44,7 @@ def problem() -> str | None:
 
 def describe() -> str:
     products = ", ".join(
-        f"{str(dtype)[6:]}: {_product_kernel(dtype, torch.float32) or 'torch'}" for dtype in _DTYPES
+        f"{str(dtype)[6:]}: {product_kernel(dtype, torch.float32) or 'torch'}" for dtype in _DTYPES
     )
     threads = torch.get_num_threads()
     return f"C++ row kernels ({_cpu.isa()}), products ({products}), {threads} threads"
@@ -140,7 +140,7 @@ def _product_kernels(dtype: torch.dtype) -> tuple[str, ...]:
 
 
 @functools.cache
-def _product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
+def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
     """The micro-kernel for these dtypes of operands and product; None: torch's product is better.
 
     The choice is the same in every process on a machine: results would differ in their last bits.
@@ -162,13 +162,22 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
     better."""
     if a.dtype != b.dtype or 0 in out.shape:
         return None
-    kernel = _product_kernel(a.dtype, out.dtype)
+    kernel = product_kernel(a.dtype, out.dtype)
     if kernel is None or 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1:
         return None
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
     result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
     return *operands, *result, kernel, torch.get_num_threads()
+
+
+def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x weight^T with the native product, wherever torch's may be better."""
+    kernel = _product_kernels(x.dtype)[0]
+    operands = x.data_ptr(), *x.stride(), weight.data_ptr(), *weight.stride(), _DTYPES[x.dtype]
+    address, stride = _rows(out)
+    result = address, _DTYPES[out.dtype], stride, *out.shape, x.shape[1]
+    _cpu.product(*operands, *result, kernel, torch.get_num_threads())
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -210,7 +219,7 @@ def logit_free_reason(
     """As `Backend.logit_free_reason`; the pass has the statistics of all extras."""
     if weight.dtype == torch.float16 and with_d:
         return "the weight is float16, whose exponents are too few for an unnormalised D"
-    if _product_kernel(weight.dtype, torch.float32) is None and not asked:
+    if product_kernel(weight.dtype, torch.float32) is None and not asked:
         return "torch's products are faster on this processor"
     if weight.stride(1) != 1:
         return "the weight's columns are not adjacent"
@@ -243,7 +252,7 @@ def logit_free_forward(
     and more give NaN.
     """
     assert all(t is None or t.dtype == x.dtype for t in (weight, d, u))
-    kernel = _product_kernel(x.dtype, torch.float32) or _product_kernels(x.dtype)[0]
+    kernel = product_kernel(x.dtype, torch.float32) or _product_kernels(x.dtype)[0]
     bias = None if bias is None else bias.float().contiguous()
     extras = stats.weighted is not None or stats.argmax is not None
     token_bytes = -(-weight.shape[0] // 512) * (_BLOCK_BYTES + (_EXTRAS_BYTES if extras else 0))

@@ -138,7 +138,15 @@ def _product(a, b, name, out_dtype, threads=1):
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.parametrize(
     "m, n, k",
-    [(1, 1, 1), (5, 63, 2), (7, 65, 513), (97, 130, 1031), (6, 64, 0), (150, 600, 31), (4, 9, 9001)],
+    [
+        (1, 1, 1),
+        (5, 63, 2),
+        (7, 65, 513),
+        (97, 130, 1031),
+        (6, 64, 0),
+        (150, 600, 31),
+        (4, 9, 9001),
+    ],
 )
 def test_product(threads, m, n, k, dtype, name):
     """Every combination of strides, edges in every direction, nothing written outside, and each

@@ -43,7 +43,7 @@ def _size(backend) -> tuple[int, int, int]:
 
 def _own_product(dtype) -> bool:
     """Whether the native backend does the logits product in its own kernel, row by row."""
-    return not native.problem() and native._product_kernel(dtype, torch.float32) is not None
+    return not native.problem() and native.product_kernel(dtype, torch.float32) is not None
 
 
 def _problem(dtype, transform, size=(N, V, H)):
