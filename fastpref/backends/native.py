@@ -221,8 +221,6 @@ def logit_free_reason(
         return "the weight is float16, whose exponents are too few for an unnormalised D"
     if product_kernel(weight.dtype, torch.float32) is None and not asked:
         return "torch's products are faster on this processor"
-    if weight.stride(1) != 1:
-        return "the weight's columns are not adjacent"
     if weight.shape[1] > _cpu.finish_words:
         return f"the hidden size is more than {_cpu.finish_words}"
     if transform.scale == 0:
