@@ -50,7 +50,7 @@ def native(module: str, sources: list[str]) -> Pybind11Extension:
         f"fastpref.{module}",
         sources,
         include_dirs=["csrc"],
-        depends=["csrc/tile.h", "csrc/parallel.h", "csrc/vec.h"],
+        depends=[str(header) for header in Path("csrc").glob("*.h")],
         define_macros=[("MODULE", module)],
         extra_compile_args=FLAGS,
         extra_link_args=LINK,
@@ -76,8 +76,7 @@ class BuildExt(build_ext):
 
 
 def extensions():
-    sources = ["csrc/bind.cpp", "csrc/rows.cpp", "csrc/gemm.cpp", "csrc/pair_loss.cpp"]
-    out = [native("_cpu", sources)]
+    out = [native("_cpu", sorted(str(source) for source in Path("csrc").glob("*.cpp")))]
     if nvcc_build.wanted() and SANITIZE not in ("1", "thread"):
         files = [f"csrc/cuda/{name}" for name in nvcc_build.SOURCES]
         include = [pybind11.get_include()]

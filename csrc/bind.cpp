@@ -1,8 +1,10 @@
 // The binding: tensors arrive as addresses with sizes and strides, so no torch is included or linked.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
+#include "product.h"
 #include "tile.h"
 
 namespace py = pybind11;
@@ -25,8 +27,7 @@ static Tile tile_of(Address data, int dtype, int64_t rows, int64_t cols, int64_t
 PYBIND11_MODULE(MODULE, m) {
     m.doc() = "fastpref's tile primitives for CPUs; fastpref.backends.native is the caller.";
     m.def("isa", &isa);
-    m.def("have_gemm", &have_gemm);
-    m.def("gemm_beats_library", &gemm_beats_library);
+    m.def("is_amd", &is_amd);
     m.def("fold", [](Address data, int dtype, int64_t rows, int64_t cols, int64_t stride, int64_t col0,
                      Address labels, float scale, float softcap, float inv_temperature, Address max,
                      Address sum, Address target, Address lse, Address logps, Address weighted,
@@ -49,15 +50,60 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         grad(tile, {scale, softcap, inv_temperature}, g, at<void>(out), out_type, out_stride, threads);
     });
-    m.def("gemm",
-          [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k, Address out,
-             int64_t out_stride, int64_t rows, int64_t cols, int64_t k, bool bf16, int threads) {
+    m.def("product_kernels", [](int dtype) {
+        std::vector<std::string> names;  // the fastest first
+        for (auto* kernel : micro_kernels(dtype_of(dtype))) names.push_back(kernel->name);
+        return names;
+    });
+    m.def("product", [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k,
+                        int dtype, Address out, int out_dtype, int64_t out_stride, int64_t rows,
+                        int64_t cols, int64_t k, const std::string& name, int threads) {
         if ((a_row != 1 && a_k != 1) || (b_row != 1 && b_k != 1))
-            throw std::invalid_argument("gemm: expected operands with a stride of 1");
-        Gemm g{at<void>(a),    at<void>(b), a_row, a_k,  b_row, b_k,
-               at<float>(out), out_stride,  rows,  cols, k,     bf16};
+            throw std::invalid_argument("product: expected operands with a stride of 1");
+        Dtype type = dtype_of(dtype), out_type = dtype_of(out_dtype);
+        const MicroKernel* kernel = micro_kernel(type, name);
+        if (!kernel) throw std::invalid_argument("product: this processor has no kernel named " + name);
+        Product p{{at<void>(a), type, a_row, a_k},
+                  {at<void>(b), type, b_row, b_k},
+                  rows,
+                  cols,
+                  k,
+                  at<void>(out),
+                  out_type,
+                  out_stride};
         py::gil_scoped_release release;
-        gemm(g, threads);
+        product(p, *kernel, threads);
+    });
+    m.attr("finish_words") = FINISH_WORDS;
+    m.def("logit_free_forward",
+          [](Address x, int64_t x_stride, Address weight, int64_t weight_stride, int dtype, int64_t tokens,
+             int64_t vocab, int64_t hidden, Address labels, Address bias, float scale, float softcap,
+             float inv_temperature, Address max, Address sum, Address target, Address lse, Address logps,
+             Address weighted, Address total, Address squared, Address argmax, Address d, int64_t d_stride,
+             Address row_scale, Address u, int64_t u_stride, const std::string& name, int threads) {
+        Dtype type = dtype_of(dtype);
+        const MicroKernel* kernel = micro_kernel(type, name);
+        if (!kernel)
+            throw std::invalid_argument("logit_free_forward: this processor has no kernel named " + name);
+        Stats stats{at<float>(max),   at<float>(sum),     at<float>(target),
+                    at<float>(lse),   at<float>(logps),   at<float>(weighted),
+                    at<float>(total), at<float>(squared), at<int64_t>(argmax)};
+        LogitFree head{{at<void>(x), type, x_stride, 1},
+                       {at<void>(weight), type, weight_stride, 1},
+                       tokens,
+                       vocab,
+                       hidden,
+                       at<int64_t>(labels),
+                       at<float>(bias),
+                       {scale, softcap, inv_temperature},
+                       stats,
+                       at<void>(d),
+                       d_stride,
+                       at<float>(row_scale),
+                       at<void>(u),
+                       u_stride};
+        py::gil_scoped_release release;
+        logit_free_forward(head, *kernel, threads);
     });
     m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,

@@ -41,6 +41,7 @@ void grad(const Tile& tile, const Transform& transform, const GradRows& rows, vo
           int64_t out_stride, int threads);
 
 const char* isa();  // which clone the processor runs
+bool is_amd();      // whose processors torch's library serves badly
 
 enum class Loss : int { sigmoid = 0, ipo = 1 };
 
@@ -62,17 +63,5 @@ struct PairLossOut {
     float* dlogp;           // [tokens] d loss / d logps
 };
 void pair_loss(const PairLoss& in, const PairLossOut& out);
-
-// out[m, n] = a[m, k] . b[n, k]^T, both fp32 or both bf16, accumulated and written in fp32.
-struct Gemm {
-    const void *a, *b;
-    int64_t a_row, a_k, b_row, b_k;  // strides in elements; for each operand one of its two is 1
-    float* out;
-    int64_t out_stride, m, n, k;
-    bool bf16;
-};
-bool have_gemm(bool bf16);    // whether the processor has the instructions
-bool gemm_beats_library();    // whether torch's fp32 GEMM is the slower one here
-void gemm(const Gemm& g, int threads);
 
 }  // namespace fastpref

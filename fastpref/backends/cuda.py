@@ -28,6 +28,7 @@ from fastpref.backends.tile import Stats, Transform
 
 NAME = "cuda"
 LOGIT_FREE_BY_DEFAULT = True
+PROJECTS_AT_ONCE = False
 
 # In the order of PAIR_FORMS in csrc/cuda/launch.h.
 _PAIR_FORMS = (

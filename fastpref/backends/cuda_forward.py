@@ -50,6 +50,7 @@ def logit_free_forward(
     transform: Transform,
     d: Tensor | None = None,
     row_scale: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> None:
     """As `Backend.logit_free_forward`: the same statistics with d and without.
 

@@ -22,6 +22,7 @@ from fastpref.backends.tile import Stats, Transform, fold_then_grad
 NAME = "eager"
 CLOSED_FORMS: frozenset[str] = frozenset()  # every loss runs through autograd
 LOGIT_FREE_BY_DEFAULT = False
+PROJECTS_AT_ONCE = False
 
 
 def problem() -> str | None:

@@ -7,13 +7,15 @@ checked here: device, dtype, unit inner stride. Tensors stay alive in the caller
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch  # before _cpu: both then share the OpenMP pool that torch loads
 from torch import Tensor
 
 from fastpref.backends import gemm
-from fastpref.backends.gemm import logit_free_forward, logit_free_reason, scale_rows
+from fastpref.backends.gemm import scale_rows
+from fastpref.backends.processor import bf16_is_fast
 from fastpref.backends.tile import Stats, Transform, fold_then_grad
 
 _cpu: Any = None
@@ -27,7 +29,8 @@ except ImportError as error:
     )
 
 NAME = "native"
-LOGIT_FREE_BY_DEFAULT = False
+LOGIT_FREE_BY_DEFAULT = True
+PROJECTS_AT_ONCE = True
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOSSES = {"sigmoid": 0, "ipo": 1}
@@ -40,8 +43,11 @@ def problem() -> str | None:
 
 
 def describe() -> str:
-    product = "bf16 dot products" if _cpu.have_gemm(True) else "no bf16 dot products"
-    return f"C++ row kernels ({_cpu.isa()}, {product}), {torch.get_num_threads()} threads"
+    products = ", ".join(
+        f"{str(dtype)[6:]}: {product_kernel(dtype, torch.float32) or 'torch'}" for dtype in _DTYPES
+    )
+    threads = torch.get_num_threads()
+    return f"C++ row kernels ({_cpu.isa()}), products ({products}), {threads} threads"
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -127,20 +133,51 @@ def grad(
 fold_grad = fold_then_grad(fold, grad)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
-    """The arguments of `_cpu.gemm` for out [m, n] = a [m, k] @ b [n, k]^T; None: torch's is better.
+@functools.cache
+def _product_kernels(dtype: torch.dtype) -> tuple[str, ...]:
+    """The micro-kernels of this processor for operands of this dtype, the fastest first."""
+    return tuple(_cpu.product_kernels(_DTYPES[dtype])) if dtype in _DTYPES else ()
 
-    bf16 operands with fp32 results: torch would round them. fp32: only where torch is slow.
+
+@functools.cache
+def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
+    """The micro-kernel for these dtypes of operands and product; None: torch's product is better.
+
+    The choice is the same in every process on a machine: results would differ in their last bits.
     """
-    bf16 = a.dtype == torch.bfloat16
-    if a.dtype != b.dtype or out.dtype != torch.float32 or not (bf16 or a.dtype == out.dtype):
+    if out not in (dtype, torch.float32) or not (kernels := _product_kernels(dtype)):
         return None
-    if not (_cpu.have_gemm(True) if bf16 else _cpu.gemm_beats_library()):
+    fastest = kernels[0]
+    if fastest == "portable":  # a fallback where torch has no such product at all
+        return fastest if dtype != torch.float32 and out == torch.float32 else None
+    if dtype == torch.float32:
+        return fastest if _cpu.is_amd() else None
+    # torch rounds the products of 16-bit matrices, and is slow without bf16 units.
+    has_units = dtype == torch.bfloat16 and bf16_is_fast("cpu")
+    return None if has_units and (out == dtype or fastest != "avx512_bf16") else fastest
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
+    """The arguments of `_cpu.product` for out [m, n] = a [m, k] @ b [n, k]^T; None: torch's is
+    better."""
+    if a.dtype != b.dtype or 0 in out.shape:
         return None
-    if 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1 or 0 in out.shape:
+    kernel = product_kernel(a.dtype, out.dtype)
+    if kernel is None or 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1:
         return None
-    operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()
-    return *operands, *_rows(out), *out.shape, a.shape[1], bf16, torch.get_num_threads()
+    operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
+    address, stride = _rows(out)
+    result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
+    return *operands, *result, kernel, torch.get_num_threads()
+
+
+def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x weight^T with the native product, wherever torch's may be better."""
+    kernel = _product_kernels(x.dtype)[0]
+    operands = x.data_ptr(), *x.stride(), weight.data_ptr(), *weight.stride(), _DTYPES[x.dtype]
+    address, stride = _rows(out)
+    result = address, _DTYPES[out.dtype], stride, *out.shape, x.shape[1]
+    _cpu.product(*operands, *result, kernel, torch.get_num_threads())
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -149,7 +186,7 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
     if product is None:
         gemm.linear(x, weight, out, bias)
         return
-    _cpu.gemm(*product)
+    _cpu.product(*product)
     if bias is not None:
         out += bias
 
@@ -160,7 +197,7 @@ def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
     if product is None:
         gemm.project(d, weight, out)
     else:
-        _cpu.gemm(*product)
+        _cpu.product(*product)
 
 
 def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
@@ -169,7 +206,80 @@ def outer(d: Tensor, x: Tensor, out: Tensor) -> None:
     if product is None:
         gemm.outer(d, x, out)
     else:
-        _cpu.gemm(*product)
+        _cpu.product(*product)
+
+
+def logit_free_reason(
+    weight: Tensor,
+    transform: Transform,
+    extras: tuple[str, ...] = (),
+    with_d: bool = True,
+    asked: bool = False,
+) -> str | None:
+    """As `Backend.logit_free_reason`; the pass has the statistics of all extras."""
+    if weight.dtype == torch.float16 and with_d:
+        return "the weight is float16, whose exponents are too few for an unnormalised D"
+    if product_kernel(weight.dtype, torch.float32) is None and not asked:
+        return "torch's products are faster on this processor"
+    if weight.shape[1] > _cpu.finish_words:
+        return f"the hidden size is more than {_cpu.finish_words}"
+    if transform.scale == 0:
+        return "the scale is 0"  # 0 * -inf, where the vocabulary is padded
+    return None
+
+
+# Scratch memory of a logit-free pass, and its bytes for each token and each 512 entries of the
+# vocabulary, without extras and with them.
+_SCRATCH_BYTES, _BLOCK_BYTES, _EXTRAS_BYTES = 2**25, 16, 64
+
+
+def logit_free_forward(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    stats: Stats,
+    transform: Transform,
+    d: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    u: Tensor | None = None,
+) -> None:
+    """As `Backend.logit_free_forward`: the same statistics with d, with u and with neither.
+
+    It takes so many tokens at a time as the scratch memory allows. Labels that are negative or V
+    and more give NaN.
+    """
+    assert all(t is None or t.dtype == x.dtype for t in (weight, d, u))
+    kernel = product_kernel(x.dtype, torch.float32) or _product_kernels(x.dtype)[0]
+    bias = None if bias is None else bias.float().contiguous()
+    extras = stats.weighted is not None or stats.argmax is not None
+    token_bytes = -(-weight.shape[0] // 512) * (_BLOCK_BYTES + (_EXTRAS_BYTES if extras else 0))
+    if u is not None:
+        token_bytes += 2048 * x.dtype.itemsize + 4 * x.shape[1]
+    step = max(_SCRATCH_BYTES // max(token_bytes, 1), 512)
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        part = stats.rows(start, min(start + step, x.shape[0]))
+        block = x[rows] if x.stride(1) == 1 else x[rows].contiguous()
+        _cpu.logit_free_forward(
+            *_rows(block),
+            *_rows(weight),
+            _DTYPES[x.dtype],
+            block.shape[0],
+            *weight.shape,
+            _vector(labels[rows], torch.int64),
+            _vector(bias),
+            transform.scale,
+            transform.softcap or 0.0,
+            1.0 / transform.temperature,
+            *map(_vector, part[:-1]),
+            _vector(part.argmax, torch.int64),
+            *((0, 0) if d is None else _rows(d[rows])),
+            0 if row_scale is None else _vector(row_scale[rows]),
+            *((0, 0) if u is None else _rows(u[rows])),
+            kernel,
+            torch.get_num_threads(),
+        )
 
 
 def pair_loss(

@@ -43,17 +43,17 @@ def lacking(features: dict[str, bool] | None) -> list[str]:
     lines = []
     if not features["asimd"]:  # x86
         if not (features["avx2"] and features["fma"]):
-            lines.append("AVX2 and FMA: the row kernels run in SSE2, several times slower")
+            lines.append("AVX2 and FMA: the native kernels run in SSE2, several times slower")
         missing = [name for name in _AVX512 if not features[name]]
         if missing:
             lines.append(
-                f"AVX-512 ({', '.join(missing)}): the native products need it; torch's products "
-                "are used"
+                f"AVX-512 ({', '.join(missing)}): the native products take AVX2, at half the "
+                "multiplications a cycle"
             )
         if not features["avx512_bf16"]:
             lines.append(
-                "AVX512-BF16 (avx512_bf16): the native bf16 products need it; bf16 heads are "
-                "widened to fp32, a slice at a time, for torch's"
+                "AVX512-BF16 (avx512_bf16): the native products widen bf16 to fp32 while they "
+                "pack it, and run at fp32's rate"
             )
     if not any(features[name] for name in BF16_UNITS):
         units = "amx_bf16 or avx512_bf16" if not features["asimd"] else "bf16"

@@ -159,6 +159,7 @@ class Backend(Protocol):
     NAME: str
     CLOSED_FORMS: frozenset[str]  # the losses that `pair_loss` has
     LOGIT_FREE_BY_DEFAULT: bool  # whether passes with gradients take the logit-free product unasked
+    PROJECTS_AT_ONCE: bool  # whether the logit-free product can multiply D while it makes it
 
     def problem(self) -> str | None:
         """Why the backend cannot run on this machine; None: it can."""
@@ -296,10 +297,12 @@ class Backend(Protocol):
         transform: Transform,
         d: Tensor | None = None,  # [N, V], rows start at multiples of 16 bytes
         row_scale: Tensor | None = None,  # [N]
+        u: Tensor | None = None,  # [N, H]
     ) -> None:
         """Statistics, and D where d and row_scale are given, without logits in memory.
 
-        D is row_scale d, row by row. Writes stats.lse and stats.logps, and with extras what they
+        D is row_scale d, row by row. With u, which needs `PROJECTS_AT_ONCE`, u = D weight and D
+        stands nowhere. Writes stats.lse and stats.logps, and with extras what they
         need. Only where `logit_free_reason` gives none.
         """
 

@@ -23,6 +23,7 @@ from fastpref.backends.tile import Stats, Transform, fold_then_grad
 NAME = "triton"
 CLOSED_FORMS = frozenset({"sigmoid", "ipo"})
 LOGIT_FREE_BY_DEFAULT = False  # not measured on a GPU yet
+PROJECTS_AT_ONCE = False
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _OLDEST = (3, 4)
@@ -322,6 +323,7 @@ def logit_free_forward(
     transform: Transform,
     d: Tensor | None = None,
     row_scale: Tensor | None = None,
+    u: Tensor | None = None,
 ) -> None:
     """As `Backend.logit_free_forward`."""
     assert d is None or (d.dtype == x.dtype and _aligned(d, 8))

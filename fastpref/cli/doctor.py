@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastpref import backends
-from fastpref.backends import processor
+from fastpref.backends import processor, rates
 
 PACKAGES = (
     "torch",
@@ -46,6 +46,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
         "cpu": cpu(),
+        "products": rates.product_rates(),
         "devices": devices(),
         "backends": [
             {"name": b.name, "works": b.works, "reason": b.reason, "devices": list(b.devices)}
@@ -174,6 +175,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ),
             ],
         ),
+        ("Matrix products", rates.what_follows(facts["products"])),
         ("Accelerators", accelerators or [("none", "torch sees no GPU")]),
         (
             "Backends",

@@ -172,6 +172,33 @@ def in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
     return tile.view(dtype)[:, : tile.shape[1]]
 
 
+def _project_at_once(
+    call: LinearCall,
+    x: Tensor,  # [N, H]
+    head: HeadTensors,
+    labels: Tensor,  # [N]
+    stats: Stats,  # [N]
+    saved: Saved,
+    row_scale: Tensor,  # [N]
+) -> None:
+    """The logit-free pass of a backend that multiplies D while it makes it: only D of the stashed
+    tokens ever stands in memory."""
+    backend, weight, transform = call.backend, head.weight, call.transform
+    n, stashed = x.shape[0], saved.stash.shape[0]
+    if stashed > 0:
+        tokens = _block(x, 0, stashed), weight, _block(labels, 0, stashed), head.bias
+        scale = _block(row_scale, 0, stashed)
+        rows = stats.rows(0, stashed)
+        backend.logit_free_forward(*tokens, rows, transform, saved.stash, scale)
+        if saved.u is not None:
+            backend.project(saved.stash, weight, _block(saved.u, 0, stashed))
+    if stashed == n:
+        return
+    row_scale[stashed:] = 1.0  # u of the other tokens is whole
+    rest = x[stashed:], weight, labels[stashed:], head.bias, stats.rows(stashed, n), transform
+    backend.logit_free_forward(*rest, u=None if saved.u is None else saved.u[stashed:])
+
+
 def forward_pass(
     call: LinearCall,
     inputs: HeadInputs,
@@ -200,6 +227,9 @@ def forward_pass(
     saved = Saved(u, v, stash, stats.lse, row_scale)
     if plan.logit_free and not with_grads:
         backend.logit_free_forward(x, head.weight, labels, head.bias, stats, transform)
+        return _outputs(stats, labels, vocab, extras), saved
+    if row_scale is not None and backend.PROJECTS_AT_ONCE:
+        _project_at_once(call, x, head, labels, stats, saved, row_scale)
         return _outputs(stats, labels, vocab, extras), saved
     all_stashed = plan.stash_tokens == n
 

@@ -38,6 +38,8 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
+# What the CPU's logit-free pass keeps at most: blocks of D and sums, and an operand in packed form.
+_SCRATCH_BYTES, _PACKED_BYTES = 2**25, 2**24
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def plan_head(
     strategy: str = "auto",
     precision: str = "exact",
     fused: bool | None = None,
+    at_once: bool = False,
 ) -> HeadPlan:
     """Choose the strategy and the tiles of one call of `linear_token_logps`.
 
@@ -163,6 +166,7 @@ def plan_head(
         call is forward-only or frozen whatever is asked for.
     fused: whether the logit-free product is taken, which some backends have. None: by a pass
         without gradients that asks for strategy="forward-only", on a GPU, up to a hidden size.
+    at_once: whether that product can multiply D while it makes it, which `native`'s does.
 
     Raises ValueError for an unknown strategy or precision, a budget that is not positive, and a
     strategy that cannot give the gradients that are needed.
@@ -185,7 +189,7 @@ def plan_head(
     tile_budget = _tile_budget(vocab_size, kind, budget)
     sizes = tokens, hidden_size, vocab_size, dtype, kind
     grads = bool(hidden_grad), bool(weight_grad)
-    return _plan(*sizes, *grads, strategy, precision, fused, budget, tile_budget)
+    return _plan(*sizes, *grads, strategy, precision, fused, at_once, budget, tile_budget)
 
 
 @functools.lru_cache(maxsize=1024)  # a few batch shapes come again and again
@@ -200,6 +204,7 @@ def _plan(
     strategy: str,
     precision: str,
     fused: bool | None,
+    at_once: bool,
     budget: int,
     tile_budget: int,
 ) -> HeadPlan:
@@ -219,7 +224,8 @@ def _plan(
     if fused is None:
         asked = chosen == strategy == "forward-only"
         fused = asked and kind == "cuda" and h <= _FUSED_HIDDEN_SIZE
-    logit_free = fused and item == 2
+    logit_free = fused and (item == 2 or (at_once and dtype == torch.float32))
+    at_once = at_once and logit_free
     # The logit-free product does not round logits; the backward pass must not either.
     precision = "exact" if logit_free else precision
     tile_size = tile_dtype(dtype, precision).itemsize
@@ -228,14 +234,18 @@ def _plan(
     rows = max(1, min(n, max(tile_budget // max(forward_item * v, 1), _MIN_ROWS)))
     if kind == "cuda" and rows < n:
         rows = _even_rows(rows, n)
-    if logit_free and in_stash:
+    if at_once or (logit_free and in_stash):
         rows = max(n, 1)
     # Half a tile in backward, where c X stands beside it.
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
     if columns < v:
         columns -= columns % _COLUMNS_STEP
     tile_bytes = 0 if in_stash else rows * v * forward_item
-    if logit_free:  # two numbers for each token and each 128 entries of the vocabulary, in launches
+    if at_once:
+        tile_bytes = min(n * (2048 * item + 4 * h + -(-v // 512) * 16), _SCRATCH_BYTES)
+        tile_bytes += min(4 * n * h, _PACKED_BYTES) + 2048 * 4 * h  # packed operands
+    elif logit_free:
+        # Two numbers for each token and each 128 entries of the vocabulary, in launches.
         tile_bytes = tile_bytes if hidden_grad or weight_grad else 0
         tile_bytes += min(8 * n * -(-v // 128), _FUSED_BYTES)
     states = n * h * item  # of the hidden states, and of everything in their shape

@@ -120,6 +120,7 @@ def plan_call(
         strategy=options.strategy,
         precision=options.precision,
         fused=fused,
+        at_once=backend.PROJECTS_AT_ONCE,
     )
     return LinearCall(plan, options.transform, extras, backend, *grads)
 

@@ -121,43 +121,85 @@ def test_threads(threads, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def _has_product(dtype) -> bool:
-    return native.problem() is None and native._cpu.have_gemm(dtype == torch.bfloat16)
+KERNELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def _needs_kernel(name, dtype):
+    if native.problem() or name not in native._cpu.product_kernels(CODES[dtype]):
+        pytest.skip(f"the processor has no kernel {name} for {dtype}")
+
+
+def _operand(rows, k, transposed, dtype):
+    """[rows, k] inside something larger, with either stride being 1."""
+    t = torch.randn(k, rows + 2) if transposed else torch.randn(rows, k + 3)
+    t = t.to(dtype)
+    return t[:, :rows].t() if transposed else t[:, :k]
+
+
+def _product(a, b, name, out_dtype, threads=1):
+    """a b^T from the kernel, after a look at what is beside it."""
+    out = torch.full((a.shape[0] + 1, b.shape[0] + 3), torch.nan, dtype=out_dtype)
+    strides = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), CODES[a.dtype]
+    sizes = out.data_ptr(), CODES[out_dtype], out.stride(0), a.shape[0], b.shape[0], a.shape[1]
+    native._cpu.product(*strides, *sizes, name, threads)
+    assert out[a.shape[0] :].isnan().all() and out[:, b.shape[0] :].isnan().all()
+    return out[:-1, :-3]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.parametrize(
-    "m, n, k", [(1, 1, 1), (5, 63, 2), (7, 65, 513), (97, 130, 1031), (6, 64, 0)]
+    "m, n, k",
+    [
+        (1, 1, 1),
+        (5, 63, 2),
+        (7, 65, 513),
+        (97, 130, 1031),
+        (6, 64, 0),
+        (150, 600, 31),
+        (4, 9, 9001),
+    ],
 )
-def test_gemm(threads, m, n, k, dtype):
+def test_product(threads, m, n, k, dtype, name):
     """Every combination of strides, edges in every direction, nothing written outside, and each
     result the same whatever the other rows, columns and threads are."""
-    if not _has_product(dtype):
-        pytest.skip("the processor lacks the instructions")
-
-    def operand(rows, transposed):
-        t = torch.randn(k, rows + 2) if transposed else torch.randn(rows, k + 3)
-        t = t.to(dtype)
-        return t[:, :rows].t() if transposed else t[:, :k]
-
-    def product(a, b, count=1):
-        out = torch.full((a.shape[0] + 1, b.shape[0] + 3), torch.nan)
-        strides = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride()
-        sizes = out.data_ptr(), out.stride(0), a.shape[0], b.shape[0], k
-        native._cpu.gemm(*strides, *sizes, dtype == torch.bfloat16, count)
-        assert out[a.shape[0] :].isnan().all() and out[:, b.shape[0] :].isnan().all()
-        return out[:-1, :-3]
-
+    _needs_kernel(name, dtype)
     for transposed_a in (False, True):
         for transposed_b in (False, True):
-            a, b = operand(m, transposed_a), operand(n, transposed_b)
-            out = product(a, b)
-            eps = torch.finfo(torch.float32).eps
-            size = a.double().abs() @ b.double().abs().t()
-            oracle.assert_within(out, a.double() @ b.double().t(), eps * (k + 4) ** 0.5 * size)
-            assert torch.equal(out, product(a, b, 3))
-            assert torch.equal(out[-1:], product(a[-1:], b))
-            assert torch.equal(out[:, n // 2 :], product(a, b[n // 2 :]))
+            a, b = _operand(m, k, transposed_a, dtype), _operand(n, k, transposed_b, dtype)
+            for out_dtype in {torch.float32, dtype}:
+                out = _product(a, b, name, out_dtype)
+                eps = torch.finfo(torch.float32).eps
+                size = a.double().abs() @ b.double().abs().t()
+                exact = a.double() @ b.double().t()
+                bound = eps * (k + 4) ** 0.5 * size
+                if out_dtype != torch.float32:  # rounded once
+                    bound = bound + torch.finfo(dtype).eps * (exact.abs() + bound)
+                oracle.assert_within(out, exact, bound)
+                assert torch.equal(out, _product(a, b, name, out_dtype, 3))
+                assert torch.equal(out[-1:], _product(a[-1:], b, name, out_dtype))
+                assert torch.equal(out[:, n // 2 :], _product(a, b[n // 2 :], name, out_dtype))
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_product_of_a_long_sum(dtype, threads):
+    """k beyond what is packed at once: sums wait for the rest, whatever the threads."""
+    name = "avx2"
+    _needs_kernel(name, dtype)
+    a, b = (_operand(rows, 70_001, rows == 3, dtype) for rows in (9, 3))
+    exact = a.double() @ b.double().t()
+    for out_dtype in {torch.float32, dtype}:
+        out = _product(a, b, name, out_dtype)
+        bound = 2e-3 if out_dtype == torch.float32 else 2e-3 + torch.finfo(dtype).eps * exact.abs()
+        oracle.assert_within(out, exact, bound)
+        assert torch.equal(out, _product(a, b, name, out_dtype, 5))
+
+
+@needs_native
+def test_a_kernel_that_is_not_there():
+    with pytest.raises(ValueError, match="no kernel named sse9"):
+        _product(torch.zeros(2, 3), torch.zeros(2, 3), "sse9", torch.float32)
 
 
 @needs_native
@@ -201,14 +243,15 @@ def test_forcing_a_backend(backend, monkeypatch):
     seen = []
 
     def spy(module, real):
-        def fold_grad(*args):
+        def call(*args, **options):
             seen.append(module.NAME)
-            real(*args)
+            real(*args, **options)
 
-        return fold_grad
+        return call
 
     for module in backends._MODULES.values():
-        monkeypatch.setattr(module, "fold_grad", spy(module, module.fold_grad))
+        for name in ("fold_grad", "logit_free_forward"):
+            monkeypatch.setattr(module, name, spy(module, getattr(module, name)))
     fastpref.linear_token_logps(hidden, weight, labels, backend=backend)
     monkeypatch.setenv("FASTPREF_BACKEND", backend)
     fastpref.linear_token_logps(hidden, weight, labels)

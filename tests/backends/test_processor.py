@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from fastpref.backends import processor  # noqa: E402
+from fastpref.backends import native, processor, rates  # noqa: E402
 from fastpref.cli import doctor  # noqa: E402
 from fastpref.trainer.config import PreferenceConfig, UnpairedPreferenceConfig  # noqa: E402
 
@@ -81,3 +81,22 @@ def test_what_is_asked_for_stands(made, caplog):
     assert made(AVX2, bf16=True, precision="fast").bf16 is True
     with pytest.raises(ValueError, match="precision is 'fast', which needs 16-bit operands"):
         made(AVX2, precision="fast")
+
+
+def test_rates_of_products():
+    """Both dtypes, and what follows from them."""
+    found = rates.product_rates()
+    assert list(found) == ["float32", "bfloat16"]
+    for rate in found.values():
+        assert rate["torch"] > 0 and rate["used"] in ("native", "torch")
+        assert (rate["native"] is None) == (native.problem() is not None)
+    assert [name for name, _ in rates.what_follows(found)] == [*found, "body of a model"]
+    for half, said in (
+        (10.0, "10 times slower"),
+        (250.0, "2.5 times as fast"),
+        (100.0, "about as"),
+    ):
+        made = {"float32": {"torch": 100.0, "native": 150.0, "used": "native"}}
+        made["bfloat16"] = {"torch": half, "native": None, "used": "torch"}
+        lines = dict(rates.what_follows(made))
+        assert said in lines["body of a model"] and "not built" in lines["bfloat16"]

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "product.h"
 #include "tile.h"
 
 using namespace fastpref;
@@ -28,7 +29,7 @@ static std::vector<float> step(int64_t rows, int64_t vocab, int threads, bool so
     std::vector<int64_t> labels(rows), argmax(rows);
     for (int64_t i = 0; i < rows; ++i) labels[i] = i % 5 == 4 ? -100 : (i * 7) % vocab;
     std::vector<std::vector<float>> s(8, std::vector<float>(rows));
-    Stats stats{s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(),
+    Stats stats{s[0].data(), s[1].data(), s[2].data(), s[3].data(),  s[4].data(),
                 s[5].data(), s[6].data(), s[7].data(), argmax.data()};
     const Transform transform{0.7f, softcap ? 5.f : 0.f, 1.3f};
     // Two slices of the vocabulary, whose rows are a whole tile apart.
@@ -44,12 +45,21 @@ static std::vector<float> step(int64_t rows, int64_t vocab, int threads, bool so
     grad(tile, transform, g, half.data(), Dtype::bf16, vocab, threads);
     grad(tile, transform, g, logits.data(), Dtype::f32, vocab, threads);  // in place
 
-    std::vector<float> a = numbers(rows * 33, 3), b = numbers(vocab * 33, 4), product(rows * vocab, 0.f);
-    if (have_gemm(false))
-        gemm({a.data(), b.data(), 33, 1, 33, 1, product.data(), vocab, rows, vocab, 33, false}, threads);
+    std::vector<float> a = numbers(rows * 33, 3), b = numbers(vocab * 33, 4), out;
+    const Operand x{a.data(), Dtype::f32, 33, 1}, weight{b.data(), Dtype::f32, 33, 1};
+    for (auto* kernel : micro_kernels(Dtype::f32)) {
+        std::vector<float> product_(rows * vocab), d(rows * vocab), u(rows * 33), scale(rows);
+        product({x, weight, rows, vocab, 33, product_.data(), Dtype::f32, vocab}, *kernel, threads);
+        LogitFree head{x,         weight, rows,     vocab, 33,           labels.data(), nullptr,
+                       transform, stats,  d.data(), vocab, scale.data(), nullptr,       0};
+        logit_free_forward(head, *kernel, threads);
+        head.d = nullptr, head.row_scale = nullptr, head.u = u.data(), head.u_stride = 33;
+        logit_free_forward(head, *kernel, threads);
+        for (const auto* part : {&product_, &d, &u, &scale})
+            out.insert(out.end(), part->begin(), part->end());
+    }
 
-    std::vector<float> out;
-    for (const auto* part : {&s[0], &s[1], &s[2], &s[3], &s[4], &logits, &product})
+    for (const auto* part : {&s[0], &s[1], &s[2], &s[3], &s[4], &logits})
         out.insert(out.end(), part->begin(), part->end());
     for (uint16_t x : half) out.push_back(static_cast<float>(x));
     return out;
