@@ -21,14 +21,22 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a number")
 
 
+def check_integer(name: str, value: object) -> None:
+    """Raise ValueError unless value is an integer; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise ValueError(f"{name}: got {value!r}, expected an integer")
+
+
 def check_float(name: str, t: Tensor) -> None:
-    """Raise ValueError unless t is a tensor of float64, float32, bfloat16 or float16."""
+    """Raise ValueError unless t is a dense tensor of float64, float32, bfloat16 or float16."""
     if not isinstance(t, Tensor):
         raise ValueError(f"{name}: got {type(t).__name__}, expected a tensor")
     if t.dtype not in FLOATS:
         raise ValueError(
             f"{name}: got {str(t.dtype)[6:]}, expected float64, float32, bfloat16 or float16"
         )
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name}: got layout {str(t.layout)[6:]}, expected a dense tensor")
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:

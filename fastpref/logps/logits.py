@@ -13,7 +13,7 @@ from fastpref import backends
 from fastpref.backends.tile import Backend, Stats, Transform
 from fastpref.logps.checks import check_labels, check_range
 from fastpref.logps.prepared import adjacent
-from fastpref.validation import check_float
+from fastpref.validation import check_float, check_integer
 
 
 def token_logps(
@@ -47,6 +47,7 @@ def token_logps(
     """
     transform = Transform(scale, softcap, temperature)
     check_float("logits", logits)
+    check_integer("ignore_index", ignore_index)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V > 0")
     check_labels(labels, logits.shape[:-1], "logits without its last dimension", logits.device)
