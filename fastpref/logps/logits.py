@@ -73,7 +73,7 @@ def token_logps(
 
 
 def _row_blocks(logits: Tensor, backend: Backend) -> Iterator[tuple[int, int]]:
-    """Ranges of rows; of 2^24 logits for plain torch, whose temporaries are as large as they."""
+    """Ranges of rows: 2^24 logits each for plain torch, whose temporaries have that size."""
     size = max(16, 2**24 // logits.shape[1]) if backend.NAME == "eager" else 2**62
     return ((a, min(a + size, logits.shape[0])) for a in range(0, logits.shape[0], size))
 
@@ -136,7 +136,7 @@ class TokenLogps(torch.autograd.Function):
                 "pass; a second one needs inplace_backward=False"
             )
         ctx.used = ctx.inplace
-        # Through .data: autograd's version counter guards others against this write, not ourselves.
+        # .data is the same memory outside of the graph: a gradient must not depend on the logits.
         dlogits = logits.data if ctx.inplace else torch.empty_like(logits)
         rows = labels, lse, logps, dlogp.contiguous()
         logits_backward(logits.data, *rows, dlogits, ctx.transform, ctx.backend)

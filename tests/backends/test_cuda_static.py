@@ -69,7 +69,7 @@ def cubin(source: str, arch: str) -> tuple[str, str | None]:
                 return run.stderr, None
             dump = [tool, "-sass", str(out)]
             done = subprocess.run(dump, capture_output=True, text=True, check=True)
-            return run.stderr, done.stdout
+            return run.stderr, re.sub(r" */\* 0x[0-9a-f]+ \*/", "", done.stdout)  # the encodings
 
     target = [f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v"]
     inputs = [nvcc_build.compile_command(NVCC, source, Path("out"), target), _nvcc_version(), tool]
