@@ -25,6 +25,12 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a number")
 
 
+def check_integer(name: str, value: object) -> None:
+    """Raise ValueError unless value is an integer; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise ValueError(f"{name}: got {value!r}, expected an integer")
+
+
 def is_fake(t: Tensor) -> bool:
     """Whether t is a FakeTensor, which has a shape, a dtype and a device, and no values."""
     return type(t) not in _TORCH_CLASSES and isinstance(t, FakeTensor)
@@ -85,6 +91,8 @@ def check_float(name: str, t: Tensor) -> None:
         raise ValueError(
             f"{name}: got {str(t.dtype)[6:]}, expected float64, float32, bfloat16 or float16"
         )
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name}: got layout {str(t.layout)[6:]}, expected a dense tensor")
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:

@@ -21,14 +21,14 @@ _PASSES = {
     ("cuda", "tiles"): (2 + 6, 2 + 4),  # fold and grad in one kernel
     ("triton", "logit-free"): (0, 0),  # D is what the product writes, in place of logits
     ("cuda", "logit-free"): (0, 0),
-    # Widened to float32, log_softmax and back, of whole logits [N, V]: without the gradient 18.
+    # Eager torch widens all logits to float32 for log_softmax: 18 bytes forward, 22 backward.
     ("eager", "eager"): (40, 18),
-    # One pass over the logits forward; backward reads them and writes their gradient.
+    # Compiled torch reads the logits in forward, and reads them and writes D in backward.
     ("compiled", "compiled"): (6, 2),
 }
-# More of eager's with a softcap, whose three operations read and write the logits each.
+# Added to eager's with a softcap: each of its three operations reads and writes the logits.
 _SOFTCAP = (26, 12)
-# More of a recomputed tile: written wider, read once and D written.
+# Added for a recomputed tile: it is written in fp32 and read, and D is written.
 _RECOMPUTED = 2 + 6
 
 

@@ -96,7 +96,7 @@ REWARD: list[dict] = [
 
 
 def make_inputs() -> dict[str, torch.Tensor]:
-    """Fixed random inputs, of which every answer has another length, the last one token."""
+    """Fixed random inputs. The answers differ in length, and the last one has one token."""
     torch.manual_seed(7)
     rows = 2 * PAIRS
     mask = torch.zeros(rows, LENGTH, dtype=torch.long)

@@ -3,6 +3,7 @@ without the patch."""
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import defaultdict
@@ -65,6 +66,17 @@ def pytest_collection_modifyitems(items):
         for i, item in enumerate(cases):
             if i not in kept:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    """The libraries' objects leave the garbage collector's lists: each of the several hundred
+    collections of a run, which the benchmarks ask for, would look at a million of them again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extension modules report at the exit that their objects were leaked
 
 
 def _poison(t: torch.Tensor) -> torch.Tensor:

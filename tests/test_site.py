@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("material")
-pytest.importorskip("mkdocs")
-
 ROOT = Path(__file__).resolve().parent.parent
 # What a browser loads by itself; a link in the text is only followed by a reader.
 _LOADED = re.compile(
@@ -22,7 +19,16 @@ _LOADED = re.compile(
 )
 
 
+@pytest.mark.parametrize("folder", ["docs", "docs/decisions"])
+def test_the_list_of_pages_has_every_page(folder):
+    pages = {path.name for path in (ROOT / folder).glob("*.md")} - {"README.md"}
+    text = (ROOT / folder / "README.md").read_text("utf-8")
+    assert pages - set(re.findall(r"\]\((\w[\w-]*\.md)\)", text)) == set()
+
+
 def test_the_site_builds_and_is_whole(tmp_path):
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
     run = subprocess.run(
         [*command, "--site-dir", str(tmp_path / "site")],

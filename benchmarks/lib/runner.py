@@ -290,7 +290,7 @@ class Supervisor:
         self.dropped += self._tasks
 
     def _one_worker(self) -> tuple[dict[str, Any], str | None]:
-        """What the worker was at, and why it stopped before its end; None: it did not."""
+        """Run one worker. What it was at last, and why it stopped early; None: it did not."""
         env, tasks = next(itertools.groupby(self._tasks.values(), lambda task: task.get("env")))
         request = {**self._request, "tasks": list(tasks), "first": self._first}
         child = Child(self._script, request, env)

@@ -51,7 +51,7 @@ DEVICE float clamp(float x, float low, float high) {  // NaN stays NaN
     asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
     return x;
 }
-// Here and now: the compiler neither moves the computation of x past this nor leaves it out.
+// Forces x to be computed before this point: the compiler may neither delay nor remove it.
 DEVICE void keep(float& x) { asm volatile("" : "+f"(x)); }
 DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
@@ -72,8 +72,8 @@ DEVICE uint32_t pack_f16(float first, float second) {
     return packed;
 }
 
-// A row is read once: there is nothing to keep in L1. Volatile, so that no load of logits moves
-// below the barrier after which they are overwritten.
+// The load bypasses L1, as each logit is read once. It is volatile so that the compiler does not move
+// it below the barrier after which the logits are overwritten.
 DEVICE Vector load_vector(const void* p) {
     Vector v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -85,15 +85,15 @@ DEVICE Vector load_vector(const void* p) {
 DEVICE void store_vector(void* p, const Vector& v) {
     *static_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }
-// What is not read again soon: it leaves the cache before what is.
+// A streaming store, for data that is not read again soon: the cache evicts it first.
 DEVICE void store_vector_and_forget(void* p, const Vector& v) {
     __stcs(static_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
 }
 DEVICE void store_pair(void* p, uint32_t a, uint32_t b) { *static_cast<uint2*>(p) = make_uint2(a, b); }
 
-// Clusters: the thread blocks of a row, which write into each other's shared memory. A block may do
-// that from the moment all have started (say so first, wait before the first write) to the next
-// barrier (arrive and wait), after which each reads its own.
+// A cluster is the thread blocks of a row, which write into each other's shared memory. Before its
+// first write a block calls cluster_started and cluster_wait: every block is then running. After its
+// last write it calls cluster_arrive and cluster_wait: every block's writes are then visible.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 DEVICE void cluster_started() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
@@ -115,10 +115,10 @@ inline void check(cudaError_t error, const char* what) {
         throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// cudart is linked statically, so torch has another copy of it in the same process. Both work in the
-// device's primary context: pointers and streams are the driver's and mean the same to either. Only
-// "the current device" is noted in each copy; the caller is inside torch.cuda.device(...), and here
-// the same device is made current. Nothing waits and nothing is allocated.
+// cudart is linked statically, so torch has another copy of it in the same process. Both copies use the
+// device's primary context, where pointers and streams are valid in either. Each copy has a current
+// device of its own: the caller sets torch's by torch.cuda.device(...), and `launch` sets this one. A
+// launch neither waits nor allocates.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const Args& args, int64_t blocks, int threads,
             int cluster, int device, uintptr_t stream, int shared = 0) {

@@ -3,13 +3,13 @@
 // The thread blocks of a cluster share a row and hold it in registers, N logits to a thread. A warp
 // finds its maximum, so that each logit costs one exponential; (maximum, sums) of the warps meet in
 // shared memory and those of the blocks in each other's, and then D is written from what the
-// registers hold: exp(z - m), times what the softcap leaves of it. Writing over the logits is safe,
-// since by then every block of the row has read its share.
+// registers hold: exp(z - m), times the softcap's derivative. D may overwrite the logits, since by then
+// every block of the row has read its share.
 //
 // A row that has more logits than the cluster has room is folded in several turns, and its D is
 // written by `grad`. fold alone is the same kernel without the last step, so that a policy's and a
-// reference's log-probs are the same to the last bit. No fma is made of a product and a sum that are
-// written apart: z - m has to be exactly 0 at the maximum.
+// reference's log-probs are the same to the last bit. The build turns off the contraction of a product
+// and a sum into an fma: z - m has to be exactly 0 at the maximum.
 #pragma once
 #include "logits.h"
 
@@ -45,7 +45,7 @@ template <bool EXTRAS> DEVICE Part combined(const Part& mine) {
     Part all = mine;
     all.max = warp_max(mine.max);
     float shift = mine.max - base_of(all.max), factor = exponential(shift);
-    all.sum = warp_sum(mine.sum * factor);  // a sum that is not a number stays one
+    all.sum = warp_sum(mine.sum * factor);  // NaN stays NaN
     if (EXTRAS) {
         all.weighted = warp_sum(factor > 0 ? factor * (mine.weighted + mine.sum * shift) : 0.f);
         all.squared = warp_sum(mine.squared * factor * factor);
@@ -85,7 +85,7 @@ struct Logs {
     float lse, logp;
 };
 
-// lse and the label's log-prob from a row's statistics, which block `writer` writes down.
+// lse and the label's log-prob from a row's statistics. The thread with `writer` stores both.
 DEVICE Logs finish(const FoldArgs& a, int64_t row, Part p, float target, bool writer) {
     const Stats& s = a.stats;
     int64_t argmax = p.argmax == NO_COLUMN ? 0 : a.col0 + p.argmax;
@@ -122,7 +122,7 @@ DEVICE Logs finish(const FoldArgs& a, int64_t row, Part p, float target, bool wr
         target = exact;
     }
     float log_sum = logf(p.sum), lse = p.max + log_sum;
-    // target - max is exact where it matters, at saturated rows. Above 0 is a rounding of 0.
+    // target - max is exact where the label is almost certain. A log-prob above 0 is a rounding error.
     float logp = target - p.max - log_sum;
     logp = logp > 0 ? 0.f : logp;
     if (writer) {
@@ -137,7 +137,7 @@ DEVICE Logs finish(const FoldArgs& a, int64_t row, Part p, float target, bool wr
     return {lse, logp};
 }
 
-// An ignored row: any finite numbers will do, and its logits are not read.
+// The statistics of an ignored row are arbitrary finite numbers; its logits are not read.
 DEVICE void ignore(const FoldArgs& a, int64_t row, int rank) {
     const Stats& s = a.stats;
     if (a.out)
@@ -167,7 +167,7 @@ KERNEL(THREADS, BLOCKS) fold_kernel(const FoldArgs a) {
     const float raw_label = hit ? read(x + y) : NAN;
     const float outer = a.affine.outer;
 
-    // What a thread holds: vectors `step` columns apart, so that a warp's accesses are adjacent.
+    // A thread holds vectors that are `step` columns apart, so that a warp's accesses are adjacent.
     const int step = a.cluster * threads() * E;
     const int first = (rank * threads() + thread()) * E;
     Part p{-INF, 0.f, 0.f, 0.f, 0.f, NO_COLUMN};
@@ -210,11 +210,11 @@ KERNEL(THREADS, BLOCKS) fold_kernel(const FoldArgs a) {
                 p.squared += e * e;
             }
             z[k] = CAP ? e * flatness(z[k]) : e;
-            keep(z[k]);  // the product is not to be put off: its factors would take two registers
+            keep(z[k]);  // a delayed product would keep two factors in registers
         }
     }
 
-    const float mine = p.max;  // to which the registers' exponentials are
+    const float mine = p.max;  // the base of the exponentials in z
     p.sum = warp_sum(p.sum);
     if (EXTRAS) {
         p.weighted = warp_sum(p.weighted);
@@ -243,7 +243,7 @@ KERNEL(THREADS, BLOCKS) fold_kernel(const FoldArgs a) {
     const auto [lse, logp] = finish(a, row, p, tanh_label * outer, rank == 0 && thread() == 0);
     if (!a.out) return;
 
-    // A warp of nothing but -inf has no base; its exponentials are 0.
+    // If all logits of a warp are -inf, it has no base, and its exponentials are 0.
     const float gain = mine == -INF ? 0.f : -a.affine.slope * exponential(mine - lse);
     // The label's entry comes from its log-prob: a difference of probabilities would lose its digits.
     float at_label = a.affine.slope * -expm1f(logp);

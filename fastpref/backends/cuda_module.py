@@ -130,7 +130,10 @@ def _on(device: torch.device):
 
 
 def launch(name: str, device: torch.device, *args: Any, clusters: bool = True) -> None:
-    """Call the module's function; the device, its stream and what a row may take come last."""
+    """Call the module's function `name` with args, the device's index and its current stream.
+
+    clusters: also pass the largest cluster of thread blocks that the device runs.
+    """
     index = index_of(device)
     stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
     more = (clusters_of(index),) if clusters else ()

@@ -168,7 +168,10 @@ def _factors(t: Transform) -> tuple[float | None, float | None]:
 
 
 def _check(tile: Tensor, labels: Tensor, *vectors: Tensor | None) -> None:
-    """What the kernels take on trust. The callers have checked what users gave."""
+    """Assert the shapes, strides and dtypes that the kernels rely on.
+
+    The public functions have checked the user's arguments before.
+    """
     n = tile.shape[0]
     assert tile.dtype in _DTYPES and (tile.stride(1) == 1 or tile.shape[1] <= 1)
     assert labels.dtype == torch.int64 and labels.numel() == n and labels.is_contiguous()

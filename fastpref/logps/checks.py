@@ -18,6 +18,8 @@ from fastpref.validation import autocasts, check_dense, check_device, check_floa
 
 def check_extras(extras: Sequence[str]) -> tuple[str, ...]:
     """The names of the extras; ValueError for an unknown one."""
+    if not hasattr(extras, "__iter__"):
+        raise ValueError(f"extras: got {extras!r}, expected some of {', '.join(EXTRAS)}")
     names = (extras,) if isinstance(extras, str) else tuple(extras)
     for name in names:
         if name not in EXTRAS:
@@ -78,6 +80,10 @@ def adapter_tensors(
                 "low_rank: got it with lora_hidden or lora_B, expected low_rank alone or both of "
                 "the others"
             )
+        if not isinstance(low_rank, tuple | list) or len(low_rank) != 2:
+            raise ValueError(
+                f"low_rank: got {type(low_rank).__name__}, expected the pair (lora_hidden, lora_B)"
+            )
         lora_hidden, lora_B = low_rank
     if weight_scale is not None:
         if dora_scale is not None:
@@ -104,15 +110,14 @@ def check_adapter(hidden: Tensor, head: HeadTensors, lora_hidden: Tensor | None)
                 "hidden (they may differ under autocast)"
             )
     if lora_hidden is not None and lora_B is not None:
-        if lora_hidden.shape != (*hidden.shape[:-1], lora_B.shape[-1]):
+        if lora_B.dim() != 2 or lora_B.shape[0] != vocab or lora_B.shape[1] == 0:
+            raise ValueError(
+                f"lora_B: got shape {tuple(lora_B.shape)}, expected [{vocab}, r] with r > 0"
+            )
+        if lora_hidden.shape != (*hidden.shape[:-1], lora_B.shape[1]):
             raise ValueError(
                 f"lora_hidden: got shape {tuple(lora_hidden.shape)}, expected [..., r] as hidden "
                 f"{tuple(hidden.shape)} and lora_B {tuple(lora_B.shape)}"
-            )
-        if lora_B.shape != (vocab, lora_hidden.shape[-1]):
-            raise ValueError(
-                f"lora_B: got shape {tuple(lora_B.shape)}, expected [{vocab}, r] as lora_hidden "
-                f"{tuple(lora_hidden.shape)}"
             )
     if dora_scale is not None and dora_scale.shape != (vocab,):
         raise ValueError(f"dora_scale: got shape {tuple(dora_scale.shape)}, expected [{vocab}]")

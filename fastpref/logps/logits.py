@@ -19,7 +19,7 @@ from fastpref.logps.first_order import (
     raise_for_inference,
 )
 from fastpref.logps.prepared import adjacent
-from fastpref.validation import check_float, is_traced
+from fastpref.validation import check_float, check_integer, is_traced
 
 
 def token_logps(
@@ -54,6 +54,7 @@ def token_logps(
     transform = Transform(scale, softcap, temperature)
     check_transforms()
     check_float("logits", logits)
+    check_integer("ignore_index", ignore_index)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V > 0")
     check_labels(labels, logits.shape[:-1], "logits without its last dimension", logits.device)
@@ -83,7 +84,7 @@ def token_logps(
 
 
 def _row_blocks(logits: Tensor, backend: Backend) -> Iterator[tuple[int, int]]:
-    """Ranges of rows; of 2^24 logits for plain torch, whose temporaries are as large as they."""
+    """Ranges of rows: 2^24 logits each for plain torch, whose temporaries have that size."""
     size = max(16, 2**24 // logits.shape[1]) if backend.NAME == "eager" else 2**62
     return ((a, min(a + size, logits.shape[0])) for a in range(0, logits.shape[0], size))
 
@@ -147,6 +148,7 @@ class TokenLogps(FirstOrderFunction):
             )
         logits, labels, lse, logps = ctx.saved_tensors
         ctx.used = ctx.inplace
+        # .data is the same memory outside of the graph: a gradient must not depend on the logits.
         dlogits = logits.data if ctx.inplace else torch.empty_like(logits)
         rows = labels, lse, logps, as_vector(dlogp)
         logits_backward(logits.data, *rows, dlogits, ctx.transform, ctx.backend)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastpref.backends.tile import Transform
 from fastpref.logps.plan import FUSED, check_plan_options
-from fastpref.validation import cached_options
+from fastpref.validation import cached_options, check_integer
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         check_plan_options(self.strategy, self.memory_budget, self.precision, self.fused)
+        check_integer("ignore_index", self.ignore_index)
         transform = Transform(self.scale, self.softcap, self.temperature)
         object.__setattr__(self, "transform", transform)
 

@@ -94,7 +94,8 @@ def check_plan_options(
         raise ValueError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if memory_budget is not None and not (isinstance(memory_budget, int) and memory_budget > 0):
+    counts = isinstance(memory_budget, int) and not isinstance(memory_budget, bool)
+    if memory_budget is not None and not (counts and memory_budget > 0):
         raise ValueError(
             f"memory_budget: got {memory_budget!r}, expected a number of bytes above 0"
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastpref.validation import check_device, check_ids
+from fastpref.validation import check_device, check_ids, check_integer
 
 
 def sequence_logps(
@@ -33,6 +33,7 @@ def sequence_logps(
     Raises:
         ValueError: shapes that differ, ids outside [0, S), neither labels nor sequence_ids.
     """
+    check_integer("ignore_index", ignore_index)
     if (sequence_ids is None) == (token_logps.dim() == 1):
         raise ValueError(
             f"token_logps: got shape {tuple(token_logps.shape)} "

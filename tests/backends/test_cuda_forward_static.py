@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import Counter
 
 import cuda_emulated  # noqa: F401  puts csrc/cuda on the path
 import nvcc_build
 import pytest
-from test_cuda_static import NVCC, REGISTERS, _cuobjdump
+from test_cuda_static import NVCC, REGISTERS, cubin
 
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="nvcc is not installed"),
@@ -20,20 +19,14 @@ LOGITS = 128  # of a tile in one thread
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled():
     """ptxas's words, and the SASS of each kernel by its (mangled) name."""
-    out = tmp_path_factory.mktemp("forward") / "forward.cubin"
     assert nvcc_build.architectures_of("forward.cu", ["80", "90", "120+PTX"]) == ["90a"]
-    target = ["-arch=sm_90a", "-cubin", "-Xptxas=-v"]
-    command = nvcc_build.compile_command(NVCC, "forward.cu", out, target)
-    run = subprocess.run([c for c in command if c != "-c"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    tool = _cuobjdump()
-    if tool is None:
+    log, sass = cubin("forward.cu", "90a")
+    if sass is None:
         pytest.skip("cuobjdump is not installed")
-    sass = subprocess.run([tool, "-sass", str(out)], capture_output=True, text=True, check=True)
-    parts = re.split(r"^\s*Function : ", sass.stdout, flags=re.MULTILINE)[1:]
-    return run.stderr, {p.split("\n", 1)[0].strip(): p for p in parts}
+    parts = re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]
+    return log, {p.split("\n", 1)[0].strip(): p for p in parts}
 
 
 def _opcodes(sass: str) -> Counter[str]:
@@ -84,9 +77,7 @@ def test_instructions(compiled, cap, dtype, d, extras):
     assert count("MUFU.RCP") <= LOGITS * cap + per_row
 
 
-def test_elsewhere_it_is_empty(tmp_path):
+def test_elsewhere_it_is_empty():
     """Other GPUs lack its instructions: there the kernels have no body, and are never launched."""
-    out = tmp_path / "forward.cubin"
-    command = nvcc_build.compile_command(NVCC, "forward.cu", out, ["-arch=sm_80", "-cubin"])
-    run = subprocess.run([c for c in command if c != "-c"], capture_output=True, text=True)
-    assert run.returncode == 0 and "warning" not in run.stderr, run.stderr
+    log, _ = cubin("forward.cu", "80")
+    assert "warning" not in log, log

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cuda_emulated  # noqa: F401  puts csrc/cuda on the path
 import nvcc_build
+import outcomes
 import pytest
 
 NVCC = nvcc_build.find_nvcc()
@@ -50,28 +51,50 @@ def _name(mangled: str) -> str | None:
     return "pair_loss" if "pair_loss_kernel" in mangled else None
 
 
+def cubin(source: str, arch: str) -> tuple[str, str | None]:
+    """Of one source for one GPU: nvcc's and ptxas's words, and the SASS where there is cuobjdump.
+
+    Each is compiled once for the same sources and compiler.
+    """
+    tool = _cuobjdump()
+
+    def compile_() -> tuple[str, str | None]:
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out.cubin"
+            command = nvcc_build.compile_command(NVCC, source, out, target)
+            command.remove("-c")
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr[-4000:]
+            if tool is None:
+                return run.stderr, None
+            dump = [tool, "-sass", str(out)]
+            done = subprocess.run(dump, capture_output=True, text=True, check=True)
+            return run.stderr, re.sub(r" */\* 0x[0-9a-f]+ \*/", "", done.stdout)  # the encodings
+
+    target = [f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v"]
+    inputs = [nvcc_build.compile_command(NVCC, source, Path("out"), target), _nvcc_version(), tool]
+    csrc = Path(nvcc_build.HERE)
+    for folder in (csrc.parent, csrc):
+        inputs += sorted(p for p in folder.iterdir() if p.suffix in (".h", ".cu", ".py"))
+    log, sass = outcomes.once(f"{source} sm_{arch}", [*inputs, Path(__file__)], compile_)
+    return log, sass
+
+
+@functools.cache
+def _nvcc_version() -> str:
+    return subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def _compile(job: tuple[str, str]) -> dict[str, dict]:
     """Of one source for one GPU: for each kernel its resources and its instructions."""
     source, arch = job
-    tool = _cuobjdump()
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out.cubin"
-        target = [f"-arch=sm_{arch}", "-cubin", "-Xptxas=-v"]
-        command = [
-            a for a in nvcc_build.compile_command(NVCC, source, out, target) if a not in ("-c",)
-        ]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        sass = ""
-        if tool is not None:
-            dump = [tool, "-sass", str(out)]
-            sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    words, sass = cubin(source, arch)
     code = {}
-    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^\s*Function : ", sass or "", flags=re.MULTILINE)[1:]:
         mangled, _, body = part.partition("\n")
         code[mangled.strip()] = body
     kernels = {}
-    pieces = re.split(r"Compiling entry function '(\w+)'", run.stderr)
+    pieces = re.split(r"Compiling entry function '(\w+)'", words)
     for mangled, log in zip(pieces[1::2], pieces[2::2], strict=True):
         name = _name(mangled)
         if name is None:

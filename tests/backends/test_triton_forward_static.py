@@ -137,7 +137,7 @@ amd = [n for n, j in JOBS.items() if j.arch.startswith("gfx")]
 
 @pytest.fixture(scope="module")
 def built():
-    return triton_static.build(list(JOBS.values()))
+    return triton_static.build("triton forward", list(JOBS.values()))
 
 
 @pytest.mark.parametrize("kernel", nvidia)

@@ -3,14 +3,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -24,39 +17,6 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 VOCAB = 128256
 FP32, BF16, FP16 = "fp32", "bf16", "fp16"
 SIZE = {FP32: 4, BF16: 2, FP16: 2}
-
-# As triton_static.build, with the order of loads, stores and barriers beside their numbers.
-BUILD = r"""
-import re, triton_static
-count = triton_static._count
-ORDER = (
-    r"\b(LDG|STG|BAR|SHFL)\b([.\w]*)[^;]*?(RZ)? ;"
-    r"|^\s*((?:global|buffer)_(?:load|store)_dwordx[24]|s_barrier)"
-)
-triton_static._count = lambda patterns, text: count(patterns, text) | {
-    "order": ["".join(found) for found in re.findall(ORDER, text, re.MULTILINE)]
-}
-triton_static._main()
-"""
-
-
-def _build(jobs):
-    with tempfile.TemporaryDirectory() as scratch:
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        env |= {
-            "TRITON_CACHE_DIR": scratch,
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        }
-        run = subprocess.run(
-            [sys.executable, "-c", BUILD],
-            input=json.dumps([dataclasses.asdict(job) for job in jobs]),
-            capture_output=True,
-            text=True,
-            env=env,
-            cwd=scratch,
-        )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return {r["name"]: triton_static.Built(r) for r in json.loads(run.stdout.splitlines()[-1])}
 
 
 def _job(name, kernel, arch, signature, constexprs, lanes, divisible):
@@ -165,9 +125,7 @@ JOBS = {job.name: job for arch in ARCHS for job in _jobs(arch)}
 
 @functools.cache
 def _all_built():
-    with ThreadPoolExecutor(2) as pool:
-        parts = pool.map(_build, [_jobs(arch) for arch in ARCHS])
-    return {name: built for part in parts for name, built in part.items()}
+    return triton_static.build("triton rows", list(JOBS.values()))
 
 
 @pytest.fixture(params=JOBS)
@@ -238,7 +196,7 @@ def test_one_exponential_per_logit(name):
 def _order(name):
     """Loads L and stores S of blocks, barriers B, exchanges between threads X, as they come."""
     out = []
-    for op in _all_built()[name]["ops"]["order"]:
+    for op in _all_built()[name]["order"]:
         if op.startswith(("BAR", "s_barrier")):
             out.append("B")
         elif op.startswith("SHFL"):

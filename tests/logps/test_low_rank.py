@@ -180,6 +180,13 @@ LORA_HIDDEN, LORA_B = torch.zeros(23, R), torch.zeros(V, R)
         ({"lora_hidden": LORA_HIDDEN[:, :1], "lora_B": LORA_B}, "lora_hidden: got shape"),
         ({"lora_hidden": LORA_HIDDEN[:22], "lora_B": LORA_B}, "lora_hidden: got shape"),
         ({"lora_hidden": LORA_HIDDEN, "lora_B": LORA_B[1:]}, "lora_B: got shape"),
+        ({"lora_hidden": LORA_HIDDEN, "lora_B": LORA_B[0, 0]}, "lora_B: got shape"),
+        (
+            {"lora_hidden": LORA_HIDDEN[:, :0], "lora_B": LORA_B[:, :0]},
+            "lora_B: got shape .* r > 0",
+        ),
+        ({"low_rank": LORA_HIDDEN}, "low_rank: got Tensor, expected the pair"),
+        ({"low_rank": (LORA_HIDDEN, LORA_B, None)}, "low_rank: got tuple, expected the pair"),
         ({"lora_hidden": LORA_HIDDEN}, "lora_B: got None, expected both"),
         ({"lora_B": LORA_B}, "lora_hidden: got None, expected both"),
         ({"low_rank": (LORA_HIDDEN, None)}, "lora_B: got None, .*low_rank"),

@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that are not here and counts what is in the machine code.
 
-    built = triton_static.build([triton_static.Job(...), ...])        # one subprocess for all
-    assert built["name"]["spill_stores"] == 0
+    built = triton_static.build("name", [triton_static.Job(...), ...])  # one subprocess for all
+    assert built["job"]["spill_stores"] == 0
 
 The subprocess is needed because a process that runs kernels in the interpreter cannot compile them.
 Skips the module that imports it where triton is not installed. Works with triton 3.4 to 3.9.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ != "__main__":
+    import outcomes
     import pytest
 
     pytest.importorskip("triton", reason="triton is not installed")
@@ -77,6 +79,11 @@ AMDGCN = {
     "ATOM": r"^\s*(?:global|buffer|flat|ds)_(?:atomic|add|max|cmpst)\w*",
     "scratch": r"^\s*scratch_(?:load|store)",
 }
+# Loads and stores, barriers, exchanges between threads: result["order"] has them as they come.
+ORDER = (
+    r"\b(LDG|STG|BAR|SHFL)\b([.\w]*)[^;]*?(RZ)? ;"
+    r"|^\s*((?:global|buffer)_(?:load|store)_dwordx[24]|s_barrier)"
+)
 
 
 @dataclass
@@ -103,24 +110,41 @@ class Built(dict):
 
     NVIDIA: registers, spill_stores, spill_loads (bytes), stack, hgmma (shape -> count), warnings
     (ptxas's own lines), serialized. AMD: registers (VGPRs), agprs, sgprs, vgpr_spills, sgpr_spills,
-    scratch (bytes). Both: arch, shared (bytes), threads, ops (SASS or AMDGCN above), triton.
+    scratch (bytes). Both: arch, shared (bytes), threads, ops (SASS or AMDGCN above), order, triton.
     """
 
     def __missing__(self, key: str):
         raise AssertionError(f"{self.get('name')}: {self.get('error', f'no {key}')}")
 
 
-def build(jobs: list[Job], timeout: float = 900.0) -> dict[str, Built]:
-    """Compile every job in one subprocess; the results by the jobs' names."""
+def build(name: str, jobs: list[Job], timeout: float = 900.0) -> dict[str, Built]:
+    """Compile every job in one subprocess, once for the same kernels and compiler; the results by
+    the jobs' names. name: of the outcome in build/outcomes."""
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names), "two jobs of one name"
+    given = json.dumps([dataclasses.asdict(job) for job in jobs])
+    root = Path(__file__).resolve().parents[2]
+    versions = [importlib.metadata.version(package) for package in ("triton", "torch")]
+    settings = sorted((k, v) for k, v in os.environ.items() if k.startswith("TRITON_"))
+    inputs = [given, sys.version, *versions, settings, Path(__file__)]
+    inputs += sorted((root / "kernels").glob("*.py"))
+    results = outcomes.once(
+        name,
+        inputs,
+        lambda: _build(given, timeout),
+        failed=lambda results: any("error" in result for result in results),
+    )
+    return {r["name"]: Built(r) for r in results}
+
+
+def _build(jobs: str, timeout: float) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as scratch:
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         env["TRITON_CACHE_DIR"] = scratch  # a cached kernel would have no ptxas log
         env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve())],
-            input=json.dumps([dataclasses.asdict(job) for job in jobs]),
+            input=jobs,
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -131,11 +155,15 @@ def build(jobs: list[Job], timeout: float = 900.0) -> dict[str, Built]:
         raise RuntimeError(
             f"offline compilation failed:\n{done.stdout[-999:]}{done.stderr[-4000:]}"
         )
-    return {r["name"]: Built(r) for r in json.loads(done.stdout.splitlines()[-1])}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _count(patterns: dict[str, str], text: str) -> dict[str, int]:
     return {name: len(re.findall(p, text, re.MULTILINE)) for name, p in patterns.items()}
+
+
+def _order(text: str) -> list[str]:
+    return ["".join(found) for found in re.findall(ORDER, text, re.MULTILINE)]
 
 
 def _number(pattern: str, text: str) -> int:
@@ -198,6 +226,7 @@ def _nvidia(kernel, log: str) -> dict[str, object]:
         "serialized": "serialized" in log or "serialization" in log,
         "hgmma": {shape: shapes.count(shape) for shape in sorted(set(shapes))},
         "ops": _count(SASS, sass),
+        "order": _order(sass),
     }
 
 
@@ -211,6 +240,7 @@ def _amd(kernel) -> dict[str, object]:
         "sgpr_spills": _number(r"\.sgpr_spill_count:\s+(\d+)", text),
         "scratch": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
         "ops": _count(AMDGCN, text),
+        "order": _order(text),
     }
 
 
