@@ -28,7 +28,7 @@ static std::vector<float> step(int64_t rows, int64_t vocab, int threads, bool so
     std::vector<int64_t> labels(rows), argmax(rows);
     for (int64_t i = 0; i < rows; ++i) labels[i] = i % 5 == 4 ? -100 : (i * 7) % vocab;
     std::vector<std::vector<float>> s(8, std::vector<float>(rows));
-    Stats stats{s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(),
+    Stats stats{s[0].data(), s[1].data(), s[2].data(), s[3].data(),  s[4].data(),
                 s[5].data(), s[6].data(), s[7].data(), argmax.data()};
     const Transform transform{0.7f, softcap ? 5.f : 0.f, 1.3f};
     // Two slices of the vocabulary, whose rows are a whole tile apart.
