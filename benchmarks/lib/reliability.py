@@ -26,10 +26,13 @@ def _kills(parts: dict[str, Part]) -> str:
 
 def _disk(parts: dict[str, Part]) -> str:
     found = [part for name, part in parts.items() if name.startswith("disk")]
-    calls, harmless = (sum(part[key] for part in found) for key in ("calls", "harmless"))
+    calls, harmless, states = (
+        sum(part[key] for part in found) for key in ("calls", "harmless", "states")
+    )
     return (
         f"{calls} failing calls: {calls - harmless} were one sentence and exit status 4, "
-        f"{harmless} cost nothing; the checkpoint before was there each time, and each run went on"
+        f"{harmless} cost nothing; the checkpoint before was there each time, and the run went on "
+        f"from each of the {states} states that were left"
     )
 
 

@@ -131,9 +131,10 @@ def check_column_name(key: Any, name: str) -> None:
     """Raise ValueError, which calls the data `name`, for a column name that Arrow cannot store."""
     if not isinstance(key, str):
         raise ValueError(f"{name}: the column name {key!r} is no string")
-    check_encodable(key, f"{name}: the column name {key!r}")
+    shown = repr(key if len(key) < 60 else f"{key[:60]}...")
+    check_encodable(key, f"{name}: the column name {shown}")
     if "\0" in key:
-        raise ValueError(f"{name}: the column name {key!r} has a null character")
+        raise ValueError(f"{name}: the column name {shown} has a null character")
 
 
 def check_encodable(text: str, where: str) -> None:

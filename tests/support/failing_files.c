@@ -82,42 +82,42 @@ static int file_fails(const char* call, int file) {
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 #define CHANGES(flags) ((flags) & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC))
 
-#define OPEN(name)                                                                                  \
-    int name(const char* path, int flags, ...) {                                                    \
-        va_list rest;                                                                               \
-        va_start(rest, flags);                                                                      \
-        mode_t mode = va_arg(rest, mode_t);                                                         \
-        va_end(rest);                                                                               \
-        if (CHANGES(flags) && path_fails("open", AT_FDCWD, path)) return -1;                        \
-        return NEXT(name)(path, flags, mode);                                                       \
+#define OPEN(name)                                                           \
+    int name(const char* path, int flags, ...) {                             \
+        va_list rest;                                                        \
+        va_start(rest, flags);                                               \
+        mode_t mode = va_arg(rest, mode_t);                                  \
+        va_end(rest);                                                        \
+        if (CHANGES(flags) && path_fails("open", AT_FDCWD, path)) return -1; \
+        return NEXT(name)(path, flags, mode);                                \
     }
 OPEN(open)
 OPEN(open64)
 
-#define OPENAT(name)                                                                                \
-    int name(int directory, const char* path, int flags, ...) {                                     \
-        va_list rest;                                                                               \
-        va_start(rest, flags);                                                                      \
-        mode_t mode = va_arg(rest, mode_t);                                                         \
-        va_end(rest);                                                                               \
-        if (CHANGES(flags) && path_fails("open", directory, path)) return -1;                       \
-        return NEXT(name)(directory, path, flags, mode);                                            \
+#define OPENAT(name)                                                          \
+    int name(int directory, const char* path, int flags, ...) {               \
+        va_list rest;                                                         \
+        va_start(rest, flags);                                                \
+        mode_t mode = va_arg(rest, mode_t);                                   \
+        va_end(rest);                                                         \
+        if (CHANGES(flags) && path_fails("open", directory, path)) return -1; \
+        return NEXT(name)(directory, path, flags, mode);                      \
     }
 OPENAT(openat)
 OPENAT(openat64)
 
-#define FOPEN(name)                                                                                 \
-    FILE* name(const char* path, const char* mode) {                                                \
-        if (strpbrk(mode, "wa+") && path_fails("open", AT_FDCWD, path)) return NULL;                \
-        return NEXT(name)(path, mode);                                                              \
+#define FOPEN(name)                                                                  \
+    FILE* name(const char* path, const char* mode) {                                 \
+        if (strpbrk(mode, "wa+") && path_fails("open", AT_FDCWD, path)) return NULL; \
+        return NEXT(name)(path, mode);                                               \
     }
 FOPEN(fopen)
 FOPEN(fopen64)
 
-#define ON_FILE(result, name, call, parameters, ...)                                                \
-    result name parameters {                                                                        \
-        if (file_fails(call, file)) return -1;                                                      \
-        return NEXT(name)(__VA_ARGS__);                                                             \
+#define ON_FILE(result, name, call, parameters, ...) \
+    result name parameters {                         \
+        if (file_fails(call, file)) return -1;       \
+        return NEXT(name)(__VA_ARGS__);              \
     }
 ON_FILE(ssize_t, write, "write", (int file, const void* data, size_t n), file, data, n)
 ON_FILE(ssize_t, writev, "write", (int file, const struct iovec* v, int n), file, v, n)
