@@ -22,7 +22,6 @@ FP_AVX2 void multiply(int64_t words, const uint32_t* a_words, const uint32_t* b_
 #pragma GCC unroll 4
     for (int64_t p = 0; p < words; ++p, a += ROWS, b += COLS) {
         __m256 b0 = _mm256_load_ps(b), b1 = _mm256_load_ps(b + 8);
-        _mm_prefetch(reinterpret_cast<const char*>(a + 16 * ROWS), _MM_HINT_T0);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {
             __m256 x = _mm256_broadcast_ss(a + i);
