@@ -4,8 +4,10 @@
 
 #if defined(FP_HAVE_X86) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 10)
 #define FP_HAVE_AVX512 1
+#ifndef FP_AVX512  // a test defines them to nothing
 #define FP_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 #define FP_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+#endif
 #endif
 
 namespace fastpref {

@@ -35,9 +35,9 @@ def load_preference_data(source: Any, *, split: str = "train", streaming: bool =
     import datasets
 
     if isinstance(source, datasets.Dataset):
-        return _apart(source.with_format(None))  # rows of Python objects, not of arrays
+        return _apart(_as_objects(source))
     if isinstance(source, datasets.IterableDataset):
-        return source.with_format(None)
+        return _as_objects(source)
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ValueError(f"data is a set of splits {sorted(source)}; pass one of them")
     if isinstance(source, (str, os.PathLike)):
@@ -48,6 +48,13 @@ def load_preference_data(source: Any, *, split: str = "train", streaming: bool =
         f"data is a {type(source).__name__}; expected a path, a hub name, a datasets.Dataset or "
         "a list of dicts"
     )
+
+
+def _as_objects(data: Any) -> Any:
+    """The data set with rows of Python objects, not of arrays."""
+    formatting = getattr(data, "_formatting", None)  # of a stream
+    plain = data.format["type"] is None if hasattr(data, "format") else formatting is None
+    return data if plain else data.with_format(None)
 
 
 def _load_path(source: str, split: str, streaming: bool) -> Any:
@@ -63,7 +70,7 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
                     "directory of one of them"
                 )
             loaded = loaded[split]
-        return _apart(loaded.with_format(None))
+        return _apart(_as_objects(loaded))
     kinds = [s for s in path.suffixes if s in READERS]
     if not path.exists():
         if not kinds and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
