@@ -75,6 +75,8 @@ PYBIND11_MODULE(MODULE, m) {
         product(p, *kernel, threads);
     });
     m.attr("finish_words") = FINISH_WORDS;
+    m.attr("column_block") = COLUMN_BLOCK;
+    m.attr("slice") = SLICE;
     m.def("logit_free_forward",
           [](Address x, int64_t x_stride, Address weight, int64_t weight_stride, int dtype, int64_t tokens,
              int64_t vocab, int64_t hidden, Address labels, Address bias, float scale, float softcap,

@@ -34,9 +34,6 @@ struct Extras {  // of a row's block, relative to its maximum
     Sums sums;
 };
 
-// Columns whose D stands in memory at a time where it is multiplied at once.
-constexpr int64_t SLICE = 4 * COLUMN_BLOCK;
-
 struct Pass {
     const LogitFree& head;
     Affine affine;
@@ -186,6 +183,17 @@ template <bool CAP> FP_INLINE Finished finish_statistics(const Pass& pass, int64
     return {target - logp, -std::expm1(logp) * (1 - th * th), r.moved};
 }
 
+// Bring D of `cols` columns from the bases of their blocks to another one. A block of nothing but -inf has
+// no base, and its D is 0.
+template <class O> FP_INLINE void move_blocks(O* d, const Block* part, int64_t cols, double base) {
+    for (int64_t first = 0; first < cols; first += COLUMN_BLOCK, ++part) {
+        if (part->sum == 0) continue;
+        const float factor = float(std::exp(part->base - base));
+        const int64_t last = std::min(first + COLUMN_BLOCK, cols);
+        for (int64_t j = first; j < last; ++j) store(d + j, load(d + j) * factor);
+    }
+}
+
 // Bring D of a row to its normaliser, but for the row's scale.
 template <class O, bool CAP> FP_INLINE void finish_d(const Pass& pass, int64_t row) {
     const LogitFree& h = pass.head;
@@ -195,11 +203,7 @@ template <class O, bool CAP> FP_INLINE void finish_d(const Pass& pass, int64_t r
     gap = gap > 62 ? 62 : gap;  // where logits are so large that two orders of summation differ much
     h.row_scale[row] = f.lse == f.lse ? float(pass.affine.slope * std::exp(gap)) : NO_NUMBER;
     O* d = static_cast<O*>(h.d) + row * h.d_stride;
-    if (f.moved)
-        for (int64_t j = 0; j < h.vocab; ++j) {
-            double base = pass.parts[size_t(row * pass.blocks + j / COLUMN_BLOCK)].base;
-            store(d + j, load(d + j) * float(std::exp(base - f.lse)));
-        }
+    if (f.moved) move_blocks(d, &pass.parts[size_t(row * pass.blocks)], h.vocab, f.lse);
     if (pass.known(row)) store(d + h.labels[row], float(f.label_entry * std::exp(-gap)));
 }
 
@@ -216,11 +220,7 @@ template <class O> FP_INLINE void move_to_one_base(Pass& pass, int64_t row, int6
         if (part[i].sum != 0 && part[i].base > high) high = part[i].base;
     }
     if (same) return;
-    O* d = static_cast<O*>(pass.d) + row * pass.d_stride;
-    for (int64_t j = 0; j < cols; ++j) {
-        const Block& b = part[j / COLUMN_BLOCK];
-        if (b.sum != 0) store(d + j, load(d + j) * float(std::exp(double(b.base) - high)));
-    }
+    move_blocks(static_cast<O*>(pass.d) + row * pass.d_stride, part, cols, high);
     const float shift = base == high ? 1.f : float(std::exp(double(base) - high));
     for (int64_t j = 0; j < pass.head.hidden; ++j) sums[j] *= shift;
     base = high;

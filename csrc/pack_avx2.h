@@ -50,7 +50,7 @@ FP_AVX2 static inline __m256 load8(const f16* p) {
 template <class T, bool PAIRS> FP_AVX2 static inline void pack_groups(const Packing& pack) {
     constexpr int PER = PAIRS ? 2 : 1;  // elements in a word
     auto data = static_cast<const T*>(pack.from.data);
-    const int64_t row = pack.from.row, k = pack.from.k, words = pack.p1 - pack.p0;
+    const int64_t row = pack.from.row, k = pack.from.k;
     const int64_t whole = pack.p0 + (pack.size - PER * pack.p0) / PER;  // words with all their elements
     const int group = pack.group;
     if (k == 1) {  // words are adjacent: blocks of 8 rows x 8 words, transposed
@@ -96,7 +96,6 @@ template <class T, bool PAIRS> FP_AVX2 static inline void pack_groups(const Pack
         for (; i < pack.last; i += group, out += pack.group_stride)
             pack_words(pack, PAIRS, i, p, p + 1, out);
     }
-    (void)words;
 }
 
 FP_AVX2 static inline void pack_avx2(const Packing& pack, bool pairs) {

@@ -68,6 +68,9 @@ const MicroKernel* micro_kernel(Dtype dtype, const std::string& name);
 
 void product(const Product& p, const MicroKernel& kernel, int threads);
 
+// Columns whose D stands in memory at a time where it is multiplied at once.
+constexpr int64_t SLICE = 4 * COLUMN_BLOCK;
+
 // The head's forward pass without logits in memory: see Backend.logit_free_forward, and with u
 // Backend.logit_free_project. d and u are in the operands' dtype; one of them is null.
 struct LogitFree {

@@ -91,8 +91,6 @@ def check_float(name: str, t: Tensor) -> None:
         raise ValueError(
             f"{name}: got {str(t.dtype)[6:]}, expected float64, float32, bfloat16 or float16"
         )
-    if t.layout is not torch.strided:
-        raise ValueError(f"{name}: got layout {str(t.layout)[6:]}, expected a dense tensor")
 
 
 def check_ids(name: str, ids: Tensor, size: int) -> None:

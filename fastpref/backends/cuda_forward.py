@@ -59,7 +59,8 @@ def logit_free_forward(
     if d is not None:
         assert d.dtype == x.dtype and d.shape == (x.shape[0], weight.shape[0])
         assert rows_are_aligned(d) and (d.stride(1) == 1 or d.shape[1] == 1)
-    assert x.dtype == weight.dtype and cuda_module.MODULE.forward_tile == _TILE.block_n
+    assert u is None and x.dtype == weight.dtype
+    assert cuda_module.MODULE.forward_tile == _TILE.block_n
     (n, hidden), vocab = x.shape, weight.shape[0]
     x, labels = with_aligned_rows(x), labels.contiguous()
     tiles = -(-vocab // _TILE.block_n)

@@ -157,27 +157,27 @@ def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
     return None if has_units and (out == dtype or fastest != "avx512_bf16") else fastest
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
-    """The arguments of `_cpu.product` for out [m, n] = a [m, k] @ b [n, k]^T; None: torch's is
-    better."""
-    if a.dtype != b.dtype or 0 in out.shape:
-        return None
-    kernel = product_kernel(a.dtype, out.dtype)
-    if kernel is None or 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1:
-        return None
+def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
+    """The arguments of `_cpu.product` for out [m, n] = a [m, k] @ b [n, k]^T."""
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
     result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
     return *operands, *result, kernel, torch.get_num_threads()
 
 
+def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
+    """`_product_arguments` with the kernel of these dtypes; None: torch's product is better."""
+    if a.dtype != b.dtype or 0 in out.shape:
+        return None
+    kernel = product_kernel(a.dtype, out.dtype)
+    if kernel is None or 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1:
+        return None
+    return _product_arguments(a, b, out, kernel)
+
+
 def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x weight^T with the native product, wherever torch's may be better."""
-    kernel = _product_kernels(x.dtype)[0]
-    operands = x.data_ptr(), *x.stride(), weight.data_ptr(), *weight.stride(), _DTYPES[x.dtype]
-    address, stride = _rows(out)
-    result = address, _DTYPES[out.dtype], stride, *out.shape, x.shape[1]
-    _cpu.product(*operands, *result, kernel, torch.get_num_threads())
+    _cpu.product(*_product_arguments(x, weight, out, _product_kernels(x.dtype)[0]))
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -228,9 +228,19 @@ def logit_free_reason(
     return None
 
 
-# Scratch memory of a logit-free pass, and its bytes for each token and each 512 entries of the
-# vocabulary, without extras and with them.
-_SCRATCH_BYTES, _BLOCK_BYTES, _EXTRAS_BYTES = 2**25, 16, 64
+# What a logit-free pass keeps in scratch memory at most, if it keeps more than 512 tokens' part.
+SCRATCH_BYTES = 2**25
+# COLUMN_BLOCK and SLICE of csrc/product.h: entries of the vocabulary that are folded together, and
+# those whose D stands in memory where it is multiplied at once.
+COLUMN_BLOCK, SLICE = 512, 2048
+
+
+def scratch_bytes_of_token(
+    hidden: int, vocab: int, itemsize: int, extras: bool, projects: bool
+) -> int:
+    """Bytes for each token: statistics of its blocks, and with u its part of D and its sums."""
+    blocks = -(-vocab // COLUMN_BLOCK) * (16 + (64 if extras else 0))
+    return blocks + (SLICE * itemsize + 4 * hidden if projects else 0)
 
 
 def logit_free_forward(
@@ -253,10 +263,9 @@ def logit_free_forward(
     kernel = product_kernel(x.dtype, torch.float32) or _product_kernels(x.dtype)[0]
     bias = None if bias is None else bias.float().contiguous()
     extras = stats.weighted is not None or stats.argmax is not None
-    token_bytes = -(-weight.shape[0] // 512) * (_BLOCK_BYTES + (_EXTRAS_BYTES if extras else 0))
-    if u is not None:
-        token_bytes += 2048 * x.dtype.itemsize + 4 * x.shape[1]
-    step = max(_SCRATCH_BYTES // max(token_bytes, 1), 512)
+    vocab, hidden = weight.shape
+    token_bytes = scratch_bytes_of_token(hidden, vocab, x.dtype.itemsize, extras, u is not None)
+    step = max(SCRATCH_BYTES // max(token_bytes, 1), 512)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         part = stats.rows(start, min(start + step, x.shape[0]))

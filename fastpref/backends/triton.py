@@ -329,6 +329,6 @@ def logit_free_forward(
     u: Tensor | None = None,
 ) -> None:
     """As `Backend.logit_free_forward`."""
-    assert d is None or (d.dtype == x.dtype and _aligned(d, 8))
+    assert u is None and (d is None or (d.dtype == x.dtype and _aligned(d, 8)))
     with _on(x.device):
         _kernels().forward.fused_logps(x, weight, labels, bias, transform, stats, d, row_scale)

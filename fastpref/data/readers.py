@@ -172,13 +172,9 @@ def read_parquet(path: Path) -> Any:
     if table.num_rows == 0:
         raise ValueError(f"data file {path} has no rows")
     _check_names(table.column_names, f"{path}:")
-    _check_text(table, path)
     for name, column in zip(table.column_names, table.columns, strict=True):
         check_column_name(name, str(path))
-        try:
-            column.validate(full=True)
-        except (pyarrow.ArrowException, *_DAMAGED) as error:
-            raise ValueError(f"{path}: column {name!r} is damaged: {_first_line(error)}") from None
+        _check_column(column, path, name)
     try:
         return Dataset(InMemoryTable(table))
     except (pyarrow.ArrowException, *_DAMAGED, TypeError, AttributeError) as error:
@@ -203,30 +199,36 @@ def _damaged_rows(file: Any) -> str:
     return "its contents"
 
 
-def _check_text(table: Any, path: Path) -> None:
-    """Raise ValueError, with the row, if a column of a table has text that is not UTF-8."""
+def _is_text(column: Any) -> bool:
     import pyarrow
 
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-            _check_utf8(column, f"{path}: ", name)
+    return pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
 
 
-def _check_utf8(column: Any, where: str, name: str) -> None:
-    """Raise ValueError, with the row, if a column of text holds bytes that are not UTF-8."""
+def _check_column(column: Any, path: Path, name: str) -> None:
+    """Raise ValueError for a damaged column; with the row where that is text that is not UTF-8."""
     import pyarrow
 
     start = 0
     for chunk in column.chunks:
         try:
             chunk.validate(full=True)
-        except pyarrow.ArrowInvalid:
-            for row, value in enumerate(chunk.cast(pyarrow.large_binary()).to_pylist(), start):
-                try:
-                    (value or b"").decode("utf-8")
-                except UnicodeDecodeError:
-                    raise ValueError(f"{where}row {row}: {name} is not UTF-8 text") from None
+        except (pyarrow.ArrowException, *_DAMAGED) as error:
+            if _is_text(column):
+                _check_utf8(chunk, f"{path}: ", name, start)
+            raise ValueError(f"{path}: column {name!r} is damaged: {_first_line(error)}") from None
         start += len(chunk)
+
+
+def _check_utf8(chunk: Any, where: str, name: str, start: int) -> None:
+    """Raise ValueError, with the row, if text that begins at row `start` is not UTF-8."""
+    import pyarrow
+
+    for row, value in enumerate(chunk.cast(pyarrow.large_binary()).to_pylist(), start):
+        try:
+            (value or b"").decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{where}row {row}: {name} is not UTF-8 text") from None
 
 
 def read_saved(path: Path) -> Any:
@@ -246,7 +248,10 @@ def read_saved(path: Path) -> Any:
         ) from None
     parts = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
     for part in parts:
-        _check_text(part.data.table, path)
+        table = part.data.table
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if _is_text(column):
+                _check_column(column, path, name)
     return loaded
 
 

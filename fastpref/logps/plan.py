@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastpref.backends import native
+
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
 PRECISIONS = ("exact", "fast")
 FUSED = (None, True, False)
@@ -38,8 +40,9 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
-# What the CPU's logit-free pass keeps at most: blocks of D and sums, and an operand in packed form.
-_SCRATCH_BYTES, _PACKED_BYTES = 2**25, 2**24
+_PACKED_BYTES = (
+    2**24
+)  # of an operand that the native product packs whole (WHOLE in csrc/product.cpp)
 
 
 @dataclass(frozen=True)
@@ -243,8 +246,9 @@ def _plan(
         columns -= columns % _COLUMNS_STEP
     tile_bytes = 0 if in_stash else rows * v * forward_item
     if at_once:
-        tile_bytes = min(n * (2048 * item + 4 * h + -(-v // 512) * 16), _SCRATCH_BYTES)
-        tile_bytes += min(4 * n * h, _PACKED_BYTES) + 2048 * 4 * h  # packed operands
+        token_bytes = native.scratch_bytes_of_token(h, v, item, extras=False, projects=True)
+        tile_bytes = min(n * token_bytes, native.SCRATCH_BYTES)
+        tile_bytes += min(4 * n * h, _PACKED_BYTES) + native.SLICE * 4 * h  # packed operands
     elif logit_free:
         # Two numbers for each token and each 128 entries of the vocabulary, in launches.
         tile_bytes = tile_bytes if hidden_grad or weight_grad else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -194,6 +195,30 @@ def test_product_of_a_long_sum(dtype, threads):
         bound = 2e-3 if out_dtype == torch.float32 else 2e-3 + torch.finfo(dtype).eps * exact.abs()
         oracle.assert_within(out, exact, bound)
         assert torch.equal(out, _product(a, b, name, out_dtype, 5))
+
+
+@needs_native
+def test_the_sizes_that_memory_is_planned_with():
+    assert (native.COLUMN_BLOCK, native.SLICE) == (native._cpu.column_block, native._cpu.slice)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_block_of_minus_infinity_beside_an_unlikely_label(dtype, trains):
+    """The row has no base for that block, and its normaliser is far from 0."""
+    hidden, weight = torch.ones(1, 1).to(dtype), torch.full((1100, 1), -300.0).to(dtype)
+    weight[0] = -900  # the label
+    bias = torch.zeros(1100).to(dtype)
+    bias[512:1024] = -math.inf
+    hidden.requires_grad_()
+    weight.requires_grad_(trains)
+    options = {"backend": "native", "fused": True}
+    logps = fastpref.linear_token_logps(hidden, weight, torch.tensor([0]), bias, **options)
+    logps.sum().backward()
+    for t in (logps, hidden.grad, weight.grad if trains else logps):
+        assert t.isfinite().all()
+    oracle.assert_within(logps.detach(), torch.tensor([-600 - math.log(587)]), 1e-3)
 
 
 @needs_native
