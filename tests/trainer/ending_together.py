@@ -1,6 +1,5 @@
 """Run by test_signals.py in each of two processes, of which one gets a signal."""
 
-import json
 import os
 import signal
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import tiny
 import torch
 from datasets import disable_progress_bars
+from ranks import leave
 from test_signals import InEvaluation, Signalling, precomputing, start
 
 UNEVEN = {"even_batches": False}
@@ -51,9 +51,7 @@ def main(path: Path) -> None:
     collator = tiny.trainer(path / "a").data_collator
     signalling = Signalling(collator, signal.SIGTERM if rank == 0 else 0)  # 0: no signal
     found["references"] = ended(lambda: precomputing(path / "b", signalling), signalling)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    (path / f"ended-{rank}.json").write_text(json.dumps(found))
+    leave(path, "ended", found)
 
 
 if __name__ == "__main__":

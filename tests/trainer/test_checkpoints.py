@@ -10,31 +10,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from saved_runs import flip, start
 
 from fastpref.trainer import checkpointing, manifest, storage
 from fastpref.trainer.ending import Interrupted, Terminated
 from fastpref.trainer.storage import StorageError
-
-SAVES = {"save_strategy": "steps", "save_steps": 2}
-
-
-def start(path, policy=None, **options):
-    return tiny.trainer(path, policy, **{**SAVES, **options})
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run of four steps, with checkpoints after the second and the fourth."""
-    path = tmp_path_factory.mktemp("finished")
-    start(path).train()
-    return path
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of it."""
-    shutil.copytree(finished / "out", tmp_path / "out")
-    return tmp_path
 
 
 def out(path):
@@ -47,12 +27,6 @@ def weights(t):
 
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def empty(path):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+from saved_runs import flip, start
 from transformers import AutoModelForCausalLM
 
 from fastpref.trainer import PreferenceTrainer, manifest
 from fastpref.trainer.ending import Terminated
 from fastpref.trainer.processes import _travels
 
-SAVES = {"save_strategy": "steps", "save_steps": 2}
 BEST = {
     "eval_strategy": "steps",
     "eval_steps": 2,
@@ -25,33 +25,8 @@ BEST = {
 }
 
 
-def start(path, policy=None, **options):
-    return tiny.trainer(path, policy, **{**SAVES, **options})
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run of four steps, with checkpoints after the second and the fourth."""
-    path = tmp_path_factory.mktemp("finished")
-    start(path).train()
-    return path
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    """A copy of it."""
-    shutil.copytree(finished / "out", tmp_path / "out")
-    return tmp_path
-
-
 def names(path):
     return sorted(p.name for p in (path / "out").iterdir() if not p.name.startswith((".", "run.")))
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 class End(tiny.TrainerCallback):

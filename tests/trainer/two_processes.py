@@ -1,12 +1,12 @@
 """Run by test_processes.py in each of two processes: what a single process must find as well."""
 
-import json
 import sys
 from pathlib import Path
 
 import tiny
 import torch
 from datasets import Dataset, disable_progress_bars
+from ranks import leave
 from test_evaluation import moved
 from test_unpaired_trainer import rows as answers
 from test_unpaired_trainer import trainer as unpaired_trainer
@@ -99,10 +99,7 @@ def main(path):
     found = {"evaluations": evaluations(path), "references": references(path)}
     found["rows"] = rows_of_runs(path)
     found["predictions"] = predictions(path)
-    rank = torch.distributed.get_rank()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    (path / f"found-{rank}.json").write_text(json.dumps(found))
+    leave(path, "found", found)
 
 
 if __name__ == "__main__":
