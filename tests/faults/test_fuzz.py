@@ -40,6 +40,7 @@ def test_inputs_that_crashed_once():
         assert target.read(data), name
 
 
+@pytest.mark.slow
 def test_generated_files():
     start = [*fuzz_readers.seeds(), *fuzz_readers.CRASHED.values()]
     found = fuzz_readers.fuzz(SECONDS if not ATHERIS else 10, 1, start)

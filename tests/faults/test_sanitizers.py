@@ -16,6 +16,7 @@ SOURCES += [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name 
 SANITIZERS = reliability.sized(["thread", "address,undefined"], ["thread"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of gcc on Linux")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_eight_threads(tmp_path, sanitizer):
