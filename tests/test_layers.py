@@ -25,13 +25,15 @@ MAY_IMPORT = {
     "fused": {"validation", "backends", "logps", "losses"},
     "heads": {"validation"},
     "data": {"progress"},
+    "quality": {"progress", "data"},
     "reference": {"progress", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
         "progress", "backends.processor", "data", "fused", "heads", "logps", "losses", "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "backends", "data", "fused", "heads", "logps", "losses", "trainer", "_cpu",
+        "progress", "backends", "data", "fused", "heads", "logps", "losses", "quality", "trainer",
+        "_cpu",
     },
 }  # fmt: skip
 # Modules that keep earlier names: of the packages below.
