@@ -8,6 +8,7 @@ import os
 import sys
 from collections import defaultdict
 
+import line_coverage  # before whatever imports fastpref
 import machine
 import own_warnings
 import pytest
@@ -18,6 +19,8 @@ from fastpref import backends
 
 
 def pytest_configure(config):
+    if line_coverage.ON:
+        config.pluginmanager.register(line_coverage)
     config.addinivalue_line(
         "markers", "few: without a GPU, each parameter's values are tried once, not every two"
     )

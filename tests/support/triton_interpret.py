@@ -59,8 +59,8 @@ def _exact_bf16() -> None:
 
 def _fewer_look_ups() -> None:
     """Whenever a kernel calls a function, the interpreter looks through all of triton.language for
-    what it replaces, and it makes a table of dtypes for each operation: a third of its time. Both
-    are found once here."""
+    what it replaces, which the kernel's start has replaced already, and it makes a table of dtypes
+    for each operation: more than a third of its time."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -83,7 +83,16 @@ def _fewer_look_ups() -> None:
             dtypes[name] = np_dtype(dtype.scalar)
         return dtypes[name]
 
+    def patch_lang(function):
+        seen = [m for m in function.__globals__.values() if m is tl or m is tl.core]
+        if seen and not any(tl.core.is_builtin(module.load) for module in seen):
+            return interpreter._LangPatchScope()  # nothing to replace, and nothing to restore
+        return patch_all(function)
+
     interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, get_np_dtype
+    patch_all = interpreter._patch_lang
+    if hasattr(interpreter, "_LangPatchScope"):  # not in the oldest triton
+        interpreter._patch_lang = patch_lang
 
 
 if INTERPRETED:
