@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import agreeing
 import tiny
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -99,6 +100,7 @@ def main(path):
     found = {"evaluations": evaluations(path), "references": references(path)}
     found["rows"] = rows_of_runs(path)
     found["predictions"] = predictions(path)
+    found["agreed"] = agreeing.agreed(path / "agreed")
     leave(path, "found", found)
 
 
