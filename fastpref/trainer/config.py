@@ -109,11 +109,24 @@ class BaseConfig(TrainingArguments):
     )
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
 
+    # The body
+    cpu_linear: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose product the Linear layers take on a CPU; auto: the faster one's.",
+            "choices": ["auto", "native", "torch"],
+        },
+    )
+
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         self._choose_bf16()
         check_plan_options("auto", None, self.precision, None)
+        if self.cpu_linear not in ("auto", "native", "torch"):
+            raise ValueError(
+                f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
+            )
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
@@ -227,6 +240,9 @@ class PreferenceConfig(BaseConfig):
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
             `linear_token_logps`.
+        cpu_linear: the matrix product of the body's Linear layers on a CPU. "native" is
+            fastpref's, "torch" is torch's, and "auto" is fastpref's for the shapes in which it is
+            at least 1.2 times as fast on this machine. See docs/training.md.
     """
 
     # The loss
