@@ -129,3 +129,29 @@ def test_what_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_PROBLEM", "it is not built")
     with pytest.raises(ValueError, match="cpu_linear is 'native', but it is not built"):
         tiny.trainer(tmp_path, cpu_linear="native", backend="eager")
+
+
+def test_processes_choose_as_the_first_one_does(tmp_path, monkeypatch):
+    from fastpref.trainer import body
+
+    measured = []
+
+    def speedup(shape, dtype):
+        measured.append(shape)
+        return 1.3
+
+    def broadcast(found):  # from the first process, whose figure is another one
+        return [1.5 if found == [None] else found[0]]
+
+    monkeypatch.setattr(body, "speedup", speedup)
+    monkeypatch.setattr(body, "broadcast_object_list", broadcast)
+    for rank, expected in ((0, 1.3), (1, 1.5)):
+        t = tiny.trainer(tmp_path / str(rank))
+        monkeypatch.setattr(type(t.args), "world_size", 2)
+        monkeypatch.setattr(type(t.args), "process_index", rank)
+        agreed = t._agreed_speedup()
+        assert agreed((64, 32), torch.float32) == agreed((64, 32), torch.float32) == expected
+        monkeypatch.undo()
+        monkeypatch.setattr(body, "speedup", speedup)
+        monkeypatch.setattr(body, "broadcast_object_list", broadcast)
+    assert measured == [(64, 32)]
