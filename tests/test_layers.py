@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "validation": set(),
     "progress": set(),
     "backends": {"validation", "kernels", "_cpu", "_cuda"},
+    "body": {"backends"},
     "logps": {"validation", "backends"},
     "losses": {"validation", "logps.sequences"},
     "fused": {"validation", "backends", "logps", "losses"},
@@ -28,7 +29,8 @@ MAY_IMPORT = {
     "quality": {"progress", "data"},
     "reference": {"progress", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
-        "progress", "backends.processor", "data", "fused", "heads", "logps", "losses", "reference",
+        "progress", "backends.processor", "body", "data", "fused", "heads", "logps", "losses",
+        "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {

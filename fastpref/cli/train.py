@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
-from fastpref.cli.train_options import Precision, Reference, TrainOptions
+from fastpref.cli.train_options import CpuLinear, Precision, Reference, TrainOptions
 from fastpref.cli.train_run import run
 
 
@@ -70,6 +70,13 @@ def command(
             help="Mixed bf16 or plain fp32; by default what the machine is fast at.",
         ),
     ] = None,
+    cpu_linear: Annotated[
+        CpuLinear,
+        typer.Option(
+            help="Whose matrix product the model's Linear layers take on a CPU; auto: fastpref's "
+            "where it is at least 1.2 times as fast as torch's."
+        ),
+    ] = CpuLinear.auto,
     reference: Annotated[
         Reference,
         typer.Option(

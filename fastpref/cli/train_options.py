@@ -14,6 +14,12 @@ class Precision(str, Enum):
     fast = "fast"
 
 
+class CpuLinear(str, Enum):
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+
+
 class Reference(str, Enum):
     auto = "auto"
     model = "model"
@@ -47,6 +53,7 @@ class TrainOptions:
     max_length: int
     precision: Precision
     bf16: bool | None
+    cpu_linear: CpuLinear
     reference: Reference
     gradient_checkpointing: bool
     resume: str | None

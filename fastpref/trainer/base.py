@@ -23,6 +23,7 @@ from fastpref.heads.calling import check_head, disable_dropout, install_head_for
 from fastpref.heads.modes import same_weights_trained
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.progress import silenced
+from fastpref.trainer.body import BodyTrainer
 from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import check_optimizer, check_sampling, check_trains
 from fastpref.trainer.config import BaseConfig
@@ -37,7 +38,9 @@ from fastpref.trainer.references import ReferencingTrainer
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, CardTrainer):
+class BaseTrainer(
+    BodyTrainer, CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, CardTrainer
+):
     """Base class of `PreferenceTrainer` and `UnpairedPreferenceTrainer`.
 
     A subclass defines its configuration, its data and its loss.
@@ -103,6 +106,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
         )
         self._set_up_training(ref_model)
         self._set_up_metrics()
+        self.set_up_body(ref_model)
         self.set_up_reference(ref_model)
 
     # ---- steps of the constructor ----

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpref.backends.processor import bf16_is_fast, say_once, training_device
+from fastpref.body import unavailable_reason
 from fastpref.logps.plan import check_plan_options
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
@@ -109,11 +110,24 @@ class BaseConfig(TrainingArguments):
     )
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
 
+    # The body
+    cpu_linear: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose product the Linear layers take on a CPU; auto: the faster one's.",
+            "choices": ["auto", "native", "torch"],
+        },
+    )
+
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         self._choose_bf16()
         check_plan_options("auto", None, self.precision, None)
+        if self.cpu_linear not in ("auto", "native", "torch"):
+            raise ValueError(
+                f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
+            )
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
@@ -135,7 +149,12 @@ class BaseConfig(TrainingArguments):
             return
         reason = f"this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units"
         if self.bf16:
-            say_once(f"bf16 is True, but {reason}: it is many times slower than fp32 here")
+            # The head and the body's Linear layers have products that widen bf16.
+            widened = (
+                device == "cpu" and self.cpu_linear != "torch" and unavailable_reason() is None
+            )
+            slower = "slower" if widened else "many times slower"
+            say_once(f"bf16 is True, but {reason}: it is {slower} than fp32 here")
             return
         self.bf16 = False
         if self.precision == "fast":
@@ -227,6 +246,9 @@ class PreferenceConfig(BaseConfig):
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
             `linear_token_logps`.
+        cpu_linear: the matrix product of the body's Linear layers on a CPU. "native" is
+            fastpref's, "torch" is torch's, and "auto" is fastpref's for the shapes in which it is
+            at least 1.2 times as fast on this machine. See docs/training.md.
     """
 
     # The loss
