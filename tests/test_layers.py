@@ -19,19 +19,22 @@ PACKAGE = ROOT / "fastpref"
 MAY_IMPORT = {
     "validation": set(),
     "progress": set(),
+    "storage": {"progress"},
     "backends": {"validation", "kernels", "_cpu", "_cuda"},
     "logps": {"validation", "backends"},
     "losses": {"validation", "logps.sequences"},
     "fused": {"validation", "backends", "logps", "losses"},
     "heads": {"validation"},
     "data": {"progress"},
-    "reference": {"progress", "data", "heads", "logps", "losses.tokens"},
+    "reference": {"progress", "storage", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
-        "progress", "backends.processor", "data", "fused", "heads", "logps", "losses", "reference",
+        "progress", "storage", "backends.processor", "data", "fused", "heads", "logps", "losses",
+        "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "backends", "data", "fused", "heads", "logps", "losses", "trainer", "_cpu",
+        "progress", "storage", "backends", "data", "fused", "heads", "logps", "losses", "trainer",
+        "_cpu",
     },
 }  # fmt: skip
 # Modules that keep earlier names: of the packages below.

@@ -364,7 +364,7 @@ def write_results(
     """Write training.png and training_log.json to the output, and print the summary."""
     from rich.markup import escape
 
-    from fastpref.trainer.storage import disk_errors
+    from fastpref.storage import disk_errors
 
     output, history = options.output, trainer.state.log_history
     title = f"{plan.loss.title}, {Path(options.model).name}, beta {options.beta:g}"
