@@ -13,9 +13,11 @@ from fastpref.reference.model import (
     is_peft,
 )
 from fastpref.reference.precompute import has_reference, precompute
+from fastpref.reference.store import ReferenceStore
 
 __all__ = [
     "Reference",
+    "ReferenceStore",
     "add_reference_adapter",
     "as_reference",
     "check_adapter_reference",
