@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastpref.data.columns import REFERENCE
-from fastpref.data.loaders import make_loader, row_lengths
 from fastpref.progress import watched
 from fastpref.reference.keys import Parts, labelled, sequence_keys
-from fastpref.reference.store import ReferenceStore
+
+if TYPE_CHECKING:  # they need more than torch
+    from fastpref.reference.store import ReferenceStore
 
 
 def has_reference(dataset: Any, names: Sequence[str] = REFERENCE) -> bool:
@@ -54,6 +55,8 @@ def precompute(
     Raises:
         ValueError: a stream, or a log-prob that is not finite.
     """
+    from fastpref.data.loaders import row_lengths
+
     check_has_length(dataset, "precompute_ref_log_probs")
     options = collator, accelerator, batch_size, num_workers, name, disable_tqdm
     order, batches = _longest_first(dataset, np.array(row_lengths(dataset)), *options)
@@ -128,6 +131,8 @@ def _longest_first(
 
     Arguments: those of `extend_store`.
     """
+    from fastpref.data.loaders import make_loader
+
     # Longest first: similar lengths need little padding, and the memory peak is in the first batch.
     order = np.argsort(-lengths, kind="stable")
     loader = make_loader(

@@ -94,7 +94,8 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         in_data = refs.has_reference(self.train_dataset, self.reference_columns())
         source = "columns" if in_data else "ahead" if self.precompute else "step"
         args: Any = self.args
-        half = bool(args.bf16 or args.fp16) or next(self.model.parameters()).dtype.itemsize < 4
+        model: Any = self.model
+        half = bool(args.bf16 or args.fp16) or next(model.parameters()).dtype.itemsize < 4
         noise = args.neftune_noise_alpha
         self.add_callback(StepZeroProbe(self._window, source, args.beta, half, noise))
 
