@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import threading
 import time
 
@@ -21,6 +23,7 @@ from fastpref.reference import Reference, ReferenceStore  # noqa: E402
 from fastpref.reference import store as stores  # noqa: E402
 from fastpref.reference.keys import KEY, sequence_keys  # noqa: E402
 from fastpref.trainer import stored_references  # noqa: E402
+from fastpref.trainer.ending import Terminated  # noqa: E402
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -310,6 +313,24 @@ def test_parts_of_another_store_are_left_out(tmp_path):
     (other.parts / part.name).write_bytes(part.read_bytes())
     assert other.refresh() == {part.name: "it is of another reference"}
     assert other.missing(keys).all()
+
+
+def test_a_signal_leaves_what_is_computed(tmp_path, calls):
+    collator, batches = trainer(tmp_path).data_collator, []
+
+    def signalling(rows):
+        batches.append(len(rows))
+        if batches.count(2) == 5:  # rows are looked up in batches of another size
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collator(rows)
+
+    with pytest.raises(Terminated, match="store keeps: the same command goes on"):
+        stored(tmp_path, data_collator=signalling)
+    done = sum(calls)
+    assert 8 <= done < 80
+    calls.clear()
+    stored(tmp_path)
+    assert sum(calls) == 80 - done + 6
 
 
 # ---- several runs ----
