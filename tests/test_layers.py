@@ -19,6 +19,7 @@ PACKAGE = ROOT / "fastpref"
 MAY_IMPORT = {
     "validation": set(),
     "progress": set(),
+    "storage": {"progress"},
     "backends": {"validation", "kernels", "_cpu", "_cuda"},
     "body": {"backends"},
     "logps": {"validation", "backends"},
@@ -26,15 +27,17 @@ MAY_IMPORT = {
     "fused": {"validation", "backends", "logps", "losses"},
     "heads": {"validation"},
     "data": {"progress"},
-    "quality": {"progress", "data"},
-    "reference": {"progress", "data", "heads", "logps", "losses.tokens"},
+    "quality": {"progress", "storage", "data"},
+    "reference": {"progress", "storage", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
-        "progress", "backends.processor", "body", "data", "fused", "heads", "logps", "losses",
+        "progress", "storage", "backends.processor", "body", "data", "fused", "heads", "logps",
+        "losses",
         "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "backends", "data", "fused", "heads", "logps", "losses", "quality", "trainer",
+        "progress", "storage", "backends", "data", "fused", "heads", "logps", "losses", "quality",
+        "trainer",
         "_cpu",
     },
 }  # fmt: skip

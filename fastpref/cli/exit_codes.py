@@ -23,9 +23,9 @@ def exit_code(error: BaseException, output: Path | None = None) -> int:
     Args:
         output: the output directory of the command, which may hold a checkpoint.
     """
+    from fastpref.storage import StorageError, is_of_disk
     from fastpref.trainer.manifest import MANIFEST, checkpoints
     from fastpref.trainer.metrics import NonFiniteLossError
-    from fastpref.trainer.storage import StorageError, is_of_disk
 
     if isinstance(error, NonFiniteLossError):
         return NOT_FINITE

@@ -85,6 +85,13 @@ def command(
             "data. auto: columns where the data has them, else adapter with LoRA, else precompute."
         ),
     ] = Reference.auto,
+    reference_store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory that keeps reference log-probs for other runs: read, checked and "
+            "extended by what it lacks. `fastpref precompute` fills one ahead."
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute activations: less memory, slower.")
     ] = True,

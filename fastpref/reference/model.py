@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,16 +136,25 @@ class Reference:
         Args:
             batch: a collator's batch of B sequences, 2P for pairs.
         """
+        return self._call(batch, self._sequence_logps)
+
+    def token_logps(self, batch: dict[str, Any]) -> Tensor:
+        """The log-probability of each label in nats, [B, T], without a gradient.
+
+        Args:
+            batch: as for `logps`.
+        """
+        return self._call(batch, self._token_logps)
+
+    def _call(self, batch: dict[str, Any], head_fn: Callable[..., Tensor]) -> Tensor:
         nothing = contextlib.nullcontext()
         adapter = as_reference(self.model) if self.adapter else nothing
         mode = nothing if self.own_mode else evaluating(self.model)
         inputs = {"labels": batch_labels(batch), "token_indices": batch.get("token_indices")}
         with torch.no_grad(), adapter, mode:
-            return self.model(
-                **model_inputs(batch), head_fn=self._sequence_logps, head_inputs=inputs
-            )
+            return self.model(**model_inputs(batch), head_fn=head_fn, head_inputs=inputs)
 
-    def _sequence_logps(
+    def _token_logps(
         self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
     ) -> Tensor:
         hidden = align_to_tokens(hidden, labels)
@@ -159,6 +168,12 @@ class Reference:
             **self.options,
         )
         assert isinstance(logps, Tensor)
+        return logps
+
+    def _sequence_logps(
+        self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
+    ) -> Tensor:
+        logps = self._token_logps(hidden, head, aux_loss, labels, token_indices)
         if self.ld_alpha is not None:
             return ld_sequence_logps(logps, labels, self.ld_alpha)
         return sequence_logps(logps, labels)

@@ -92,6 +92,9 @@ class BaseConfig(TrainingArguments):
     precompute_ref_log_probs: bool = _option(
         False, "Compute the reference log-probs of all data once, before training."
     )
+    reference_store: str | None = _option(
+        None, "Directory that keeps them: read, checked, and extended by what it lacks."
+    )
     precompute_ref_batch_size: int | None = _option(
         None, "Pairs per batch while doing so; the training or evaluation batch size by default."
     )
@@ -238,7 +241,10 @@ class PreferenceConfig(BaseConfig):
         max_length: maximum number of tokens of prompt + answer; None for no maximum.
         truncation_mode: "keep_start" or "keep_end".
         pad_token: token that pads batches.
-        precompute_ref_log_probs: compute the reference log-probs once, before training.
+        precompute_ref_log_probs: compute the reference log-probs once, before training, for this
+            run alone.
+        reference_store: the same, but in a directory that later runs read and extend; see
+            docs/reference-store.md.
         sync_ref_model: whether the reference follows the policy (TR-DPO). Every
             ref_model_sync_steps optimiser steps it becomes alpha * policy + (1 - alpha) *
             reference, where alpha is ref_model_mixup_alpha; see
@@ -305,10 +311,17 @@ class PreferenceConfig(BaseConfig):
                 "nll_on_prompt is True but the loss has no NLL, so it does not support it; set "
                 "nll_weight"
             )
-        if self.precompute_ref_log_probs and loss_options.reference != "required":
-            raise ValueError(
-                "precompute_ref_log_probs is True but the loss needs no reference; set it to False"
-            )
+        if loss_options.reference != "required":
+            if self.precompute_ref_log_probs:
+                raise ValueError(
+                    "precompute_ref_log_probs is True but the loss needs no reference; set it to "
+                    "False"
+                )
+            if self.reference_store is not None:
+                raise ValueError(
+                    f"reference_store is {self.reference_store!r} but the loss needs no reference; "
+                    "expected None"
+                )
         return loss_options
 
 

@@ -66,6 +66,14 @@ def test_references(found, tmp_path):
         assert each["references"] == [pytest.approx(row, rel=1e-5) for row in one]
 
 
+def test_references_in_a_store(found, tmp_path):
+    """Each process has computed at most the two new rows, and checked three of the old ones."""
+    one = two_processes.references(tmp_path)
+    for each in found:
+        assert each["stored"]["references"] == [pytest.approx(row, rel=1e-5) for row in one]
+        assert 3 * 2 < each["stored"]["asked"] <= (3 + 2) * 2
+
+
 def test_predictions(found, tmp_path):
     """Seven rows in batches of two on two processes: the last batch is filled up."""
     one = two_processes.predictions(tmp_path)
