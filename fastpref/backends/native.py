@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpref.backends import gemm
 from fastpref.backends.gemm import scale_rows
 from fastpref.backends.processor import bf16_is_fast
-from fastpref.backends.tile import Stats, Transform, fold_then_grad
+from fastpref.backends.tile import PAIR_FORMS, Stats, Transform, fold_then_grad
 
 _cpu: Any = None
 _PROBLEM: str | None = None
@@ -33,8 +33,7 @@ LOGIT_FREE_BY_DEFAULT = True
 PROJECTS_AT_ONCE = True
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LOSSES = {"sigmoid": 0, "ipo": 1}
-CLOSED_FORMS = frozenset(_LOSSES)
+CLOSED_FORMS = frozenset(PAIR_FORMS)
 
 
 def problem() -> str | None:
@@ -305,11 +304,11 @@ def pair_loss(
     option: float = 0.0,
     shape: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `Backend.pair_loss`."""
+    """As `Backend.pair_loss`: the sums in one pass over the tokens, in their order."""
     loss, dlogp = logps.new_empty(()), torch.empty_like(logps)
     sequences, rewards = logps.new_empty(2 * pairs), logps.new_empty(2 * pairs)
     _cpu.pair_loss(
-        _LOSSES[loss_type],
+        PAIR_FORMS.index(loss_type),
         logps.shape[0],
         pairs,
         _vector(logps),
@@ -317,6 +316,8 @@ def pair_loss(
         *(_vector(t) for t in (ref_logps, lengths, weight, margin)),
         beta,
         label_smoothing,
+        option,
+        shape,
         *(_vector(t) for t in (loss, sequences, rewards, dlogp)),
     )
     return loss, sequences, rewards, dlogp

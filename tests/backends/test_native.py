@@ -222,6 +222,11 @@ def test_a_block_of_minus_infinity_beside_an_unlikely_label(dtype, trains):
 
 
 @needs_native
+def test_the_names_of_the_losses():
+    assert native.PAIR_FORMS == native._cpu.pair_forms
+
+
+@needs_native
 def test_a_kernel_that_is_not_there():
     with pytest.raises(ValueError, match="no kernel named sse9"):
         _product(torch.zeros(2, 3), torch.zeros(2, 3), "sse9", torch.float32)
@@ -238,7 +243,7 @@ def test_what_the_module_refuses():
     with pytest.raises(ValueError, match="tile"):
         native._cpu.fold(*[x.data_ptr(), 0, -1, *fold[3:]])
     with pytest.raises(ValueError, match="loss"):
-        native._cpu.pair_loss(2, 0, 0, *[0] * 6, 0.1, 0.0, *[0] * 4)
+        native._cpu.pair_loss(16, 0, 0, *[0] * 6, *[0.1] * 4, *[0] * 4)
     with pytest.raises(TypeError):
         native._cpu.fold(x)
 
