@@ -75,6 +75,12 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         product(p, *kernel, threads);
     });
+    m.def("peak_rate", [](int dtype, const std::string& name, int threads, double seconds) {
+        const MicroKernel* kernel = micro_kernel(dtype_of(dtype), name);
+        if (!kernel) throw std::invalid_argument("peak_rate: this processor has no kernel named " + name);
+        py::gil_scoped_release release;
+        return peak_rate(*kernel, threads, seconds);
+    });
     m.attr("finish_words") = FINISH_WORDS;
     m.attr("column_block") = COLUMN_BLOCK;
     m.attr("slice") = SLICE;

@@ -147,13 +147,14 @@ def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
     if out not in (dtype, torch.float32) or not (kernels := _product_kernels(dtype)):
         return None
     fastest = kernels[0]
-    if fastest == "portable":  # a fallback where torch has no such product at all
+    if fastest in ("neon", "portable"):  # a fallback where torch has no such product at all
         return fastest if dtype != torch.float32 and out == torch.float32 else None
     if dtype == torch.float32:
         return fastest if _cpu.is_amd() else None
     # torch rounds the products of 16-bit matrices, and is slow without bf16 units.
     has_units = dtype == torch.bfloat16 and bf16_is_fast("cpu")
-    return None if has_units and (out == dtype or fastest != "avx512_bf16") else fastest
+    exact = fastest in ("amx_bf16", "avx512_bf16")  # at the units' rate
+    return None if has_units and (out == dtype or not exact) else fastest
 
 
 def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
@@ -177,6 +178,16 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
 def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x weight^T with the native product, wherever torch's may be better."""
     _cpu.product(*_product_arguments(x, weight, out, _product_kernels(x.dtype)[0]))
+
+
+def peak_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """FLOP/s that no product of this dtype exceeds on this processor with torch's threads.
+
+    It is the rate of the fastest micro-kernel's multiply-adds on packed operands in the first
+    cache.
+    """
+    kernel, threads = _product_kernels(dtype)[0], torch.get_num_threads()
+    return _cpu.peak_rate(_DTYPES[dtype], kernel, threads, seconds)
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:

@@ -122,7 +122,7 @@ def test_threads(threads, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-KERNELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+KERNELS = ["portable", "neon", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
