@@ -8,6 +8,7 @@ checked here: device, dtype, unit inner stride. Tensors stay alive in the caller
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch  # before _cpu: both then share the OpenMP pool that torch loads
@@ -34,6 +35,31 @@ PROJECTS_AT_ONCE = True
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CLOSED_FORMS = frozenset(PAIR_FORMS)
+
+
+# Whether the kernels have had threads, and whether those stayed in the process that forked this one.
+_had_threads = _lost_threads = False
+
+
+def _note_fork() -> None:
+    global _lost_threads
+    _lost_threads = _had_threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _threads() -> int:
+    """How many threads a kernel takes: torch's number.
+
+    A process that was forked after its parent's kernels had threads takes one: OpenMP would wait
+    for the parent's threads, which it does not have, for ever.
+    """
+    global _had_threads
+    threads = 1 if _lost_threads else torch.get_num_threads()
+    _had_threads = _had_threads or threads > 1
+    return threads
 
 
 def problem() -> str | None:
@@ -95,7 +121,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
         *_tile(tile, labels, col0, transform),
         *map(_vector, stats[:-1]),
         _vector(stats.argmax, torch.int64),
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -125,7 +151,7 @@ def grad(
         address,
         _DTYPES[d.dtype],
         stride,
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -162,7 +188,7 @@ def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
     result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
-    return *operands, *result, kernel, torch.get_num_threads()
+    return *operands, *result, kernel, _threads()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
@@ -186,7 +212,7 @@ def peak_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
     It is the rate of the fastest micro-kernel's multiply-adds on packed operands in the first
     cache.
     """
-    kernel, threads = _product_kernels(dtype)[0], torch.get_num_threads()
+    kernel, threads = _product_kernels(dtype)[0], _threads()
     return _cpu.peak_rate(_DTYPES[dtype], kernel, threads, seconds)
 
 
@@ -297,7 +323,7 @@ def logit_free_forward(
             0 if row_scale is None else _vector(row_scale[rows]),
             *((0, 0) if u is None else _rows(u[rows])),
             kernel,
-            torch.get_num_threads(),
+            _threads(),
         )
 
 

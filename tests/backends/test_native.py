@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_threads(threads, dtype):
     n, vocab = 13, 3001
     tile, labels = (torch.randn(n, vocab) * 5).to(dtype), torch.randint(vocab, (n,))
     results = []
-    for count in (1, 2, 5, 32):
+    for count in (1, 2, 5, 32, 64):
         threads(count)
         stats = Stats.empty(n, tile.device, torch.float32, EXTRAS)
         native.fold(tile, labels, 0, stats, Transform(softcap=9.0))
@@ -118,6 +119,47 @@ def test_threads(threads, dtype):
         args = stats.lse, stats.logps, out, Transform(softcap=9.0), torch.ones(n)
         native.grad(tile, labels, 0, *args, stats.entropy(), torch.ones(n))
         results.append([*stats, out])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def _fold_and_product() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(n, 20, generator=generator) for n in (9, 70))
+    tile = torch.empty(9, 70)
+    native.own_product(x, weight, tile)
+    stats = Stats.empty(9, tile.device, torch.float32)
+    native.fold(tile, torch.arange(9), 0, stats, Transform())
+    return [tile, stats.logps]
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_takes_one_thread(threads):
+    """Its parent's threads are not there: OpenMP would wait for them for ever."""
+    threads(2)
+    here = _fold_and_product()
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # instead of waiting for ever
+        same = all(torch.equal(a, b) for a, b in zip(here, _fold_and_product(), strict=True))
+        os.write(send, b"same" if same and native._threads() == 1 else b"other")
+        os._exit(0)
+    os.close(send)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(receive, 8) == b"same"
+    os.close(receive)
+    assert native._threads() == 2
+
+
+@needs_native
+def test_products_with_more_threads_than_cores(threads):
+    """The same bits with 2 to 64."""
+    results = []
+    for count in (1, 2, 3, 8, 64):
+        threads(count)
+        results.append(_fold_and_product())
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
