@@ -37,7 +37,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CLOSED_FORMS = frozenset(PAIR_FORMS)
 
 
-# Whether the kernels have had threads, and whether those stayed in the process that forked this one.
+# Whether the kernels have had threads, and whether those stayed behind in a parent process.
 _had_threads = _lost_threads = False
 
 
