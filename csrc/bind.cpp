@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <stdexcept>
 
 #include "product.h"
@@ -74,6 +75,12 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         product(p, *kernel, threads);
     });
+    m.def("peak_rate", [](int dtype, const std::string& name, int threads, double seconds) {
+        const MicroKernel* kernel = micro_kernel(dtype_of(dtype), name);
+        if (!kernel) throw std::invalid_argument("peak_rate: this processor has no kernel named " + name);
+        py::gil_scoped_release release;
+        return peak_rate(*kernel, threads, seconds);
+    });
     m.attr("finish_words") = FINISH_WORDS;
     m.attr("column_block") = COLUMN_BLOCK;
     m.attr("slice") = SLICE;
@@ -107,12 +114,16 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         logit_free_forward(head, *kernel, threads);
     });
-    m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
+    py::list names;
+    for (const char* name : PAIR_FORMS) names.append(name);
+    m.attr("pair_forms") = py::tuple(names);
+    m.def("pair_loss", [](int form, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,
-                          double label_smoothing, Address out_loss, Address sequence_logps, Address rewards,
-                          Address dlogp) {
-        if (loss < 0 || loss > 1) throw std::invalid_argument("loss code: expected 0 or 1");
-        PairLoss in{static_cast<Loss>(loss),
+                          double label_smoothing, double option, double shape, Address out_loss,
+                          Address sequence_logps, Address rewards, Address dlogp) {
+        if (form < 0 || form >= int(std::size(PAIR_FORMS)))
+            throw std::invalid_argument("loss code: expected a place in pair_forms");
+        PairLoss in{static_cast<PairForm>(form),
                     tokens,
                     pairs,
                     at<float>(logps),
@@ -122,7 +133,9 @@ PYBIND11_MODULE(MODULE, m) {
                     at<float>(weight),
                     at<float>(margin),
                     beta,
-                    label_smoothing};
+                    label_smoothing,
+                    option,
+                    shape};
         PairLossOut out{at<float>(out_loss), at<float>(sequence_logps), at<float>(rewards),
                         at<float>(dlogp)};
         py::gil_scoped_release release;

@@ -187,6 +187,10 @@ class Run {
             if (run.has_buffer() && !sums)
                 out_memory = aligned<float>(run.block * up(run.span, run.kernel.cols));
             edge = aligned<float>(run.kernel.rows * run.kernel.cols);
+            if (run.kernel.begin) run.kernel.begin();
+        }
+        ~Task() {
+            if (run_.kernel.end) run_.kernel.end();
         }
 
         // Rows from `row` on, columns [from, to) of those packed, which start at column `col` of out.
@@ -255,7 +259,8 @@ class Run {
 
 std::vector<const MicroKernel*> micro_kernels(Dtype dtype) {
     std::vector<const MicroKernel*> out;
-    for (auto* kernel : {&avx512_bf16_kernel, &avx512_kernel, &avx2_kernel, &portable_kernel})
+    for (auto* kernel : {&amx_bf16_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_kernel, &neon_kernel,
+                         &portable_kernel})
         if (kernel->works && kernel->works() && (!kernel->pairs || dtype == Dtype::bf16))
             out.push_back(kernel);
     return out;

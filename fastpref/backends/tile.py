@@ -137,6 +137,13 @@ class Stats(NamedTuple):
         return self.squared.log() - 2 * self.sum.log()
 
 
+# The losses with a closed form, in the order of PAIR_FORMS in csrc/tile.h.
+PAIR_FORMS = (
+    *("sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair"),
+    *("sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"),
+)
+
+
 class PairLossInputs(NamedTuple):
     """The arguments of `Backend.pair_loss` after the token log-probs, in their order."""
 
