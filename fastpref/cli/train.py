@@ -70,6 +70,17 @@ def command(
             help="Mixed bf16 or plain fp32; by default what the machine is fast at.",
         ),
     ] = None,
+    gradient_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative error that the head's gradient of the hidden states may have, such as "
+            "0.0015, for speed; by default it is exact."
+        ),
+    ] = None,
+    head_gradient_tolerance: Annotated[
+        float | None,
+        typer.Option(help="The same for the gradient of the head's weight; by default exact."),
+    ] = None,
     reference: Annotated[
         Reference,
         typer.Option(

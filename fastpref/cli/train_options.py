@@ -47,6 +47,8 @@ class TrainOptions:
     max_length: int
     precision: Precision
     bf16: bool | None
+    gradient_tolerance: float | None
+    head_gradient_tolerance: float | None
     reference: Reference
     gradient_checkpointing: bool
     resume: str | None

@@ -248,6 +248,8 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
         max_length=options.max_length,
         precision=options.precision.value,
         bf16=plan.bf16,
+        gradient_tolerance=options.gradient_tolerance,
+        head_gradient_tolerance=options.head_gradient_tolerance,
         precompute_ref_log_probs=plan.reference is Reference.precompute,
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,

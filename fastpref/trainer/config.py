@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpref.backends.processor import bf16_is_fast, say_once, training_device
-from fastpref.logps.plan import check_plan_options
+from fastpref.logps.plan import check_plan_options, check_tolerance
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
 from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
@@ -108,12 +108,20 @@ class BaseConfig(TrainingArguments):
         None, "Bytes that the head may use between forward and backward; planned by default."
     )
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
+    gradient_tolerance: float | None = _option(
+        None, "Relative error that the head's gradient of the hidden states may have, as 1.5e-3."
+    )
+    head_gradient_tolerance: float | None = _option(
+        None, "The same for the gradient of the head's weight; exact by default."
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         self._choose_bf16()
         check_plan_options("auto", None, self.precision, None)
+        for name in ("gradient_tolerance", "head_gradient_tolerance"):
+            check_tolerance(name, getattr(self, name))
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
@@ -174,6 +182,9 @@ class BaseConfig(TrainingArguments):
             "memory_budget": self.head_memory_budget,
             "precision": self.precision,
             "backend": self.backend,
+            "gradient_tolerance": self.gradient_tolerance,
+            "head_gradient_tolerance": self.head_gradient_tolerance,
+            "gradient_seed": self.seed + 2**32 * self.process_index,
         }
 
 
@@ -227,6 +238,9 @@ class PreferenceConfig(BaseConfig):
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
             `linear_token_logps`.
+        gradient_tolerance, head_gradient_tolerance: relative errors that the head's gradients may
+            have; see docs/columns.md. The log then has `head/columns` (the multiplied share of the
+            vocabulary), `head/error`, `head/left_out`, `head/bound_mean` and `head/bound_max`.
     """
 
     # The loss
