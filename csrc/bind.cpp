@@ -5,6 +5,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "columns.h"
 #include "product.h"
 #include "tile.h"
 
@@ -113,6 +114,24 @@ PYBIND11_MODULE(MODULE, m) {
                        u_stride};
         py::gil_scoped_release release;
         logit_free_forward(head, *kernel, threads);
+    });
+    m.def("column_sums", [](Address d, int dtype, int64_t rows, int64_t cols, int64_t stride,
+                            Address row_scale, Address squares, Address totals, Address row_sums,
+                            int threads) {
+        ColumnSums s{at<void>(d),        dtype_of(dtype),   rows,
+                     cols,               stride,            at<float>(row_scale),
+                     at<float>(squares), at<float>(totals), at<float>(row_sums)};
+        py::gil_scoped_release release;
+        column_sums(s, threads);
+    });
+    m.def("gather_columns", [](Address d, int dtype, int64_t rows, int64_t stride, Address index,
+                               int64_t count, int64_t kept, Address factor, Address mean, Address row_sums,
+                               Address out, int64_t out_stride, Address rest, int threads) {
+        GatherColumns s{at<void>(d),      dtype_of(dtype),     rows,          stride,     at<int64_t>(index),
+                        count,            kept,                at<float>(factor), at<float>(mean),
+                        at<float>(row_sums), at<void>(out),    out_stride,    at<float>(rest)};
+        py::gil_scoped_release release;
+        gather_columns(s, threads);
     });
     py::list names;
     for (const char* name : PAIR_FORMS) names.append(name);

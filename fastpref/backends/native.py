@@ -327,6 +327,45 @@ def logit_free_forward(
         )
 
 
+def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Backend.column_sums`."""
+    rows, cols = d.shape
+    squares, totals, row_sums = (torch.empty(size) for size in (cols, cols, rows))
+    address, stride = _rows(d)
+    sums = map(_vector, (row_scale, squares, totals, row_sums))
+    _cpu.column_sums(address, _DTYPES[d.dtype], rows, cols, stride, *sums, torch.get_num_threads())
+    return squares, totals, row_sums
+
+
+def gather_columns(
+    d: Tensor,
+    index: Tensor,
+    kept: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    row_sums: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """As `Backend.gather_columns`; the kept columns come first."""
+    assert out.dtype == d.dtype and out.shape == (d.shape[0], index.shape[0] + 1)
+    rest = torch.empty_like(row_sums)
+    address, stride = _rows(d)
+    _cpu.gather_columns(
+        address,
+        _DTYPES[d.dtype],
+        d.shape[0],
+        stride,
+        _vector(index, torch.int64),
+        index.shape[0],
+        int(kept.sum()),
+        *map(_vector, (factor, mean, row_sums)),
+        *_rows(out),
+        _vector(rest),
+        torch.get_num_threads(),
+    )
+    return rest
+
+
 def pair_loss(
     logps: Tensor,
     sequence_ids: Tensor,

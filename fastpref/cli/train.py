@@ -77,6 +77,17 @@ def command(
             "where it is at least 1.2 times as fast as torch's."
         ),
     ] = CpuLinear.auto,
+    gradient_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative error that the head's gradient of the hidden states may have, such as "
+            "0.0015, for speed; by default it is exact."
+        ),
+    ] = None,
+    head_gradient_tolerance: Annotated[
+        float | None,
+        typer.Option(help="The same for the gradient of the head's weight; by default exact."),
+    ] = None,
     reference: Annotated[
         Reference,
         typer.Option(

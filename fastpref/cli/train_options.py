@@ -54,6 +54,8 @@ class TrainOptions:
     precision: Precision
     bf16: bool | None
     cpu_linear: CpuLinear
+    gradient_tolerance: float | None
+    head_gradient_tolerance: float | None
     reference: Reference
     reference_store: Path | None
     gradient_checkpointing: bool

@@ -256,6 +256,8 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
         precision=options.precision.value,
         bf16=plan.bf16,
         cpu_linear=options.cpu_linear.value,
+        gradient_tolerance=options.gradient_tolerance,
+        head_gradient_tolerance=options.head_gradient_tolerance,
         precompute_ref_log_probs=plan.reference is Reference.precompute,
         reference_store=None if options.reference_store is None else str(options.reference_store),
         gradient_checkpointing=options.gradient_checkpointing,

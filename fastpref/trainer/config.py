@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from fastpref.backends.processor import bf16_is_fast, say_once, training_device
 from fastpref.body import unavailable_reason
-from fastpref.logps.plan import check_plan_options
+from fastpref.logps.plan import check_plan_options, check_tolerance
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
 from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
@@ -112,6 +112,12 @@ class BaseConfig(TrainingArguments):
         None, "Bytes that the head may use between forward and backward; planned by default."
     )
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
+    gradient_tolerance: float | None = _option(
+        None, "Relative error that the head's gradient of the hidden states may have, as 1.5e-3."
+    )
+    head_gradient_tolerance: float | None = _option(
+        None, "The same for the gradient of the head's weight; exact by default."
+    )
 
     # The body
     cpu_linear: str = field(
@@ -131,6 +137,8 @@ class BaseConfig(TrainingArguments):
             raise ValueError(
                 f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
             )
+        for name in ("gradient_tolerance", "head_gradient_tolerance"):
+            check_tolerance(name, getattr(self, name))
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
@@ -196,6 +204,9 @@ class BaseConfig(TrainingArguments):
             "memory_budget": self.head_memory_budget,
             "precision": self.precision,
             "backend": self.backend,
+            "gradient_tolerance": self.gradient_tolerance,
+            "head_gradient_tolerance": self.head_gradient_tolerance,
+            "gradient_seed": self.seed + 2**32 * self.process_index,
         }
 
 
@@ -255,6 +266,9 @@ class PreferenceConfig(BaseConfig):
         cpu_linear: the matrix product of the body's Linear layers on a CPU. "native" is
             fastpref's, "torch" is torch's, and "auto" is fastpref's for the shapes in which it is
             at least 1.2 times as fast on this machine. See docs/training.md.
+        gradient_tolerance, head_gradient_tolerance: relative errors that the head's gradients may
+            have; see docs/columns.md. The log then has `head/columns` (the multiplied share of the
+            vocabulary), `head/error`, `head/left_out`, `head/bound_mean` and `head/bound_max`.
     """
 
     # The loss
