@@ -12,7 +12,7 @@ from torch import Tensor
 class Chosen(NamedTuple):
     """The columns of a block: kept ones first, then drawn ones, which may repeat."""
 
-    index: Tensor  # [K] int64
+    columns: Tensor  # [K] int64
     kept: Tensor  # [K] bool
     factor: Tensor  # [K], 1 or 1 / pi
     variance: Tensor  # [] of u, the sum over the block; an upper estimate
@@ -118,4 +118,6 @@ def choose(
     if device.type == "cpu":  # in the order of memory
         first = int(k)
         index[:first] = index[:first].sort().values
+        index[first:], places = index[first:].sort(stable=True)
+        factor[first:] = factor[first:][places]
     return Chosen(index, kept, factor.to(squares.dtype), variance, head_variance)

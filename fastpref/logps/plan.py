@@ -47,6 +47,8 @@ _FUSED_BYTES = 2**27  # what that kernel keeps at most
 # Tokens that share a choice of columns: the more, the more columns they need; the fewer, the more
 # often the weight is read for their mean.
 _COLUMN_TOKENS = 512
+# Tokens whose D a logit-free product makes for columns: for each call the weight is packed again.
+_LOGIT_FREE_TOKENS = 1024
 _PACKED_BYTES = (
     2**24
 )  # of an operand that the native product packs whole (WHOLE in csrc/product.cpp)
@@ -298,9 +300,9 @@ def _plan(
     column_tokens = multiplied = d_tokens = 0
     if by_columns:
         column_tokens = d_tokens = min(n, _COLUMN_TOKENS)
-        if logit_free and in_stash:
-            d_tokens = n
-        elif not logit_free:
+        if logit_free:
+            d_tokens = n if in_stash else min(n, _LOGIT_FREE_TOKENS)
+        else:
             # The tiles of logits are those of exact gradients, so that log-probs are the same bits.
             d_tokens = rows * max(_COLUMN_TOKENS // rows, 1)
             column_tokens = min(n, d_tokens, _COLUMN_TOKENS)
