@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastpref.backends.tile import Backend
-from fastpref.logps.column_choice import block_hash, choose
+from fastpref.logps.column_choice import HEAD_MARGIN, block_hash, choose
 
 _ROWS = 2048  # of the weight that are widened at a time
 _NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
@@ -258,7 +258,7 @@ class Sampler:
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
             by_u = self.tolerances[0] is not None
-            error = (variance / norm if by_u else head_variance / size).sqrt()
+            error = (variance / norm if by_u else head_variance / size * HEAD_MARGIN**2).sqrt()
             left, bounds = torch.cat(self.rest), torch.cat(self.bounds)
             unit = (norm / n).sqrt().to(bounds.dtype)
             columns = error.new_tensor(self.multiplied / (n * self.weight.shape[0]))

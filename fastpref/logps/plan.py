@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from fastpref.backends import native
+from fastpref.logps.column_choice import HEAD_MARGIN
 from fastpref.validation import check_number
 
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
@@ -138,11 +139,11 @@ def check_tolerance(name: str, tolerance: float | None) -> None:
 def _columns(vocab: int, tokens: int, tolerance: float | None, head: float | None) -> int:
     """The columns that are expected to meet the tolerances, of the head's matrices `head`.
 
-    A fit to a language model of 49,152 entries: 10 % at 5e-3, 23 % at 1.5e-3. dW needs what u
-    needs at 2.5 times the tolerance.
+    A fit to a language model of 49,152 entries: 10 % at 5e-3, 23 % at 1.5e-3. dW needs as many
+    as u does, but for the margin.
     """
-    least = min(math.inf if tolerance is None else tolerance, 2.5 * (head or math.inf))
-    share = 0.08 * (0.01 / least) ** 0.55
+    least = min(tolerance or math.inf, (head or math.inf) / HEAD_MARGIN)
+    share: float = 0.08 * (0.01 / least) ** 0.55
     # The labels' columns are always kept, and some must be left to be drawn.
     return min(vocab, max(math.ceil(share * vocab), tokens + tokens // 4 + 1))
 
