@@ -270,6 +270,33 @@ def cpu_linear() -> str:
     return _table(header, rows) + f"\n{where}, torch {machine['packages']['torch']}.\n"
 
 
+def columns() -> str:
+    results = _results("columns")
+    rows = []
+    for name, case in results["cases"].items():
+        seconds, head = case["seconds"], case["error of dW"]
+        rows.append(
+            [
+                name,
+                f"{seconds['exact']:.2f} s",
+                f"{seconds['columns']:.2f} s",
+                f"{case['ratio']:.2f}x",
+                f"{case['columns']:.0%}",
+                f"{case['error of dX']:.1e}",
+                f"{head:.1e}" if head else "exact",
+            ]
+        )
+    options, machine = results["options"], results["machine"]
+    head = ["", "exact", "columns", "ratio", "columns taken", "error of dX", "error of dW"]
+    return (
+        _table(head, rows) + "\n"
+        f"Forward and backward of {options['tokens']} tokens, tolerance {options['tolerance']}, "
+        f"fp32, {machine['threads']} threads of {machine['cpu']}; medians of "
+        f"{options['repeats']} calls.\nErrors are relative root mean squares; rounding D to bf16 "
+        f"costs {results['bf16 D, error of u']:.1e} in dX.\n"
+    )
+
+
 def faults() -> str:
     results = _results("reliability")
     rows = reliability.table(results)
@@ -289,6 +316,7 @@ BLOCKS = {
         train,
         cpu_linear,
         host_time,
+        columns,
         faults,
     )  # fmt: skip
 }

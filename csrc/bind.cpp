@@ -115,23 +115,52 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         logit_free_forward(head, *kernel, threads);
     });
-    m.def("column_sums", [](Address d, int dtype, int64_t rows, int64_t cols, int64_t stride,
-                            Address row_scale, Address squares, Address totals, Address row_sums,
-                            int threads) {
-        ColumnSums s{at<void>(d),        dtype_of(dtype),   rows,
-                     cols,               stride,            at<float>(row_scale),
-                     at<float>(squares), at<float>(totals), at<float>(row_sums)};
+    m.def("column_sums",
+          [](Address d, int dtype, int64_t rows, int64_t cols, int64_t stride, Address row_scale,
+             Address squares, Address totals, Address row_sums, int threads) {
+        ColumnSums s{at<void>(d),
+                     dtype_of(dtype),
+                     rows,
+                     cols,
+                     stride,
+                     at<float>(row_scale),
+                     at<float>(squares),
+                     at<float>(totals),
+                     at<float>(row_sums)};
         py::gil_scoped_release release;
         column_sums(s, threads);
     });
     m.def("gather_columns", [](Address d, int dtype, int64_t rows, int64_t stride, Address index,
                                int64_t count, int64_t kept, Address factor, Address mean, Address row_sums,
                                Address out, int64_t out_stride, Address rest, int threads) {
-        GatherColumns s{at<void>(d),      dtype_of(dtype),     rows,          stride,     at<int64_t>(index),
-                        count,            kept,                at<float>(factor), at<float>(mean),
-                        at<float>(row_sums), at<void>(out),    out_stride,    at<float>(rest)};
+        GatherColumns s{at<void>(d),
+                        dtype_of(dtype),
+                        rows,
+                        stride,
+                        at<int64_t>(index),
+                        count,
+                        kept,
+                        at<float>(factor),
+                        at<float>(mean),
+                        at<float>(row_sums),
+                        at<void>(out),
+                        out_stride,
+                        at<float>(rest)};
         py::gil_scoped_release release;
         gather_columns(s, threads);
+    });
+    m.def("weighted_rows", [](Address weight, int dtype, int64_t rows, int64_t cols, int64_t stride,
+                              Address q, Address out, int threads) {
+        WeightedRows s{at<void>(weight), dtype_of(dtype), rows, cols, stride, at<float>(q), at<float>(out)};
+        py::gil_scoped_release release;
+        weighted_rows(s, threads);
+    });
+    m.def("gather_rows", [](Address weight, int dtype, int64_t cols, int64_t stride, Address index,
+                            int64_t count, Address last, Address out, int threads) {
+        GatherRows s{at<void>(weight), dtype_of(dtype), cols, stride, at<int64_t>(index), count,
+                     at<float>(last),  at<void>(out)};
+        py::gil_scoped_release release;
+        gather_rows(s, threads);
     });
     py::list names;
     for (const char* name : PAIR_FORMS) names.append(name);

@@ -1,6 +1,7 @@
 // Columns of a block of D: the sums of all of them, and a gather of some. See fastpref/logps/columns.py.
 #include "columns.h"
 
+#include <cstring>
 #include <vector>
 
 #include "parallel.h"
@@ -9,6 +10,7 @@
 namespace fastpref {
 namespace {
 
+constexpr int64_t PARTS = 64;    // of a sum over the vocabulary, whatever the threads
 constexpr int64_t WIDTH = 2048;  // columns whose sums stay in the first cache
 
 // Columns [first, last) of all rows. part[row * parts] takes the row's sum over them.
@@ -36,7 +38,7 @@ FP_INLINE void sum_columns(const ColumnSums& s, int64_t first, int64_t last, dou
     }
 }
 
-template <class T> FP_INLINE void gather_rows(const GatherColumns& s, int64_t first, int64_t last) {
+template <class T> FP_INLINE void gather_block(const GatherColumns& s, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
         const T* d = static_cast<const T*>(s.d) + row * s.stride;
         T* out = static_cast<T*>(s.out) + row * s.out_stride;
@@ -63,6 +65,31 @@ FP_CLONES void sum_clone(const ColumnSums& s, int64_t first, int64_t last, doubl
     sum_columns<T>(s, first, last, part, parts);
 }
 
+template <class T> FP_INLINE void add_rows(const WeightedRows& s, int64_t first, int64_t last, float* out) {
+    for (int64_t j = 0; j < s.cols; ++j) out[j] = 0;
+    for (int64_t row = first; row < last; ++row) {
+        const float q = s.q[row];
+        if (q == 0) continue;
+        const T* w = static_cast<const T*>(s.weight) + row * s.stride;
+        for (int64_t j = 0; j < s.cols; ++j) out[j] += q * load(w + j);
+    }
+}
+
+template <class T>
+FP_CLONES void add_clone(const WeightedRows& s, int64_t first, int64_t last, float* out) {
+    add_rows<T>(s, first, last, out);
+}
+
+template <class T> void copy_rows(const GatherRows& s, int threads) {
+    T* out = static_cast<T*>(s.out);
+    parallel_ranges(s.count, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+            std::memcpy(out + i * s.cols, static_cast<const T*>(s.weight) + s.index[i] * s.stride,
+                        size_t(s.cols) * sizeof(T));
+    });
+    for (int64_t j = 0; j < s.cols; ++j) store(out + s.count * s.cols + j, s.last[j]);
+}
+
 }  // namespace
 
 void column_sums(const ColumnSums& s, int threads) {
@@ -85,11 +112,35 @@ void column_sums(const ColumnSums& s, int threads) {
 void gather_columns(const GatherColumns& s, int threads) {
     parallel_ranges(s.rows, threads, [&](int64_t first, int64_t last) {
         switch (s.dtype) {
-            case Dtype::bf16: return gather_rows<bf16>(s, first, last);
-            case Dtype::f16: return gather_rows<f16>(s, first, last);
-            default: return gather_rows<float>(s, first, last);
+            case Dtype::bf16: return gather_block<bf16>(s, first, last);
+            case Dtype::f16: return gather_block<f16>(s, first, last);
+            default: return gather_block<float>(s, first, last);
         }
     });
+}
+
+void weighted_rows(const WeightedRows& s, int threads) {
+    std::vector<float> part(size_t(PARTS * s.cols));
+    auto f = s.dtype == Dtype::bf16  ? add_clone<bf16>
+             : s.dtype == Dtype::f16 ? add_clone<f16>
+                                     : add_clone<float>;
+    parallel_ranges(PARTS, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+            f(s, s.rows * i / PARTS, s.rows * (i + 1) / PARTS, part.data() + i * s.cols);
+    });
+    for (int64_t j = 0; j < s.cols; ++j) {
+        double sum = 0;
+        for (int64_t i = 0; i < PARTS; ++i) sum += part[size_t(i * s.cols + j)];
+        s.out[j] = float(sum);
+    }
+}
+
+void gather_rows(const GatherRows& s, int threads) {
+    switch (s.dtype) {
+        case Dtype::bf16: return copy_rows<bf16>(s, threads);
+        case Dtype::f16: return copy_rows<f16>(s, threads);
+        default: return copy_rows<float>(s, threads);
+    }
 }
 
 }  // namespace fastpref

@@ -13,6 +13,8 @@ from torch import Tensor
 # Rows of D that are widened at a time: few stay in a CPU's cache, many keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 256}
 
+_WEIGHT_ROWS = 2048  # the same of the weight
+
 
 def _wide(d: Tensor) -> torch.dtype:
     return torch.promote_types(d.dtype, torch.float32)
@@ -36,6 +38,23 @@ def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Te
         totals += scaled.sum(0)
         squares += scaled.square().sum(0)
     return squares, totals, row_sums
+
+
+def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
+    """As `Backend.weighted_rows`."""
+    if weight.dtype == q.dtype:
+        return torch.mv(weight.t(), q)
+    total = q.new_zeros(weight.shape[1])
+    for a in range(0, weight.shape[0], _WEIGHT_ROWS):
+        part = weight[a : a + _WEIGHT_ROWS].to(q.dtype)
+        total += torch.mv(part.t(), q[a : a + _WEIGHT_ROWS])
+    return total
+
+
+def gather_rows(weight: Tensor, index: Tensor, last: Tensor, out: Tensor) -> None:
+    """As `Backend.gather_rows`."""
+    torch.index_select(weight, 0, index, out=out[:-1])
+    out[-1] = last
 
 
 def gather_columns(

@@ -14,7 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpref.backends.columns import column_sums, gather_columns
+from fastpref.backends.columns import (
+    column_sums,
+    gather_columns,
+    gather_rows,
+    weighted_rows,
+)
 from fastpref.backends.cuda_forward import logit_free_forward, logit_free_reason
 from fastpref.backends.cuda_module import (
     describe,

@@ -366,6 +366,25 @@ def gather_columns(
     return rest
 
 
+def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
+    """As `Backend.weighted_rows`."""
+    out = torch.empty(weight.shape[1])
+    address, stride = _rows(weight)
+    kind = _DTYPES[weight.dtype]
+    vectors = _vector(q), _vector(out)
+    _cpu.weighted_rows(address, kind, *weight.shape, stride, *vectors, torch.get_num_threads())
+    return out
+
+
+def gather_rows(weight: Tensor, index: Tensor, last: Tensor, out: Tensor) -> None:
+    """As `Backend.gather_rows`."""
+    assert out.is_contiguous() and out.dtype == weight.dtype
+    address, stride = _rows(weight)
+    kind, hidden = _DTYPES[weight.dtype], weight.shape[1]
+    rows = _vector(index, torch.int64), index.shape[0], _vector(last), out.data_ptr()
+    _cpu.gather_rows(address, kind, hidden, stride, *rows, torch.get_num_threads())
+
+
 def pair_loss(
     logps: Tensor,
     sequence_ids: Tensor,

@@ -339,6 +339,22 @@ class Backend(Protocol):
         last column is r less the row's sum of the columns that are not kept.
         """
 
+    def weighted_rows(
+        self,
+        q: Tensor,  # [V], float32, or float64 with a float64 weight
+        weight: Tensor,  # [V, H]
+    ) -> Tensor:
+        """q^T weight [H], in q's dtype."""
+
+    def gather_rows(
+        self,
+        weight: Tensor,  # [V, H]
+        index: Tensor,  # [K] int64
+        last: Tensor,  # [H]
+        out: Tensor,  # [K + 1, H], in weight's dtype
+    ) -> None:
+        """out = weight[index], and `last` as one more row."""
+
 
 class FoldGrad(Protocol):
     """`Backend.fold_grad` as a function."""

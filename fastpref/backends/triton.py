@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.backends.columns import column_sums, gather_columns
+from fastpref.backends.columns import (
+    gather_columns,
+    gather_rows,
+    weighted_rows,
+)
 from fastpref.backends.gemm import linear, outer, project, scale_rows
 from fastpref.backends.tile import Stats, Transform, fold_then_grad
 
@@ -37,6 +41,8 @@ _LANES = ((65536, 512), (16384, 256), (4096, 128), (0, 64))
 # Columns that a lane takes per block of fold: always the same, for a row's sum must not depend on
 # what else is asked for.
 _FOLD_COLUMNS = 16
+# Rows and columns that a program adds up at a time: 256 bytes of a 16-bit row, in 4 warps.
+_SUM_ROWS, _SUM_COLUMNS = 16, 128
 _PAIR_TOKENS, _PAIR_SEQUENCES, _PAIR_LANES = 2048, 256, 256
 
 
@@ -49,6 +55,7 @@ def _load() -> tuple[Any, str | None]:
         version = tuple(int(part) for part in triton.__version__.split(".")[:2])
         if version < _OLDEST:
             return None, f"triton {triton.__version__} is too old, 3.4 is needed"
+        import fastpref.kernels.columns
         import fastpref.kernels.forward
         import fastpref.kernels.pairs
         import fastpref.kernels.rows
@@ -179,6 +186,29 @@ def _check(tile: Tensor, labels: Tensor, *vectors: Tensor | None) -> None:
     assert labels.device == tile.device
     for t in vectors:
         assert t is None or (t.dtype == torch.float32 and t.numel() == n and t.is_contiguous())
+
+
+def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Backend.column_sums`."""
+    rows, columns = d.shape
+    programs = -(-columns // _SUM_COLUMNS)
+    squares, totals = (torch.empty(columns, device=d.device) for _ in range(2))
+    parts = torch.empty((rows, programs), device=d.device)
+    with _on(d.device):
+        _kernels().columns.column_sums[(programs,)](
+            d,
+            row_scale,
+            squares,
+            totals,
+            parts,
+            rows,
+            columns,
+            d.stride(0),
+            _SUM_ROWS,
+            _SUM_COLUMNS,
+            num_warps=4,
+        )
+    return squares, totals, parts.sum(1)
 
 
 def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Transform) -> None:

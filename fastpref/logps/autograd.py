@@ -98,7 +98,7 @@ class LinearTokenLogps(FirstOrderFunction):
                 HeadInputs(x, lora_hidden),
                 HeadTensors(*head),
                 labels,
-                Saved(*saved, columns),
+                Saved(*saved)._replace(columns=columns),
                 logps,
                 dlogp,
                 entropy,

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from fastpref.backends.tile import Backend
-from fastpref.logps.column_choice import block_hash, choose
+from fastpref.logps.column_choice import HEAD_MARGIN, block_hash, choose
 
 _ROWS = 2048  # of the weight that are widened at a time
-_NORM_TOKENS = 128  # of a block, whose u is estimated before the columns are chosen
-_NORM_SHARE = 64  # one column in so many is enough for that
+_NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
+_NORM_SHARE = 128  # one column in so many is enough for that
 
 
 class ColumnOptions(NamedTuple):
@@ -59,10 +59,10 @@ class GradientReport(NamedTuple):
 
 
 class ColumnBlock(NamedTuple):
-    """A block of D by columns: [G, a] at the columns `index`, and q."""
+    """A block of D by columns: [G, a] at these columns, and q."""
 
     g: Tensor  # [n, K + 1], rows lack row_scale
-    index: Tensor  # [K] int64
+    columns: Tensor  # [K] int64
     q: Tensor  # [V], 0 on S
 
 
@@ -77,17 +77,6 @@ def last_gradient_report() -> GradientReport | None:
     return getattr(_last, "report", None)
 
 
-def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
-    """q^T W [H] in q's dtype, a slice at a time where W has another one."""
-    if weight.dtype == q.dtype:
-        return torch.mv(weight.t(), q)
-    total = q.new_zeros(weight.shape[1])
-    for a in range(0, weight.shape[0], _ROWS):
-        part = weight[a : a + _ROWS].to(q.dtype)
-        total += torch.mv(part.t(), q[a : a + _ROWS])
-    return total
-
-
 class Spread(NamedTuple):
     """The rows of W around their mean."""
 
@@ -95,11 +84,11 @@ class Spread(NamedTuple):
     distance: Tensor  # [V], |W_v - mean|
 
 
-def spread(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Spread:
+def spread(backend: Backend, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Spread:
     """The `Spread` of scale W in this dtype; scale [V] or None."""
     vocab = weight.shape[0]
     ones = torch.ones(vocab, dtype=dtype, device=weight.device)
-    mean = weighted_rows((ones if scale is None else ones * scale) / vocab, weight)
+    mean = backend.weighted_rows((ones if scale is None else ones * scale) / vocab, weight)
     distance = torch.empty(vocab, dtype=dtype, device=weight.device)
     for a in range(0, vocab, _ROWS):
         rows = weight[a : a + _ROWS].to(dtype)
@@ -127,12 +116,16 @@ class Sampler:
         self.count, self.seed = count, options.seed
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.scale = None if dora_scale is None else dora_scale.to(dtype)
-        self.spread = spread(weight, self.scale, dtype)
+        self.spread = spread(backend, weight, self.scale, dtype)
         self.blocks: list[ColumnBlock] = []
         self.rest: list[Tensor] = []  # |r| of the rows
         self.bounds: list[Tensor] = []  # on the error of the rows of u
         self.sums: list[Tensor] = []  # [4] of each block: |u|^2, variance, |D|^2, variance of D
         self.multiplied = 0  # columns times tokens
+        # On a CPU, |u|^2 of the last block over the sum of squares times distance^2: blocks of one
+        # call are alike, so that the next need not estimate it.
+        self._ratio: float | None = None
+        self._memories: dict[str, Tensor] = {}  # of one block, for the next
 
     def add(
         self,
@@ -147,11 +140,16 @@ class Sampler:
         squares, totals, row_sums = backend.column_sums(d, row_scale)
         tolerances = (None if u is None else self.tolerances[0]), self.tolerances[1]
         estimated = u is None or (self.count is None and tolerances[0] is not None)
-        norm = self._u_norm(d, labels, row_scale, squares) if estimated else squares.new_ones(())
+        norm = squares.new_ones(())
+        spread_out = (squares * self.spread.distance.square()).sum()
+        if estimated and self._ratio is not None:
+            norm = spread_out * self._ratio
+        elif estimated:
+            norm = self._u_norm(d, labels, row_scale, squares)
         state = block_hash(labels, lse, self.seed)
         sizes = squares, labels, self.spread.distance, norm
         chosen = choose(*sizes, tolerances, state, self.count)
-        self.multiplied += d.shape[0] * (vocab if chosen is None else chosen.index.shape[0])
+        self.multiplied += d.shape[0] * (vocab if chosen is None else chosen.columns.shape[0])
         if chosen is None:
             self._add_all(d, row_scale, u, squares)
             return
@@ -161,25 +159,35 @@ class Sampler:
         q = totals * in_rest
         sum_q = q.sum()
         q = torch.where(sum_q == 0, 0.0, q / sum_q)
-        g = d.new_empty((d.shape[0], index.shape[0] + 1))
+        size = d.shape[0], index.shape[0] + 1
+        g = d.new_empty(size) if self.needs_head else self._memory("g", *size)
         mean = q[index].masked_fill(kept, 0.0)
         r = backend.gather_columns(d, index, kept, factor, mean, row_sums, g)
         if self.scale is not None:
             q = q * self.scale
             g[:, :-1] *= self.scale[index]
-        m = weighted_rows(q, self.weight)
+        m = backend.weighted_rows(q, self.weight)
         if u is not None and tolerances[0] is not None:
-            rows = self.weight.new_empty((g.shape[1], self.weight.shape[1]))
-            torch.index_select(self.weight, 0, index, out=rows[:-1])
-            rows[-1] = m
+            rows = self._memory("rows", g.shape[1], self.weight.shape[1])
+            backend.gather_rows(self.weight, index, m, rows)
             backend.project(g, rows, u)
         elif u is not None:
             backend.project(d, self.weight, u)
         if self.needs_head:
             self.blocks.append(ColumnBlock(g, index, q))
+        if u is not None and u.device.type == "cpu":
+            ratio = float(self._squared(u, row_scale, squares.dtype) / spread_out)
+            self._ratio = ratio if 0 < ratio < math.inf else None
         farthest = (self.spread.distance * in_rest).max()
         farthest = farthest + torch.linalg.vector_norm(self.spread.mean - m)
         self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
+
+    def _memory(self, name: str, rows: int, cols: int) -> Tensor:
+        """Memory that the last block has used: fresh pages cost as much as a pass over them."""
+        flat = self._memories.get(name)
+        if flat is None or flat.numel() < rows * cols:
+            flat = self._memories[name] = self.weight.new_empty(rows * cols)
+        return flat[: rows * cols].view(rows, cols)
 
     def _u_norm(
         self, d: Tensor, labels: Tensor, row_scale: Tensor | None, squares: Tensor
@@ -201,6 +209,13 @@ class Sampler:
             weight = weight * self.scale[index, None]
         u = rows @ (weight - self.spread.mean)
         return u.square().sum() * (d.shape[0] / max(rows.shape[0], 1))
+
+    @staticmethod
+    def _squared(u: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """|u|^2 [], of rows that lack row_scale."""
+        lengths = torch.linalg.vector_norm(u, dim=1, dtype=dtype)
+        scaled: Tensor = lengths if row_scale is None else lengths * row_scale
+        return scaled.square().sum()
 
     def _add_all(
         self, d: Tensor, row_scale: Tensor | None, u: Tensor | None, squares: Tensor
@@ -231,8 +246,7 @@ class Sampler:
     ) -> None:
         left = r.abs() if row_scale is None else (r * row_scale).abs()
         if u is not None:
-            lengths = torch.linalg.vector_norm(u, dim=1, dtype=r.dtype)
-            norm = (lengths if row_scale is None else lengths * row_scale).square().sum()
+            norm = self._squared(u, row_scale, r.dtype)
         self.rest.append(left)
         self.bounds.append(left * farthest)
         sums = norm, variance, squares.sum(), head_variance
@@ -244,7 +258,7 @@ class Sampler:
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
             by_u = self.tolerances[0] is not None
-            error = (variance / norm if by_u else head_variance / size).sqrt()
+            error = (variance / norm if by_u else head_variance / size * HEAD_MARGIN**2).sqrt()
             left, bounds = torch.cat(self.rest), torch.cat(self.bounds)
             unit = (norm / n).sqrt().to(bounds.dtype)
             columns = error.new_tensor(self.multiplied / (n * self.weight.shape[0]))

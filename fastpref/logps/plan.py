@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from fastpref.backends import native
+from fastpref.logps.column_choice import HEAD_MARGIN
 from fastpref.validation import check_number
 
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
@@ -47,6 +48,8 @@ _FUSED_BYTES = 2**27  # what that kernel keeps at most
 # Tokens that share a choice of columns: the more, the more columns they need; the fewer, the more
 # often the weight is read for their mean.
 _COLUMN_TOKENS = 512
+# Tokens whose D a logit-free product makes for columns: for each call the weight is packed again.
+_LOGIT_FREE_TOKENS = 1024
 _PACKED_BYTES = (
     2**24
 )  # of an operand that the native product packs whole (WHOLE in csrc/product.cpp)
@@ -136,11 +139,11 @@ def check_tolerance(name: str, tolerance: float | None) -> None:
 def _columns(vocab: int, tokens: int, tolerance: float | None, head: float | None) -> int:
     """The columns that are expected to meet the tolerances, of the head's matrices `head`.
 
-    A fit to a language model of 49,152 entries: 10 % at 5e-3, 23 % at 1.5e-3. dW needs what u
-    needs at 2.5 times the tolerance.
+    A fit to a language model of 49,152 entries: 10 % at 5e-3, 23 % at 1.5e-3. dW needs as many
+    as u does, but for the margin.
     """
-    least = min(math.inf if tolerance is None else tolerance, 2.5 * (head or math.inf))
-    share = 0.08 * (0.01 / least) ** 0.55
+    least = min(tolerance or math.inf, (head or math.inf) / HEAD_MARGIN)
+    share: float = 0.08 * (0.01 / least) ** 0.55
     # The labels' columns are always kept, and some must be left to be drawn.
     return min(vocab, max(math.ceil(share * vocab), tokens + tokens // 4 + 1))
 
@@ -298,9 +301,9 @@ def _plan(
     column_tokens = multiplied = d_tokens = 0
     if by_columns:
         column_tokens = d_tokens = min(n, _COLUMN_TOKENS)
-        if logit_free and in_stash:
-            d_tokens = n
-        elif not logit_free:
+        if logit_free:
+            d_tokens = n if in_stash else min(n, _LOGIT_FREE_TOKENS)
+        else:
             # The tiles of logits are those of exact gradients, so that log-probs are the same bits.
             d_tokens = rows * max(_COLUMN_TOKENS // rows, 1)
             column_tokens = min(n, d_tokens, _COLUMN_TOKENS)

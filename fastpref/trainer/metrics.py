@@ -188,8 +188,8 @@ def column_metrics(
         rows[0, -2], rows[0, -1] = values[:, -1].max(), weights.sum()
     everywhere = gather(rows).cpu()
     means = everywhere[:, :-2].sum(0) / everywhere[:, -1].sum().clamp(min=1)
-    values = [*means.tolist(), float(everywhere[:, -2].max())]
-    return {f"head/{name}": value for name, value in zip(names, values, strict=True)}
+    found = [*means.tolist(), float(everywhere[:, -2].max())]
+    return {f"head/{name}": value for name, value in zip(names, found, strict=True)}
 
 
 def check_grad_norm(norm: float | None, step: int) -> None:

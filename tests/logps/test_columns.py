@@ -241,7 +241,7 @@ def _block(d, weight, labels, tolerance, seed=0, count=None):
     sampler.add(d, labels, lse, None, u)
     norm = (d @ weight).square().sum()
     squares = d.square().sum(0)
-    distance = spread(weight, None, d.dtype).distance
+    distance = spread(eager, weight, None, d.dtype).distance
     state = block_hash(labels, lse, seed)
     chosen = choose(squares, labels, distance, norm, (tolerance, None), state, count)
     return chosen, sampler, u
@@ -259,8 +259,8 @@ def test_a_number_of_columns_that_is_given(count):
     truth, draws = d @ weight, []
     for seed in range(64):
         chosen, sampler, u = _block(d, weight, labels, 0.01, seed, count)
-        assert chosen.index.shape == (count,) and set(labels.tolist()) <= set(
-            chosen.index[chosen.kept].tolist()
+        assert chosen.columns.shape == (count,) and set(labels.tolist()) <= set(
+            chosen.columns[chosen.kept].tolist()
         )
         draws.append(u)
     one = math.sqrt(sum(_distance(u, truth) ** 2 for u in draws) / len(draws))
@@ -319,7 +319,7 @@ def test_the_bound_of_what_is_left_out(block, tolerance):
         assert not sampler.bounds[0].any()
         return
     rest = torch.ones(d.shape[1], dtype=torch.bool)
-    rest[chosen.index[chosen.kept]] = False
+    rest[chosen.columns[chosen.kept]] = False
     assert not rest[labels].any()
     r, q = d[:, rest].sum(1), d[:, rest].sum(0)
     q = q / q.sum() if q.sum() != 0 else q
@@ -376,6 +376,20 @@ def test_primitives(backend, dtype, n, v, scaled):
     assert torch.allclose(out[:, :-1].double(), columns, **tolerance)
     assert torch.allclose(out[:, -1].double(), last, rtol=tolerance["rtol"], atol=2e-3)
     assert torch.equal(out[:, :-1][:, kept], d[:, index[kept]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("v, h", [(1, 1), (70, 5), (3001, 40)])
+def test_primitives_of_the_weight(backend, dtype, v, h):
+    module = machine.backends._MODULES[machine.backend_of(backend)]
+    weight, q = torch.randn(v, h + 1).to(dtype)[:, :h], torch.rand(v)
+    q[::3] = 0
+    found = module.weighted_rows(q, weight)
+    assert torch.allclose(found.double(), q.double() @ weight.double(), rtol=1e-4, atol=1e-4)
+    index = torch.randint(v, (7,))
+    out = weight.new_empty((8, h))
+    module.gather_rows(weight, index, found, out)
+    assert torch.equal(out[:-1], weight[index]) and torch.equal(out[-1], found.to(dtype))
 
 
 # ---- options and plans ----
