@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "fused": {"validation", "backends", "logps", "losses"},
     "heads": {"validation"},
     "data": {"progress"},
-    "reference": {"progress", "data", "heads", "logps", "losses.tokens"},
+    "attention": {"data", "heads", "logps.linear"},
+    "reference": {"progress", "attention", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
-        "progress", "backends.processor", "data", "fused", "heads", "logps", "losses", "reference",
+        "progress", "attention", "backends.processor", "data", "fused", "heads", "logps", "losses",
+        "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {

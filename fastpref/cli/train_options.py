@@ -22,6 +22,16 @@ class Reference(str, Enum):
     columns = "columns"
 
 
+class PrefixSharing(str, Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+    @property
+    def value_of_config(self) -> str | bool:
+        return "auto" if self is PrefixSharing.auto else self is PrefixSharing.on
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of `fastpref train`; see its help."""
@@ -49,6 +59,8 @@ class TrainOptions:
     bf16: bool | None
     reference: Reference
     gradient_checkpointing: bool
+    prefix_sharing: PrefixSharing
+    packing: bool
     resume: str | None
     resume_anyway: bool
     overwrite: bool
@@ -71,6 +83,25 @@ class TrainOptions:
             "--lora-alpha": self.lora_alpha,
             "--lora-targets": self.lora_targets,
         }
+
+    def rows(self, unpaired: bool) -> dict[str, Any]:
+        """The options of a configuration that concern the rows of pairs.
+
+        Raises:
+            ValueError: an option that a loss of single answers does not have.
+        """
+        chosen = {
+            "--prefix-sharing": self.prefix_sharing is PrefixSharing.on,
+            "--packing": self.packing,
+        }
+        unused = [name for name, is_set in chosen.items() if is_set]
+        if unpaired and unused:
+            raise ValueError(
+                f"{' and '.join(unused)} would do nothing with --loss {self.loss}, whose rows are "
+                "single answers; leave it out"
+            )
+        sharing = self.prefix_sharing.value_of_config
+        return {} if unpaired else {"prefix_sharing": sharing, "packing": self.packing}
 
 
 def check_options(options: TrainOptions, unused: list[str]) -> None:
