@@ -22,6 +22,7 @@ from fastpref.logps.linear import linear_token_logps
 # gradient of the embeddings relative to its norm. Models of float64 compute some parts in fp32.
 _LIMITS = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-3, 1e-3)}
 _LIMITS_16_BIT = 0.2, 0.2
+_PROMPT, _ANSWER = 128, 64  # the most tokens that are compared
 _LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 
@@ -62,7 +63,8 @@ def check_attention(
     """The attention that computes rows of segments as the model computes separate rows.
 
     Compares log-probs and the gradient of the token embeddings on real pairs, for our attention and
-    then for a dense mask.
+    then for a dense mask. Long pairs are cut: this runs without activation checkpointing, and masks
+    are compared beyond the rows' length anyway.
 
     Args:
         model: a causal language model, on its device.
@@ -79,7 +81,7 @@ def check_attention(
     reason = unsupported_reason(model)
     if reason is not None:
         raise UnsupportedAttention(f"{name} cannot compute rows of segments: {reason}")
-    reasons = []
+    examples, reasons = [_cut(example) for example in examples], []
     expected = _outcome(model, separate(examples), None, autocast)
     for way in (FUNCTION, MASK):
         try:
@@ -98,6 +100,12 @@ def check_attention(
             return attention
         reasons.append(f"{way}: {difference}")
     raise UnsupportedAttention(f"{name} cannot compute rows of segments ({'; '.join(reasons)})")
+
+
+def _cut(example: dict[str, Any]) -> dict[str, Any]:
+    """The end of a pair's prompt and the starts of its answers."""
+    answers = {key: example[key][:_ANSWER] for key in ("chosen_ids", "rejected_ids")}
+    return {**example, **answers, "prompt_ids": example["prompt_ids"][-_PROMPT:]}
 
 
 def _outcome(

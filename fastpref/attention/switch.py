@@ -183,7 +183,7 @@ class SegmentAttention:
 
     def __init__(self, model: Any, way: str = FUNCTION, checked: bool = False) -> None:
         self.way, self.checked = way, checked
-        configs = [getattr(module, "config", None) for module in unwrap(model).modules()]
+        configs: list[Any] = [getattr(m, "config", None) for m in unwrap(model).modules()]
         by_id = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
         self._configs = list(by_id.values())
         if not self._configs:

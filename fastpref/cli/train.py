@@ -91,6 +91,12 @@ def command(
     packing: Annotated[
         bool, typer.Option("--packing", help="Put the pairs of a batch into one row, unpadded.")
     ] = False,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --packing: compute a batch of more tokens in several passes."
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(

@@ -61,6 +61,7 @@ class TrainOptions:
     gradient_checkpointing: bool
     prefix_sharing: PrefixSharing
     packing: bool
+    tokens_per_batch: int | None
     resume: str | None
     resume_anyway: bool
     overwrite: bool
@@ -93,6 +94,7 @@ class TrainOptions:
         chosen = {
             "--prefix-sharing": self.prefix_sharing is PrefixSharing.on,
             "--packing": self.packing,
+            "--tokens-per-batch": self.tokens_per_batch is not None,
         }
         unused = [name for name, is_set in chosen.items() if is_set]
         if unpaired and unused:
@@ -100,8 +102,15 @@ class TrainOptions:
                 f"{' and '.join(unused)} would do nothing with --loss {self.loss}, whose rows are "
                 "single answers; leave it out"
             )
-        sharing = self.prefix_sharing.value_of_config
-        return {} if unpaired else {"prefix_sharing": sharing, "packing": self.packing}
+        if unpaired:
+            return {}
+        if self.tokens_per_batch is not None and not self.packing:
+            raise ValueError("--tokens-per-batch would do nothing; add --packing")
+        return {
+            "prefix_sharing": self.prefix_sharing.value_of_config,
+            "packing": self.packing,
+            "tokens_per_batch": self.tokens_per_batch,
+        }
 
 
 def check_options(options: TrainOptions, unused: list[str]) -> None:

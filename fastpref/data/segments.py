@@ -177,9 +177,9 @@ class SegmentCollator(_Collator):
     - `hidden_indices`: int64 [N], the positions in the flattened rows from which the labelled
       tokens are predicted. One position may occur twice.
     - `labels`, `sequence_ids`: int64 [N], the labelled tokens and their sequences in [0, 2P).
-    - `token_indices`: int64 [N], 0 to N - 1: all flat tokens are needed.
+    - `token_indices`: int64, the positions where `labels` is not -100: all N of them.
     - `nll_labels`: int64 [N] with nll_on_prompt. The prompts' tokens of the chosen sequences are
-      then among the N; their labels are -100.
+      then among the N; their labels are -100, and token_indices leave them out.
     - `lengths`, `sequence_tokens`: int64 [2P], the tokens of each answer (at least 1), and with
       those of the prompt.
     - the number columns and `rows` of `PreferenceCollator`.
@@ -218,6 +218,15 @@ class SegmentCollator(_Collator):
             **_number_columns(examples, NUMBERS),
         }
 
+    def tokens(self, example: dict[str, Any]) -> int:
+        """The number of tokens that a pair has in the rows."""
+        chosen, rejected = (
+            np.asarray(self._cut([example], key)[0][0], np.int64)
+            for key in ("chosen_ids", "rejected_ids")
+        )
+        shared = common_prefix(chosen, rejected) if self.sharing else 0
+        return len(chosen) + len(rejected) - shared
+
     def _row_tensors(self, rows: _Rows, plan: RowPlan) -> dict[str, Tensor]:
         input_ids = np.full(plan.shape, self.pad_token_id, dtype=np.int64)
         mask = np.zeros(plan.shape, np.int64)
@@ -253,7 +262,7 @@ class SegmentCollator(_Collator):
         answers = [max(len(ids) - start, 1) for ids, start in sequences]
         return {
             **tensors,
-            "token_indices": torch.arange(len(tensors["labels"])),
+            "token_indices": (tensors["labels"] != -100).nonzero()[:, 0],
             "lengths": torch.tensor(answers),
             "sequence_tokens": torch.tensor(lengths),
         }

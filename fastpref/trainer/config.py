@@ -228,6 +228,8 @@ class PreferenceConfig(BaseConfig):
             where the data's prompts are long enough and the model allows it. The training is the
             same; see docs/prefix-sharing.md.
         packing: whether the pairs of a batch are one row without padding.
+        tokens_per_batch: with packing, the most tokens of one pass through the model. The pairs of
+            a larger training batch are computed in several passes whose gradients are added.
         nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
         max_length: maximum number of tokens of prompt + answer; None for no maximum.
         truncation_mode: "keep_start" or "keep_end".
@@ -243,10 +245,14 @@ class PreferenceConfig(BaseConfig):
     """
 
     # The rows
-    prefix_sharing: str | bool = _option(
+    # A bool as well; transformers' argument parser would read a union with bool as a bool.
+    prefix_sharing: str = _option(
         "auto", "Compute a pair's common prompt once: auto, true or false."
     )
     packing: bool = _option(False, "Put the pairs of a batch into one row without padding.")
+    tokens_per_batch: int | None = _option(
+        None, "With packing: compute a batch of more tokens than this in several passes."
+    )
 
     # The loss
     loss_type: list[str] | str = field(
@@ -285,6 +291,12 @@ class PreferenceConfig(BaseConfig):
         names = [LOSS_ALIASES.get(name, name) for name in losses]
         self.loss_type = names[0] if len(names) == 1 else names
         self.prefix_sharing = _auto_or_bool("prefix_sharing", self.prefix_sharing)
+        most = self.tokens_per_batch
+        if most is not None and (not self.packing or most < 1):
+            raise ValueError(
+                f"tokens_per_batch is {most} with packing={self.packing}; expected at least 1, and "
+                "packing=True"
+            )
         super().__post_init__()
 
     def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:

@@ -235,18 +235,29 @@ class MetricWindow:
     total_tokens: int = 0
     pending: list[_Step] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
+    missing: float = 0.0  # the fraction of the last micro-step that is still to be added
 
-    def add(self, sums: Tensor, rows: Tensor | None, where: str) -> None:
+    def add(self, sums: Tensor, rows: Tensor | None, where: str, share: float = 1.0) -> None:
         """Store a micro-step. In one process on a CPU its loss is checked at once.
 
         Args:
             sums: the vector [len(names)].
             rows: the numbers of its rows in the data, for an error.
             where: the step, for an error.
+            share: the fraction of the micro-batch's pairs that these are. Further calls add the
+                rest; a loss is then the sum of its parts, and there are no other means.
         """
         step = _Step(sums, rows, where)
+        if self.missing > 0:
+            before = self.pending.pop()
+            step.sums = before.sums + sums
+            if rows is not None and before.rows is not None:
+                step.rows = torch.cat([before.rows, rows])
+        self.missing = (self.missing or 1.0) - share
+        if self.missing < 1e-9:
+            self.missing = 0.0
         if sums.device.type == "cpu" and self.world_size == 1:
-            self._check(sums[None], [step], self.rank)
+            self._check(step.sums[None], [step], self.rank)
         self.pending.append(step)
 
     def sync(self) -> None:

@@ -168,7 +168,7 @@ class PreferenceTrainer(RowsTrainer, BaseTrainer):
             loss_options=self._loss_options,
             extras=EXTRAS,
         )
-        loss = self.add_aux_loss(out.loss, aux_loss)
+        loss = self._share * self.add_aux_loss(out.loss, aux_loss)
         ids = inputs.get("sequence_ids")
         sums = micro_step_sums(out, loss, aux_loss, labels, num_tokens, ids)
         return {"loss": loss, "sums": sums}

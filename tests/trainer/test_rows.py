@@ -76,6 +76,8 @@ def test_the_training_is_the_same(tmp_path, loss):
         same(expected, found)
     if loss == "dpo":
         assert found[0][0]["rewards/margins"] == 0
+        parts = outcome(tmp_path, "parts", **ROWS["both"], tokens_per_batch=30, **options)
+        same(expected, parts)
 
 
 def test_an_adapter(tmp_path):
@@ -104,6 +106,11 @@ def test_what_does_not_go_together_is_said(tmp_path, caplog):
         trainer(tmp_path, prefix_sharing=True, neftune_noise_alpha=5.0)
     with pytest.raises(ValueError, match="^packing: got True, expected False: dropout"):
         trainer(tmp_path, packing=True, disable_dropout=False)
+    with pytest.raises(ValueError, match="^tokens_per_batch is 64 with packing=False; expected"):
+        trainer(tmp_path, tokens_per_batch=64)
+    for options in ({"loss_type": "aot"}, {"nll_weight": 0.5}):
+        with pytest.raises(ValueError, match="tokens_per_batch, the loss must be a mean over p"):
+            trainer(tmp_path, packing=True, tokens_per_batch=64, **options)
     with pytest.raises(ValueError, match="data_collator is one of your own"):
         trainer(tmp_path, packing=True, data_collator=lambda rows: {})
     t = trainer(tmp_path, disable_dropout=False)
@@ -111,6 +118,17 @@ def test_what_does_not_go_together_is_said(tmp_path, caplog):
     assert "prefix sharing is off: dropout" in caplog.text
     with pytest.raises(ValueError, match="^prefix_sharing is 'no'; expected 'auto', True or False"):
         PreferenceConfig(output_dir=str(tmp_path), prefix_sharing="no")
+
+
+def test_a_batch_in_parts(tmp_path):
+    t = trainer(tmp_path, packing=True, tokens_per_batch=40, per_device_train_batch_size=8)
+    batches = list(t.get_train_dataloader())
+    for batch in batches:
+        assert sum(batch["shares"]) == pytest.approx(1)
+        assert all(part["input_ids"].shape[1] <= 80 for part in batch["parts"])
+        assert sum(len(part["rows"]) for part in batch["parts"]) == 8
+    t.train()
+    assert history(t)[0]["rewards/margins"] == 0
 
 
 def test_options_on_a_command_line(tmp_path):
