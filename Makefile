@@ -62,12 +62,8 @@ demo: $(VENV)/.demo ## Train a small model and show what the fused head saves
 TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-# From Python 3.12 on the interpreter itself says which lines run; before that, tracing doubles the time.
-LINES = $(shell $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))' && \
-  echo --cov --cov-report term:skip-covered)
-
-test: install ## Run all tests; from Python 3.12 on, print which lines of the package none of them reached
-	COVERAGE_CORE=sysmon $(PYTEST) $(LINES) $(PYTEST_ARGS)
+test: install ## Run all tests and print which lines of the package none of them reached
+	FASTPREF_LINES=1 $(PYTEST) $(PYTEST_ARGS)
 
 test-fast: install ## Run the tests without the marks slow and train: the core, in under 3 minutes
 	$(PYTEST) -m 'not slow and not train' $(PYTEST_ARGS)

@@ -187,8 +187,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         + " at the peak of one warm call beyond what was before it; extra is that less the bytes "
         "of the gradients it returns, also where they did not exist yet at the peak, as in eager",
         "errors": "against float64 on the same inputs; dhidden and dweight are relative",
-        "roofline": "time of the bare products with the least FLOPs (6NHV trainable, 4NHV frozen, "
-        "2NHV forward-only), in the same rounds, over the variant's time",
+        "roofline": "the least FLOPs (6NHV trainable, 4NHV frozen, 2NHV forward-only) "
+        + (
+            "at the rate of the processor's own multiply-adds on operands in its first cache"
+            if cpu
+            else "in bare products"
+        )
+        + ", in the same rounds, over the variant's time",
         "other_function": "computes something else than this loss: in no target",
     }
 

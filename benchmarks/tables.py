@@ -249,6 +249,27 @@ def host_time() -> str:
     )
 
 
+def cpu_linear() -> str:
+    rows = []
+    for name in ("cpu_linear", "cpu_linear_bf16"):
+        found = _results(name)
+        step = {side: found["step_s"][side]["median"] for side in ("torch", "native")}
+        rows.append(
+            [
+                found["options"]["dtype"],
+                str(found["options"]["layers"]),
+                f"{step['torch']:.2f} s",
+                f"{step['native']:.2f} s",
+                f"{step['torch'] / step['native']:.2f}x",
+                f"{found['products_speedup']:.2f}x",
+            ]
+        )
+    header = ["dtype", "blocks", "torch's", "fastpref's", "step", "the layers' products alone"]
+    machine = found["machine"]
+    where = f"{machine['cpu']}, {machine['threads']} threads, {', '.join(machine['cpu_features'])}"
+    return _table(header, rows) + f"\n{where}, torch {machine['packages']['torch']}.\n"
+
+
 def faults() -> str:
     results = _results("reliability")
     rows = reliability.table(results)
@@ -256,7 +277,20 @@ def faults() -> str:
 
 
 BLOCKS = {
-    f.__name__: f for f in (first, head, fp32, trl, trl_step, liger, cce, train, host_time, faults)
+    f.__name__: f
+    for f in (
+        first,
+        head,
+        fp32,
+        trl,
+        trl_step,
+        liger,
+        cce,
+        train,
+        cpu_linear,
+        host_time,
+        faults,
+    )  # fmt: skip
 }
 
 

@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <stdexcept>
 
+#include "columns.h"
 #include "product.h"
 #include "tile.h"
 
@@ -74,6 +76,12 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         product(p, *kernel, threads);
     });
+    m.def("peak_rate", [](int dtype, const std::string& name, int threads, double seconds) {
+        const MicroKernel* kernel = micro_kernel(dtype_of(dtype), name);
+        if (!kernel) throw std::invalid_argument("peak_rate: this processor has no kernel named " + name);
+        py::gil_scoped_release release;
+        return peak_rate(*kernel, threads, seconds);
+    });
     m.attr("finish_words") = FINISH_WORDS;
     m.attr("column_block") = COLUMN_BLOCK;
     m.attr("slice") = SLICE;
@@ -107,12 +115,34 @@ PYBIND11_MODULE(MODULE, m) {
         py::gil_scoped_release release;
         logit_free_forward(head, *kernel, threads);
     });
-    m.def("pair_loss", [](int loss, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
+    m.def("column_sums", [](Address d, int dtype, int64_t rows, int64_t cols, int64_t stride,
+                            Address row_scale, Address squares, Address totals, Address row_sums,
+                            int threads) {
+        ColumnSums s{at<void>(d),        dtype_of(dtype),   rows,
+                     cols,               stride,            at<float>(row_scale),
+                     at<float>(squares), at<float>(totals), at<float>(row_sums)};
+        py::gil_scoped_release release;
+        column_sums(s, threads);
+    });
+    m.def("gather_columns", [](Address d, int dtype, int64_t rows, int64_t stride, Address index,
+                               int64_t count, int64_t kept, Address factor, Address mean, Address row_sums,
+                               Address out, int64_t out_stride, Address rest, int threads) {
+        GatherColumns s{at<void>(d),      dtype_of(dtype),     rows,          stride,     at<int64_t>(index),
+                        count,            kept,                at<float>(factor), at<float>(mean),
+                        at<float>(row_sums), at<void>(out),    out_stride,    at<float>(rest)};
+        py::gil_scoped_release release;
+        gather_columns(s, threads);
+    });
+    py::list names;
+    for (const char* name : PAIR_FORMS) names.append(name);
+    m.attr("pair_forms") = py::tuple(names);
+    m.def("pair_loss", [](int form, int64_t tokens, int64_t pairs, Address logps, Address sequence_ids,
                           Address ref_logps, Address lengths, Address weight, Address margin, double beta,
-                          double label_smoothing, Address out_loss, Address sequence_logps, Address rewards,
-                          Address dlogp) {
-        if (loss < 0 || loss > 1) throw std::invalid_argument("loss code: expected 0 or 1");
-        PairLoss in{static_cast<Loss>(loss),
+                          double label_smoothing, double option, double shape, Address out_loss,
+                          Address sequence_logps, Address rewards, Address dlogp) {
+        if (form < 0 || form >= int(std::size(PAIR_FORMS)))
+            throw std::invalid_argument("loss code: expected a place in pair_forms");
+        PairLoss in{static_cast<PairForm>(form),
                     tokens,
                     pairs,
                     at<float>(logps),
@@ -122,7 +152,9 @@ PYBIND11_MODULE(MODULE, m) {
                     at<float>(weight),
                     at<float>(margin),
                     beta,
-                    label_smoothing};
+                    label_smoothing,
+                    option,
+                    shape};
         PairLossOut out{at<float>(out_loss), at<float>(sequence_logps), at<float>(rewards),
                         at<float>(dlogp)};
         py::gil_scoped_release release;

@@ -1,4 +1,7 @@
 // parallel_ranges(n, threads, f): run f(begin, end) over a partition of [0, n).
+//
+// Range t is the work of thread t in every call with these n and threads. So fresh memory stands on the NUMA
+// node of the thread that writes it first, and the next pass over the same rows finds it there.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,7 +19,7 @@ template <class F> void parallel_ranges(int64_t n, int threads, const F& f) {
 #ifdef _OPENMP
     // torch has loaded libgomp first and ours binds to the same copy: one pool. A foreign pool
     // would fight torch's idle workers, which spin.
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int t = 0; t < threads; ++t) f(n * t / threads, n * (t + 1) / threads);
 #else
     std::vector<std::thread> team;

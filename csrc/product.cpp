@@ -1,5 +1,9 @@
 #include "product.h"
 
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -15,9 +19,24 @@ namespace {
 // Words in one chain: short enough that the chain's rounding stays small, and that a packed chunk of b's
 // columns stays in the first cache while rows of a pass over it.
 constexpr int64_t CHUNK = 256;
-constexpr int64_t ROW_BLOCK = 144;       // rows of a that stay in the second cache, CHUNK words of them
 constexpr int64_t WHOLE = 16 << 20;  // bytes up to which an operand is packed whole
 constexpr int64_t SUMS = 32 << 20;       // bytes of fp32 sums that wait to be rounded
+
+// 0 where the system does not say.
+int64_t second_cache_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    return sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    return 0;
+#endif
+}
+
+// Rows of a, CHUNK words of them, that stay in the second cache beside what passes through it. The more
+// there are, the longer are the stretches in which a transposed operand is read.
+int64_t row_block() {
+    static const int64_t rows = second_cache_bytes() >= 512 << 10 ? 288 : 144;
+    return rows;
+}
 
 struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -90,7 +109,7 @@ class Run {
         }
         if (p.finish) width = COLUMN_BLOCK;
         // Equally many rows for each thread, in blocks that fit the cache.
-        int64_t blocks = parts(p.m, ROW_BLOCK);
+        int64_t blocks = parts(p.m, row_block());
         if (blocks % this->threads) blocks = up(blocks, this->threads);
         block = std::max<int64_t>(up(parts(p.m, blocks), kernel.rows), kernel.rows);
         blocks = parts(p.m, block);
@@ -160,7 +179,7 @@ class Run {
 
         Task(const Run& run, const Packed& b, const Packed* shared_a, float* sums)
             : run_(run), b(b), shared_a(shared_a), sums(sums),
-              a{run.kernel, run.chunk, b.p0, b.p1, run.block, run.kernel.rows, nullptr} {
+              a{run.kernel, run.chunk, 0, run.chunk, run.block, run.kernel.rows, nullptr} {
             if (!shared_a) {
                 a_memory = aligned<uint32_t>(a.size());
                 a.data = a_memory.get();
@@ -168,13 +187,16 @@ class Run {
             if (run.has_buffer() && !sums)
                 out_memory = aligned<float>(run.block * up(run.span, run.kernel.cols));
             edge = aligned<float>(run.kernel.rows * run.kernel.cols);
+            if (run.kernel.begin) run.kernel.begin();
+        }
+        ~Task() {
+            if (run_.kernel.end) run_.kernel.end();
         }
 
         // Rows from `row` on, columns [from, to) of those packed, which start at column `col` of out.
         void run(int64_t row, int64_t col, int64_t from, int64_t to) {
             const Product& p = run_.p;
             const int64_t rows = least(run_.block, p.m - row);
-            if (!shared_a) a.pack(p.a, p.k, row, row + rows, 0);
             float* out;
             int64_t stride;
             if (!run_.has_buffer()) {
@@ -187,8 +209,13 @@ class Run {
                 stride = up(run_.span, run_.kernel.cols);
                 out = out_memory.get();
             }
-            for (int64_t w = b.p0; w < b.p1 || w == 0; w += run_.chunk)
+            for (int64_t w = b.p0; w < b.p1 || w == 0; w += run_.chunk) {
+                if (!shared_a) {  // a chunk at a time: it is read while it is in the second cache
+                    a.p0 = w, a.p1 = least(w + run_.chunk, b.p1);
+                    a.pack(p.a, p.k, row, row + rows, 0);
+                }
                 multiply(row, rows, from, to, w, out, stride);
+            }
             if (!run_.has_buffer() || b.p1 < run_.words) return;
             if (p.finish) {
                 (*p.finish)(row, rows, col + from, to - from, out, stride);
@@ -232,7 +259,8 @@ class Run {
 
 std::vector<const MicroKernel*> micro_kernels(Dtype dtype) {
     std::vector<const MicroKernel*> out;
-    for (auto* kernel : {&avx512_bf16_kernel, &avx512_kernel, &avx2_kernel, &portable_kernel})
+    for (auto* kernel : {&amx_bf16_kernel, &avx512_bf16_kernel, &avx512_kernel, &avx2_kernel, &neon_kernel,
+                         &portable_kernel})
         if (kernel->works && kernel->works() && (!kernel->pairs || dtype == Dtype::bf16))
             out.push_back(kernel);
     return out;

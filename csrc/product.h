@@ -44,7 +44,7 @@ struct Packing {
     int64_t first, last;  // rows of the operand: those beyond `last` are zero
     int64_t p0, p1;  // words along k
     int group;  // rows in a group
-    uint32_t* out;  // [group number][word][row in group]
+    uint32_t* out;  // [group number][word][row in group], or a layout of the kernel's own
     int64_t group_stride;  // words from one group to the next; 8 words of slack follow each
 };
 
@@ -53,13 +53,16 @@ struct MicroKernel {
     int rows, cols;  // of a tile of out
     bool pairs;  // multiplies bf16 pairs; otherwise floats, to which 16-bit operands are widened
     bool (*works)();
-    // out [rows, cols] = or += a [words][rows] . b [words][cols]
+    // out [rows, cols] = or += a [words][rows] . b [words][cols]. What is added is summed from 0.
     void (*multiply)(int64_t words, const uint32_t* a, const uint32_t* b, float* out, int64_t stride,
                      bool add);
-    void (*pack)(const Packing&);
+    void (*pack)(const Packing&);  // a and b in the layouts that multiply reads: the groups differ in size
+    void (*begin)() = nullptr;  // on each thread around its calls of multiply, where the kernel needs it
+    void (*end)() = nullptr;
 };
 
-extern const MicroKernel portable_kernel, avx2_kernel, avx512_kernel, avx512_bf16_kernel;
+extern const MicroKernel portable_kernel, neon_kernel, avx2_kernel, avx512_kernel, avx512_bf16_kernel,
+    amx_bf16_kernel;
 
 // The kernels of this processor for operands of this dtype, the fastest first; and the one of a name, or
 // null.
@@ -67,6 +70,10 @@ std::vector<const MicroKernel*> micro_kernels(Dtype dtype);
 const MicroKernel* micro_kernel(Dtype dtype, const std::string& name);
 
 void product(const Product& p, const MicroKernel& kernel, int threads);
+
+// FLOP/s of the kernel's multiply-adds on packed operands in the first cache: the best part of so many
+// seconds.
+double peak_rate(const MicroKernel& kernel, int threads, double seconds);
 
 // Columns whose D stands in memory at a time where it is multiplied at once.
 constexpr int64_t SLICE = 4 * COLUMN_BLOCK;

@@ -61,8 +61,11 @@ FP_INLINE Sums row_sums(const Affine& a, const T* x, int64_t cols, float m) {
                 t_[k] += z;
             }
         };
-        for (; j + LANES <= end; j += LANES)
+        for (; j + LANES <= end; j += LANES) {
+            FP_PREFETCH(x + j + BLOCK);
+            FP_PREFETCH(x + j + BLOCK + LANES / 2);
             for (int k = 0; k < LANES; ++k) add(k, j + k);
+        }
         for (int k = 0; j < end; ++j, ++k) add(k, j);
         for (int k = 0; k < LANES; ++k) {
             s.e += e_[k];

@@ -10,30 +10,68 @@
 namespace fastpref {
 namespace {
 
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// Sums relative to another maximum.
+template <bool EXTRAS> FP_INLINE void move(Sums& s, float from, float to) {
+    if (from == to) return;
+    const double shift = double(from) - to, moved = std::exp(shift);
+    if (EXTRAS) {
+        s.weighted = moved * (s.weighted + s.e * shift);
+        s.squared *= moved * moved;
+    }
+    s.e *= moved;
+}
+
+struct Folded {
+    float max = -INF;
+    int64_t block = 0;  // where the block with the first of the maxima begins
+    Sums sums;  // relative to max, or to 0 where that is -inf
+};
+
+// A row leaves the memory once: the second look at a block finds it in the first cache, and fetches the next.
+template <class T, bool CAP, bool EXTRAS>
+FP_INLINE Folded fold_row(const Affine& a, const T* x, int64_t cols) {
+    Folded f;
+    for (int64_t block = 0; block < cols; block += BLOCK) {
+        const int64_t size = cols - block < BLOCK ? cols - block : BLOCK;
+        const float max = row_max<T, CAP>(a, x + block, size);
+        if (max > f.max) {
+            if (f.sums.e != 0) move<EXTRAS>(f.sums, f.max, max);
+            f.max = max, f.block = block;
+        }
+        const Sums s = row_sums<T, CAP, EXTRAS>(a, x + block, size, f.max == -INF ? 0.f : f.max);
+        f.sums.e += s.e;
+        if (EXTRAS) {
+            f.sums.weighted += s.weighted, f.sums.squared += s.squared;
+            f.sums.total += s.total;
+        }
+    }
+    return f;
+}
+
 template <class T, bool CAP, bool EXTRAS>
 FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
         if (t.labels[r] < 0) continue;
         const T* x = static_cast<const T*>(t.data) + r * t.stride;
         const bool first = t.col0 == 0;
-        float tile_max = row_max<T, CAP>(a, x, t.cols);
-        float old = first ? -std::numeric_limits<float>::infinity() : st.max[r];
-        if (st.argmax && (first || tile_max > old)) {
-            int64_t j = 0;  // the first of equal maxima, as torch.argmax
-            while (j < t.cols && !(logit<CAP>(a, load(x + j)) >= tile_max)) ++j;
+        float old = first ? -INF : st.max[r];
+        const Folded f = fold_row<T, CAP, EXTRAS>(a, x, t.cols);
+        if (st.argmax && (first || f.max > old)) {
+            int64_t j = f.block;  // the first of equal maxima, as torch.argmax
+            while (j < t.cols && !(logit<CAP>(a, load(x + j)) >= f.max)) ++j;
             st.argmax[r] = t.col0 + (j < t.cols ? j : 0);
         }
-        float m = tile_max > old ? tile_max : old;
-        // A tile of nothing but -inf adds nothing; it must not become -inf - -inf.
-        bool nothing = m == -std::numeric_limits<float>::infinity();
-        Sums s = row_sums<T, CAP, EXTRAS>(a, x, t.cols, nothing ? 0.f : m);
+        const float m = f.max > old ? f.max : old;
+        Sums s = f.sums;
+        if (s.e != 0) move<EXTRAS>(s, f.max, m);
         if (!first && st.sum[r] != 0) {  // also where it is NaN
-            double shift = double(old) - m, moved = std::exp(shift);
-            if (EXTRAS) {
-                s.weighted += moved * (st.weighted[r] + st.sum[r] * shift);
-                s.squared += st.squared[r] * moved * moved;
-            }
-            s.e += st.sum[r] * moved;
+            Sums before;
+            before.e = st.sum[r];
+            if (EXTRAS) before.weighted = st.weighted[r], before.squared = st.squared[r];
+            move<EXTRAS>(before, old, m);
+            s.e += before.e, s.weighted += before.weighted, s.squared += before.squared;
         }
         if (EXTRAS) {
             st.weighted[r] = float(s.weighted);

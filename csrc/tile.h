@@ -43,23 +43,33 @@ void grad(const Tile& tile, const Transform& transform, const GradRows& rows, vo
 const char* isa();  // which clone the processor runs
 bool is_amd();      // whose processors torch's library serves badly
 
-enum class Loss : int { sigmoid = 0, ipo = 1 };
+// The losses with a closed form, by their place in the binding's list of names.
+// clang-format off
+enum class PairForm : int {
+    sigmoid, sigmoid_norm, ipo, hinge, exo_pair, robust, nca_pair, bco_pair, sppo_hard, apo_zero,
+    apo_down, discopop, cpo, simpo, alphapo, orpo
+};
+constexpr const char* PAIR_FORMS[] = {
+    "sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair",
+    "sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"};
+// clang-format on
 
 // Token log-probs to loss, in one call. Sequences 0..pairs-1 are chosen, pairs..2*pairs-1 rejected.
 struct PairLoss {
-    Loss loss;
+    PairForm form;
     int64_t tokens, pairs;
     const float* logps;           // [tokens]
-    const int64_t* sequence_ids;  // [tokens]
+    const int64_t* sequence_ids;  // [tokens]; a token with another id counts nowhere, its dlogp is NaN
     const float* ref_logps;       // [2 * pairs], or null: reference-free
     const float* lengths;         // [2 * pairs] for a mean over tokens, or null: sums
     const float *weight, *margin; // [pairs], or null
     double beta, label_smoothing;
+    double option, shape;         // discopop's tau; simpo_gamma and alpha
 };
 struct PairLossOut {
     float* loss;            // [1] mean over the pairs
     float* sequence_logps;  // [2 * pairs] sums
-    float* rewards;         // [2 * pairs] beta * (logp - ref)
+    float* rewards;         // [2 * pairs] of the answers; beta * (logp - ref) for most losses
     float* dlogp;           // [tokens] d loss / d logps
 };
 void pair_loss(const PairLoss& in, const PairLossOut& out);

@@ -6,9 +6,11 @@
 #if defined(__GNUC__)
 #define FP_INLINE static inline __attribute__((always_inline))
 #define FP_INLINE_LAMBDA __attribute__((always_inline))
+#define FP_PREFETCH(P) __builtin_prefetch(P)
 #else
 #define FP_INLINE static __forceinline
 #define FP_INLINE_LAMBDA
+#define FP_PREFETCH(P) (void)(P)
 #endif
 
 // One function body, compiled for each instruction set and chosen by the loader. It crashes under
@@ -68,7 +70,8 @@ FP_INLINE void store(f16* p, float v) {  // to nearest, ties to even
 
 // exp to about 1 ulp on [-87.3, 88.7]; below it 0 (smaller than any normal number). NaN stays NaN.
 FP_INLINE float exp_(float x) {
-    float c = x < -87.3f ? -87.3f : x;
+    // One selection serves as the lower bound and as the zero: at -88.1 the factor 2^n below is 0.
+    float c = x < -87.3f ? -88.1f : x;
     c = c > 88.7f ? 88.7f : c;
     float t = c * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum rounds to an integer
     float n = t - 12582912.f;
@@ -81,8 +84,7 @@ FP_INLINE float exp_(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.f;
-    float e = p * as_float((as_bits(t) << 23) + 0x3f800000u);
-    return x < -87.3f ? 0.f : e;
+    return p * as_float((as_bits(t) << 23) + 0x3f800000u);
 }
 
 // tanh to about 2 ulp of its size. Near 0, where e - 1 would cancel, it is x + x^3 p(x^2): p is fitted

@@ -8,6 +8,7 @@ import os
 import sys
 from collections import defaultdict
 
+import line_coverage  # before whatever imports fastpref
 import machine
 import own_warnings
 import pytest
@@ -18,6 +19,8 @@ from fastpref import backends
 
 
 def pytest_configure(config):
+    if line_coverage.ON:
+        config.pluginmanager.register(line_coverage)
     config.addinivalue_line(
         "markers", "few: without a GPU, each parameter's values are tried once, not every two"
     )
@@ -27,7 +30,7 @@ def pytest_configure(config):
 
 
 def pytest_itemcollected(item):
-    if item.path.parent.name in ("cli", "reference", "trainer"):
+    if item.path.parent.name in ("benchmarks", "cli", "reference", "scripts", "trainer"):
         item.add_marker("train")
 
 
@@ -48,10 +51,10 @@ def _dtypes(params) -> list[torch.dtype]:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Triton's interpreter and the emulation of CUDA get so many cases of a test that each two
-    values of its parameters meet in one, or that each value is in one. On a GPU, and on the other
-    backends, all cases run."""
+    values of its parameters meet in one, or that each value is in one. The others are deselected.
+    On a GPU, and on the other backends, all cases run."""
     groups = defaultdict(list)
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -59,13 +62,14 @@ def pytest_collection_modifyitems(items):
         for name in machine.slow():
             if name in given and machine.why_not(name, _dtypes(params)) is None:
                 groups[item.path, item.originalname, name].append(item)
-    skip = pytest.mark.skip(reason="no GPU: other cases have these values")
+    left_out = []
     for cases in groups.values():
         together = 1 if cases[0].get_closest_marker("few") else 2
         kept = machine.thinned([item.callspec.params for item in cases], together)
-        for i, item in enumerate(cases):
-            if i not in kept:
-                item.add_marker(skip)
+        left_out += [item for i, item in enumerate(cases) if i not in kept]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 def pytest_collection_finish():

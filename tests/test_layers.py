@@ -19,21 +19,26 @@ PACKAGE = ROOT / "fastpref"
 MAY_IMPORT = {
     "validation": set(),
     "progress": set(),
+    "storage": {"progress"},
     "backends": {"validation", "kernels", "_cpu", "_cuda"},
+    "body": {"backends"},
     "logps": {"validation", "backends"},
     "losses": {"validation", "logps.sequences"},
     "fused": {"validation", "backends", "logps", "losses"},
     "heads": {"validation"},
     "data": {"progress"},
     "attention": {"data", "heads", "logps.linear"},
-    "reference": {"progress", "attention", "data", "heads", "logps", "losses.tokens"},
+    "quality": {"progress", "storage", "data"},
+    "reference": {"progress", "storage", "attention", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
-        "progress", "attention", "backends.processor", "data", "fused", "heads", "logps", "losses",
-        "reference",
+        "progress", "storage", "attention", "backends.processor", "body", "data", "fused", "heads",
+        "logps", "losses", "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "backends", "data", "fused", "heads", "logps", "losses", "trainer", "_cpu",
+        "progress", "storage", "backends", "data", "fused", "heads", "logps", "losses", "quality",
+        "trainer",
+        "_cpu",
     },
 }  # fmt: skip
 # Modules that keep earlier names: of the packages below.

@@ -112,6 +112,7 @@ def test_the_folders_of_the_repository_are_ours():
         assert not own_warnings.is_ours(str(file))
 
 
+@pytest.mark.train
 def test_a_run_of_pytest(tmp_path):
     """With a summary of what others warn about, and all of it failing where that is asked for."""
     (tmp_path / "theirs.py").write_text(THEIRS)

@@ -1,12 +1,14 @@
-"""What the machine can do: the head's bare products, a copy, and a canary."""
+"""What the machine can do: its multiply-adds, the head's bare products, and a canary."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import torch
 
 import fastpref
+from fastpref.backends import native
 
 from .problem import HeadProblem, capped
 
@@ -62,6 +64,24 @@ class Products:
 
             out["X W^T in float32"] = len(tile), product
         return out
+
+
+class Peak:
+    """The rate of this CPU's own multiply-adds on operands in its first cache.
+
+    A call measures it once, with torch's threads, for a fiftieth of a second.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self._dtype = dtype
+        self._rates: list[float] = []
+
+    def __call__(self) -> None:
+        self._rates.append(native.peak_rate(self._dtype, 0.02))
+
+    def median(self) -> float:
+        """FLOP/s."""
+        return statistics.median(self._rates)
 
 
 def canary(dtype: torch.dtype) -> Callable[[], object]:

@@ -82,6 +82,8 @@ def _cell_table(result: dict[str, Any]) -> str:
     columns = {title: [text(r) for r in rows] for title, text in _COLUMNS.items()}
     columns = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
     about = f"roofline {_number(result['roofline_ms'], '.3f')} ms"
+    if result.get("peak_tflop_per_s"):
+        about += f" at {result['peak_tflop_per_s']:.4g} TFLOP/s"
     if result["products"]:
         rates = [f"{k} {g['tflop_per_s']:.4g}" for k, g in result["products"].items()]
         about += f"; TFLOP/s: {', '.join(rates)}"

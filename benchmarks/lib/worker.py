@@ -12,6 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.backends import native
+from fastpref.logps.forward import HeadTensors
+from fastpref.logps.options import HeadOptions
+from fastpref.logps.prepared import plan_call
+
 from . import parts, peers, rates, results
 from .device import Device, Lost, open_device
 from .ours import entries
@@ -35,7 +40,7 @@ WRONG_LOGP = 0.2
 # What each task still to come is left, before a peer may be warmed up that is known to be slow.
 _RESERVE_S = 3.0
 _ALWAYS = (peers.EAGER, peers.TRL)  # what the ratios are to
-ROOFLINE, CANARY = "products", "canary"
+ROOFLINE, PEAK, CANARY = "products", "peak", "canary"
 Say = Callable[[dict[str, Any]], None]
 
 
@@ -131,7 +136,8 @@ class Worker:
             calls[entry.name], cost[entry.name] = call, seconds
 
         rows = self._each(shape, task, problem, warm_up)
-        bare = self._bare(products, mode, problem.weight.dtype)
+        peak = self._peak(problem.weight.dtype)
+        bare = self._bare(products, peak, mode, problem.weight.dtype)
         for name, (_, call) in bare.items():
             self._teller(task)(name)
             self._device.time(call)
@@ -142,6 +148,9 @@ class Worker:
         problem.clear()
         timings = {n: t for n, t in (rounds.device | once).items() if n not in rounds.failed}
         roofline = timings[ROOFLINE].median if ROOFLINE in timings else None
+        if peak is not None and PEAK in timings:
+            flops = 2 * rates.PRODUCTS[mode] * shape.n * shape.h * shape.v
+            roofline = flops / peak.median()
         for name, row in rows.items():
             if name in rounds.failed:
                 row["missing"] = rounds.failed[name]
@@ -161,6 +170,7 @@ class Worker:
             "sequences": problem.labels.shape[0],
             "median_label_probability": round(truth.median_probability, 4),
             "products": products_row,
+            "peak_tflop_per_s": None if peak is None else round(peak.median() / 1e12, 4),
             "roofline_ms": None if roofline is None else round(1e3 * roofline, 4),
             "plan_fuses": self._fuses(shape, dtype),
             "canary": timings[CANARY].to_json() if CANARY in timings else None,
@@ -233,23 +243,35 @@ class Worker:
                 row["missing"] = "left out: no time left"
                 row["dropped"] = True
             elif entry.ours:
-                row["plan"] = self._plan(shape, mode, task["dtype"], options)
+                try:
+                    made = self._plan(shape, mode, task["dtype"], options, entry.backend)
+                    row["plan"] = made
+                except (ValueError, RuntimeError) as error:  # which the call itself would raise
+                    row["missing"] = failure(error)
             yield entry, row
 
     def _short(self, seconds: float) -> bool:
         """Whether so many would be missing for the tasks to come."""
         return self.left() - seconds < _RESERVE_S * self._after
 
-    def _plan(self, shape: Shape, mode: str, dtype: str, options: dict[str, Any]) -> dict[str, Any]:
-        from fastpref.logps.plan import plan_head
-
-        grads = {"hidden_grad": mode != "forward-only", "weight_grad": mode == "trainable"}
-        size = shape.n, shape.h, shape.v, DTYPES[dtype]
-        return asdict(plan_head(*size, device=self._device.device, **grads, **options))
+    def _plan(
+        self,
+        shape: Shape,
+        mode: str,
+        dtype: str,
+        options: dict[str, Any],
+        backend: str | None = None,
+    ) -> dict[str, Any]:
+        """The plan of a call with these options, which has what its backend does by default."""
+        row = torch.empty(1, shape.h, dtype=DTYPES[dtype], device=self._device.device)
+        head = HeadTensors(row.expand(shape.v, -1))
+        given = HeadOptions(softcap=shape.softcap, backend=backend, **options)
+        grads = mode != "forward-only", mode == "trainable"
+        return asdict(plan_call(row, head, shape.n, given, (), grads).plan)
 
     def _fuses(self, shape: Shape, dtype: str) -> bool:
-        """Whether a pass without gradients runs in one kernel if it is left to the plan."""
-        fastest = {"strategy": "forward-only"}
+        """Whether a pass without gradients runs without logits if it is left to the package."""
+        fastest = {"strategy": "forward-only"} if self._device.like_gpu else {}
         return self._plan(shape, "forward-only", dtype, fastest)["logit_free"]
 
     def _warm_up(
@@ -299,12 +321,23 @@ class Worker:
         limit = WRONG_GRADIENT["bf16" if problem.weight.dtype == torch.bfloat16 else "fp32"]
         return found, not max(found["dhidden"] or 0.0, found["dweight"] or 0.0) < limit
 
+    def _peak(self, dtype: torch.dtype) -> rates.Peak | None:
+        """The CPU's own best rate, if the native module, which measures it, is there."""
+        measures = not self._device.like_gpu and native.problem() is None
+        return rates.Peak(dtype) if measures else None
+
     def _bare(
-        self, products: rates.Products | None, mode: str, dtype: torch.dtype
+        self,
+        products: rates.Products | None,
+        peak: rates.Peak | None,
+        mode: str,
+        dtype: torch.dtype,
     ) -> dict[str, tuple[int, Callable[[], object]]]:
-        """Bare products, each with its number of rows; 0 for those of the roofline together, and
-        for the canary."""
+        """Bare products, each with its number of rows; 0 for all of them together, for the CPU's
+        best rate and for the canary."""
         out: dict[str, tuple[int, Callable[[], object]]] = {}
+        if peak is not None:
+            out[PEAK] = 0, peak
         if products is not None:
             out[ROOFLINE] = 0, products.together(mode)
         if products is not None and (mode == "trainable" or not self._device.like_gpu):

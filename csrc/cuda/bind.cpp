@@ -37,7 +37,7 @@ PYBIND11_MODULE(MODULE, m) {
     m.attr("emulated") = false;
 #endif
     py::list names;
-    for (const char* name : cuda::PAIR_FORMS) names.append(name);
+    for (const char* name : PAIR_FORMS) names.append(name);
     m.attr("pair_forms") = py::tuple(names);
     // (error's name or None, its message, the architecture of the kernels, runtime, driver)
     m.def("ready", [](int device) {
@@ -104,9 +104,9 @@ PYBIND11_MODULE(MODULE, m) {
              Address ref_logps, Address lengths, Address weight, Address margin, double beta,
              double label_smoothing, double option, double shape, Address loss, Address sequence_logps,
              Address rewards, Address dlogp, Address starts, Address slopes, int device, Address stream) {
-        if (form < 0 || form >= int(std::size(cuda::PAIR_FORMS)))
+        if (form < 0 || form >= int(std::size(PAIR_FORMS)))
             throw std::invalid_argument("loss code: unknown");
-        cuda::PairArgs args{static_cast<cuda::PairForm>(form),
+        cuda::PairArgs args{static_cast<PairForm>(form),
                             tokens,
                             pairs,
                             at<float>(logps),

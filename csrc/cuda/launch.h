@@ -26,17 +26,6 @@ void fold(const Tile& tile, const Transform& transform, const Stats& stats, cons
 void grad(const Tile& tile, const Transform& transform, const GradRows& rows, void* out, Dtype out_dtype,
           int64_t out_stride, const Where& where);
 
-// The losses with a closed form, by their place in the binding's list of names.
-// clang-format off
-enum class PairForm : int {
-    sigmoid, sigmoid_norm, ipo, hinge, exo_pair, robust, nca_pair, bco_pair, sppo_hard, apo_zero,
-    apo_down, discopop, cpo, simpo, alphapo, orpo
-};
-constexpr const char* PAIR_FORMS[] = {
-    "sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair",
-    "sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"};
-// clang-format on
-
 struct PairArgs {
     PairForm form;
     int64_t tokens, pairs;

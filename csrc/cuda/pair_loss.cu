@@ -1,5 +1,7 @@
 // pair_loss: token log-probs to the loss, the rewards and d loss / d logp, in one launch of one thread
 // block, as a launch costs more than the work. Sums run in double and in one order.
+#include "device.h"
+#include "launch.h"
 #include "pair_forms.h"
 
 namespace fastpref::cuda {

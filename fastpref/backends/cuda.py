@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpref.backends.columns import column_sums, gather_columns
 from fastpref.backends.cuda_forward import logit_free_forward, logit_free_reason
 from fastpref.backends.cuda_module import (
     describe,
@@ -24,18 +25,13 @@ from fastpref.backends.cuda_module import (
     vector,
 )
 from fastpref.backends.gemm import linear, outer, project, scale_rows
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.tile import PAIR_FORMS, Stats, Transform
 
 NAME = "cuda"
 LOGIT_FREE_BY_DEFAULT = True
 PROJECTS_AT_ONCE = False
 
-# In the order of PAIR_FORMS in csrc/cuda/launch.h.
-_PAIR_FORMS = (
-    *("sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair"),
-    *("sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"),
-)
-CLOSED_FORMS = frozenset(_PAIR_FORMS)
+CLOSED_FORMS = frozenset(PAIR_FORMS)
 
 
 def _tile(tile: Tensor, labels: Tensor, col0: int, transform: Transform) -> tuple:
@@ -123,7 +119,7 @@ def pair_loss(
     launch(
         "pair_loss",
         logps.device,
-        _PAIR_FORMS.index(loss_type),
+        PAIR_FORMS.index(loss_type),
         logps.shape[0],
         pairs,
         vector(logps, logps),

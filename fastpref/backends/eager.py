@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastpref.backends.columns import column_sums, gather_columns
 from fastpref.backends.gemm import (
     linear,
     logit_free_forward,

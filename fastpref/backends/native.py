@@ -8,6 +8,7 @@ checked here: device, dtype, unit inner stride. Tensors stay alive in the caller
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch  # before _cpu: both then share the OpenMP pool that torch loads
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastpref.backends import gemm
 from fastpref.backends.gemm import scale_rows
 from fastpref.backends.processor import bf16_is_fast
-from fastpref.backends.tile import Stats, Transform, fold_then_grad
+from fastpref.backends.tile import PAIR_FORMS, Stats, Transform, fold_then_grad
 
 _cpu: Any = None
 _PROBLEM: str | None = None
@@ -33,8 +34,32 @@ LOGIT_FREE_BY_DEFAULT = True
 PROJECTS_AT_ONCE = True
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LOSSES = {"sigmoid": 0, "ipo": 1}
-CLOSED_FORMS = frozenset(_LOSSES)
+CLOSED_FORMS = frozenset(PAIR_FORMS)
+
+
+# Whether the kernels have had threads, and whether those stayed behind in a parent process.
+_had_threads = _lost_threads = False
+
+
+def _note_fork() -> None:
+    global _lost_threads
+    _lost_threads = _had_threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _threads() -> int:
+    """How many threads a kernel takes: torch's number.
+
+    A process that was forked after its parent's kernels had threads takes one: OpenMP would wait
+    for the parent's threads, which it does not have, for ever.
+    """
+    global _had_threads
+    threads = 1 if _lost_threads else torch.get_num_threads()
+    _had_threads = _had_threads or threads > 1
+    return threads
 
 
 def problem() -> str | None:
@@ -96,7 +121,7 @@ def fold(tile: Tensor, labels: Tensor, col0: int, stats: Stats, transform: Trans
         *_tile(tile, labels, col0, transform),
         *map(_vector, stats[:-1]),
         _vector(stats.argmax, torch.int64),
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -126,7 +151,7 @@ def grad(
         address,
         _DTYPES[d.dtype],
         stride,
-        torch.get_num_threads(),
+        _threads(),
     )
 
 
@@ -148,13 +173,14 @@ def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
     if out not in (dtype, torch.float32) or not (kernels := _product_kernels(dtype)):
         return None
     fastest = kernels[0]
-    if fastest == "portable":  # a fallback where torch has no such product at all
+    if fastest in ("neon", "portable"):  # a fallback where torch has no such product at all
         return fastest if dtype != torch.float32 and out == torch.float32 else None
     if dtype == torch.float32:
         return fastest if _cpu.is_amd() else None
     # torch rounds the products of 16-bit matrices, and is slow without bf16 units.
     has_units = dtype == torch.bfloat16 and bf16_is_fast("cpu")
-    return None if has_units and (out == dtype or fastest != "avx512_bf16") else fastest
+    exact = fastest in ("amx_bf16", "avx512_bf16")  # at the units' rate
+    return None if has_units and (out == dtype or not exact) else fastest
 
 
 def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
@@ -162,7 +188,7 @@ def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
     result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
-    return *operands, *result, kernel, torch.get_num_threads()
+    return *operands, *result, kernel, _threads()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
@@ -178,6 +204,16 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
 def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = x weight^T with the native product, wherever torch's may be better."""
     _cpu.product(*_product_arguments(x, weight, out, _product_kernels(x.dtype)[0]))
+
+
+def peak_rate(dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """FLOP/s that no product of this dtype exceeds on this processor with torch's threads.
+
+    It is the rate of the fastest micro-kernel's multiply-adds on packed operands in the first
+    cache.
+    """
+    kernel, threads = _product_kernels(dtype)[0], _threads()
+    return _cpu.peak_rate(_DTYPES[dtype], kernel, threads, seconds)
 
 
 def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -287,8 +323,47 @@ def logit_free_forward(
             0 if row_scale is None else _vector(row_scale[rows]),
             *((0, 0) if u is None else _rows(u[rows])),
             kernel,
-            torch.get_num_threads(),
+            _threads(),
         )
+
+
+def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Backend.column_sums`."""
+    rows, cols = d.shape
+    squares, totals, row_sums = (torch.empty(size) for size in (cols, cols, rows))
+    address, stride = _rows(d)
+    sums = map(_vector, (row_scale, squares, totals, row_sums))
+    _cpu.column_sums(address, _DTYPES[d.dtype], rows, cols, stride, *sums, torch.get_num_threads())
+    return squares, totals, row_sums
+
+
+def gather_columns(
+    d: Tensor,
+    index: Tensor,
+    kept: Tensor,
+    factor: Tensor,
+    mean: Tensor,
+    row_sums: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """As `Backend.gather_columns`; the kept columns come first."""
+    assert out.dtype == d.dtype and out.shape == (d.shape[0], index.shape[0] + 1)
+    rest = torch.empty_like(row_sums)
+    address, stride = _rows(d)
+    _cpu.gather_columns(
+        address,
+        _DTYPES[d.dtype],
+        d.shape[0],
+        stride,
+        _vector(index, torch.int64),
+        index.shape[0],
+        int(kept.sum()),
+        *map(_vector, (factor, mean, row_sums)),
+        *_rows(out),
+        _vector(rest),
+        torch.get_num_threads(),
+    )
+    return rest
 
 
 def pair_loss(
@@ -305,11 +380,11 @@ def pair_loss(
     option: float = 0.0,
     shape: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `Backend.pair_loss`."""
+    """As `Backend.pair_loss`: the sums in one pass over the tokens, in their order."""
     loss, dlogp = logps.new_empty(()), torch.empty_like(logps)
     sequences, rewards = logps.new_empty(2 * pairs), logps.new_empty(2 * pairs)
     _cpu.pair_loss(
-        _LOSSES[loss_type],
+        PAIR_FORMS.index(loss_type),
         logps.shape[0],
         pairs,
         _vector(logps),
@@ -317,6 +392,8 @@ def pair_loss(
         *(_vector(t) for t in (ref_logps, lengths, weight, margin)),
         beta,
         label_smoothing,
+        option,
+        shape,
         *(_vector(t) for t in (loss, sequences, rewards, dlogp)),
     )
     return loss, sequences, rewards, dlogp

@@ -50,10 +50,10 @@ def lacking(features: dict[str, bool] | None) -> list[str]:
                 f"AVX-512 ({', '.join(missing)}): the native products take AVX2, at half the "
                 "multiplications a cycle"
             )
-        if not features["avx512_bf16"]:
+        if not (features["avx512_bf16"] or features["amx_bf16"]):
             lines.append(
-                "AVX512-BF16 (avx512_bf16): the native products widen bf16 to fp32 while they "
-                "pack it, and run at fp32's rate"
+                "AVX512-BF16 or AMX (avx512_bf16, amx_bf16): the native products widen bf16 to "
+                "fp32 while they pack it, and run at fp32's rate"
             )
     if not any(features[name] for name in BF16_UNITS):
         units = "amx_bf16 or avx512_bf16" if not features["asimd"] else "bf16"

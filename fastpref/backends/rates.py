@@ -29,23 +29,26 @@ def _best_rate(product: Callable[..., object], *operands: Tensor) -> float:
 
 
 def product_rates() -> dict[str, dict[str, float | str | None]]:
-    """For float32 and bfloat16: GFLOP/s of "torch" and of "native", and which of them is "used".
+    """For float32 and bfloat16: GFLOP/s of "torch", "native" and "peak", and which is "used".
 
     The product is the head's, X W^T. torch's result is in the operands' dtype, the native one in
-    float32; "native" is None where the module is not built. It takes about half a second.
+    float32. "peak" is the processor's own best, `native.peak_rate`. "native" and "peak" are None
+    where the module is not built. It takes about half a second.
     """
     rates: dict[str, dict[str, float | str | None]] = {}
     m, n, k = _SHAPE
     for dtype in _DTYPES:
         x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        own = None
+        own = peak = None
         if native.problem() is None:
             out = torch.empty(m, n)
             own = _best_rate(native.own_product, x, weight, out)
+            peak = native.peak_rate(dtype) / 1e9
         used = native.problem() is None and native.product_kernel(dtype, torch.float32) is not None
         rates[str(dtype)[6:]] = {
             "torch": _best_rate(torch.mm, x, weight.t()),
             "native": own,
+            "peak": peak,
             "used": "native" if used else "torch",
         }
     return rates
@@ -56,7 +59,10 @@ def what_follows(rates: dict[str, dict[str, float | str | None]]) -> list[tuple[
     lines = []
     for dtype, rate in rates.items():
         own = "not built" if rate["native"] is None else f"{rate['native']:.0f} GFLOP/s"
-        text = f"native {own}, torch {rate['torch']:.0f} GFLOP/s: the head takes {rate['used']}'s"
+        text = f"native {own}, torch {rate['torch']:.0f} GFLOP/s"
+        if rate["peak"] is not None:
+            text += f" of at most {rate['peak']:.0f}"
+        text += f": the head takes {rate['used']}'s"
         lines.append((dtype, text))
     wide, half = (rates[name]["torch"] for name in ("float32", "bfloat16"))
     assert isinstance(wide, float) and isinstance(half, float)

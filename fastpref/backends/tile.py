@@ -137,6 +137,13 @@ class Stats(NamedTuple):
         return self.squared.log() - 2 * self.sum.log()
 
 
+# The losses with a closed form, in the order of PAIR_FORMS in csrc/tile.h.
+PAIR_FORMS = (
+    *("sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair"),
+    *("sppo_hard", "apo_zero", "apo_down", "discopop", "cpo", "simpo", "alphapo", "orpo"),
+)
+
+
 class PairLossInputs(NamedTuple):
     """The arguments of `Backend.pair_loss` after the token log-probs, in their order."""
 
@@ -304,6 +311,32 @@ class Backend(Protocol):
         D is row_scale d, row by row. With u, which needs `PROJECTS_AT_ONCE`, u = D weight and D
         stands nowhere. Writes stats.lse and stats.logps, and with extras what they
         need. Only where `logit_free_reason` gives none.
+        """
+
+    def column_sums(
+        self,
+        d: Tensor,  # [n, V]
+        row_scale: Tensor | None,  # [n]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(sums of squares [V], sums [V]) of the columns of row_scale d, and d's row sums [n].
+
+        In d's dtype, or in float32 for 16 bits; in one pass over d.
+        """
+
+    def gather_columns(
+        self,
+        d: Tensor,  # [n, V]
+        index: Tensor,  # [K] int64
+        kept: Tensor,  # [K] bool
+        factor: Tensor,  # [K], 1 where kept
+        mean: Tensor,  # [K], 0 where kept
+        row_sums: Tensor,  # [n], of d
+        out: Tensor,  # [n, K + 1]
+    ) -> Tensor:
+        """Columns of d, as `fastpref.logps.columns` has them; returns the rows' rest r [n].
+
+        r = row_sums less the row's kept entries; out[:, :K] = (d[:, index] - r mean) factor; the
+        last column is r less the row's sum of the columns that are not kept.
         """
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.backends.columns import column_sums, gather_columns
 from fastpref.backends.gemm import linear, outer, project, scale_rows
 from fastpref.backends.tile import Stats, Transform, fold_then_grad
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-DONE, OURS, INPUT, NOT_FINITE, STORAGE, RESUMABLE = 0, 1, 2, 3, 4, 5
+DONE, OURS, INPUT, NOT_FINITE, STORAGE, RESUMABLE, FINDINGS = 0, 1, 2, 3, 4, 5, 6
 CTRL_C, SIGTERM = 130, 143
 
 HELP = """Exit status: 0 done; 1 a fault of fastpref; 2 the input; 3 a loss, gradient or weight that
-is not finite; 4 the disk; 5 interrupted and resumable, as by a process that was lost; 130 Ctrl-C;
-143 SIGTERM."""
+is not finite; 4 the disk; 5 interrupted and resumable, as by a process that was lost; 6 findings
+in checked data; 130 Ctrl-C; 143 SIGTERM."""
 
 # From the input, and explained.
 _INPUT_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
@@ -23,9 +23,9 @@ def exit_code(error: BaseException, output: Path | None = None) -> int:
     Args:
         output: the output directory of the command, which may hold a checkpoint.
     """
+    from fastpref.storage import StorageError, is_of_disk
     from fastpref.trainer.manifest import MANIFEST, checkpoints
     from fastpref.trainer.metrics import NonFiniteLossError
-    from fastpref.trainer.storage import StorageError, is_of_disk
 
     if isinstance(error, NonFiniteLossError):
         return NOT_FINITE

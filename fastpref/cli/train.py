@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
-from fastpref.cli.train_options import Precision, PrefixSharing, Reference, TrainOptions
+from fastpref.cli.train_options import (
+    CpuLinear,
+    Precision,
+    PrefixSharing,
+    Reference,
+    TrainOptions,
+)
 from fastpref.cli.train_run import run
 
 
@@ -70,6 +76,24 @@ def command(
             help="Mixed bf16 or plain fp32; by default what the machine is fast at.",
         ),
     ] = None,
+    cpu_linear: Annotated[
+        CpuLinear,
+        typer.Option(
+            help="Whose matrix product the model's Linear layers take on a CPU; auto: fastpref's "
+            "where it is at least 1.2 times as fast as torch's."
+        ),
+    ] = CpuLinear.auto,
+    gradient_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative error that the head's gradient of the hidden states may have, such as "
+            "0.0015, for speed; by default it is exact."
+        ),
+    ] = None,
+    head_gradient_tolerance: Annotated[
+        float | None,
+        typer.Option(help="The same for the gradient of the head's weight; by default exact."),
+    ] = None,
     reference: Annotated[
         Reference,
         typer.Option(
@@ -78,6 +102,13 @@ def command(
             "data. auto: columns where the data has them, else adapter with LoRA, else precompute."
         ),
     ] = Reference.auto,
+    reference_store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory that keeps reference log-probs for other runs: read, checked and "
+            "extended by what it lacks. `fastpref precompute` fills one ahead."
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute activations: less memory, slower.")
     ] = True,

@@ -14,6 +14,12 @@ class Precision(str, Enum):
     fast = "fast"
 
 
+class CpuLinear(str, Enum):
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+
+
 class Reference(str, Enum):
     auto = "auto"
     model = "model"
@@ -57,7 +63,11 @@ class TrainOptions:
     max_length: int
     precision: Precision
     bf16: bool | None
+    cpu_linear: CpuLinear
+    gradient_tolerance: float | None
+    head_gradient_tolerance: float | None
     reference: Reference
+    reference_store: Path | None
     gradient_checkpointing: bool
     prefix_sharing: PrefixSharing
     packing: bool
@@ -74,7 +84,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         # A shell leaves the ~ of --output=~/run as it is.
-        object.__setattr__(self, "output", self.output.expanduser())
+        for name in ("output", "reference_store"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, path.expanduser())
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -133,5 +145,13 @@ def check_options(options: TrainOptions, unused: list[str]) -> None:
         raise ValueError("--resume-anyway would do nothing; add --resume")
     if options.resume not in (None, "auto") and options.overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
+    if options.reference_store is not None and options.reference not in (
+        Reference.auto,
+        Reference.precompute,
+    ):
+        raise ValueError(
+            f"--reference {options.reference.value} would not use --reference-store; give one of "
+            "the two"
+        )
     if options.eval_steps and options.eval_data is None and not options.eval_split:
         raise ValueError("--eval-steps needs held-out pairs; add --eval-data or --eval-split")

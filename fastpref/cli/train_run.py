@@ -113,11 +113,18 @@ def make_plan(options: TrainOptions) -> Plan:
     if not needs_reference and options.reference is not Reference.auto:
         name = options.reference.value
         raise ValueError(f"--reference {name} would not be used by --loss {options.loss}")
+    if not needs_reference and options.reference_store is not None:
+        raise ValueError(f"--reference-store would not be used by --loss {options.loss}")
     tokenizer, train_set, eval_set = load_data(options, loss)
     reference, text = Reference.auto, "none"
     if needs_reference:
-        reference = reference_mode(options.reference, lora, train_set, eval_set)
+        wanted = options.reference
+        if options.reference_store is not None:
+            wanted = Reference.precompute
+        reference = reference_mode(wanted, lora, train_set, eval_set)
         text = reference_text(reference, train_set, eval_set)
+        if options.reference_store is not None:
+            text = text.replace("precompute", f"store {options.reference_store}")
         if continued:
             text = text.replace("adapter", "adapter as it is now")
     device = training_device()
@@ -249,7 +256,11 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
         max_length=options.max_length,
         precision=options.precision.value,
         bf16=plan.bf16,
+        cpu_linear=options.cpu_linear.value,
+        gradient_tolerance=options.gradient_tolerance,
+        head_gradient_tolerance=options.head_gradient_tolerance,
         precompute_ref_log_probs=plan.reference is Reference.precompute,
+        reference_store=None if options.reference_store is None else str(options.reference_store),
         gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,
         overwrite_output_dir=options.overwrite,
@@ -281,18 +292,8 @@ def train(
 ) -> Any:
     """Make the trainer, train, save the model and evaluate on held-out data."""
     log = None if console.is_terminal or console.quiet else console.file
-    new_adapter = plan.lora and not plan.continued
-    dtype = torch.bfloat16 if plan.lora and plan.bf16 else torch.float32
     with notes_on(console), events.notes(), lines_to(log), memory:
-        trainer = make_trainer(
-            load_model(options.model, dtype, options.trust_remote_code),
-            config,
-            plan.tokenizer,
-            plan.train_set,
-            plan.eval_set,
-            peft_config=lora_config(*options.adapter.values()) if new_adapter else None,
-            bar=bar,
-        )
+        trainer = load_trainer(options, plan, config, bar)
         trainer.output_directory = directory
         trainer.add_callback(events)
         try:
@@ -303,6 +304,21 @@ def train(
         if plan.eval_set is not None:
             trainer.evaluate()
     return trainer
+
+
+def load_trainer(options: TrainOptions, plan: Plan, config: Any, bar: Any) -> Any:
+    """The trainer of the model that --model names."""
+    new_adapter = plan.lora and not plan.continued
+    dtype = torch.bfloat16 if plan.lora and plan.bf16 else torch.float32
+    return make_trainer(
+        load_model(options.model, dtype, options.trust_remote_code),
+        config,
+        plan.tokenizer,
+        plan.train_set,
+        plan.eval_set,
+        peft_config=lora_config(*options.adapter.values()) if new_adapter else None,
+        bar=bar,
+    )
 
 
 def make_trainer(model, config, tokenizer, train_set, eval_set, *, peft_config=None, bar) -> Any:
@@ -365,7 +381,7 @@ def write_results(
     """Write training.png and training_log.json to the output, and print the summary."""
     from rich.markup import escape
 
-    from fastpref.trainer.storage import disk_errors
+    from fastpref.storage import disk_errors
 
     output, history = options.output, trainer.state.log_history
     title = f"{plan.loss.title}, {Path(options.model).name}, beta {options.beta:g}"

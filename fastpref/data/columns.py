@@ -16,6 +16,7 @@ NUMBERS = (*REFERENCE, *PER_PAIR)
 # Reference log-probs of single answers, and of the mismatched answers of KTO's KL estimate.
 UNPAIRED_REFERENCE = ("ref_logps", "ref_KL_logps")
 UNPAIRED_NUMBERS = (*UNPAIRED_REFERENCE, "weight")
+ROUNDING = 1e-3  # how far above 0 rounding may put a sum of log-probs
 # Arguments of a chat template besides the messages, as JSON text or as the object.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 
@@ -94,7 +95,8 @@ def check_token_ids(value: Any, key: str, where: str, vocab_size: int | None) ->
 def check_number(value: Any, key: str, where: str) -> float:
     """The value as a float.
 
-    ValueError unless it is finite, in [0, 1] for a soft label, and not negative for a weight.
+    ValueError unless it is finite, in [0, 1] for a soft label, not negative for a weight and, but
+    for rounding, not positive for a log-probability.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{where}: {key} is {value!r}; expected a finite number")
@@ -102,6 +104,11 @@ def check_number(value: Any, key: str, where: str) -> float:
         raise ValueError(f"{where}: {key} is {value!r}; expected a probability in [0, 1]")
     if key == "weight" and value < 0:
         raise ValueError(f"{where}: weight is {value!r}; expected a number that is not negative")
+    if key in (*REFERENCE, *UNPAIRED_REFERENCE) and value > ROUNDING:
+        raise ValueError(
+            f"{where}: {key} is {value!r}; expected the sum of an answer's log-probabilities in "
+            "nats, which is not positive"
+        )
     return float(value)
 
 

@@ -77,7 +77,8 @@ def linear_preference_loss(
             reference_free, f_divergence_type, f_alpha_divergence_coef, discopop_tau, simpo_gamma,
             alpha, nll_weight, ld_alpha, use_weighting; or a LossOptions as loss_options. Of the
             head, as in `linear_token_logps`: scale, softcap, temperature, ignore_index=-100,
-            strategy, memory_budget, precision, fused, backend.
+            strategy, memory_budget, precision, fused, backend, gradient_tolerance,
+            head_gradient_tolerance, gradient_seed.
 
     Returns:
         PreferenceOutput; loss is float32 (float64 for float64 inputs).

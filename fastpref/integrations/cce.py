@@ -75,8 +75,8 @@ def linear_cross_entropy(
         shift: e[..., t, :] predicts targets[..., t + shift]; True means 1. e is not copied.
         filter_eps: checked but without effect, since no gradient is filtered.
         impl: checked but without effect.
-        head: scale, temperature, strategy, memory_budget, precision, fused, backend of
-            `linear_token_logps`.
+        head: scale, temperature, strategy, memory_budget, precision, fused, backend,
+            gradient_tolerance, head_gradient_tolerance, gradient_seed of `linear_token_logps`.
 
     Returns:
         [] or, with "none", [...] ([..., T - shift] with shift), 0 where ignored; float32, or
@@ -178,7 +178,8 @@ def torch_linear_cross_entropy(
         label_smoothing: e, in [0, 1].
         options: without effect; the size of tiles follows `memory_budget`.
         head: softcap, scale and temperature (without label_smoothing), strategy, memory_budget,
-            precision, fused, backend of `linear_token_logps`.
+            precision, fused, backend, gradient_tolerance, head_gradient_tolerance, gradient_seed of
+            `linear_token_logps`.
 
     Returns:
         [] or, with reduction "none", like target; float32 (float64 for float64 inputs), where

@@ -52,7 +52,8 @@ class LigerFusedLinearDPOLoss(PairedLoss):
             apo_zero, apo_down and discopop; and ipo (token mean), sigmoid_norm, aot and
             aot_unpaired, which Liger refuses.
         label_smoothing, discopop_tau: as in `fastpref.LossOptions`.
-        head: precision, strategy, memory_budget, backend of `fastpref.linear_token_logps`.
+        head: precision, strategy, memory_budget, backend, gradient_tolerance,
+            head_gradient_tolerance, gradient_seed of `fastpref.linear_token_logps`.
 
     Raises:
         ValueError: an unknown loss_type; a label_smoothing or discopop_tau that the loss_type does

@@ -34,7 +34,15 @@ class LigerLoss(nn.Module):
             check_number(name, value)
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size!r}, expected a positive integer")
-        expected = ("precision", "strategy", "memory_budget", "backend")
+        expected = (
+            "precision",
+            "strategy",
+            "memory_budget",
+            "backend",
+            "gradient_tolerance",
+            "head_gradient_tolerance",
+            "gradient_seed",
+        )
         for name in head:
             if name not in expected:
                 raise ValueError(f"{name}: not an option; expected some of {', '.join(expected)}")

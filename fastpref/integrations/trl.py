@@ -196,6 +196,8 @@ def patch_trl(
     strategy: str = "auto",
     memory_budget: int | None = None,
     backend: str | None = None,
+    gradient_tolerance: float | None = None,
+    head_gradient_tolerance: float | None = None,
 ) -> TRLPatch:
     """Run TRL's DPO, KTO, GRPO, RLOO and SFT trainers on `linear_token_logps`.
 
@@ -209,7 +211,8 @@ def patch_trl(
     - LoRA and DoRA on the output layer are trained, while TRL refuses them.
 
     Args:
-        precision, strategy, memory_budget, backend: as in `linear_token_logps`.
+        precision, strategy, memory_budget, backend, gradient_tolerance, head_gradient_tolerance: as
+            in `linear_token_logps`.
 
     Returns:
         A context manager.
@@ -221,7 +224,12 @@ def patch_trl(
         ValueError: a bad option.
     """
     options: dict[str, Any] = dict(
-        precision=precision, strategy=strategy, memory_budget=memory_budget, backend=backend
+        precision=precision,
+        strategy=strategy,
+        memory_budget=memory_budget,
+        backend=backend,
+        gradient_tolerance=gradient_tolerance,
+        head_gradient_tolerance=head_gradient_tolerance,
     )
     HeadOptions(**options)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastpref.logps.columns import GradientReport, last_gradient_report
 from fastpref.logps.forward import TokenStats
 from fastpref.logps.linear import linear_token_logps
 from fastpref.logps.logits import token_logps
@@ -9,8 +10,10 @@ from fastpref.logps.plan import HeadPlan, plan_head
 from fastpref.logps.sequences import sequence_logps
 
 __all__ = [
+    "GradientReport",
     "HeadPlan",
     "TokenStats",
+    "last_gradient_report",
     "linear_token_logps",
     "plan_head",
     "sequence_logps",

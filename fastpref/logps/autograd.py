@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastpref.backends.tile import PairLossInputs
 from fastpref.logps.backward import all_grads, head_grads, needs_head_again, scaled
+from fastpref.logps.columns import ColumnBlock
 from fastpref.logps.first_order import FirstOrderFunction, first_order
 from fastpref.logps.forward import (
     HeadGrads,
@@ -62,9 +63,10 @@ class LinearTokenLogps(FirstOrderFunction):
                 dora_scale,
                 labels,
                 index,
-                *saved,
+                *saved[:-1],
                 *(_own(t) if head_again else None for t in (out.logps, out.entropy)),
                 None if pair is None else pair[-1],
+                *(t for block in saved.columns for t in block),
             )
         ctx.set_materialize_grads(False)
         if pair is not None:
@@ -82,7 +84,8 @@ class LinearTokenLogps(FirstOrderFunction):
             return (None,) * 10
         tensors = ctx.saved_tensors
         x, lora_hidden, *head, labels, index = tensors[:8]
-        *saved, logps, entropy, loss_dlogp = tensors[8:]
+        *saved, logps, entropy, loss_dlogp = tensors[8:16]
+        columns = tuple(ColumnBlock(*tensors[i : i + 3]) for i in range(16, len(tensors), 3))
         dlogp = dout if loss_dlogp is None else loss_dlogp * dout
         lse = saved[3]
         dlogp = torch.zeros_like(lse) if dlogp is None else as_vector(dlogp)
@@ -95,7 +98,7 @@ class LinearTokenLogps(FirstOrderFunction):
                 HeadInputs(x, lora_hidden),
                 HeadTensors(*head),
                 labels,
-                Saved(*saved),
+                Saved(*saved, columns),
                 logps,
                 dlogp,
                 entropy,
@@ -189,7 +192,7 @@ def gradients(
             dlora_hidden = scaled(call, saved.v, row_dlogp)
         if any(wanted):
             stashed = saved.stash.shape[0]
-            if saved.row_scale is not None and stashed < dlogp.shape[0]:
+            if saved.row_scale is not None and not saved.columns and stashed < dlogp.shape[0]:
                 # A recomputed D needs no row_scale.
                 row_dlogp = torch.cat([row_dlogp[:stashed], dlogp[stashed:]])
             head_grads(call, inputs, head, labels, saved, logps, row_dlogp, grads)

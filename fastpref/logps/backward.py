@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastpref.logps.columns import bias_grad, head_grad
 from fastpref.logps.forward import (
     HeadGrads,
     HeadInputs,
@@ -27,7 +28,8 @@ from fastpref.logps.plan import tile_dtype
 def needs_head_again(call: LinearCall, tokens: int) -> bool:
     """Whether the backward pass multiplies by the weight, and so has to keep it."""
     entropy = "entropy" in call.extras and (call.hidden_grad or call.weight_grad)
-    return entropy or (call.weight_grad and call.plan.stash_tokens < tokens)
+    made_again = call.plan.stash_tokens < tokens and not call.plan.head_columns
+    return entropy or (call.weight_grad and made_again)
 
 
 def scaled(
@@ -82,6 +84,13 @@ def head_grads(
     stash = saved.stash
     stashed, vocab = stash.shape
     scaled_inputs = _scale_inputs(call, inputs, dlogp, grads)
+    if saved.columns:
+        for t, out in zip(scaled_inputs, (grads.weight, grads.lora_B), strict=True):
+            if t is not None and out is not None:
+                head_grad(call.backend, saved.columns, t, out)
+        if grads.bias is not None:
+            bias_grad(saved.columns, dlogp, grads.bias)
+        return
     if stashed == inputs.x.shape[0]:
         _products(call, stash, scaled_inputs, grads, 0, vocab)
         if grads.bias is not None or grads.dora_scale is not None:

@@ -32,6 +32,7 @@ _INPUTS = (
 _OPTIONS = (
     "float scale, float? softcap, float temperature, SymInt ignore_index, str strategy, "
     "SymInt? memory_budget, str precision, SymInt fused, str? backend, "
+    "float? gradient_tolerance, float? head_gradient_tolerance, SymInt gradient_seed, "
     "str extras, bool hidden_grad, bool weight_grad"
 )
 _STATE = (
@@ -343,6 +344,13 @@ class CompiledLogps:
         """Whether the call may be: the backend is not known yet."""
         adapter = self.head.lora_B is not None or self.head.dora_scale is not None
         return self.options.fused is not False and not adapter
+
+    def __post_init__(self) -> None:
+        if self.options.head_gradient_tolerance is not None and self.grads[1]:
+            raise ValueError(
+                "head_gradient_tolerance: got a number under torch.compile, whose shapes may not "
+                "depend on D; expected None"
+            )
 
     def compute(self) -> Sequence[Tensor | None]:
         """The fields of a `TokenStats` of all positions [M]."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpref.backends.tile import Backend, Stats, Transform
+from fastpref.logps.columns import ColumnBlock, ColumnOptions, Sampler
 from fastpref.logps.plan import HeadPlan, tile_dtype
 
 
@@ -44,6 +45,7 @@ class LinearCall(NamedTuple):
     backend: Backend
     hidden_grad: bool  # of the hidden states, or of lora_hidden
     weight_grad: bool  # of any tensor of the head
+    columns: ColumnOptions | None = None  # where gradients take columns
 
 
 class HeadInputs(NamedTuple):
@@ -101,6 +103,7 @@ class Saved(NamedTuple):
     stash: Tensor  # [S, V], D of the first S tokens
     lse: Tensor  # [N]
     row_scale: Tensor | None = None  # [N]
+    columns: tuple[ColumnBlock, ...] = ()  # in place of the stash, where dW takes columns
 
 
 def _outputs(stats: Stats, labels: Tensor, vocab: int, extras: tuple[str, ...]) -> TokenStats:
@@ -199,6 +202,74 @@ def _project_at_once(
     backend.logit_free_forward(*rest, u=None if saved.u is None else saved.u[stashed:])
 
 
+def _write_d(
+    call: LinearCall,
+    inputs: HeadInputs,  # of n tokens
+    head: HeadTensors,
+    labels: Tensor,  # [n]
+    stats: Stats,  # [n]
+    d: Tensor,  # [n, V]
+    row_scale: Tensor | None,  # [n], with the logit-free product
+    buffer: Tensor | None,  # [plan.block_tokens, V], for logits wider than d
+) -> None:
+    """Write the statistics, and D without dora_scale."""
+    backend, transform = call.backend, call.transform
+    if row_scale is not None:
+        head_tensors = head.weight, labels, head.bias
+        backend.logit_free_forward(inputs.x, *head_tensors, stats, transform, d, row_scale)
+        return
+    n = d.shape[0]
+    for a in range(0, n, call.plan.block_tokens):
+        b = min(a + call.plan.block_tokens, n)
+        block, rows, y, part = inputs.rows(a, b), stats.rows(a, b), labels[a:b], d[a:b]
+        tile = part if buffer is None else buffer[: b - a]
+        write_logits(call, block, head, tile)
+        exact = tile.dtype == rows.lse.dtype
+        target = None if exact else _target_logits(call, block, head, y)
+        backend.fold_grad(tile, y, rows, transform, part, target)
+
+
+def _by_columns(
+    call: LinearCall,
+    inputs: HeadInputs,
+    head: HeadTensors,
+    labels: Tensor,  # [N]
+    stats: Stats,  # [N]
+    saved: Saved,
+) -> Saved:
+    """The pass with gradients from columns of D: u, and what dW needs of D. v stays exact."""
+    plan, backend, (x, _), columns = call.plan, call.backend, inputs, call.columns
+    assert columns is not None
+    n, vocab, stashed = x.shape[0], head.weight.shape[0], plan.stash_tokens
+    count = None if x.device.type == "cpu" else plan.columns
+    options = columns, backend, head.weight, head.dora_scale, count, plan.head_columns
+    sampler = Sampler(*options)
+    tile_type = x.dtype if plan.logit_free else tile_dtype(x.dtype, plan.precision)
+    wide = tile_type != x.dtype
+    buffer = _rows(x, min(plan.block_tokens, n), vocab, tile_type) if wide else None
+    block_d = None if stashed == n else _rows(x, min(plan.d_tokens, n), vocab, x.dtype)
+    scale = saved.row_scale
+    for start in range(0, n, plan.d_tokens):
+        stop = min(start + plan.d_tokens, n)
+        d = saved.stash[start:stop] if block_d is None else block_d[: stop - start]
+        rows = None if scale is None else scale[start:stop]
+        block, y = inputs.rows(start, stop), labels[start:stop]
+        _write_d(call, block, head, y, stats.rows(start, stop), d, rows, buffer)
+        for a in range(start, stop, plan.column_tokens):
+            part = slice(a, min(a + plan.column_tokens, stop))
+            row_scale = None if scale is None else scale[part]
+            u = None if saved.u is None else saved.u[part]
+            part_d = d[a - start : part.stop - start]
+            sampler.add(part_d, labels[part], stats.lse[part], row_scale, u)
+        if head.dora_scale is not None:
+            d *= head.dora_scale
+        if saved.v is not None and head.lora_B is not None:
+            backend.project(d, head.lora_B, saved.v[start:stop])
+        if block_d is not None and start < stashed:
+            saved.stash[start:stop].copy_(d[: stashed - start])
+    return saved._replace(columns=sampler.finish())
+
+
 def forward_pass(
     call: LinearCall,
     inputs: HeadInputs,
@@ -227,6 +298,9 @@ def forward_pass(
     saved = Saved(u, v, stash, stats.lse, row_scale)
     if plan.logit_free and not with_grads:
         backend.logit_free_forward(x, head.weight, labels, head.bias, stats, transform)
+        return _outputs(stats, labels, vocab, extras), saved
+    if call.columns is not None:
+        saved = _by_columns(call, inputs, head, labels, stats, saved)
         return _outputs(stats, labels, vocab, extras), saved
     if row_scale is not None and backend.PROJECTS_AT_ONCE:
         _project_at_once(call, x, head, labels, stats, saved, row_scale)

@@ -38,6 +38,9 @@ def linear_token_logps(
     precision: str = "exact",
     fused: bool | None = None,
     backend: str | None = None,
+    gradient_tolerance: float | None = None,
+    head_gradient_tolerance: float | None = None,
+    gradient_seed: int = 0,
     token_indices: Tensor | None = None,
     lora_hidden: Tensor | None = None,
     lora_B: Tensor | None = None,
@@ -71,6 +74,17 @@ def linear_token_logps(
             gradients and none of size N x V without. None: where it is expected to be faster.
             True: a ValueError says why, where it cannot run. False: tiles of logits.
         backend: "native", "cuda", "triton", "eager" or None for the fastest that works.
+        gradient_tolerance: the relative root mean square error that u = d logp / d hidden may have,
+            such as 1.5e-3, which rounding D to bf16 costs. u is then computed from the columns
+            of D that matter and a few that are drawn at random, so that its mean is exact
+            (docs/columns.md). Log-probs are not affected. None: exact.
+        head_gradient_tolerance: the same for the gradients of weight, bias and lora_B, which stay
+            exact with None, also when gradient_tolerance is given. Adam gives each element a step
+            of the same size: with this option rows of rare tokens, whose gradients are
+            tiny, move by the draws rather than by their gradients. SGD does not, and so
+            SGD is not affected in this way.
+        gradient_seed: another number draws other columns. The draws depend on it, on the labels and
+            on the normalisers, so that the same call gives the same bits.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the
             caller knows them; saves a synchronisation on a GPU.
         lora_hidden, lora_B: [..., r] and [V, r], a LoRA adapter on the head: lora_hidden lora_B^T
@@ -99,6 +113,9 @@ def linear_token_logps(
         precision=precision,
         fused=fused,
         backend=backend,
+        gradient_tolerance=gradient_tolerance,
+        head_gradient_tolerance=head_gradient_tolerance,
+        gradient_seed=gradient_seed,
     )
     options = cached_options(HeadOptions, values)
     lora_hidden, lora_B, dora_scale = adapter_tensors(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastpref.backends.tile import Transform
-from fastpref.logps.plan import FUSED, check_plan_options
+from fastpref.logps.plan import FUSED, check_plan_options, check_tolerance
 from fastpref.validation import cached_options, check_integer
 
 
@@ -27,12 +27,18 @@ class HeadOptions:
     precision: str = "exact"
     fused: bool | None = None
     backend: str | None = None
+    gradient_tolerance: float | None = None
+    head_gradient_tolerance: float | None = None
+    gradient_seed: int = 0
 
     transform: Transform = field(init=False, repr=False, compare=False)  # of the first three
 
     def __post_init__(self) -> None:
         check_plan_options(self.strategy, self.memory_budget, self.precision, self.fused)
         check_integer("ignore_index", self.ignore_index)
+        check_tolerance("gradient_tolerance", self.gradient_tolerance)
+        check_tolerance("head_gradient_tolerance", self.head_gradient_tolerance)
+        check_integer("gradient_seed", self.gradient_seed)
         transform = Transform(self.scale, self.softcap, self.temperature)
         object.__setattr__(self, "transform", transform)
 

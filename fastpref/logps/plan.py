@@ -6,17 +6,21 @@
 | stash        | the head trains and D fits the budget  | 6NHV       | D [N, V], in hidden's dtype |
 | recompute    | the head trains and D does not fit     | 8NHV       | one tile                   |
 | mixed        | a fraction f of D fits                 | (8-2f)NHV  | that fraction              |
+
+By columns (columns.py) u = D W takes 2NHK in place of 2NHV; so does dW, for which D [N, K] is kept.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 
 from fastpref.backends import native
+from fastpref.validation import check_number
 
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")
 PRECISIONS = ("exact", "fast")
@@ -40,6 +44,9 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
+# Tokens that share a choice of columns: the more, the more columns they need; the fewer, the more
+# often the weight is read for their mean.
+_COLUMN_TOKENS = 512
 _PACKED_BYTES = (
     2**24
 )  # of an operand that the native product packs whole (WHOLE in csrc/product.cpp)
@@ -60,13 +67,18 @@ class HeadPlan:
     logit_free: bool  # whether the product folds its logits itself, and there is no tile of them
     flops: int  # predicted, forward and backward together
     extra_bytes: int  # predicted peak beyond the inputs and the returned gradients
+    column_tokens: int = 0  # tokens that share a choice of columns; 0: the gradients are exact
+    columns: int = 0  # of these tokens: on a GPU as planned, on a CPU as their D needs
+    d_tokens: int = 0  # tokens whose D is whole before columns are chosen
+    head_columns: bool = False  # whether dW takes columns, so that D [N, columns] is kept
 
     def __str__(self) -> str:
+        columns = f", {self.columns} columns" if self.column_tokens else ""
         return (
             f"{self.strategy} ({self.precision}): N={self.tokens} H={self.hidden_size} "
             f"V={self.vocab_size}, {'one kernel' if self.logit_free else 'tiles'}, "
             f"tile {self.block_tokens} x {self.vocab_size}, backward tile "
-            f"{self.tokens} x {self.block_vocab}, stash {self.stash_tokens} tokens, "
+            f"{self.tokens} x {self.block_vocab}, stash {self.stash_tokens} tokens{columns}, "
             f"{self.flops / 1e9:.1f} GFLOP, {self.extra_bytes / 2**20:.1f} MiB extra"
         )
 
@@ -110,6 +122,27 @@ def check_plan_options(
                 "call with gradients unless strategy='forward-only'"
             )
         raise ValueError(f"fused: got {fused!r}, expected None, True or False{hint}")
+
+
+def check_tolerance(name: str, tolerance: float | None) -> None:
+    """Raise ValueError unless the relative error of a gradient is None or in (0, 1)."""
+    if tolerance is None:
+        return
+    check_number(name, tolerance)
+    if not 0 < tolerance < 1:
+        raise ValueError(f"{name}: got {tolerance}, expected a number between 0 and 1, or None")
+
+
+def _columns(vocab: int, tokens: int, tolerance: float | None, head: float | None) -> int:
+    """The columns that are expected to meet the tolerances, of the head's matrices `head`.
+
+    A fit to a language model of 49,152 entries: 10 % at 5e-3, 23 % at 1.5e-3. dW needs what u
+    needs at 2.5 times the tolerance.
+    """
+    least = min(math.inf if tolerance is None else tolerance, 2.5 * (head or math.inf))
+    share = 0.08 * (0.01 / least) ** 0.55
+    # The labels' columns are always kept, and some must be left to be drawn.
+    return min(vocab, max(math.ceil(share * vocab), tokens + tokens // 4 + 1))
 
 
 def _tile_budget(vocab_size: int, kind: str, budget: int) -> int:
@@ -159,6 +192,8 @@ def plan_head(
     precision: str = "exact",
     fused: bool | None = None,
     at_once: bool = False,
+    gradient_tolerance: float | None = None,
+    head_gradient_tolerance: float | None = None,
 ) -> HeadPlan:
     """Choose the strategy and the tiles of one call of `linear_token_logps`.
 
@@ -171,11 +206,14 @@ def plan_head(
     fused: whether the logit-free product is taken, which some backends have. None: by a pass
         without gradients that asks for strategy="forward-only", on a GPU, up to a hidden size.
     at_once: whether that product can multiply D while it makes it, which `native`'s does.
+    gradient_tolerance, head_gradient_tolerance: as in `linear_token_logps`.
 
     Raises ValueError for an unknown strategy or precision, a budget that is not positive, and a
     strategy that cannot give the gradients that are needed.
     """
     check_plan_options(strategy, memory_budget, precision, fused)
+    check_tolerance("gradient_tolerance", gradient_tolerance)
+    check_tolerance("head_gradient_tolerance", head_gradient_tolerance)
     for name, size in (
         ("tokens", tokens),
         ("hidden_size", hidden_size),
@@ -188,12 +226,22 @@ def plan_head(
             f"strategy: {strategy!r} gives no gradient for the head, whose weight or bias requires "
             "one; use 'auto', 'stash', 'recompute' or 'mixed', or detach the head"
         )
+    if weight_grad and head_gradient_tolerance is not None and strategy not in ("auto", "stash"):
+        raise ValueError(
+            f"strategy: {strategy!r} makes D again in the backward pass and does not support "
+            "head_gradient_tolerance, which keeps D's columns; expected 'auto' or 'stash'"
+        )
     kind = torch.device(device).type
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     tile_budget = _tile_budget(vocab_size, kind, budget)
     sizes = tokens, hidden_size, vocab_size, dtype, kind
     grads = bool(hidden_grad), bool(weight_grad)
-    return _plan(*sizes, *grads, strategy, precision, fused, at_once, budget, tile_budget)
+    tolerances = (
+        gradient_tolerance if hidden_grad and tokens else None,
+        head_gradient_tolerance if weight_grad and tokens else None,
+    )
+    settings = strategy, precision, fused, at_once, budget, tile_budget
+    return _plan(*sizes, *grads, *settings, *tolerances)
 
 
 @functools.lru_cache(maxsize=1024)  # a few batch shapes come again and again
@@ -211,11 +259,17 @@ def _plan(
     at_once: bool,
     budget: int,
     tile_budget: int,
+    tolerance: float | None,
+    head_tolerance: float | None,
 ) -> HeadPlan:
     """`plan_head` with its defaults filled in."""
     item = dtype.itemsize
+    head_columns = head_tolerance is not None
+    by_columns = head_columns or tolerance is not None
     chosen, stash = ("frozen" if hidden_grad else "forward-only"), 0
-    if weight_grad:
+    if head_columns:
+        chosen = "stash"
+    elif weight_grad:
         fits = _room(v * item, strategy, budget - tile_budget)
         chosen = strategy
         if strategy == "auto":
@@ -229,36 +283,57 @@ def _plan(
         asked = chosen == strategy == "forward-only"
         fused = asked and kind == "cuda" and h <= _FUSED_HIDDEN_SIZE
     logit_free = fused and (item == 2 or (at_once and dtype == torch.float32))
-    at_once = at_once and logit_free
+    at_once = at_once and logit_free and not by_columns
     # The logit-free product does not round logits; the backward pass must not either.
     precision = "exact" if logit_free else precision
     tile_size = tile_dtype(dtype, precision).itemsize
     forward_item = item if logit_free else tile_size  # that product writes D
-    in_stash = weight_grad and stash == n and forward_item == item  # no tile beside it
+    # Whether there is no tile beside the stash.
+    in_stash = weight_grad and not head_columns and stash == n and forward_item == item
     rows = max(1, min(n, max(tile_budget // max(forward_item * v, 1), _MIN_ROWS)))
     if kind == "cuda" and rows < n:
         rows = _even_rows(rows, n)
-    if at_once or (logit_free and in_stash):
+    if at_once or (logit_free and (in_stash or by_columns)):
         rows = max(n, 1)
+    column_tokens = multiplied = d_tokens = 0
+    if by_columns:
+        column_tokens = d_tokens = min(n, _COLUMN_TOKENS)
+        if logit_free and in_stash:
+            d_tokens = n
+        elif not logit_free:
+            # The tiles of logits are those of exact gradients, so that log-probs are the same bits.
+            d_tokens = rows * max(_COLUMN_TOKENS // rows, 1)
+            column_tokens = min(n, d_tokens, _COLUMN_TOKENS)
+        multiplied = _columns(v, column_tokens, tolerance, head_tolerance)
     # Half a tile in backward, where c X stands beside it.
     columns = max(1, min(v, max(tile_budget // max(2 * tile_size * n, 1), _MIN_COLUMNS)))
     if columns < v:
         columns -= columns % _COLUMNS_STEP
     tile_bytes = 0 if in_stash else rows * v * forward_item
+    if by_columns:
+        tile_bytes = 0 if logit_free or forward_item == item else tile_bytes
+        tile_bytes += 0 if stash == n else min(d_tokens, n) * v * item
+        tile_bytes += multiplied * (column_tokens + h) * item + 8 * 8 * v  # G, W[S, J], the choice
     if at_once:
         token_bytes = native.scratch_bytes_of_token(h, v, item, extras=False, projects=True)
         tile_bytes = min(n * token_bytes, native.SCRATCH_BYTES)
         tile_bytes += min(4 * n * h, _PACKED_BYTES) + native.SLICE * 4 * h  # packed operands
-    elif logit_free:
+    elif logit_free and not by_columns:
         # Two numbers for each token and each 128 entries of the vocabulary, in launches.
         tile_bytes = tile_bytes if hidden_grad or weight_grad else 0
         tile_bytes += min(8 * n * -(-v // 128), _FUSED_BYTES)
     states = n * h * item  # of the hidden states, and of everything in their shape
     u_bytes = states if hidden_grad else 0
-    gemms = 2 + (2 if hidden_grad else 0)
-    flops = gemms * n * h * v
+    flops = 2 * n * h * v
+    if hidden_grad:
+        flops += 2 * n * h * (v if tolerance is None else multiplied)
     extra = tile_bytes + u_bytes
-    if weight_grad:
+    if head_columns:
+        flops += 2 * n * h * multiplied
+        extra += (
+            n * multiplied * item + states + (h * v * 4 if item == 2 else 0)
+        )  # D, c X, the sums
+    elif weight_grad:
         flops += 2 * n * h * v + 2 * (n - stash) * h * v
         backward_tile = n * columns * tile_size if stash < n else 0
         extra = max(extra, u_bytes + backward_tile + states) + stash * v * item  # states: c X
@@ -275,4 +350,8 @@ def _plan(
         logit_free=logit_free,
         flops=flops,
         extra_bytes=extra,
+        column_tokens=column_tokens,
+        columns=multiplied,
+        d_tokens=d_tokens,
+        head_columns=head_columns,
     )

@@ -12,6 +12,7 @@ from fastpref import backends, validation
 from fastpref.backends.tile import Backend, PairLossInputs
 from fastpref.logps.autograd import LinearTokenLogps, without_autocast
 from fastpref.logps.checks import check_indices, check_range
+from fastpref.logps.columns import ColumnOptions
 from fastpref.logps.first_order import raise_for_inference
 from fastpref.logps.forward import HeadTensors, LinearCall, TokenStats
 from fastpref.logps.options import HeadOptions
@@ -121,8 +122,19 @@ def plan_call(
         precision=options.precision,
         fused=fused,
         at_once=backend.PROJECTS_AT_ONCE,
+        gradient_tolerance=options.gradient_tolerance,
+        head_gradient_tolerance=options.head_gradient_tolerance,
     )
-    return LinearCall(plan, options.transform, extras, backend, *grads)
+    columns = None
+    if plan.column_tokens:
+        tolerances = options.gradient_tolerance, options.head_gradient_tolerance
+        columns = ColumnOptions(*tolerances, options.gradient_seed)
+    if plan.head_columns and head.dora_scale is not None:
+        raise ValueError(
+            "head_gradient_tolerance: got a number with dora_scale, whose gradient needs all of D; "
+            "expected None"
+        )
+    return LinearCall(plan, options.transform, extras, backend, *grads, columns)
 
 
 def compact(

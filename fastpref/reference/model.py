@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,17 @@ class Reference:
         Args:
             batch: a collator's batch of B sequences, 2P for pairs.
         """
+        return self._call(batch, self._sequence_logps)
+
+    def token_logps(self, batch: dict[str, Any]) -> Tensor:
+        """The log-probability of each label in nats, [B, T], without a gradient.
+
+        Args:
+            batch: as for `logps`.
+        """
+        return self._call(batch, self._token_logps)
+
+    def _call(self, batch: dict[str, Any], head_fn: Callable[..., Tensor]) -> Tensor:
         nothing = contextlib.nullcontext()
         rows: Any = nothing if self.attention is None else self.attention.rows_of(batch)
         adapter = as_reference(self.model) if self.adapter else nothing
@@ -152,11 +163,9 @@ class Reference:
             inputs |= {name: batch[name] for name in names}
             inputs["num_sequences"] = len(batch["lengths"])
         with torch.no_grad(), adapter, mode, rows:
-            return self.model(
-                **model_inputs(batch), head_fn=self._sequence_logps, head_inputs=inputs
-            )
+            return self.model(**model_inputs(batch), head_fn=head_fn, head_inputs=inputs)
 
-    def _sequence_logps(
+    def _token_logps(
         self,
         hidden: Tensor,
         head: Head,
@@ -177,6 +186,12 @@ class Reference:
             **self.options,
         )
         assert isinstance(logps, Tensor)
+        return logps
+
+    def _sequence_logps(self, hidden: Tensor, head: Head, aux_loss: Any, **inputs: Any) -> Tensor:
+        logps, labels = self._token_logps(hidden, head, aux_loss, **inputs), inputs["labels"]
+        names = ("sequence_ids", "num_sequences")
+        sequence_layout = {name: inputs[name] for name in names if name in inputs}
         if self.ld_alpha is not None:
             return ld_sequence_logps(logps, labels, self.ld_alpha, **sequence_layout)
         return sequence_logps(logps, labels, **sequence_layout)

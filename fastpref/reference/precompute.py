@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +11,10 @@ from torch import Tensor
 
 from fastpref.data.columns import REFERENCE
 from fastpref.progress import watched
+from fastpref.reference.keys import Parts, labelled, sequence_keys
+
+if TYPE_CHECKING:  # they need more than torch
+    from fastpref.reference.store import ReferenceStore
 
 
 def has_reference(dataset: Any, names: Sequence[str] = REFERENCE) -> bool:
@@ -51,25 +55,13 @@ def precompute(
     Raises:
         ValueError: a stream, or a log-prob that is not finite.
     """
-    from datasets import Dataset
+    from fastpref.data.loaders import row_lengths
 
-    from fastpref.data.loaders import make_loader, row_lengths
-
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            "precompute_ref_log_probs=True needs data of known length, got a stream; load the data "
-            "or set precompute_ref_log_probs=False"
-        )
-    # Longest first: similar lengths need little padding, and the memory peak is in the first batch.
-    order = np.argsort(-np.array(row_lengths(dataset)), kind="stable")
-    longest_first = dataset.select(order)
-    loader = make_loader(
-        longest_first, collator, accelerator, batch_size=batch_size, num_workers=num_workers
-    )
+    check_has_length(dataset, "precompute_ref_log_probs")
+    options = collator, accelerator, batch_size, num_workers, name, disable_tqdm
+    order, batches = _longest_first(dataset, np.array(row_lengths(dataset)), *options)
     parts = []
-    rows = batch_size * accelerator.num_processes
-    title = f"Reference log-probs of {name} data"
-    for batch in watched(loader, title, "rows", len(order), rows, disable_tqdm):
+    for batch in batches:
         sums = logps(batch).view(len(columns), -1).T.contiguous()  # [P, C], gathered on dim 0
         parts.append(accelerator.gather_for_metrics(sums).cpu())
     values = np.empty((len(order), len(columns)), dtype=np.float32)
@@ -81,3 +73,97 @@ def precompute(
     for i, column in enumerate(columns):
         dataset = dataset.add_column(column, values[:, i])
     return dataset
+
+
+def extend_store(
+    store: ReferenceStore,
+    dataset: Any,
+    lengths: np.ndarray,
+    token_logps: Callable[[dict[str, Any]], Tensor],
+    parts: Parts,
+    collator: Callable[[list[dict]], dict[str, Tensor]],
+    accelerator: Any,
+    *,
+    batch_size: int,
+    name: str,
+    num_workers: int = 0,
+    disable_tqdm: bool = False,
+) -> None:
+    """Compute the reference's token log-probs of a data set, and write them to a store.
+
+    Every process of a run calls this, computes its share of the rows and writes parts of its own.
+    One of them has the store's lock.
+
+    Args:
+        dataset: a tokenised `datasets.Dataset` of the rows that the store lacks.
+        lengths: the number of tokens of each row.
+        token_logps: maps a batch of S sequences on the device to token log-probs [S, T].
+        parts: as in `data_keys`.
+        collator, accelerator, batch_size, name, num_workers, disable_tqdm: as in `precompute`.
+
+    Raises:
+        ValueError: a log-prob that is not finite.
+        StorageError: the store cannot be written.
+    """
+    options = collator, accelerator, batch_size, num_workers, name, disable_tqdm
+    _, batches = _longest_first(dataset, lengths, *options)
+    with store.writer() as writer:
+        for batch in batches:
+            for part in parts(batch):
+                keys, counts, _ = sequence_keys(part)
+                values = labelled(part, token_logps(part))
+                if not np.isfinite(values).all():
+                    _raise_not_finite(batch, counts, values, name)
+                writer.add(keys, counts, values)
+
+
+def _longest_first(
+    dataset: Any,
+    lengths: np.ndarray,
+    collator: Callable[[list[dict]], dict[str, Tensor]],
+    accelerator: Any,
+    batch_size: int,
+    num_workers: int,
+    name: str,
+    disable_tqdm: bool,
+) -> tuple[np.ndarray, Iterator[dict[str, Any]]]:
+    """The rows in the order in which they are computed, and this process's batches of them.
+
+    Arguments: those of `extend_store`.
+    """
+    from fastpref.data.loaders import make_loader
+
+    # Longest first: similar lengths need little padding, and the memory peak is in the first batch.
+    order = np.argsort(-lengths, kind="stable")
+    loader = make_loader(
+        dataset.select(order), collator, accelerator, batch_size=batch_size, num_workers=num_workers
+    )
+    title = f"Reference log-probs of {name} data"
+    per_item = batch_size * accelerator.num_processes
+    return order, watched(loader, title, "rows", len(order), per_item, disable_tqdm)
+
+
+def check_has_length(dataset: Any, option: str) -> None:
+    """Raise ValueError for a stream, whose rows cannot be computed ahead.
+
+    option: the trainer's option that asks for it.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{option} needs data of known length, got a stream; load the data, or leave {option} "
+            "out to have the reference computed in each step"
+        )
+
+
+def _raise_not_finite(
+    batch: dict[str, Any], counts: np.ndarray, values: np.ndarray, name: str
+) -> None:
+    owner = np.repeat(np.arange(len(counts)), counts)
+    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    rows = batch.get("rows")
+    where = "" if rows is None else f" of row {int(rows[int(owner[first]) % len(rows)])}"
+    raise ValueError(
+        f"{name} data: a log-prob of the reference{where} is {values[first]}; expected finite ones"
+    )

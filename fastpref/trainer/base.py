@@ -22,12 +22,20 @@ from fastpref.heads.adapters import check_adapters
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.modes import same_weights_trained
 from fastpref.heads.reading import Head, read_head, unwrap
+from fastpref.logps.columns import GradientReport, last_gradient_report
 from fastpref.progress import silenced
+from fastpref.trainer.body import BodyTrainer
 from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import check_optimizer, check_sampling, check_trains
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.loading import as_list, load_parts, router_coefficient
-from fastpref.trainer.metrics import MetricWindow, TokenCount, check_grad_norm, check_weights
+from fastpref.trainer.metrics import (
+    MetricWindow,
+    TokenCount,
+    check_grad_norm,
+    check_weights,
+    column_metrics,
+)
 from fastpref.trainer.model_card import CardTrainer
 from fastpref.trainer.predictions import PredictingTrainer
 from fastpref.trainer.progress import use_lines
@@ -37,7 +45,9 @@ from fastpref.trainer.references import ReferencingTrainer
 logger = logging.getLogger("fastpref")
 
 
-class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, CardTrainer):
+class BaseTrainer(
+    BodyTrainer, CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, CardTrainer
+):
     """Base class of `PreferenceTrainer` and `UnpairedPreferenceTrainer`.
 
     A subclass defines its configuration, its data and its loss.
@@ -104,6 +114,7 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
         )
         self._set_up_training(ref_model)
         self._set_up_metrics()
+        self.set_up_body(ref_model)
         self.set_up_reference(ref_model)
 
     # ---- steps of the constructor ----
@@ -146,6 +157,9 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
         self.add_callback(TokenCount(self._window))
         self._evaluates = False
         self._micro_step = (0, 0)
+        self._column_reports: list[GradientReport] = []
+        tolerances = self.args.gradient_tolerance, self.args.head_gradient_tolerance
+        self._has_columns = any(t is not None for t in tolerances)
 
     # ---- data ----
 
@@ -193,7 +207,11 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
         kwargs, head_inputs = self.step_inputs(model, inputs)
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
+        before = last_gradient_report()
         out = model(**kwargs, head_fn=self.loss_head, head_inputs=head_inputs)
+        report = last_gradient_report()
+        if report is not None and report is not before:
+            self._column_reports.append(report)
         if model.training:
             self._window.add(out["sums"], inputs.get("rows"), self._where(), self._share)
         return out["loss"]
@@ -248,6 +266,9 @@ class BaseTrainer(CheckpointingTrainer, PredictingTrainer, ReferencingTrainer, C
         metrics = {} if self._evaluates else self._window.drain()
         if metrics:
             metrics["num_tokens"] = self._window.total_tokens
+            if self._has_columns:
+                reports, self._column_reports = self._column_reports, []
+                metrics |= column_metrics(reports, self.args.device, self.accelerator.gather)
         logs.update(metrics)
         if not self.args.fp16:  # with fp16 the scaler skips steps without a finite gradient
             check_grad_norm(logs.get("grad_norm"), self.state.global_step)

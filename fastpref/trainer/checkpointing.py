@@ -18,6 +18,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from fastpref.heads.reading import unwrap
+from fastpref.storage import (
+    StorageError,
+    check_room,
+    disk_problem,
+    sync_directory,
+)
 from fastpref.trainer.ending import EndingTrainer, raise_ended
 from fastpref.trainer.identity import (
     describe_run,
@@ -39,12 +45,6 @@ from fastpref.trainer.output_directory import OutputDirectory
 from fastpref.trainer.pickles import readable, readable_weights
 from fastpref.trainer.saving import SavingTrainer
 from fastpref.trainer.signals import RunEnded, SignalCallback, name_of
-from fastpref.trainer.storage import (
-    StorageError,
-    check_room,
-    disk_problem,
-    sync_directory,
-)
 
 logger = logging.getLogger("fastpref")
 _STAGING = ".saving"  # where a checkpoint is written before it takes its name

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from fastpref.backends.processor import bf16_is_fast, say_once, training_device
-from fastpref.logps.plan import check_plan_options
+from fastpref.body import unavailable_reason
+from fastpref.logps.plan import check_plan_options, check_tolerance
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
 from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
@@ -91,6 +92,9 @@ class BaseConfig(TrainingArguments):
     precompute_ref_log_probs: bool = _option(
         False, "Compute the reference log-probs of all data once, before training."
     )
+    reference_store: str | None = _option(
+        None, "Directory that keeps them: read, checked, and extended by what it lacks."
+    )
     precompute_ref_batch_size: int | None = _option(
         None, "Pairs per batch while doing so; the training or evaluation batch size by default."
     )
@@ -108,12 +112,33 @@ class BaseConfig(TrainingArguments):
         None, "Bytes that the head may use between forward and backward; planned by default."
     )
     backend: str | None = _option(None, "Kernel backend; the fastest that works by default.")
+    gradient_tolerance: float | None = _option(
+        None, "Relative error that the head's gradient of the hidden states may have, as 1.5e-3."
+    )
+    head_gradient_tolerance: float | None = _option(
+        None, "The same for the gradient of the head's weight; exact by default."
+    )
+
+    # The body
+    cpu_linear: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose product the Linear layers take on a CPU; auto: the faster one's.",
+            "choices": ["auto", "native", "torch"],
+        },
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True
         self._choose_bf16()
         check_plan_options("auto", None, self.precision, None)
+        if self.cpu_linear not in ("auto", "native", "torch"):
+            raise ValueError(
+                f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
+            )
+        for name in ("gradient_tolerance", "head_gradient_tolerance"):
+            check_tolerance(name, getattr(self, name))
         # transformers renamed the option during version 5 and warns about the old name, TRL's.
         renamed = "activation_checkpointing" in {f.name for f in dataclasses.fields(self)}
         for end, default in (("", True), ("_kwargs", None)):
@@ -135,7 +160,12 @@ class BaseConfig(TrainingArguments):
             return
         reason = f"this {'CPU' if device == 'cpu' else 'GPU'} has no bf16 units"
         if self.bf16:
-            say_once(f"bf16 is True, but {reason}: it is many times slower than fp32 here")
+            # The head and the body's Linear layers have products that widen bf16.
+            widened = (
+                device == "cpu" and self.cpu_linear != "torch" and unavailable_reason() is None
+            )
+            slower = "slower" if widened else "many times slower"
+            say_once(f"bf16 is True, but {reason}: it is {slower} than fp32 here")
             return
         self.bf16 = False
         if self.precision == "fast":
@@ -174,6 +204,9 @@ class BaseConfig(TrainingArguments):
             "memory_budget": self.head_memory_budget,
             "precision": self.precision,
             "backend": self.backend,
+            "gradient_tolerance": self.gradient_tolerance,
+            "head_gradient_tolerance": self.head_gradient_tolerance,
+            "gradient_seed": self.seed + 2**32 * self.process_index,
         }
 
 
@@ -234,7 +267,10 @@ class PreferenceConfig(BaseConfig):
         max_length: maximum number of tokens of prompt + answer; None for no maximum.
         truncation_mode: "keep_start" or "keep_end".
         pad_token: token that pads batches.
-        precompute_ref_log_probs: compute the reference log-probs once, before training.
+        precompute_ref_log_probs: compute the reference log-probs once, before training, for this
+            run alone.
+        reference_store: the same, but in a directory that later runs read and extend; see
+            docs/reference-store.md.
         sync_ref_model: whether the reference follows the policy (TR-DPO). Every
             ref_model_sync_steps optimiser steps it becomes alpha * policy + (1 - alpha) *
             reference, where alpha is ref_model_mixup_alpha; see
@@ -242,11 +278,17 @@ class PreferenceConfig(BaseConfig):
         precision: "exact" (fp32 logits) or "fast"; see `linear_token_logps`.
         head_strategy, head_memory_budget, backend: how the output head is computed; see
             `linear_token_logps`.
+        cpu_linear: the matrix product of the body's Linear layers on a CPU. "native" is
+            fastpref's, "torch" is torch's, and "auto" is fastpref's for the shapes in which it is
+            at least 1.2 times as fast on this machine. See docs/training.md.
+        gradient_tolerance, head_gradient_tolerance: relative errors that the head's gradients may
+            have; see docs/columns.md. The log then has `head/columns` (the multiplied share of the
+            vocabulary), `head/error`, `head/left_out`, `head/bound_mean` and `head/bound_max`.
     """
 
     # The rows
-    # A bool as well; transformers' argument parser would read a union with bool as a bool.
-    prefix_sharing: str = _option(
+    # A bool or "auto"; transformers' argument parser takes text for this union alone.
+    prefix_sharing: int | str | None = _option(
         "auto", "Compute a pair's common prompt once: auto, true or false."
     )
     packing: bool = _option(False, "Put the pairs of a batch into one row without padding.")
@@ -315,10 +357,17 @@ class PreferenceConfig(BaseConfig):
                 "nll_on_prompt is True but the loss has no NLL, so it does not support it; set "
                 "nll_weight"
             )
-        if self.precompute_ref_log_probs and loss_options.reference != "required":
-            raise ValueError(
-                "precompute_ref_log_probs is True but the loss needs no reference; set it to False"
-            )
+        if loss_options.reference != "required":
+            if self.precompute_ref_log_probs:
+                raise ValueError(
+                    "precompute_ref_log_probs is True but the loss needs no reference; set it to "
+                    "False"
+                )
+            if self.reference_store is not None:
+                raise ValueError(
+                    f"reference_store is {self.reference_store!r} but the loss needs no reference; "
+                    "expected None"
+                )
         return loss_options
 
 

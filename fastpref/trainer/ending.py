@@ -51,8 +51,12 @@ class EndingTrainer(AgreeingTrainer):
         self._signals.finish_batches()
 
     @contextmanager
-    def ending_computation(self, what: str) -> Iterator[None]:
+    def ending_computation(self, what: str, fate: str) -> Iterator[None]:
         """Let signals end a computation before the training; within a training they do already.
+
+        Args:
+            what: what is computed, in the plural.
+            fate: what becomes of it when a signal ends it, for people.
 
         Raises:
             Interrupted, Terminated: Ctrl-C or SIGTERM has ended it.
@@ -66,8 +70,7 @@ class EndingTrainer(AgreeingTrainer):
         except RunEnded as ended:
             raise_ended(
                 ended.number,
-                f"{name_of(ended.number)} ended the run while it computed {what}, which are not "
-                "kept: the same command starts again",
+                f"{name_of(ended.number)} ended the run while it computed {what}, {fate}",
             )
         finally:
             self._signals.remove()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastpref.heads.reading import unwrap
 from fastpref.losses.options import LossOptions
+from fastpref.reference.identity import adapter_options, as_json
 from fastpref.trainer.config import BaseConfig
 
 # Options that the trajectory depends on, apart from those of the loss and the number of steps.
@@ -44,22 +45,7 @@ _OPTIONS = (
     "ref_model_sync_steps",
     "router_aux_loss_coef",
 )
-# Of an adapter's configuration; the rest says how it was made or where it is from.
-_ADAPTER_OPTIONS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "modules_to_save",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "layers_to_transform",
-    "rank_pattern",
-    "alpha_pattern",
-)
-# Of these, options that change no weight's shape.
+# Options of an adapter that change no weight's shape.
 _SCALES = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")
 
 
@@ -83,11 +69,11 @@ def describe_run(
         loss = {f.name: getattr(loss, f.name) for f in dataclasses.fields(loss) if f.init}
     return {
         "model": _model(model),
-        "adapter": _adapters(model),
+        "adapter": adapter_options(model),
         "weights": weights,
         "data": data,
-        "loss": {name: _plain(value) for name, value in loss.items()},
-        "options": {name: _plain(getattr(args, name, None)) for name in _OPTIONS},
+        "loss": {name: as_json(value) for name, value in loss.items()},
+        "options": {name: as_json(getattr(args, name, None)) for name in _OPTIONS},
         "rows per step": args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * args.world_size,
@@ -218,24 +204,3 @@ def _model(model: Any) -> dict[str, Any]:
         "parameters": sum(p.numel() for n, p in base.named_parameters() if "lora_" not in n),
         "vocabulary": getattr(config, "vocab_size", None),
     }
-
-
-def _adapters(model: Any) -> dict[str, dict[str, Any]]:
-    configs = getattr(model, "peft_config", None) or {}
-    return {
-        name: {key: _plain(getattr(config, key, None)) for key in _ADAPTER_OPTIONS}
-        for name, config in configs.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: sets and tuples are lists, other objects their names."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(_plain(v) for v in value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return getattr(value, "value", value)  # of an enum of strings
-    return getattr(value, "__name__", None) or str(getattr(value, "value", value))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastpref.trainer.storage import files_under, sync_directory, sync_file, write_json
+from fastpref.storage import files_under, sync_directory, sync_file, write_json
 
 MANIFEST = "manifest.json"
 _VERSION = 1

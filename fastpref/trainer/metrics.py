@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastpref.fused.pair_loss import PreferenceOutput
+from fastpref.logps.columns import GradientReport
 from fastpref.losses.unpaired import UnpairedLoss
 
 # The elements of a micro-step's vector. They are sums and counts, not means, so that they can be
@@ -185,6 +186,26 @@ def micro_step_metrics(
     metrics.update({key: mean(key, "pairs") for key in PER_PAIR})
     metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics
+
+
+def column_metrics(
+    reports: list[GradientReport], device: torch.device, gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """What the head's gradients left out: means over micro-steps and processes, by token.
+
+    `head/bound_max` alone is the largest. A process without a report counts for no token.
+    """
+    names = GradientReport._fields[1:]
+    rows = torch.zeros((1, len(names) + 1), device=device)
+    if reports:
+        values = torch.stack([torch.stack([t.float() for t in r[1:]]).to(device) for r in reports])
+        weights = torch.tensor([float(r.tokens) for r in reports], device=device)
+        rows[0, :-2] = (values[:, :-1] * weights[:, None]).sum(0)
+        rows[0, -2], rows[0, -1] = values[:, -1].max(), weights.sum()
+    everywhere = gather(rows).cpu()
+    means = everywhere[:, :-2].sum(0) / everywhere[:, -1].sum().clamp(min=1)
+    values = [*means.tolist(), float(everywhere[:, -2].max())]
+    return {f"head/{name}": value for name, value in zip(names, values, strict=True)}
 
 
 def check_grad_norm(norm: float | None, step: int) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fastpref.storage import check_writable, disk_errors, write_json
 from fastpref.trainer.manifest import checkpoints, clear_removed, remove_checkpoint
-from fastpref.trainer.storage import check_writable, disk_errors, write_json
 
 RUN_FILE = "run.json"
 _LOCK_FILE = ".run.lock"

@@ -31,10 +31,12 @@ def check_sync_options(args: BaseConfig, needs_reference: bool) -> None:
         raise ValueError(f"ref_model_sync_steps is {steps}; expected a whole number from 1")
     if not needs_reference:
         raise ValueError("sync_ref_model is True but the loss needs no reference; set it to False")
-    if args.precompute_ref_log_probs:
+    if args.precompute_ref_log_probs or args.reference_store is not None:
+        is_store = args.reference_store is not None
+        ahead = "reference_store is set" if is_store else "so is precompute_ref_log_probs"
         raise ValueError(
-            "sync_ref_model is True and so is precompute_ref_log_probs, whose log-probs would be "
-            "those of a reference that has moved on; expected one of the two"
+            f"sync_ref_model is True and {ahead}, whose log-probs would be those of a reference "
+            "that has moved on; expected one of the two"
         )
 
 

@@ -14,17 +14,20 @@ from fastpref.attention import SegmentAttention
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.reading import unwrap
 from fastpref.trainer.checks import check_trains
-from fastpref.trainer.ending import EndingTrainer
+from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns
+from fastpref.trainer.step_zero import StepZeroProbe
+from fastpref.trainer.stored_references import StoringTrainer
 
 
-class ReferencingTrainer(EndingTrainer, SyncingTrainer):
+class ReferencingTrainer(StoringTrainer, SyncingTrainer):
     """The part of a trainer that has a reference."""
 
     ld_alpha: float | None = None  # for the reference's sums, as in `ld_sequence_logps`
     needs_reference: bool  # whether the loss needs a reference
     precompute: bool  # whether reference log-probs are computed before training
     _head_options: dict[str, Any]
+    _window: MetricWindow
 
     def choose_reference(self, model: Any, ref_model: Any, datasets: list[Any]) -> Any:
         """Decide where the reference's log-probs come from, before transformers' constructor.
@@ -38,10 +41,17 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
             The second model: ref_model or a frozen copy of the policy; None if none is needed.
         """
         in_data = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
+        self._probes = self.needs_reference and ref_model is None
         check_sync_columns(self.args, in_data)
         self.check_data(datasets, any(in_data) or ref_model is not None)
         self._runs_reference = not all(in_data) and self.needs_reference
-        self.precompute = self.args.precompute_ref_log_probs and self._runs_reference
+        ahead = self.args.precompute_ref_log_probs or self.args.reference_store is not None
+        self.precompute = ahead and self._runs_reference
+        if self.args.reference_store is not None and self.needs_reference and all(in_data):
+            raise ValueError(
+                f"reference_store is {self.args.reference_store!r} but the data has columns of "
+                "reference log-probs, so that the store would not be used; expected one of the two"
+            )
         if self.precompute:  # `train` checks this again, after hours of computing log-probs
             check_trains(model)
         self._is_own_reference = refs.is_peft(model) and ref_model is None
@@ -53,6 +63,9 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
 
     def set_up_reference(self, ref_model: Any) -> None:
         """Prepare the reference that `choose_reference` returned, and precompute its log-probs."""
+        if self.precompute and self.args.reference_store is not None:
+            model = self.model if ref_model is None else ref_model
+            self.open_store(model, ref_model is None and self._is_own_reference)
         self.ref_model: Any = None
         if ref_model is not None:
             self.ref_model = self._prepare_reference_model(ref_model)
@@ -76,6 +89,7 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
             self.reference = self._policy_reference
         if self.args.sync_ref_model:
             self.start_sync(ref_model)
+        self._add_probe()
         if self.precompute:
             self.train_dataset = self._precompute(self.train_dataset, "train")
             if isinstance(self.eval_dataset, Mapping):
@@ -83,6 +97,18 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
                 self.eval_dataset = {name: self._precompute(d, name) for name, d in named}
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._precompute(self.eval_dataset, "eval")
+
+    def _add_probe(self) -> None:
+        """Have the first step checked, if the policy starts as its reference."""
+        if not self._probes:
+            return
+        in_data = refs.has_reference(self.train_dataset, self.reference_columns())
+        source = "columns" if in_data else "ahead" if self.precompute else "step"
+        args: Any = self.args
+        model: Any = self.model
+        half = bool(args.bf16 or args.fp16) or next(model.parameters()).dtype.itemsize < 4
+        noise = args.neftune_noise_alpha
+        self.add_callback(StepZeroProbe(self._window, source, args.beta, half, noise))
 
     def _prepare_reference_model(self, model: Any) -> Any:
         install_head_forward(model)
@@ -99,16 +125,21 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
         The policy is its own reference only before the first step.
         """
         check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
-        if self.precompute and (self.reference is not None or self.state.global_step == 0):
-            return self._precompute(dataset, name)
+        can_compute = self.reference is not None or self.state.global_step == 0
+        if self.precompute and (can_compute or self.reference_store is not None):
+            return self._precompute(dataset, name, can_compute)
         return dataset
 
-    def _precompute(self, dataset: Any, name: str) -> Any:
-        """The data with the log-probs of the reference, or of the policy if there is no other."""
+    def _precompute(self, dataset: Any, name: str, can_compute: bool = True) -> Any:
+        """The data with the log-probs of the reference, or of the policy if there is no other.
+
+        can_compute: whether that reference is still there; if not, a store may have the log-probs.
+        """
         if refs.has_reference(dataset, self.reference_columns()):
             return dataset
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
+        size = args.precompute_ref_batch_size or size
         reference = self.reference or self._policy_reference
 
         def logps(batch: dict[str, Any]) -> Tensor:
@@ -116,13 +147,18 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
             return self.reference_sums(reference, batch)
 
         what = f"the reference's log-probs of {name} data"
-        with self.ending_computation(what), self.accelerator.autocast():
+        fate = "which are not kept: the same command starts again"
+        if self.reference_store is not None:
+            fate = f"which {self.reference_store.path} keeps: the same command goes on"
+        with self.ending_computation(what, fate), self.accelerator.autocast():
+            if self.reference_store is not None:
+                return self.with_stored(dataset, name, reference if can_compute else None, size)
             return refs.precompute(
                 dataset,
                 logps,
                 self.data_collator,
                 self.accelerator,
-                batch_size=args.precompute_ref_batch_size or size,
+                batch_size=size,
                 name=name,
                 columns=self.reference_columns(),
                 num_workers=args.dataloader_num_workers,
@@ -153,10 +189,6 @@ class ReferencingTrainer(EndingTrainer, SyncingTrainer):
     def check_data(self, datasets: list[Any], has_reference: bool) -> None:
         """Raise ValueError for columns, or a reference, that the loss does not support."""
 
-    def reference_columns(self) -> tuple[str, ...]:
-        """The columns of reference log-probs."""
-        raise NotImplementedError
-
     def reference_sums(self, reference: refs.Reference, batch: dict[str, Any]) -> Tensor:
         """The reference's log-probs of a batch, [C * P], one column after the other."""
-        return reference.logps(batch)
+        return torch.cat([reference.logps(part) for part in self.reference_parts(batch)])

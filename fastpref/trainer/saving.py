@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastpref.storage import StorageError, disk_problem, move_into
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.output_directory import ADAPTER_FILES, WEIGHT_FILES, OutputDirectory
 from fastpref.trainer.processes import AgreeingTrainer
-from fastpref.trainer.storage import StorageError, disk_problem, move_into
 
 
 class SavingTrainer(AgreeingTrainer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers.trainer_utils import has_length
@@ -19,7 +18,6 @@ from fastpref.fused.unpaired import linear_kto_loss
 from fastpref.heads.calling import align_to_tokens
 from fastpref.heads.reading import Head
 from fastpref.logps.sequences import sequence_logps
-from fastpref.reference.model import Reference
 from fastpref.trainer.base import BaseTrainer
 from fastpref.trainer.config import UnpairedPreferenceConfig
 from fastpref.trainer.metrics import UNPAIRED_EXTRAS, UNPAIRED_SUMS, unpaired_metrics, unpaired_sums
@@ -87,9 +85,9 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     def reference_columns(self) -> tuple[str, ...]:
         return UNPAIRED_REFERENCE if self.estimates_kl else UNPAIRED_REFERENCE[:1]
 
-    def reference_sums(self, reference: Reference, batch: dict[str, Any]) -> Tensor:
+    def reference_parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         parts = ("", "KL_") if self.estimates_kl else ("",)
-        return torch.cat([reference.logps(_sequences(batch, part)) for part in parts])
+        return [_sequences(batch, part) for part in parts]
 
     def step_inputs(
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False

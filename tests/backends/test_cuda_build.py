@@ -170,7 +170,7 @@ def test_it_imports_where_there_is_no_driver_and_says_why_it_cannot_run(built):
 def test_the_names_of_the_losses():
     if cuda_module.MODULE is None:
         pytest.skip("fastpref._cuda is not built")
-    assert cuda._PAIR_FORMS == cuda_module.MODULE.pair_forms
+    assert cuda.PAIR_FORMS == cuda_module.MODULE.pair_forms
 
 
 # ---- what is said ------------------------------------------------------------------------------

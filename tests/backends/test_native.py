@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_threads(threads, dtype):
     n, vocab = 13, 3001
     tile, labels = (torch.randn(n, vocab) * 5).to(dtype), torch.randint(vocab, (n,))
     results = []
-    for count in (1, 2, 5, 32):
+    for count in (1, 2, 5, 32, 64):
         threads(count)
         stats = Stats.empty(n, tile.device, torch.float32, EXTRAS)
         native.fold(tile, labels, 0, stats, Transform(softcap=9.0))
@@ -122,7 +123,48 @@ def test_threads(threads, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-KERNELS = ["portable", "avx2", "avx512", "avx512_bf16"]
+def _fold_and_product() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(n, 20, generator=generator) for n in (9, 70))
+    tile = torch.empty(9, 70)
+    native.own_product(x, weight, tile)
+    stats = Stats.empty(9, tile.device, torch.float32)
+    native.fold(tile, torch.arange(9), 0, stats, Transform())
+    return [tile, stats.logps]
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_takes_one_thread(threads):
+    """Its parent's threads are not there: OpenMP would wait for them for ever."""
+    threads(2)
+    here = _fold_and_product()
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # instead of waiting for ever
+        same = all(torch.equal(a, b) for a, b in zip(here, _fold_and_product(), strict=True))
+        os.write(send, b"same" if same and native._threads() == 1 else b"other")
+        os._exit(0)
+    os.close(send)
+    assert os.waitpid(child, 0)[1] == 0
+    assert os.read(receive, 8) == b"same"
+    os.close(receive)
+    assert native._threads() == 2
+
+
+@needs_native
+def test_products_with_more_threads_than_cores(threads):
+    """The same bits with 2 to 64."""
+    results = []
+    for count in (1, 2, 3, 8, 64):
+        threads(count)
+        results.append(_fold_and_product())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+KERNELS = ["portable", "neon", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -222,6 +264,11 @@ def test_a_block_of_minus_infinity_beside_an_unlikely_label(dtype, trains):
 
 
 @needs_native
+def test_the_names_of_the_losses():
+    assert native.PAIR_FORMS == native._cpu.pair_forms
+
+
+@needs_native
 def test_a_kernel_that_is_not_there():
     with pytest.raises(ValueError, match="no kernel named sse9"):
         _product(torch.zeros(2, 3), torch.zeros(2, 3), "sse9", torch.float32)
@@ -238,7 +285,7 @@ def test_what_the_module_refuses():
     with pytest.raises(ValueError, match="tile"):
         native._cpu.fold(*[x.data_ptr(), 0, -1, *fold[3:]])
     with pytest.raises(ValueError, match="loss"):
-        native._cpu.pair_loss(2, 0, 0, *[0] * 6, 0.1, 0.0, *[0] * 4)
+        native._cpu.pair_loss(16, 0, 0, *[0] * 6, *[0.1] * 4, *[0] * 4)
     with pytest.raises(TypeError):
         native._cpu.fold(x)
 

@@ -24,7 +24,7 @@ ARM = NONE | {"asimd": True}
         (NONE, ["AVX2 and FMA", "AVX-512", "AVX512-BF16", "bf16 units"]),
         (AVX2, ["AVX-512 (avx512f", "AVX512-BF16", "bf16 units (amx_bf16 or avx512_bf16)"]),
         (AVX512, ["AVX512-BF16", "bf16 units"]),
-        (AVX512 | {"amx_bf16": True}, ["AVX512-BF16"]),
+        (AVX512 | {"amx_bf16": True}, []),
         (AVX512 | {"avx512_bf16": True}, []),
         (ARM, ["bf16 units (bf16)"]),
         (ARM | {"bf16": True}, []),
@@ -89,14 +89,17 @@ def test_rates_of_products():
     assert list(found) == ["float32", "bfloat16"]
     for rate in found.values():
         assert rate["torch"] > 0 and rate["used"] in ("native", "torch")
-        assert (rate["native"] is None) == (native.problem() is not None)
+        built = native.problem() is None
+        assert (rate["native"] is not None) == (rate["peak"] is not None) == built
+        assert not built or rate["peak"] > 0
     assert [name for name, _ in rates.what_follows(found)] == [*found, "body of a model"]
     for half, said in (
         (10.0, "10 times slower"),
         (250.0, "2.5 times as fast"),
         (100.0, "about as"),
     ):
-        made = {"float32": {"torch": 100.0, "native": 150.0, "used": "native"}}
-        made["bfloat16"] = {"torch": half, "native": None, "used": "torch"}
+        made = {"float32": {"torch": 100.0, "native": 150.0, "peak": 160.0, "used": "native"}}
+        made["bfloat16"] = {"torch": half, "native": None, "peak": None, "used": "torch"}
         lines = dict(rates.what_follows(made))
+        assert "at most 160" in lines["float32"] and "at most" not in lines["bfloat16"]
         assert said in lines["body of a model"] and "not built" in lines["bfloat16"]

@@ -56,10 +56,10 @@ def _supervise(tmp_path, fault, faulty=("2",), patience=30.0, seconds=60.0):
 
 @pytest.mark.parametrize("fault", ["exit", "hang", "lost"])
 def test_a_part_that_stops_the_worker(tmp_path, fault):
-    s, results, heard = _supervise(tmp_path, fault, patience=8.0 if fault == "hang" else 60.0)
+    s, results, heard = _supervise(tmp_path, fault, patience=4.0 if fault == "hang" else 60.0)
     assert list(results) == ["1", "2", "3"] and not s.dropped
     why = results["2"]["excluded"]["bad"]
-    text = {"exit": "status 3", "hang": "nothing heard for 8 s", "lost": "a sticky error"}[fault]
+    text = {"exit": "status 3", "hang": "nothing heard for 4 s", "lost": "a sticky error"}[fault]
     assert text in why and len(s.stops) == 1 and s.stops[0].startswith("2: bad: ")
     assert not results["3"]["excluded"]
     assert [m for m in heard if "machine" in m] == [{"machine": {"name": "m"}}]
@@ -82,5 +82,5 @@ def test_a_worker_that_cannot_start(tmp_path):
 
 
 def test_the_time_is_up(tmp_path):
-    s, results, _ = _supervise(tmp_path, "hang", seconds=10.0)
+    s, results, _ = _supervise(tmp_path, "hang", seconds=5.0)
     assert s.stops == ["2: bad: the time was up"] and s.dropped == ["2", "3"]

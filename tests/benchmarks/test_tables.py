@@ -51,3 +51,17 @@ def test_host_time_runs(tables, tmp_path):
     us = json.loads(out.read_text())["us"]
     assert len([name for name in us if name.startswith("without kernels")]) == 3
     assert all(found["median"] > 0 for found in us.values())
+
+
+def test_cpu_linear_runs(tables, tmp_path):
+    pytest.importorskip("transformers")
+    import cpu_linear
+
+    out = tmp_path / "cpu_linear.json"
+    sizes = "hidden 32 intermediate 48 heads 2 kv-heads 1 layers 1 vocab 60 prompt 3 answer 5"
+    words = [f"--{w}" if not w.isdigit() else w for w in sizes.split()]
+    cpu_linear.main([*words, "--repeats", "1", "--output", str(out)])
+    found = json.loads(out.read_text())
+    assert len(found["products"]) == 3 * 4
+    assert sum(row["layers"] for row in found["products"]) == 3 * 7
+    assert all(found["step_s"][side]["median"] > 0 for side in ("torch", "native"))

@@ -114,7 +114,7 @@ def test_train_dpo(tmp_path):
 
 def test_train_ipo_lora_and_resume(tmp_path):
     options = ("--loss", "ipo", "--lora", "--lora-r", 4, "--lr", 1e-3, "--save-steps", 2,
-               "--max-steps", 4, "--eval-split", 0.1)  # fmt: skip
+               "--max-steps", 4, "--eval-split", 0.1, "--cpu-linear", "native")  # fmt: skip
     result = train(tmp_path / "run", *options)
     assert "IPO" in result.stdout and "LoRA" in result.stdout
     assert "reference: adapter" in result.stdout and "288 pairs, 32 held out" in result.stdout

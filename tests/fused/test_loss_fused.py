@@ -231,24 +231,29 @@ def test_reference_inside():
     assert not out.chosen_rewards.any()
 
 
-def test_plain_dpo_and_ipo_take_the_closed_form(monkeypatch):
+def test_a_plain_loss_of_a_pair_takes_the_closed_form(monkeypatch):
     if backends.native.problem():
         pytest.skip(backends.native.problem())
     calls, real = [], backends.native.pair_loss
     monkeypatch.setattr(backends.native, "pair_loss", lambda *a: calls.append(a[4]) or real(*a))
     arguments = batch(torch.float32)
     extra = {"margin": torch.rand(P), "pair_weight": torch.rand(P)}
-    for options in ({}, {"label_smoothing": 0.1, **extra}, {"loss_type": ["ipo"]}):
+    for options in (
+        {},
+        {"label_smoothing": 0.1, **extra},
+        {"loss_type": ["ipo"]},
+        {"loss_type": "hinge"},
+    ):
         linear_preference_loss(*arguments, **options)
-    assert calls == ["sigmoid", "sigmoid", "ipo"]
+    assert calls == ["sigmoid", "sigmoid", "ipo", "hinge"]
     others = (
         {"soft_labels": torch.ones(P)}, {"ld_alpha": 0.5}, {"use_weighting": True}, MIX,
         {"nll_weight": 0.1}, {"f_divergence_type": "forward_kl"}, {"loss_weights": [0.5]},
-        {"loss_type": "hinge"}, {"loss_type": own_dpo},
+        {"loss_type": "aot"}, {"loss_type": own_dpo},
     )  # fmt: skip
     for options in others:
         linear_preference_loss(*arguments, **options)
-    assert len(calls) == 3
+    assert len(calls) == 4
 
 
 # ---- losses of one's own ----

@@ -69,6 +69,7 @@ def test_logits_log_probs_and_gradients_are_the_models_own(name):
         check_head(model.bfloat16())
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", OTHERS)
 def test_any_causal_model_gives_its_own_logits_or_is_refused(name):
     try:

@@ -91,9 +91,15 @@ def _ready_logits(hidden, weight, bias, labels, index=None):
 STEPS = [_dpo, _ipo_with_entropy, _little_memory, _reference_inside, _ready_logits]
 DTYPES = [torch.float32, torch.bfloat16]
 # Each step in each dtype, and with and without token_indices; the two in turn, as compiling takes
-# seconds.
+# seconds. The fast tests have each step once.
 CASES = [
-    pytest.param(step, dtype, (i + j) % 2 == 1, id=f"{step.__name__}-{dtype}-{(i + j) % 2}")
+    pytest.param(
+        step,
+        dtype,
+        (i + j) % 2 == 1,
+        id=f"{step.__name__}-{dtype}-{(i + j) % 2}",
+        marks=[pytest.mark.slow] * ((i + j) % 2),
+    )
     for i, step in enumerate(STEPS)
     for j, dtype in enumerate(DTYPES)
 ]

@@ -110,6 +110,8 @@ def test_matches_the_oracle(backend, transform, extras):
 )
 def test_shapes(backend, n, hidden, vocab):
     """More tiles than clusters; rows that end within 16 bytes; a hidden size that does, too."""
+    if n == 700 and backend is triton and machine.INTERPRETED:
+        n, hidden, vocab = 270, 72, 520  # of 128 x 128 entries still several tiles each way
     x, weight, labels = head(n, -(-hidden // 8) * 8, vocab)
     check_all(backend, x[:, :hidden], weight[:, :hidden], labels, extras=extras_of(backend))
 
@@ -203,10 +205,10 @@ def test_logits_so_large_that_sums_of_them_differ(backend):
 def test_bitwise_independent_of_the_batch(backend, monkeypatch):
     from fastpref.kernels import forward_config
 
-    x, weight, labels = head(300, 64, 300)
-    stats, d = run(backend, x, weight, labels, extras=extras_of(backend))
     # numpy's product, unlike a GPU's, depends on where in the tile a row is.
-    start = 128 if backend is triton and machine.INTERPRETED else 77
+    n, start = (150, 128) if backend is triton and machine.INTERPRETED else (300, 77)
+    x, weight, labels = head(n, 64, 300)
+    stats, d = run(backend, x, weight, labels, extras=extras_of(backend))
     some, part = run(backend, x[start:], weight, labels[start:], extras=extras_of(backend))
     assert part.equal(d[start:]) and some.lse.equal(stats.lse[start:])
     if extras_of(backend):

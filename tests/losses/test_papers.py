@@ -92,6 +92,7 @@ def _train(loss, beta, steps, learning_rate, backend, dtype=torch.float64, **opt
     return torch.softmax(theta.detach(), 0)
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
 def test_dpo_on_certain_preferences_forgets_the_reference(beta, backend):
     """Azar et al. 2023, section 4.2: the optimum is deterministic whatever beta is."""
@@ -101,6 +102,7 @@ def test_dpo_on_certain_preferences_forgets_the_reference(beta, backend):
     assert after[0] > 0.999 > before[0] and after[2] < before[2] < 1e-2
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
 def test_ipo_on_certain_preferences_stays_at_the_regularised_optimum(tau, backend):
     """Azar et al. 2023, Eq. 7: pi* ~ pi_ref exp(p*(y > mu) / tau)."""

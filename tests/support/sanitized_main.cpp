@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <thread>
 #include <vector>
 
@@ -71,9 +72,10 @@ static std::vector<float> loss(int64_t pairs, int64_t length) {
     std::vector<float> value(1), sums(2 * pairs), rewards(2 * pairs), dlogp(tokens);
     std::vector<int64_t> ids(tokens);
     for (int64_t i = 0; i < tokens; ++i) ids[i] = i / length;
-    pair_loss({Loss::sigmoid, tokens, pairs, logps.data(), ids.data(), reference.data(), nullptr, nullptr,
-               nullptr, 0.1, 0.0},
-              {value.data(), sums.data(), rewards.data(), dlogp.data()});
+    for (size_t form = 0; form < std::size(PAIR_FORMS); ++form)
+        pair_loss({PairForm(form), tokens, pairs, logps.data(), ids.data(), reference.data(), nullptr,
+                   nullptr, nullptr, 0.1, 0.0, 1.0, 1.0},
+                  {value.data(), sums.data(), rewards.data(), dlogp.data()});
     return dlogp;
 }
 

@@ -186,6 +186,11 @@ class _PtxasLog:
         return done
 
 
+def _without_encodings(sass: str) -> str:
+    """Without the numbers of the instructions, which are most of the text and match no pattern."""
+    return re.sub(r" */\* 0x[0-9a-f]+ \*/", "", sass)
+
+
 def _converged(sass: str) -> str:
     """Without the copies of code for warps whose threads have diverged, which here never run.
 
@@ -215,7 +220,7 @@ def _nvidia(kernel, log: str) -> dict[str, object]:
         sass = subprocess.run(
             [tool, "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
-    sass = _converged(sass)
+    sass = _converged(_without_encodings(sass))
     shapes = re.findall(r"\bHGMMA\.(\d+x\d+x\d+)", sass)
     return {
         "registers": _number(r"Used (\d+) registers", log),

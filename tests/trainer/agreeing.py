@@ -1,11 +1,8 @@
-"""Run by test_processes.py in each of two processes: an evaluation before the training."""
+"""Run by two_processes.py in each of two processes: an evaluation before the training."""
 
-import sys
 from pathlib import Path
 
 import tiny
-import torch
-from ranks import leave
 
 WAYS = {
     "copy": {},
@@ -15,8 +12,8 @@ WAYS = {
 }
 
 
-def main(path: Path) -> None:
-    torch.set_num_threads(1)
+def agreed(path: Path) -> dict[str, list[float]]:
+    """For every way in which a reference can be had, the sums of the weights after the training."""
     found = {}
     for way, options in WAYS.items():
         options = dict(options)
@@ -28,8 +25,4 @@ def main(path: Path) -> None:
         t.evaluate()
         t.train()  # which compares the weights of the processes at its end
         found[way] = [float(p.double().sum()) for p in t.model.parameters() if p.requires_grad]
-    leave(path, "agreed", found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

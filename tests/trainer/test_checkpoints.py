@@ -12,9 +12,10 @@ import tiny
 import torch
 from saved_runs import flip, start
 
-from fastpref.trainer import checkpointing, manifest, storage
+from fastpref import storage
+from fastpref.storage import StorageError
+from fastpref.trainer import checkpointing, manifest
 from fastpref.trainer.ending import Interrupted, Terminated
-from fastpref.trainer.storage import StorageError
 
 
 def out(path):

@@ -39,11 +39,9 @@ def found(tmp_path_factory):
     return [json.loads((path / f"found-{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_an_evaluation_before_the_training_leaves_the_processes_in_step(tmp_path):
+def test_an_evaluation_before_the_training_leaves_the_processes_in_step(found):
     """For every way in which a reference can be had; the trainer itself compares the weights."""
-    run = launch("agreeing.py", tmp_path)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    one, two = (json.loads((tmp_path / f"agreed-{rank}.json").read_text()) for rank in range(2))
+    one, two = (each["agreed"] for each in found)
     assert one == two and len(one) == 4
 
 
@@ -66,6 +64,14 @@ def test_references(found, tmp_path):
     one = two_processes.references(tmp_path)
     for each in found:
         assert each["references"] == [pytest.approx(row, rel=1e-5) for row in one]
+
+
+def test_references_in_a_store(found, tmp_path):
+    """Each process has computed at most the two new rows, and checked three of the old ones."""
+    one = two_processes.references(tmp_path)
+    for each in found:
+        assert each["stored"]["references"] == [pytest.approx(row, rel=1e-5) for row in one]
+        assert 3 * 2 < each["stored"]["asked"] <= (3 + 2) * 2
 
 
 def test_predictions(found, tmp_path):

@@ -43,22 +43,32 @@ def seen_rows(t, resume=None):
     return seen
 
 
-@pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("data", ["stream", "shuffled", "dispatched", "map", "map dispatched"])
+def crossed(first, second, third):
+    """Cases in which each two values of different parameters meet, the third's in turn."""
+    return [
+        (one, two, third[(i + j) % len(third)])
+        for i, one in enumerate(first)
+        for j, two in enumerate(second)
+    ]
+
+
+DATA = ("stream", "shuffled", "dispatched", "map", "map dispatched")
+
+
+@pytest.mark.parametrize("data, kind, accumulation", crossed(DATA, MAKE, (1, 2)))
 def test_resumed_rows_are_those_of_the_uninterrupted_run(tmp_path, kind, accumulation, data):
     """Resumed in the first, second and third pass over the data, in the middle and at the end."""
 
-    def start(out):
+    def start(out, **saves):
         train = ROWS[kind](5) if "map" in data else stream(kind, 5, data == "shuffled")
         return MAKE[kind](
-            tmp_path / out, train=train, max_steps=8, save_strategy="steps", save_steps=1,
+            tmp_path / out, train=train, max_steps=8, **saves,
             per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
             accelerator_config={"dispatch_batches": True} if "dispatched" in data else None,
             logging_steps=8,
         )  # fmt: skip
 
-    whole = seen_rows(start("whole"))
+    whole = seen_rows(start("whole", save_strategy="steps", save_steps=1))
     passes = [whole[i : i + 3] for i in (0, 3, 6)]
     for one in passes[: 2 if accumulation == 1 else 3]:
         assert sorted(row for _, rows, _ in one for row in rows) == list(range(5))
@@ -111,9 +121,7 @@ def evaluated(tmp_path, kind, data, config=None, **options):
     return {k: v for k, v in metrics.items() if not any(word in k for word in UNSTABLE)}
 
 
-@pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("dispatch", [None, False, True])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dispatch, kind, split", crossed((None, False, True), MAKE, (False, True)))
 def test_a_stream_evaluates_as_data_in_memory(tmp_path, kind, dispatch, split):
     """Whoever reads it: accelerate's dispatcher would cut pairs and token positions apart."""
     config = {"dispatch_batches": dispatch, "split_batches": split}

@@ -95,6 +95,20 @@ def test_where_rows_cannot_be_grouped_by_length(tmp_path):
         trainer(tmp_path, train=stream("pairs", 8), **option)
 
 
+def trained(path, kind, **options):
+    t = MAKE[kind](
+        path, max_steps=2, eval_dataset=ROWS[kind](5, seed=3), eval_strategy="steps",
+        eval_steps=2, **options,
+    )  # fmt: skip
+    t.train()
+    return history(t), [h["eval_loss"] for h in history(t, "eval_loss")]
+
+
+@pytest.fixture(scope="module")
+def without_options(tmp_path_factory):
+    return {kind: trained(tmp_path_factory.mktemp(kind), kind) for kind in MAKE}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -110,18 +124,11 @@ def test_where_rows_cannot_be_grouped_by_length(tmp_path):
     ids=lambda options: next(iter(options)),
 )
 @pytest.mark.parametrize("kind", MAKE)
-def test_options_that_change_no_figure(tmp_path, kind, options):
+def test_options_that_change_no_figure(tmp_path, without_options, kind, options):
     if not hasattr(tiny.config(tmp_path), next(iter(options))):
         pytest.skip("not an option of this transformers")
-    runs = []
-    for more in ({}, options):
-        t = MAKE[kind](
-            tmp_path, max_steps=2, eval_dataset=ROWS[kind](5, seed=3), eval_strategy="steps",
-            eval_steps=2, **more,
-        )  # fmt: skip
-        t.train()
-        runs.append((history(t), [h["eval_loss"] for h in history(t, "eval_loss")]))
-    (first, first_loss), (second, second_loss) = runs
+    first, first_loss = without_options[kind]
+    second, second_loss = trained(tmp_path, kind, **options)
     tiny.same(first, second, ("loss", "grad_norm"))
     assert first_loss[-1] == pytest.approx(second_loss[-1], rel=1e-6)
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import agreeing
 import tiny
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -10,6 +11,8 @@ from ranks import leave
 from test_evaluation import moved
 from test_unpaired_trainer import rows as answers
 from test_unpaired_trainer import trainer as unpaired_trainer
+
+from fastpref.reference import Reference
 
 MAKE = {"pairs": tiny.trainer, "answers": unpaired_trainer}
 ROWS = {"pairs": tiny.rows, "answers": answers}
@@ -51,6 +54,27 @@ def references(path):
     """The reference's log-probs of the training data."""
     t = tiny.trainer(path, moved(), train=tiny.rows(7), precompute_ref_log_probs=True)
     return [[row[column] for column in t.reference_columns()] for row in t.train_dataset]
+
+
+def stored_references(path):
+    """The same from a store that is filled, and extended by two rows; and how often it was asked.
+
+    The second run asks for the rows that are new and for the three that it checks.
+    """
+    found, asked = [], []
+    original = Reference.token_logps
+
+    def token_logps(self, batch):
+        asked.append(len(batch["input_ids"]))
+        return original(self, batch)
+
+    Reference.token_logps = token_logps
+    for count in (5, 7):
+        asked.clear()
+        t = tiny.trainer(path, moved(), train=tiny.rows(count), reference_store=str(path / "store"))
+        found = [[row[column] for column in t.reference_columns()] for row in t.train_dataset]
+    Reference.token_logps = original
+    return {"references": found, "asked": sum(asked)}
 
 
 def rows_of_runs(path):
@@ -97,8 +121,10 @@ def main(path):
     torch.set_num_threads(1)
     disable_progress_bars()
     found = {"evaluations": evaluations(path), "references": references(path)}
+    found["stored"] = stored_references(path)
     found["rows"] = rows_of_runs(path)
     found["predictions"] = predictions(path)
+    found["agreed"] = agreeing.agreed(path / "agreed")
     leave(path, "found", found)
 
 

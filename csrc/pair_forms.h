@@ -1,10 +1,19 @@
 // The losses of a pair with a closed form: one function each, from the pair to its value and its two
 // slopes. The formulas, papers and names are in fastpref/losses/formulas.py.
+//
+// CPUs and GPUs share them: csrc/cuda/device.h, which the kernel includes first, defines DEVICE and
+// DEVICE_CALL for GPUs.
 #pragma once
-#include "device.h"
-#include "launch.h"
+#include <cmath>
 
-namespace fastpref::cuda {
+#include "tile.h"
+
+#ifndef DEVICE
+#define DEVICE static inline
+#define DEVICE_CALL static inline
+#endif
+
+namespace fastpref {
 
 // w, l: log-ratios, or log-probs without a reference, of the chosen and the rejected answer, and
 // how many tokens these have (1 where the loss does not ask).
@@ -146,4 +155,4 @@ DEVICE PairValue pair_value(PairForm form, const Pair& p) {
     }
 }
 
-}  // namespace fastpref::cuda
+}  // namespace fastpref

@@ -1,0 +1,150 @@
+"""Which linear layers of a model run on the native product, and while what runs they do.
+
+A layer is an instance of another class while it is on the native product, and of its own class
+again afterwards. Its parameters, names, hooks and place in the model stay, so that saved, copied
+and merged models know nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.body.product import DTYPES, linear
+from fastpref.body.rates import Shape, speedup
+
+LEAST_SPEEDUP = 1.2
+# Weights with fewer elements are left to torch: most of their time is not the product's.
+LEAST_ELEMENTS = 2**16
+
+Speedup = Callable[[Shape, torch.dtype], float]
+
+
+class NativeLinear(nn.Linear):
+    """A Linear layer on the native product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class NativeConv1D(nn.Module):
+    """transformers' Conv1D, a linear layer with a transposed weight, on the native product."""
+
+    weight: Tensor  # [in, out]
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.t(), self.bias)
+
+
+def _native_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a layer has on the native product; None for other modules.
+
+    Subclasses, and layers with a forward of their own, compute something else.
+    """
+    if "forward" in vars(module):
+        return None
+    if type(module) is nn.Linear:
+        return NativeLinear
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    if transformers is not None and type(module) is transformers.Conv1D:
+        return NativeConv1D
+    return None
+
+
+@dataclass
+class LinearProducts:
+    """The layers of one or more models that run on the native product within `attached`.
+
+    Attributes:
+        layers: these layers, with the class that each has there.
+        total: linear layers of the first model, its output head left out.
+        chosen: how many of these are among `layers`.
+        gain: torch's time over the native product's in these layers; None if it is not known.
+    """
+
+    layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    total: int = 0
+    chosen: int = 0
+    gain: float | None = None
+    _depth: int = field(default=0, repr=False)
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """The context in which the layers run on the native product. It may be nested."""
+        self._depth += 1
+        before: list[tuple[Any, type[nn.Module]]] = []
+        try:
+            if self._depth == 1:
+                for layer, native_class in self.layers:
+                    before.append((layer, type(layer)))
+                    object.__setattr__(layer, "__class__", native_class)
+            yield
+        finally:
+            self._depth -= 1
+            for layer, own_class in before:
+                object.__setattr__(layer, "__class__", own_class)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"cpu_linear: all {self.total} Linear layers on torch's product, the faster one"
+        rate = "" if self.gain is None else f", {self.gain:.2f}x torch's"
+        return (
+            f"cpu_linear: {self.chosen} of {self.total} Linear layers on fastpref's product{rate} "
+            f"on {torch.get_num_threads()} threads"
+        )
+
+
+def choose_layers(
+    models: Iterable[nn.Module],
+    *,
+    compute_dtype: torch.dtype | None = None,
+    heads: Iterable[nn.Module] = (),
+    speedup: Speedup | None = speedup,
+) -> LinearProducts:
+    """Choose the layers for which the native product is at least 1.2 times as fast as torch's.
+
+    Layers of one shape are treated alike, so that a policy and its reference have the same bits.
+
+    Args:
+        models: the policy, and other models that run with it.
+        compute_dtype: autocast's dtype; by default each weight's own.
+        heads: modules whose layers are left out: the output heads.
+        speedup: torch's time over the native product's by shape and dtype; None: all layers of
+            at least one element are chosen.
+    """
+    left_out = {id(part) for head in heads for part in head.modules()}
+    found = LinearProducts()
+    seconds = {"torch": 0.0, "native": 0.0}  # in units of a multiply-add of the native product
+    seen: set[int] = set()
+    for number, model in enumerate(models):
+        for module in model.modules():
+            native_class = _native_class(module)
+            if native_class is None or id(module) in left_out or id(module) in seen:
+                continue
+            seen.add(id(module))
+            found.total += number == 0
+            weight: Any = module.weight
+            dtype = compute_dtype or weight.dtype
+            if weight.device.type != "cpu" or weight.dtype not in DTYPES or dtype not in DTYPES:
+                continue
+            n, k = weight.shape if native_class is NativeLinear else reversed(weight.shape)
+            if speedup is not None:
+                if n * k < LEAST_ELEMENTS:
+                    continue
+                ratio = speedup((n, k), dtype)
+                if ratio < LEAST_SPEEDUP:
+                    continue
+                seconds["native"] += n * k
+                seconds["torch"] += n * k * ratio
+            found.layers.append((module, native_class))
+            found.chosen += number == 0
+    if seconds["native"]:
+        found.gain = seconds["torch"] / seconds["native"]
+    return found

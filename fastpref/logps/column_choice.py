@@ -1,0 +1,121 @@
+"""Which columns of a block of D are kept and which are drawn. columns.py multiplies them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chosen(NamedTuple):
+    """The columns of a block: kept ones first, then drawn ones, which may repeat."""
+
+    index: Tensor  # [K] int64
+    kept: Tensor  # [K] bool
+    factor: Tensor  # [K], 1 or 1 / pi
+    variance: Tensor  # [] of u, the sum over the block; an upper estimate
+    head_variance: Tensor  # [] of D
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
+_MIX = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64: int64 to int64, modulo 2^64."""
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def block_hash(labels: Tensor, lse: Tensor, seed: int) -> Tensor:
+    """A number [] int64 from a block's labels and normalisers, and the caller's seed.
+
+    So the same call gives the same bits, also after a resume, and another step other draws.
+    """
+    bits = lse.view(torch.int64 if lse.dtype == torch.float64 else torch.int32).long()
+    place = torch.arange(1, lse.shape[0] + 1, device=lse.device) * _STEP
+    return _mix(
+        _mix(_mix(bits + place) + labels).sum() + _signed(seed * 0xD1342543DE82EF95 % 2**64)
+    )
+
+
+def uniforms(state: Tensor, count: int) -> Tensor:
+    """Numbers [count] float64 in [0, 1) from a hash []."""
+    x = _mix(state + torch.arange(1, count + 1, device=state.device) * _STEP)
+    return ((x >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def _tails(t: Tensor) -> Tensor:
+    """[V + 1]: the sums of t from each place on."""
+    return torch.cat([t.flip(0).cumsum(0).flip(0), t.new_zeros(1)])
+
+
+def choose(
+    squares: Tensor,  # [V]
+    labels: Tensor,  # [n]
+    distance: Tensor,  # [V]
+    norm: Tensor,  # [], of u squared
+    tolerances: tuple[float | None, float | None],
+    state: Tensor,  # []
+    count: int | None = None,
+) -> Chosen | None:
+    """Which columns of a block are kept and drawn; None: all of them are needed.
+
+    With pi proportional to s, the roots of the squares, t draws give u a variance of at most
+    sum s sum (s distance^2) / t, and D one of (sum s)^2 / t, sums over R. Of all numbers k of kept
+    columns the one is taken that needs the fewest columns, or, where their number `count` is given,
+    that has the least variance; only without a count is a value read on the host.
+    """
+    vocab, device = squares.shape[0], squares.device
+    if count is not None and count >= vocab:
+        return None
+    s = squares.double().sqrt()
+    forced = torch.zeros(vocab, dtype=torch.bool, device=device)
+    forced[labels.clamp(0, vocab - 1)] = True
+    order = s.masked_fill(forced, math.inf).argsort(descending=True, stable=True)
+    sorted_s = s[order]
+    total, spread_total = _tails(sorted_s), _tails(sorted_s * distance.double()[order].square())
+    # By how much t times the variance is above what is asked for.
+    wanted = norm.double(), squares.double().sum()
+    variances = total * spread_total, total.square()
+    places = torch.arange(vocab + 1, device=device)
+    too_few = places < forced.sum()
+    if count is None:
+        draws = torch.zeros_like(total)
+        for tolerance, size, variance in zip(tolerances, wanted, variances, strict=True):
+            if tolerance is not None:
+                draws = torch.maximum(draws, variance / (tolerance**2 * size))
+        cost = (places + draws.ceil()).masked_fill(too_few, math.inf)
+        k = cost.argmin()
+        least = float(cost[k])
+        if not least < vocab:  # also where it is no number
+            return None
+        count = int(least)
+    else:
+        goal = variances[0] if tolerances[0] is not None else variances[1]
+        excess = goal / (count - places).clamp_min(1)
+        k = excess.masked_fill(too_few | (places >= count), math.inf).argmin()
+    place = torch.arange(count, device=device)
+    kept, t = place < k, (count - k).clamp_min(1)
+    # One draw from each of t equal parts of the sum over R: a column is drawn pi times on average.
+    before = sorted_s.cumsum(0)
+    rest = total.gather(0, k[None])
+    start = before[-1] - rest
+    at = start + (place - k + uniforms(state, count)) / t * rest
+    drawn = torch.searchsorted(before, at, right=True).clamp(max=vocab - 1).maximum(k)
+    column = torch.where(kept, place, drawn)
+    weights = sorted_s[column] * t
+    factor = torch.where(kept, 1.0, torch.where(weights > 0, rest / weights, 0.0))
+    variance, head_variance = (v.gather(0, k[None])[0] / t for v in variances)
+    index = order[column]
+    if device.type == "cpu":  # in the order of memory
+        first = int(k)
+        index[:first] = index[:first].sort().values
+    return Chosen(index, kept, factor.to(squares.dtype), variance, head_variance)

@@ -1,0 +1,291 @@
+"""Gradients from the columns of D that matter: `gradient_tolerance`, `head_gradient_tolerance`.
+
+D is replaced by a sparse random matrix whose mean is D. For a block of n tokens, W [V, H]:
+
+    squares, totals = column_sums(D)          sums over the block of each column of D
+    S, J  = choose(squares, tolerance)        S: the largest columns and all labels; J: drawn from
+                                              the others, R, as often as pi [V] on average
+    q     = totals[R] / sum(totals[R])        the mean distribution on R
+    r     = sum of D[:, R]                    per row
+    G     = [D[:, S], (D[:, J] - r q[J]) / pi[J]],   a = r - sum of G's drawn columns
+    u     = G W[S, J] + a (q^T W)             one product of k + t columns, with a as one more
+    dW    = G^T (c X), added to the rows S and J, + q^T (a^T (c X))
+
+Nothing but u and dW is approximated: log-probs and losses come from the whole product.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.backends.tile import Backend
+from fastpref.logps.column_choice import block_hash, choose
+
+_ROWS = 2048  # of the weight that are widened at a time
+_NORM_TOKENS = 128  # of a block, whose u is estimated before the columns are chosen
+_NORM_SHARE = 64  # one column in so many is enough for that
+
+
+class ColumnOptions(NamedTuple):
+    """What is asked of the gradients of one call. None: exact."""
+
+    tolerance: float | None  # relative root mean square error of u
+    head_tolerance: float | None  # the same of the gradients of the head's matrices
+    seed: int
+
+
+class GradientReport(NamedTuple):
+    """What columns left out in a call: tensors [], on its device, and one number.
+
+    columns: multiplied columns over V, the mean over the call's blocks.
+    error: the expected relative root mean square error of u (without u: of dW), from the columns'
+        sums; an upper estimate.
+    left_out: the mean over tokens of |r|, which is probability mass where scale is 1.
+    bound_mean, bound_max: over tokens, of the bound |r| max |W_v - q^T W| on the error of u
+        without the drawn columns, relative to the root mean square norm of u.
+    """
+
+    tokens: int
+    columns: Tensor
+    error: Tensor
+    left_out: Tensor
+    bound_mean: Tensor
+    bound_max: Tensor
+
+
+class ColumnBlock(NamedTuple):
+    """A block of D by columns: [G, a] at the columns `index`, and q."""
+
+    g: Tensor  # [n, K + 1], rows lack row_scale
+    index: Tensor  # [K] int64
+    q: Tensor  # [V], 0 on S
+
+
+_last = threading.local()
+
+
+def last_gradient_report() -> GradientReport | None:
+    """The report of this thread's last call that took columns; None before the first.
+
+    Reading a value of it on a GPU waits for the device.
+    """
+    return getattr(_last, "report", None)
+
+
+def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
+    """q^T W [H] in q's dtype, a slice at a time where W has another one."""
+    if weight.dtype == q.dtype:
+        return torch.mv(weight.t(), q)
+    total = q.new_zeros(weight.shape[1])
+    for a in range(0, weight.shape[0], _ROWS):
+        part = weight[a : a + _ROWS].to(q.dtype)
+        total += torch.mv(part.t(), q[a : a + _ROWS])
+    return total
+
+
+class Spread(NamedTuple):
+    """The rows of W around their mean."""
+
+    mean: Tensor  # [H]
+    distance: Tensor  # [V], |W_v - mean|
+
+
+def spread(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Spread:
+    """The `Spread` of scale W in this dtype; scale [V] or None."""
+    vocab = weight.shape[0]
+    ones = torch.ones(vocab, dtype=dtype, device=weight.device)
+    mean = weighted_rows((ones if scale is None else ones * scale) / vocab, weight)
+    distance = torch.empty(vocab, dtype=dtype, device=weight.device)
+    for a in range(0, vocab, _ROWS):
+        rows = weight[a : a + _ROWS].to(dtype)
+        if scale is not None:
+            rows = rows * scale[a : a + _ROWS, None]
+        distance[a : a + _ROWS] = torch.linalg.vector_norm(rows - mean, dim=1)
+    return Spread(mean, distance)
+
+
+class Sampler:
+    """Columns of a call's blocks, one after the other."""
+
+    def __init__(
+        self,
+        options: ColumnOptions,
+        backend: Backend,
+        weight: Tensor,  # [V, H], in the compute dtype
+        dora_scale: Tensor | None,  # [V]
+        count: int | None,
+        needs_head: bool,
+    ) -> None:
+        self.tolerances = options.tolerance, options.head_tolerance if needs_head else None
+        self.needs_head = self.tolerances[1] is not None
+        self.backend, self.weight = backend, weight
+        self.count, self.seed = count, options.seed
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.scale = None if dora_scale is None else dora_scale.to(dtype)
+        self.spread = spread(weight, self.scale, dtype)
+        self.blocks: list[ColumnBlock] = []
+        self.rest: list[Tensor] = []  # |r| of the rows
+        self.bounds: list[Tensor] = []  # on the error of the rows of u
+        self.sums: list[Tensor] = []  # [4] of each block: |u|^2, variance, |D|^2, variance of D
+        self.multiplied = 0  # columns times tokens
+
+    def add(
+        self,
+        d: Tensor,  # [n, V], without dora_scale
+        labels: Tensor,  # [n]
+        lse: Tensor,  # [n]
+        row_scale: Tensor | None,  # [n]
+        u: Tensor | None,  # [n, H]
+    ) -> None:
+        """Write u of a block, and keep the block by columns where dW needs it."""
+        backend, vocab = self.backend, d.shape[1]
+        squares, totals, row_sums = backend.column_sums(d, row_scale)
+        tolerances = (None if u is None else self.tolerances[0]), self.tolerances[1]
+        estimated = u is None or (self.count is None and tolerances[0] is not None)
+        norm = self._u_norm(d, labels, row_scale, squares) if estimated else squares.new_ones(())
+        state = block_hash(labels, lse, self.seed)
+        sizes = squares, labels, self.spread.distance, norm
+        chosen = choose(*sizes, tolerances, state, self.count)
+        self.multiplied += d.shape[0] * (vocab if chosen is None else chosen.index.shape[0])
+        if chosen is None:
+            self._add_all(d, row_scale, u, squares)
+            return
+        index, kept, factor, variance, head_variance = chosen
+        # The distribution on R; a column that is drawn twice writes the same number twice.
+        in_rest = torch.ones_like(totals).scatter_(0, index, (~kept).to(totals.dtype))
+        q = totals * in_rest
+        sum_q = q.sum()
+        q = torch.where(sum_q == 0, 0.0, q / sum_q)
+        g = d.new_empty((d.shape[0], index.shape[0] + 1))
+        mean = q[index].masked_fill(kept, 0.0)
+        r = backend.gather_columns(d, index, kept, factor, mean, row_sums, g)
+        if self.scale is not None:
+            q = q * self.scale
+            g[:, :-1] *= self.scale[index]
+        m = weighted_rows(q, self.weight)
+        if u is not None and tolerances[0] is not None:
+            rows = self.weight.new_empty((g.shape[1], self.weight.shape[1]))
+            torch.index_select(self.weight, 0, index, out=rows[:-1])
+            rows[-1] = m
+            backend.project(g, rows, u)
+        elif u is not None:
+            backend.project(d, self.weight, u)
+        if self.needs_head:
+            self.blocks.append(ColumnBlock(g, index, q))
+        farthest = (self.spread.distance * in_rest).max()
+        farthest = farthest + torch.linalg.vector_norm(self.spread.mean - m)
+        self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
+
+    def _u_norm(
+        self, d: Tensor, labels: Tensor, row_scale: Tensor | None, squares: Tensor
+    ) -> Tensor:
+        """An estimate of |u|^2 of a block, from some of its rows and its largest columns.
+
+        D's rows sum up to nothing but for a softcap, so that W's mean leaves them unchanged.
+        """
+        vocab = squares.shape[0]
+        step = max(1, d.shape[0] // _NORM_TOKENS)
+        large = squares.index_fill(0, labels.clamp(0, vocab - 1), math.inf)
+        count = min(vocab, vocab // _NORM_SHARE + labels.shape[0])
+        index = large.topk(count, sorted=False).indices
+        rows = d[::step].index_select(1, index).to(squares.dtype)
+        if row_scale is not None:
+            rows = rows * row_scale[::step, None]
+        weight = self.weight.index_select(0, index).to(squares.dtype)
+        if self.scale is not None:
+            weight = weight * self.scale[index, None]
+        u = rows @ (weight - self.spread.mean)
+        return u.square().sum() * (d.shape[0] / max(rows.shape[0], 1))
+
+    def _add_all(
+        self, d: Tensor, row_scale: Tensor | None, u: Tensor | None, squares: Tensor
+    ) -> None:
+        """A block whose columns are all needed: its products are exact."""
+        vocab = d.shape[1]
+        scaled = d if self.scale is None else (d * self.scale).to(d.dtype)
+        if u is not None:
+            self.backend.project(scaled, self.weight, u)
+        if self.needs_head:
+            g = torch.nn.functional.pad(scaled, (0, 1))
+            index = torch.arange(vocab, device=d.device)
+            self.blocks.append(ColumnBlock(g, index, torch.zeros_like(squares)))
+        zero = squares.new_zeros(())
+        nothing = squares.new_zeros(d.shape[0])
+        self._note(nothing, row_scale, zero, u, zero, squares, zero, zero)
+
+    def _note(
+        self,
+        r: Tensor,  # [n], lacks row_scale
+        row_scale: Tensor | None,  # [n]
+        farthest: Tensor,  # []
+        u: Tensor | None,  # [n, H], lacks row_scale
+        norm: Tensor,  # [], |u|^2 without u
+        squares: Tensor,  # [V]
+        variance: Tensor,  # []
+        head_variance: Tensor,  # []
+    ) -> None:
+        left = r.abs() if row_scale is None else (r * row_scale).abs()
+        if u is not None:
+            lengths = torch.linalg.vector_norm(u, dim=1, dtype=r.dtype)
+            norm = (lengths if row_scale is None else lengths * row_scale).square().sum()
+        self.rest.append(left)
+        self.bounds.append(left * farthest)
+        sums = norm, variance, squares.sum(), head_variance
+        self.sums.append(torch.stack([t.double() for t in sums]))
+
+    def finish(self) -> tuple[ColumnBlock, ...]:
+        """The kept blocks, after the report is left for `last_gradient_report`."""
+        n = sum(t.shape[0] for t in self.rest)
+        if n:
+            norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
+            by_u = self.tolerances[0] is not None
+            error = (variance / norm if by_u else head_variance / size).sqrt()
+            left, bounds = torch.cat(self.rest), torch.cat(self.bounds)
+            unit = (norm / n).sqrt().to(bounds.dtype)
+            columns = error.new_tensor(self.multiplied / (n * self.weight.shape[0]))
+            report = columns, error.nan_to_num(0.0), left.mean(), bounds.mean(), bounds.max()
+            _last.report = GradientReport(n, *report[:3], *(b / unit for b in report[3:]))
+        return tuple(self.blocks)
+
+
+def head_grad(
+    backend: Backend,
+    blocks: tuple[ColumnBlock, ...],
+    inputs: Tensor,  # [N, H], times dloss/dlogp
+    out: Tensor,  # [V, H]
+) -> None:
+    """out = D^T inputs by columns. 16-bit gradients are added up in float32."""
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    total = out if out.dtype == wide else out.new_empty(out.shape, dtype=wide)
+    parts = inputs.split([b.g.shape[0] for b in blocks])
+    means = [
+        torch.mv(x.to(wide).t(), b.g[:, -1].to(wide)) for x, b in zip(parts, blocks, strict=True)
+    ]
+    torch.mm(torch.stack([b.q for b in blocks], 1), torch.stack(means), out=total)
+    for x, (g, index, _) in zip(parts, blocks, strict=True):
+        product = total.new_empty((index.shape[0], out.shape[1]))
+        backend.outer(g[:, :-1], x, product)
+        # Unlike index_add_, in one order on every device.
+        total.index_put_((index,), product, accumulate=True)
+    if total is not out:
+        out.copy_(total)
+
+
+def bias_grad(
+    blocks: tuple[ColumnBlock, ...],
+    dlogp: Tensor,  # [N]
+    out: Tensor,  # [V]
+) -> None:
+    """out = D^T dlogp by columns."""
+    out.zero_()
+    start = 0
+    for g, index, q in blocks:
+        product = torch.mv(g.to(dlogp.dtype).t(), dlogp[start : start + g.shape[0]])
+        out += q * product[-1]
+        out.index_put_((index,), product[:-1], accumulate=True)
+        start += g.shape[0]

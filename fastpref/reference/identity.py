@@ -1,0 +1,167 @@
+"""The identity of a reference: everything but the tokens that its log-probabilities depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.heads.reading import read_head, unwrap
+from fastpref.reference.model import REF_ADAPTER, as_reference, is_peft
+
+# Options of an adapter that determine what it computes or how it is trained.
+ADAPTER_OPTIONS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+)
+# Those of them that change no log-probability of a given set of weights.
+_WITHOUT_EFFECT = ("lora_dropout", "target_modules", "layers_to_transform")
+_WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # names that PEFT puts in between
+
+
+def adapter_options(model: Any) -> dict[str, dict[str, Any]]:
+    """The options of each adapter of a model as JSON values, by the adapter's name."""
+    configs = getattr(model, "peft_config", None) or {}
+    return {
+        name: {key: as_json(getattr(config, key, None)) for key in ADAPTER_OPTIONS}
+        for name, config in configs.items()
+    }
+
+
+def as_json(value: Any) -> Any:
+    """A value as JSON has it: sets and tuples are lists, other objects their names."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(as_json(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return getattr(value, "value", value)  # of an enum of strings
+    return getattr(value, "__name__", None) or str(getattr(value, "value", value))
+
+
+def describe_reference(
+    model: Any, *, adapter: bool, compute_dtype: str, precision: str
+) -> dict[str, Any]:
+    """The identity of a reference, as JSON values that two runs can compare.
+
+    A base model has the same identity alone and as the base of a PeftModel without its adapter. An
+    adapter has the same identity under every name.
+
+    Args:
+        model: a second model, or the policy before its first step.
+        adapter: whether model is a PeftModel that is to be its own reference; see `as_reference`.
+        compute_dtype: the dtype of autocast, or "none".
+        precision: "exact" or "fast", as in `linear_token_logps`.
+
+    Raises:
+        ValueError: weights that are not whole on this process.
+    """
+    names: list[str] = []
+    if adapter:
+        names = [REF_ADAPTER] if REF_ADAPTER in model.peft_config else []
+        with as_reference(model):
+            head = read_head(model, adapters=True)
+    else:
+        head = read_head(model, adapters=True)
+        names = sorted(model.active_adapters) if is_peft(model) else []
+    base = _base_weights(model)
+    return {
+        "model": type(unwrap(model)).__name__,
+        "weights": _digest(base),
+        "weights' dtype": ", ".join(sorted({_name(p.dtype) for _, p in base})),
+        "adapter": [found for name in names if (found := _adapter(model, name))] or None,
+        "compute dtype": compute_dtype,
+        "head": {
+            "vocabulary": head.vocab_size,
+            "bias": head.bias is not None,
+            "scale": head.scale,
+            "softcap": head.softcap,
+            "row scale": head.row_scale is not None,
+            "precision": precision,
+        },
+    }
+
+
+def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """What of a reference differs from the stored one, one phrase for each thing."""
+    found = []
+    for name in ("model", "weights' dtype", "compute dtype"):
+        if stored.get(name) != present.get(name):
+            found.append(f"{name} {present.get(name)} instead of {stored.get(name)}")
+    if not found and stored.get("weights") != present.get("weights"):
+        found.append("the model's weights are others")
+    ours, theirs = stored.get("adapter"), present.get("adapter")
+    if ours != theirs:
+        one = "no adapter instead of one" if ours else "an adapter instead of none"
+        found.append("the adapter's weights or options are others" if ours and theirs else one)
+    ours, theirs = stored.get("head") or {}, present.get("head") or {}
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            found.append(f"head's {name} {theirs.get(name)} instead of {ours.get(name)}")
+    return found
+
+
+def _base_weights(model: Any) -> list[tuple[str, Tensor]]:
+    """The weights below all adapters, under the names that they have without PEFT, sorted."""
+    adapters = {*(getattr(model, "peft_config", None) or {})}
+    found = {}
+    for name, p in unwrap(model).named_parameters():
+        parts = name.split(".")
+        # Of PEFT's modules_to_save the original module is part of the base.
+        copied = "modules_to_save" in parts and "original_module" not in parts
+        if copied or adapters & set(parts):
+            continue
+        found[".".join(part for part in parts if part not in _WRAPPERS)] = p
+    return sorted(found.items())
+
+
+def _adapter(model: Any, name: str) -> dict[str, Any] | None:
+    """The weights and options of an adapter; None for a LoRA adapter that changes nothing yet."""
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    is_lora = all(".lora_A." in n or ".lora_B." in n for n in weights)
+    if is_lora and not any(bool(p.count_nonzero()) for n, p in weights.items() if ".lora_B." in n):
+        return None
+    options = adapter_options(model)[name]
+    return {
+        "weights": _digest(sorted(weights.items())),
+        **{key: value for key, value in options.items() if key not in _WITHOUT_EFFECT},
+    }
+
+
+def _digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The SHA-256 of the names, shapes, dtypes and values of weights."""
+    digest = hashlib.sha256()
+    for name, p in weights:
+        if p.is_meta or hasattr(p, "_local_tensor") or hasattr(p, "ds_id"):
+            raise ValueError(
+                f"reference_store: the reference's weight {name} is in shards or not loaded, and a "
+                "store is of a reference whose weights are known; expected whole weights on each "
+                "process (DDP, or one process), or reference_store=None"
+            )
+        digest.update(f"{name} {tuple(p.shape)} {_name(p.dtype)}\n".encode())
+        values = p.detach().reshape(-1).contiguous().cpu()
+        if values.numel():
+            data: Any = values.view(torch.uint8).numpy()
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,96 @@
+"""What of a trainer runs the linear layers of the body on the native product of CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from transformers import Trainer
+
+from fastpref.backends.processor import say_once
+from fastpref.body import LinearProducts, choose_layers, speedup, unavailable_reason
+from fastpref.body.attach import Speedup
+from fastpref.heads.reading import unwrap
+from fastpref.trainer.config import BaseConfig
+
+
+class BodyTrainer(Trainer):
+    """A trainer whose steps have the layers that `cpu_linear` asks for on the native product.
+
+    Between steps they are as they were.
+    """
+
+    args: BaseConfig
+    _products: LinearProducts = LinearProducts()
+
+    def set_up_body(self, ref_model: Any) -> None:
+        """Choose the layers of the policy and of its reference, and log which they are.
+
+        Raises:
+            ValueError: cpu_linear is "native", and the native product cannot run here.
+        """
+        asked = self.args.cpu_linear
+        if asked == "torch":
+            return
+        if (reason := self._why_torch()) is not None:
+            if asked == "native":
+                raise ValueError(f"cpu_linear is 'native', but {reason}; expected 'torch' here")
+            return
+        models = [unwrap(model) for model in (self.model, ref_model) if model is not None]
+        heads = [model.get_output_embeddings() for model in models]
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        products = choose_layers(
+            models,
+            compute_dtype=dtypes.get(self.accelerator.mixed_precision),
+            heads=[head for head in heads if isinstance(head, nn.Module)],
+            speedup=None if asked == "native" else self._agreed_speedup(),
+        )
+        if asked == "native" and not products.layers:
+            raise ValueError(
+                "cpu_linear is 'native', but the model has no Linear layer in float32, bfloat16 or "
+                "float16 on the CPU; expected 'torch' here"
+            )
+        if products.layers:
+            self._products = products
+            if self.args.process_index == 0:
+                say_once(str(products))
+
+    def _why_torch(self) -> str | None:
+        """Why the native product cannot run in this trainer, or None."""
+        if self.accelerator.device.type != "cpu":
+            return f"training is on {self.accelerator.device.type}"
+        if self.args.torch_compile:
+            return "torch_compile is on, which cannot compile the native product"
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return "the weights are sharded"
+        return unavailable_reason()
+
+    def _agreed_speedup(self) -> Speedup:
+        """`speedup` as the first process measures it, alike in all processes."""
+        if self.args.world_size == 1:
+            return speedup
+        known: dict[Any, float] = {}
+
+        def agreed(shape: tuple[int, int], dtype: torch.dtype) -> float:
+            if (shape, dtype) not in known:
+                found = [speedup(shape, dtype) if self.args.process_index == 0 else None]
+                (known[shape, dtype],) = broadcast_object_list(found)
+            return known[shape, dtype]
+
+        return agreed
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward and backward pass of a micro-batch."""
+        with self._products.attached():
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of a batch of an evaluation."""
+        with self._products.attached():
+            return super().prediction_step(*args, **kwargs)
+
+    def _precompute(self, *args: Any, **kwargs: Any) -> Any:
+        with self._products.attached():
+            return super()._precompute(*args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,53 @@
+"""`fastpref check-data`: the tables, the JSON, the exit status and the fixed file."""
+
+import json
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+
+from typer.testing import CliRunner
+
+from fastpref import cli
+from fastpref.cli.demo import ASSETS
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    lines = (ASSETS / "train.jsonl").read_text().splitlines()[:150]
+    row = json.loads(lines[4])
+    lines[7] = json.dumps({**row, "rejected": row["chosen"]})
+    path = tmp_path_factory.mktemp("check") / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, ["check-data", *map(str, arguments)])
+
+
+def test_a_fault_is_shown_with_its_rows_and_the_status_is_6(pairs):
+    result = invoke(pairs, "--model", ASSETS)
+    assert result.exit_code == 6, result.output
+    assert "error identical: 1 of 150 rows (0.7 %) have identical answers" in result.stdout
+    assert "    rows 7" in result.stdout and "padding in batches" in result.stdout
+    assert invoke(pairs, "--fail-on", "never").exit_code == 0
+
+
+def test_json_has_the_rows_and_fix_writes_a_file_beside_the_data(pairs):
+    result = invoke(pairs, "--json", "--fix")
+    out = json.loads(result.stdout)
+    rows = {f["check"]: f["rows"] for f in out["findings"]}
+    assert rows["identical"] == [7] and out["rows"] == {"train": 150}
+    assert out["fixed"]["path"] == str(pairs.with_name("pairs.clean.jsonl"))
+    kept = pairs.with_name("pairs.clean.jsonl").read_text().splitlines()
+    assert len(kept) == 150 - out["fixed"]["dropped"]
+    again = invoke(pairs, "--fix")
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+def test_data_that_cannot_be_read_is_one_sentence(tmp_path):
+    result = invoke(tmp_path / "none.jsonl")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "does not exist" in result.stderr

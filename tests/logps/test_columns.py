@@ -1,0 +1,439 @@
+"""Gradients from columns of D, against all of D in float64."""
+
+from __future__ import annotations
+
+import math
+
+import machine
+import oracle
+import pytest
+import torch
+
+from fastpref import linear_preference_loss, linear_token_logps, plan_head
+from fastpref.backends import eager
+from fastpref.logps.column_choice import block_hash, choose, uniforms
+from fastpref.logps.columns import ColumnOptions, Sampler, last_gradient_report, spread
+
+N, H, V = 150, 16, 900
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+TRANSFORMS = {
+    "plain": {},
+    "scale": {"scale": -1.7, "temperature": 0.8},
+    "softcap": {"softcap": 9.0, "temperature": 1.3},
+}
+
+
+def _problem(dtype=torch.float64, n=N, h=H, v=V, peak=1.3):
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(n, h) * peak, torch.randn(v, h) + 0.5
+    labels = torch.randint(v, (n,))
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def _gradients(tensors, labels, **options):
+    """Log-probs, and the gradients of all tensors, for the loss sum_t c_t logp_t."""
+    leaves = {k: t.detach().clone().requires_grad_() for k, t in tensors.items()}
+    logps = linear_token_logps(labels=labels, **leaves, **options)
+    c = torch.linspace(-1, 2, logps.shape[0], dtype=logps.dtype, device=logps.device)
+    found = torch.autograd.grad((logps * c).sum(), list(leaves.values()))
+    return logps.detach(), dict(zip(leaves, found, strict=True))
+
+
+def _distance(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# ---- the whole call ----
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "tolerances", [(0.05, None), (None, 0.05), (0.05, 0.05)], ids=["u", "head", "both"]
+)
+def test_gradients_are_within_the_tolerance(backend, dtype, transform, tolerances):
+    """And those without a tolerance are exact, as are the log-probs: the same bits."""
+    n, v = machine.sized(backend, (N, V), (20, 300))
+    hidden, weight, labels = _problem(dtype, n, v=v)
+    tensors = dict(hidden=hidden, weight=weight, bias=torch.randn(v).to(dtype))
+    options = dict(TRANSFORMS[transform], backend=backend, extras=())
+    logps, exact = _gradients(tensors, labels, **options)
+    names = dict(gradient_tolerance=tolerances[0], head_gradient_tolerance=tolerances[1])
+    got, approximate = _gradients(tensors, labels, **options, **names)
+    assert torch.equal(got, logps)
+    rounding = {torch.bfloat16: 1e-2}.get(dtype, 1e-6)
+    for name, tolerance in zip(exact, (tolerances[0], *tolerances[1:] * 2), strict=True):
+        error = _distance(approximate[name], exact[name])
+        # One draw; the loss weighs the tokens otherwise than the tolerance does.
+        assert error <= 2 * (tolerance or 0) + rounding, name
+        if tolerance is not None and dtype != torch.bfloat16:
+            assert error > 0, name
+
+
+def test_extras_are_exact():
+    hidden, weight, labels = _problem(torch.float32)
+    options = dict(extras=["entropy", "mean_logit", "is_top1", "log_sum_sq_probs"])
+    for backend in ("eager", "native"):
+        if machine.why_not(backend) is not None:
+            continue
+        leaf = hidden.clone().requires_grad_()
+        exact = linear_token_logps(leaf, weight, labels, backend=backend, **options)
+        by_columns = linear_token_logps(
+            leaf, weight, labels, backend=backend, gradient_tolerance=0.1, **options
+        )
+        assert all(torch.equal(a, b) for a, b in zip(exact, by_columns, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["stash", "recompute", "mixed"])
+def test_the_weight_stays_exact_in_every_strategy(strategy):
+    hidden, weight, labels = _problem()
+    tensors = dict(hidden=hidden, weight=weight)
+    options = dict(strategy=strategy, memory_budget=60 * V * 8)
+    _, exact = _gradients(tensors, labels, **options)
+    _, found = _gradients(tensors, labels, gradient_tolerance=0.05, **options)
+    assert 0 < _distance(found["hidden"], exact["hidden"]) < 0.1
+    assert _distance(found["weight"], exact["weight"]) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters(dtype, dora):
+    hidden, weight, labels = _problem(dtype)
+    tensors = dict(
+        hidden=hidden,
+        weight=weight,
+        lora_hidden=(torch.randn(N, 3) * 0.3).to(dtype),
+        lora_B=torch.randn(V, 3).to(dtype),
+    )
+    if dora:
+        tensors["dora_scale"] = (torch.rand(V) + 0.5).to(dtype)
+    logps, exact = _gradients(tensors, labels)
+    got, found = _gradients(tensors, labels, gradient_tolerance=0.05)
+    assert torch.equal(got, logps)
+    assert 0 < _distance(found["hidden"], exact["hidden"]) < 0.1
+    rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for name in list(tensors)[1:]:
+        assert _distance(found[name], exact[name]) < rounding, name
+    if dora:
+        with pytest.raises(ValueError, match="head_gradient_tolerance: got a number with dora"):
+            _gradients(tensors, labels, head_gradient_tolerance=0.05)
+        return
+    _, found = _gradients(tensors, labels, head_gradient_tolerance=0.05)
+    assert _distance(found["lora_hidden"], exact["lora_hidden"]) < rounding
+    assert 0 < _distance(found["lora_B"], exact["lora_B"]) < 0.1 + rounding
+
+
+def test_the_mean_of_draws_is_exact():
+    """The error of a mean over 64 draws is an eighth of that of one draw, for every gradient."""
+    hidden, weight, labels = _problem(n=60)
+    tensors = dict(hidden=hidden, weight=weight, bias=torch.randn(V).double())
+    _, exact = _gradients(tensors, labels)
+    options = dict(gradient_tolerance=0.1, head_gradient_tolerance=0.1)
+    draws = [_gradients(tensors, labels, gradient_seed=s, **options)[1] for s in range(64)]
+    for name, truth in exact.items():
+        one = math.sqrt(sum(_distance(d[name], truth) ** 2 for d in draws) / len(draws))
+        mean = _distance(torch.stack([d[name] for d in draws]).mean(0), truth)
+        assert one > 1e-3 and one / 8 * 0.6 < mean < one / 8 * 1.6, (name, one, mean)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.1, 0.03, 0.01])
+def test_the_error_is_the_expected_one(tolerance):
+    """The root mean square over draws is below the tolerance and close to the report's."""
+    hidden, weight, labels = _problem(n=100, peak=1.0)
+    _, exact = _gradients(dict(hidden=hidden), labels, weight=weight)
+    # Of the loss of which each token has the same part, as u itself has.
+    leaf = hidden.clone().requires_grad_()
+
+    def u(**options):
+        logps = linear_token_logps(leaf, weight, labels, **options)
+        return torch.autograd.grad(logps.sum(), leaf)[0]
+
+    errors, truth = [], u()
+    for seed in range(8):
+        errors.append(_distance(u(gradient_tolerance=tolerance, gradient_seed=seed), truth))
+    error = math.sqrt(sum(e * e for e in errors) / len(errors))
+    report = last_gradient_report()
+    assert report.tokens == 100 and 0 < report.columns < 1
+    assert 0.4 * float(report.error) < error < 1.02 * float(report.error) <= 1.1 * tolerance
+    assert 0 < report.left_out < 1 and 0 < report.bound_mean < report.bound_max
+
+
+def test_the_same_call_has_the_same_bits(threads):
+    hidden, weight, labels = _problem(torch.float32)
+    tensors = dict(hidden=hidden, weight=weight)
+    options = dict(gradient_tolerance=0.1, head_gradient_tolerance=0.1)
+    _, first = _gradients(tensors, labels, **options)
+    threads(2)
+    _, second = _gradients(tensors, labels, **options)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    _, other = _gradients(tensors, labels, **options, gradient_seed=1)
+    assert not any(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_the_entropys_gradient_is_exact():
+    hidden, weight, labels = _problem()
+    found = []
+    for options in ({}, dict(gradient_tolerance=0.1, head_gradient_tolerance=0.1)):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        out = linear_token_logps(*leaves, labels, extras=["entropy"], **options)
+        found.append(torch.autograd.grad((out.logps + 2 * out.entropy).sum(), leaves))
+    assert all(_distance(a, b) < 1e-12 for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("v", [1, 5, 15, 40])
+def test_few_tokens_and_few_entries(n, v):
+    hidden, weight, labels = _problem(n=n, v=v)
+    tensors = dict(hidden=hidden, weight=weight)
+    _, exact = _gradients(tensors, labels)
+    _, found = _gradients(tensors, labels, gradient_tolerance=0.01, head_gradient_tolerance=0.01)
+    for name, truth in exact.items():
+        assert (found[name] - truth).norm() <= 0.03 * truth.norm() + 1e-12
+
+
+def test_impossible_entries():
+    """Logits of -inf, in a padded vocabulary, have neither D nor columns."""
+    hidden, weight, labels = _problem()
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[::3] = -math.inf
+    labels = torch.where(labels % 3 == 0, (labels + 1) % V, labels)
+    labels = torch.where(labels % 3 == 0, 1, labels)
+    tensors = dict(hidden=hidden, weight=weight)
+    _, exact = _gradients(tensors, labels, bias=bias)
+    options = dict(gradient_tolerance=0.05, head_gradient_tolerance=0.05)
+    _, found = _gradients(tensors, labels, bias=bias, **options)
+    assert not found["weight"][::3].any()
+    assert all(_distance(found[k], exact[k]) < 0.1 for k in exact)
+
+
+def test_a_row_that_is_no_number_leaves_the_others_alone():
+    hidden, weight, labels = _problem(torch.float32)
+    hidden[3] = math.nan
+    for backend in ("eager", "native"):
+        if machine.why_not(backend) is not None:
+            continue
+        options = dict(weight=weight, backend=backend, gradient_tolerance=0.1)
+        _, found = _gradients(dict(hidden=hidden), labels, **options)
+        assert found["hidden"].isnan().any(1).nonzero().flatten().tolist() == [3]
+
+
+def test_losses_and_rewards_are_exact():
+    hidden, weight, labels = _problem(torch.float32)
+    found = []
+    for options in ({}, dict(gradient_tolerance=0.1, head_gradient_tolerance=0.1)):
+        leaves = [t.clone().requires_grad_() for t in (hidden.view(10, -1, H), weight)]
+        ref_logps = torch.full((10,), -40.0)
+        out = linear_preference_loss(*leaves, labels.view(10, -1), ref_logps, **options)
+        out.loss.backward()
+        found.append((out[:5], [t.grad for t in leaves]))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert all(0 < _distance(a, b) < 0.3 for a, b in zip(found[1][1], found[0][1], strict=True))
+
+
+# ---- the parts ----
+
+
+def _block(d, weight, labels, tolerance, seed=0, count=None):
+    """(choice, sampler, u) of D [n, V] with a seed."""
+    options = ColumnOptions(tolerance, None, seed)
+    sampler = Sampler(options, eager, weight, None, count, False)
+    u, lse = torch.empty(d.shape[0], weight.shape[1], dtype=d.dtype), d.sum(1)
+    sampler.add(d, labels, lse, None, u)
+    norm = (d @ weight).square().sum()
+    squares = d.square().sum(0)
+    distance = spread(weight, None, d.dtype).distance
+    state = block_hash(labels, lse, seed)
+    chosen = choose(squares, labels, distance, norm, (tolerance, None), state, count)
+    return chosen, sampler, u
+
+
+def _d(logits, labels):
+    return torch.nn.functional.one_hot(labels, logits.shape[1]) - logits.softmax(1)
+
+
+@pytest.mark.parametrize("count", [100, 250, 700])
+def test_a_number_of_columns_that_is_given(count):
+    """As on a GPU, where no value is read on the host: so many columns, and the mean is exact."""
+    hidden, weight, labels = _problem(n=40)
+    d = _d(hidden @ weight.t(), labels)
+    truth, draws = d @ weight, []
+    for seed in range(64):
+        chosen, sampler, u = _block(d, weight, labels, 0.01, seed, count)
+        assert chosen.index.shape == (count,) and set(labels.tolist()) <= set(
+            chosen.index[chosen.kept].tolist()
+        )
+        draws.append(u)
+    one = math.sqrt(sum(_distance(u, truth) ** 2 for u in draws) / len(draws))
+    assert _distance(torch.stack(draws).mean(0), truth) < one / 8 * 1.6
+    assert one < 1.05 * math.sqrt(float(sampler.sums[0][1] / truth.square().sum()))
+
+
+def test_uniform_numbers():
+    labels, lse = torch.arange(9), torch.linspace(1, 2, 9)
+    numbers = uniforms(block_hash(labels, lse, 3), 20000)
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert abs(float(numbers.mean()) - 0.5) < 0.01 and abs(float(numbers.var()) - 1 / 12) < 2e-3
+    pairs = torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1]
+    assert abs(float(pairs)) < 0.03
+    for other in ((labels.flip(0), lse, 3), (labels, lse + 1e-6, 3), (labels, lse, 4)):
+        assert not torch.equal(uniforms(block_hash(*other), 4), numbers[:4])
+
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+
+@st.composite
+def blocks(draw):
+    """D [n, V] of an adversarial distribution, W [V, H] and labels [n]."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    n, v, h = draw(st.integers(1, 40)), draw(st.integers(1, 400)), draw(st.integers(1, 20))
+    shape = draw(st.sampled_from(["flat", "two peaks", "one hot", "random", "impossible"]))
+    labels = torch.randint(v, (n,))
+    logits = torch.zeros(n, v, dtype=torch.float64)
+    if shape == "two peaks":
+        logits[:, torch.randint(v, (2,))] = 9.0
+    elif shape == "one hot":
+        logits[torch.arange(n), torch.randint(v, (n,))] = 60.0
+    elif shape == "random":
+        logits = torch.randn(n, v, dtype=torch.float64) * draw(st.sampled_from([0.5, 3.0, 20.0]))
+    elif shape == "impossible":  # the labels, among much else
+        logits = torch.randn(n, v, dtype=torch.float64)
+        logits[:, torch.rand(v) < 0.5] = -math.inf
+        logits[:, 0] = 0.0
+        logits[torch.arange(n), labels] = -50.0
+    weight = torch.randn(v, h, dtype=torch.float64) + draw(st.sampled_from([0.0, 5.0]))
+    return _d(logits, labels), weight, labels
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(block=blocks(), tolerance=st.sampled_from([0.5, 0.1, 1e-2, 1e-4]))
+def test_the_bound_of_what_is_left_out(block, tolerance):
+    """A row's error without the drawn columns is at most |r| max |W_v - q^T W| over R, and that no
+    more than what is reported. The labels are always kept."""
+    d, weight, labels = block
+    chosen, sampler, _ = _block(d, weight, labels, tolerance)
+    truth = d @ weight
+    if chosen is None or sampler.multiplied == d.numel():
+        assert not sampler.bounds[0].any()
+        return
+    rest = torch.ones(d.shape[1], dtype=torch.bool)
+    rest[chosen.index[chosen.kept]] = False
+    assert not rest[labels].any()
+    r, q = d[:, rest].sum(1), d[:, rest].sum(0)
+    q = q / q.sum() if q.sum() != 0 else q
+    m = q @ weight[rest]
+    undrawn = d[:, ~rest] @ weight[~rest] + r[:, None] * m
+    farthest = (weight[rest] - m).norm(dim=1).max() if rest.any() else 0.0
+    bound = r.abs() * farthest
+    assert ((undrawn - truth).norm(dim=1) <= bound * (1 + 1e-9) + 1e-12).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(block=blocks(), tolerance=st.sampled_from([0.5, 0.1, 1e-2]))
+def test_the_tolerance_is_met_on_average(block, tolerance):
+    d, weight, labels = block
+    truth = d @ weight
+    errors = []
+    for seed in range(12):
+        _, sampler, u = _block(d, weight, labels, tolerance, seed)
+        assert u.isfinite().all()
+        errors.append((u - truth).square().sum())
+    mean = math.sqrt(float(torch.stack(errors).mean()))
+    # Twelve draws of a heavy-tailed error; |u| was estimated, too.
+    assert mean <= 1.5 * tolerance * float(truth.norm()) + 1e-9
+
+
+# ---- primitives of the backends ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n, v", [(1, 1), (3, 70), (9, 2100), (70, 5000)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_primitives(backend, dtype, n, v, scaled):
+    n, v = min(n, machine.sized(backend, n, 9)), min(v, machine.sized(backend, v, 600))
+    module = machine.backends._MODULES[machine.backend_of(backend)]
+    d = (torch.randn(n, v + 3) * 0.1).to(dtype)[:, :v]
+    row_scale = torch.rand(n) + 0.5 if scaled else None
+    wide = d.double() * (1 if row_scale is None else row_scale[:, None].double())
+    squares, totals, row_sums = module.column_sums(d, row_scale)
+    assert torch.allclose(squares.double(), wide.square().sum(0), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(totals.double(), wide.sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(row_sums.double(), d.double().sum(1), rtol=1e-5, atol=1e-4)
+    count = min(v, 20)
+    index = torch.randperm(v)[:count]
+    kept = torch.arange(count) < count // 2
+    factor, mean = (torch.where(kept, a, torch.rand(count)) for a in (1.0, 0.0))
+    out = d.new_empty((n, count + 1))
+    rest = module.gather_columns(d, index, kept, factor, mean, row_sums, out)
+    columns = d[:, index].double()
+    left = row_sums.double() - (columns * kept).sum(1)
+    columns = (columns - left[:, None] * mean) * factor
+    last = left - (columns * ~kept).sum(1)
+    tolerance = dict(rtol=1e-2, atol=1e-3) if dtype != torch.float32 else dict(rtol=1e-5, atol=1e-5)
+    assert torch.allclose(rest.double(), left, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(out[:, :-1].double(), columns, **tolerance)
+    assert torch.allclose(out[:, -1].double(), last, rtol=tolerance["rtol"], atol=2e-3)
+    assert torch.equal(out[:, :-1][:, kept], d[:, index[kept]])
+
+
+# ---- options and plans ----
+
+
+@pytest.mark.parametrize("name", ["gradient_tolerance", "head_gradient_tolerance"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, math.nan, "1e-3", True])
+def test_bad_tolerances(name, value):
+    hidden, weight, labels = _problem()
+    with pytest.raises(ValueError, match=name):
+        linear_token_logps(hidden, weight, labels, **{name: value})
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "mixed"])
+def test_strategies_that_have_no_columns_of_the_head(strategy):
+    hidden, weight, labels = _problem()
+    weight.requires_grad_()
+    with pytest.raises(ValueError, match="strategy: .* head_gradient_tolerance"):
+        linear_token_logps(hidden, weight, labels, strategy=strategy, head_gradient_tolerance=0.1)
+
+
+def test_plans():
+    """2NHV for the logits, and 2NHK for u and for dW where they take K columns."""
+    n, h, v = 2048, 576, 49152
+    options = dict(gradient_tolerance=1.5e-3)
+    frozen = plan_head(n, h, v, torch.float32, weight_grad=False, **options)
+    k = frozen.columns
+    assert frozen.column_tokens == 480 and 0.2 * v < k < 0.25 * v
+    assert frozen.flops == 2 * n * h * (v + k)
+    exact_head = plan_head(n, h, v, torch.float32, memory_budget=2**33, **options)
+    assert exact_head.flops == 2 * n * h * (2 * v + k) and not exact_head.head_columns
+    both = plan_head(n, h, v, torch.float32, head_gradient_tolerance=1e-3, **options)
+    assert both.head_columns and both.stash_tokens == 0
+    assert both.flops == 2 * n * h * (v + 2 * both.columns)
+    assert both.extra_bytes < exact_head.extra_bytes
+    nothing = plan_head(n, h, v, torch.float32, weight_grad=False, head_gradient_tolerance=0.1)
+    assert nothing == plan_head(n, h, v, torch.float32, weight_grad=False)
+
+
+def test_compiled():
+    """u takes columns under torch.compile; dW cannot, since its shapes would depend on D."""
+    hidden, weight, labels = _problem(torch.float32)
+
+    def loss(hidden, weight, **options):
+        return linear_token_logps(hidden, weight, labels, gradient_tolerance=0.1, **options).sum()
+
+    leaves = [t.requires_grad_() for t in (hidden, weight)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(loss, backend="eager")(*leaves), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(Exception, match="head_gradient_tolerance: got a number under torch"):
+        torch.compile(loss, backend="eager")(*leaves, head_gradient_tolerance=0.1)
+
+
+def test_the_oracle_of_these_tests():
+    """All columns: the gradients are those of autograd through float64 logits."""
+    hidden, weight, labels = _problem(n=7)
+    leaf = hidden.clone().requires_grad_()
+    oracle.linear_logps(leaf, weight, labels).sum().backward()
+    d = _d(hidden @ weight.t(), labels)
+    assert torch.allclose(d @ weight, leaf.grad)
