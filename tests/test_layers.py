@@ -27,12 +27,12 @@ MAY_IMPORT = {
     "fused": {"validation", "backends", "logps", "losses"},
     "heads": {"validation"},
     "data": {"progress"},
+    "attention": {"data", "heads", "logps.linear"},
     "quality": {"progress", "storage", "data"},
-    "reference": {"progress", "storage", "data", "heads", "logps", "losses.tokens"},
+    "reference": {"progress", "storage", "attention", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
-        "progress", "storage", "backends.processor", "body", "data", "fused", "heads", "logps",
-        "losses",
-        "reference",
+        "progress", "storage", "attention", "backends.processor", "body", "data", "fused", "heads",
+        "logps", "losses", "reference",
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {

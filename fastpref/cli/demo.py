@@ -176,6 +176,7 @@ def train_one(loss, tokenizer, train, heldout, output, seed, quick, console) -> 
         num_train_epochs=1 if quick else 3,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
+        prefix_sharing=False,  # the head is measured on padded batches
         warmup_steps=1 if quick else 5,
         precompute_ref_log_probs=True,
         bf16=False,

@@ -9,7 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli.losses import LOSS_HELP
-from fastpref.cli.train_options import Precision, Reference, TrainOptions
+from fastpref.cli.train_options import (
+    CpuLinear,
+    Precision,
+    PrefixSharing,
+    Reference,
+    TrainOptions,
+)
 
 
 def command(
@@ -92,6 +98,12 @@ def command(
             reference=Reference.auto,
             reference_store=reference_store,
             gradient_checkpointing=False,
+            cpu_linear=CpuLinear.auto,
+            gradient_tolerance=None,
+            head_gradient_tolerance=None,
+            prefix_sharing=PrefixSharing.off,  # the store computes separate rows
+            packing=False,
+            tokens_per_batch=None,
             resume=None,
             resume_anyway=False,
             overwrite=False,

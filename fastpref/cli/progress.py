@@ -114,7 +114,7 @@ class CountingCollator:
     Attributes:
         positions: the largest number of positions of a batch, including padding. A model that
             computes logits has that many rows of them.
-        labelled: the largest number of completion tokens of a batch.
+        labelled: the largest number of labelled tokens of a batch.
     """
 
     def __init__(self, collator: Any) -> None:
@@ -125,5 +125,5 @@ class CountingCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
         self.positions = max(self.positions, batch["input_ids"].numel())
-        self.labelled = max(self.labelled, int(batch["completion_mask"].sum()))
+        self.labelled = max(self.labelled, batch["token_indices"].numel())
         return batch

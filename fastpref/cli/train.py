@@ -8,7 +8,13 @@ from typing import Annotated
 import typer
 
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
-from fastpref.cli.train_options import CpuLinear, Precision, Reference, TrainOptions
+from fastpref.cli.train_options import (
+    CpuLinear,
+    Precision,
+    PrefixSharing,
+    Reference,
+    TrainOptions,
+)
 from fastpref.cli.train_run import run
 
 
@@ -106,6 +112,22 @@ def command(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute activations: less memory, slower.")
     ] = True,
+    prefix_sharing: Annotated[
+        PrefixSharing,
+        typer.Option(
+            help="Compute the prompt of a pair once instead of twice; auto: where prompts are long "
+            "enough and the model allows it."
+        ),
+    ] = PrefixSharing.auto,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Put the pairs of a batch into one row, unpadded.")
+    ] = False,
+    tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --packing: compute a batch of more tokens in several passes."
+        ),
+    ] = None,
     resume: Annotated[
         str | None,
         typer.Option(

@@ -28,6 +28,16 @@ class Reference(str, Enum):
     columns = "columns"
 
 
+class PrefixSharing(str, Enum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+    @property
+    def value_of_config(self) -> str | bool:
+        return "auto" if self is PrefixSharing.auto else self is PrefixSharing.on
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """The options of `fastpref train`; see its help."""
@@ -59,6 +69,9 @@ class TrainOptions:
     reference: Reference
     reference_store: Path | None
     gradient_checkpointing: bool
+    prefix_sharing: PrefixSharing
+    packing: bool
+    tokens_per_batch: int | None
     resume: str | None
     resume_anyway: bool
     overwrite: bool
@@ -82,6 +95,33 @@ class TrainOptions:
             "--lora-r": self.lora_r,
             "--lora-alpha": self.lora_alpha,
             "--lora-targets": self.lora_targets,
+        }
+
+    def rows(self, unpaired: bool) -> dict[str, Any]:
+        """The options of a configuration that concern the rows of pairs.
+
+        Raises:
+            ValueError: an option that a loss of single answers does not have.
+        """
+        chosen = {
+            "--prefix-sharing": self.prefix_sharing is PrefixSharing.on,
+            "--packing": self.packing,
+            "--tokens-per-batch": self.tokens_per_batch is not None,
+        }
+        unused = [name for name, is_set in chosen.items() if is_set]
+        if unpaired and unused:
+            raise ValueError(
+                f"{' and '.join(unused)} would do nothing with --loss {self.loss}, whose rows are "
+                "single answers; leave it out"
+            )
+        if unpaired:
+            return {}
+        if self.tokens_per_batch is not None and not self.packing:
+            raise ValueError("--tokens-per-batch would do nothing; add --packing")
+        return {
+            "prefix_sharing": self.prefix_sharing.value_of_config,
+            "packing": self.packing,
+            "tokens_per_batch": self.tokens_per_batch,
         }
 
 

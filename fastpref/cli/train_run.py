@@ -246,6 +246,7 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
     return config_class(
         output_dir=str(options.output),
         **plan.loss.settings,
+        **options.rows(plan.loss.unpaired),
         learning_rate=plan.learning_rate,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,

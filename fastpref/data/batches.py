@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data.columns import NUMBERS
+from fastpref.data.segments import PLAN
 
 
 def loss_inputs(
@@ -17,28 +18,37 @@ def loss_inputs(
     """Arguments of `linear_preference_loss` from a batch, on the batch's device.
 
     Args:
-        batch: a batch of `PreferenceCollator`; or another one with at least input_ids,
-            attention_mask and completion_mask, [2P, T] int64.
+        batch: a batch of `PreferenceCollator` or of `SegmentCollator`; or another one with at least
+            input_ids, attention_mask and completion_mask, [2P, T] int64.
         ref_logps: [2P], of the reference, or None.
         nll_on_prompt: whether the NLL counts the prompts' tokens as well.
     """
-    inputs = {
+    inputs: dict[str, Tensor | None] = {
         "labels": batch_labels(batch),
         "token_indices": batch.get("token_indices"),
         "ref_logps": ref_logps,
-        # As in TRL, IPO divides by all completion tokens, also by an unlabelled one at position 0.
-        "lengths": batch["completion_mask"].sum(1).clamp(min=1),
         "pair_weight": batch.get("weight"),
         "margin": batch.get("margin"),
         "soft_labels": batch.get("soft_label"),
     }
+    if PLAN in batch:
+        inputs |= {"sequence_ids": batch["sequence_ids"], "lengths": batch["lengths"]}
+        if nll_on_prompt:  # all flat tokens have one of the two labels
+            every = torch.arange(len(batch["labels"]), device=batch["labels"].device)
+            inputs |= {"nll_labels": batch["nll_labels"], "token_indices": every}
+        return inputs
+    # As in TRL, IPO divides by all completion tokens, also by an unlabelled one at position 0.
+    inputs["lengths"] = batch["completion_mask"].sum(1).clamp(min=1)
     if nll_on_prompt:
         nll_labels = _next_tokens(batch["input_ids"], batch["attention_mask"])
         inputs |= {"nll_labels": nll_labels, "token_indices": None}
     return inputs
 
 
-_NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS}
+_OF_SEGMENTS = {
+    PLAN, "hidden_indices", "sequence_ids", "nll_labels", "lengths", "sequence_tokens",
+}  # fmt: skip
+_NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS, *_OF_SEGMENTS}
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

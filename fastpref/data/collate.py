@@ -41,15 +41,19 @@ class _Collator:
     def __post_init__(self) -> None:
         check_truncation(self.max_length, self.truncation_mode)
 
+    def _cut(self, examples: list[dict[str, Any]], key: str) -> list[tuple[list[int], int]]:
+        """For each example what `truncate` leaves of prompt + answer."""
+        cut = []
+        for example in examples:
+            prompt = list(example["prompt_ids"])
+            whole = prompt + list(example[key])
+            keep_start = self.truncation_mode == "keep_start"
+            cut.append(truncate(whole, len(prompt), self.max_length, keep_start))
+        return cut
+
     def _padded(self, examples: list[dict[str, Any]], *keys: str) -> dict[str, torch.Tensor]:
         """The padded sequences prompt + answer: all examples' for the first key, then the next."""
-        sequences = []
-        for key in keys:
-            for example in examples:
-                prompt = list(example["prompt_ids"])
-                whole = prompt + list(example[key])
-                keep_start = self.truncation_mode == "keep_start"
-                sequences.append(truncate(whole, len(prompt), self.max_length, keep_start))
+        sequences = [cut for key in keys for cut in self._cut(examples, key)]
         width = max(1, *(len(ids) for ids, _ in sequences))
         if self.pad_to_multiple_of:
             width += -width % self.pad_to_multiple_of

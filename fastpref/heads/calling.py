@@ -324,6 +324,23 @@ def disable_dropout(model: nn.Module) -> None:
                     setattr(owner, name, 0.0)
 
 
+def labelled_states(hidden: Tensor, labels: Tensor, hidden_indices: Tensor | None) -> Tensor:
+    """The hidden states that labels are aligned with.
+
+    Args:
+        hidden: [R, T, H], of a batch's rows.
+        labels: [R, T], or [N] with hidden_indices.
+        hidden_indices: [N] int64, positions in the flattened rows, for rows of segments.
+
+    Returns:
+        `align_to_tokens` without indices; else [N, H]. The gradients of a state that is named
+        twice are added. Since there are at most two, their order has no effect.
+    """
+    if hidden_indices is None:
+        return align_to_tokens(hidden, labels)
+    return hidden.flatten(0, 1).index_select(0, hidden_indices)
+
+
 def align_to_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
     """The last T positions of hidden [B, >= T, H], where labels are [B, T].
 

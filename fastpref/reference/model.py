@@ -6,18 +6,22 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastpref.data.batches import batch_labels, model_inputs
-from fastpref.heads.calling import align_to_tokens
+from fastpref.data.segments import PLAN
+from fastpref.heads.calling import labelled_states
 from fastpref.heads.modes import evaluating, same_weights_trained
 from fastpref.heads.reading import Head, unwrap
 from fastpref.logps.linear import linear_token_logps
 from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.tokens import ld_sequence_logps
+
+if TYPE_CHECKING:
+    from fastpref.attention import SegmentAttention
 
 REF_ADAPTER = "ref"
 
@@ -122,6 +126,7 @@ class Reference:
         ld_alpha: weight of an answer's tokens beyond the length of the pair's shorter one (LD-DPO);
             None means 1.
         own_mode: whether to leave the model in its present mode instead.
+        attention: computes batches of rows of segments.
     """
 
     model: Any
@@ -129,6 +134,7 @@ class Reference:
     options: dict[str, Any]
     ld_alpha: float | None = None
     own_mode: bool = False
+    attention: SegmentAttention | None = None
 
     def logps(self, batch: dict[str, Any]) -> Tensor:
         """The log-probability of each sequence's completion in nats, [B], without a gradient.
@@ -148,16 +154,28 @@ class Reference:
 
     def _call(self, batch: dict[str, Any], head_fn: Callable[..., Tensor]) -> Tensor:
         nothing = contextlib.nullcontext()
+        rows: Any = nothing if self.attention is None else self.attention.rows_of(batch)
         adapter = as_reference(self.model) if self.adapter else nothing
         mode = nothing if self.own_mode else evaluating(self.model)
         inputs = {"labels": batch_labels(batch), "token_indices": batch.get("token_indices")}
-        with torch.no_grad(), adapter, mode:
+        if PLAN in batch:
+            names = ("hidden_indices", "sequence_ids")
+            inputs |= {name: batch[name] for name in names}
+            inputs["num_sequences"] = len(batch["lengths"])
+        with torch.no_grad(), adapter, mode, rows:
             return self.model(**model_inputs(batch), head_fn=head_fn, head_inputs=inputs)
 
     def _token_logps(
-        self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
+        self,
+        hidden: Tensor,
+        head: Head,
+        aux_loss: Any,
+        labels: Tensor,
+        token_indices: Tensor | None,
+        hidden_indices: Tensor | None = None,
+        **sequence_layout: Any,
     ) -> Tensor:
-        hidden = align_to_tokens(hidden, labels)
+        hidden = labelled_states(hidden, labels, hidden_indices)
         logps = linear_token_logps(
             hidden,
             head.weight,
@@ -170,10 +188,10 @@ class Reference:
         assert isinstance(logps, Tensor)
         return logps
 
-    def _sequence_logps(
-        self, hidden: Tensor, head: Head, aux_loss: Any, labels: Tensor, token_indices: Tensor
-    ) -> Tensor:
-        logps = self._token_logps(hidden, head, aux_loss, labels, token_indices)
+    def _sequence_logps(self, hidden: Tensor, head: Head, aux_loss: Any, **inputs: Any) -> Tensor:
+        logps, labels = self._token_logps(hidden, head, aux_loss, **inputs), inputs["labels"]
+        names = ("sequence_ids", "num_sequences")
+        sequence_layout = {name: inputs[name] for name in names if name in inputs}
         if self.ld_alpha is not None:
-            return ld_sequence_logps(logps, labels, self.ld_alpha)
-        return sequence_logps(logps, labels)
+            return ld_sequence_logps(logps, labels, self.ld_alpha, **sequence_layout)
+        return sequence_logps(logps, labels, **sequence_layout)

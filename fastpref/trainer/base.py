@@ -57,6 +57,7 @@ class BaseTrainer(
     columns: tuple[str, ...]  # the columns of prepared data that the collator reads
     args: BaseConfig
     loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch
+    _share = 1.0  # the fraction of the micro-batch's pairs that `compute_loss` gets
     reads_in_order = False  # whether the loss needs the training rows in the data's order
 
     def __init__(
@@ -212,13 +213,14 @@ class BaseTrainer(
         if report is not None and report is not before:
             self._column_reports.append(report)
         if model.training:
-            self._window.add(out["sums"], inputs.get("rows"), self._where())
+            self._window.add(out["sums"], inputs.get("rows"), self._where(), self._share)
         return out["loss"]
 
     def _where(self) -> str:
         """The present step and micro-batch, for an error."""
         step = self.state.global_step + 1
-        micro = self._micro_step[1] + 1 if self._micro_step[0] == step else 1
+        begins = self._window.missing == 0
+        micro = self._micro_step[1] + begins if self._micro_step[0] == step else 1
         self._micro_step = (step, micro)
         return f"step {step}, micro-batch {micro} of {self.args.gradient_accumulation_steps}"
 

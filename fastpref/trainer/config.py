@@ -220,6 +220,15 @@ def _multiple(option: Any) -> int | None:
     return value
 
 
+def _auto_or_bool(name: str, option: Any) -> Any:
+    """An option that is "auto" or a bool; on a command line a bool is text."""
+    text = {"auto": "auto", "true": True, "false": False}
+    value = text.get(str(option).lower())
+    if value is None:
+        raise ValueError(f"{name} is {option!r}; expected 'auto', True or False")
+    return value
+
+
 def _without_liger_head(liger_kernel_config: Any) -> dict[str, Any]:
     """liger_kernel_config without Liger's head, which would replace the fused one."""
     config = dict(liger_kernel_config or {})
@@ -248,6 +257,12 @@ class PreferenceConfig(BaseConfig):
         loss_weights, label_smoothing, ipo_normalization, reference_free, f_divergence_type,
             f_alpha_divergence_coef, discopop_tau, simpo_gamma, alpha, nll_weight, ld_alpha,
             use_weighting: options of the losses; see `fastpref.LossOptions`.
+        prefix_sharing: whether a pair's common prompt is computed once: True, False, or "auto",
+            where the data's prompts are long enough and the model allows it. The training is the
+            same; see docs/prefix-sharing.md.
+        packing: whether the pairs of a batch are one row without padding.
+        tokens_per_batch: with packing, the most tokens of one pass through the model. The pairs of
+            a larger training batch are computed in several passes whose gradients are added.
         nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
         max_length: maximum number of tokens of prompt + answer; None for no maximum.
         truncation_mode: "keep_start" or "keep_end".
@@ -270,6 +285,16 @@ class PreferenceConfig(BaseConfig):
             have; see docs/columns.md. The log then has `head/columns` (the multiplied share of the
             vocabulary), `head/error`, `head/left_out`, `head/bound_mean` and `head/bound_max`.
     """
+
+    # The rows
+    # A bool or "auto"; transformers' argument parser takes text for this union alone.
+    prefix_sharing: int | str | None = _option(
+        "auto", "Compute a pair's common prompt once: auto, true or false."
+    )
+    packing: bool = _option(False, "Put the pairs of a batch into one row without padding.")
+    tokens_per_batch: int | None = _option(
+        None, "With packing: compute a batch of more tokens than this in several passes."
+    )
 
     # The loss
     loss_type: list[str] | str = field(
@@ -307,6 +332,13 @@ class PreferenceConfig(BaseConfig):
         losses = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
         names = [LOSS_ALIASES.get(name, name) for name in losses]
         self.loss_type = names[0] if len(names) == 1 else names
+        self.prefix_sharing = _auto_or_bool("prefix_sharing", self.prefix_sharing)
+        most = self.tokens_per_batch
+        if most is not None and (not self.packing or most < 1):
+            raise ValueError(
+                f"tokens_per_batch is {most} with packing={self.packing}; expected at least 1, and "
+                "packing=True"
+            )
         super().__post_init__()
 
     def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:

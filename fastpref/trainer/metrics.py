@@ -67,31 +67,47 @@ def micro_step_sums(
     loss: Tensor,
     aux_loss: Tensor | None,
     labels: Tensor,
-    attention_mask: Tensor,
+    num_tokens: Tensor,
+    sequence_ids: Tensor | None = None,
 ) -> Tensor:
-    """The vector of one micro-step, float32 [len(SUMS)], without a synchronisation."""
+    """The vector of one micro-step, float32 [len(SUMS)], without a synchronisation.
+
+    Args:
+        labels: [2P, T], or [N] with sequence_ids [N] in [0, 2P).
+        num_tokens: the batch's number of tokens, [].
+    """
     assert out.stats is not None
+    pairs = len(out.chosen_rewards)
+
+    def sides(values: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over the tokens of chosen and of rejected answers."""
+        if sequence_ids is None:
+            chosen, rejected = values.sum(1).chunk(2)
+            return chosen.sum(), rejected.sum()
+        is_chosen = sequence_ids < pairs
+        return (values * is_chosen).sum(), (values * ~is_chosen).sum()
+
     entropy, mean_logit, is_top1 = out.stats.entropy, out.stats.mean_logit, out.stats.is_top1
     assert entropy is not None and mean_logit is not None and is_top1 is not None
-    tokens = (labels != -100).sum(1).chunk(2)
-    logits = mean_logit.sum(1).chunk(2)  # the statistics are 0 where there is no label
+    tokens = sides(labels != -100)
+    logits = sides(mean_logit)  # the statistics are 0 where there is no label
     values = {
         "loss": loss,
         "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
         "nll_loss": loss.new_zeros(()) if out.nll_loss is None else out.nll_loss,
-        "pairs": loss.new_full((), len(out.chosen_rewards)),
+        "pairs": loss.new_full((), pairs),
         "rewards/chosen": out.chosen_rewards.sum(),
         "rewards/rejected": out.rejected_rewards.sum(),
         "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).sum(),
         "logps/chosen": out.chosen_logps.sum(),
         "logps/rejected": out.rejected_logps.sum(),
-        "tokens/chosen": tokens[0].sum(),
-        "tokens/rejected": tokens[1].sum(),
+        "tokens/chosen": tokens[0],
+        "tokens/rejected": tokens[1],
         "entropy": entropy.sum(),
-        "logits/chosen": logits[0].sum(),
-        "logits/rejected": logits[1].sum(),
-        "top1/chosen": is_top1.chunk(2)[0].sum(),
-        "num_tokens": attention_mask.sum(),
+        "logits/chosen": logits[0],
+        "logits/rejected": logits[1],
+        "top1/chosen": sides(is_top1)[0],
+        "num_tokens": num_tokens,
     }
     return torch.stack([values[key].float() for key in SUMS])
 
@@ -240,18 +256,29 @@ class MetricWindow:
     total_tokens: int = 0
     pending: list[_Step] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
+    missing: float = 0.0  # the fraction of the last micro-step that is still to be added
 
-    def add(self, sums: Tensor, rows: Tensor | None, where: str) -> None:
+    def add(self, sums: Tensor, rows: Tensor | None, where: str, share: float = 1.0) -> None:
         """Store a micro-step. In one process on a CPU its loss is checked at once.
 
         Args:
             sums: the vector [len(names)].
             rows: the numbers of its rows in the data, for an error.
             where: the step, for an error.
+            share: the fraction of the micro-batch's pairs that these are. Further calls add the
+                rest; a loss is then the sum of its parts, and there are no other means.
         """
         step = _Step(sums, rows, where)
+        if self.missing > 0:
+            before = self.pending.pop()
+            step.sums = before.sums + sums
+            if rows is not None and before.rows is not None:
+                step.rows = torch.cat([before.rows, rows])
+        self.missing = (self.missing or 1.0) - share
+        if self.missing < 1e-9:
+            self.missing = 0.0
         if sums.device.type == "cpu" and self.world_size == 1:
-            self._check(sums[None], [step], self.rank)
+            self._check(step.sums[None], [step], self.rank)
         self.pending.append(step)
 
     def sync(self) -> None:

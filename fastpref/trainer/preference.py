@@ -16,20 +16,22 @@ from transformers import (
 from fastpref.data.batches import loss_inputs, model_inputs
 from fastpref.data.collate import PreferenceCollator
 from fastpref.data.columns import PAIRS, PER_PAIR, REFERENCE
+from fastpref.data.segments import PLAN
 from fastpref.data.tokenise import DataReport, prepare_dataset
 from fastpref.fused.pair_loss import PairInputs, prepare_loss
 from fastpref.fused.preference import linear_preference_loss
-from fastpref.heads.calling import align_to_tokens
+from fastpref.heads.calling import labelled_states
 from fastpref.heads.reading import Head
 from fastpref.losses.options import LossOptions
 from fastpref.losses.pairs import Pairs
 from fastpref.trainer.base import BaseTrainer
 from fastpref.trainer.config import PreferenceConfig
 from fastpref.trainer.metrics import EXTRAS, micro_step_sums
+from fastpref.trainer.rows import RowsTrainer
 from fastpref.trainer.scores import Rows, Scored, pair_rows, score_pairs
 
 
-class PreferenceTrainer(BaseTrainer):
+class PreferenceTrainer(RowsTrainer, BaseTrainer):
     """Train a causal language model on preference pairs (DPO, IPO, ...).
 
     A drop-in replacement for TRL 1.16's DPOTrainer: the same data, tokenisation, loss, metric names
@@ -136,8 +138,10 @@ class PreferenceTrainer(BaseTrainer):
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
     ) -> tuple[dict, dict]:
         reference = self.reference_logps(inputs)
+        tokens = inputs["sequence_tokens" if PLAN in inputs else "attention_mask"]
         return model_inputs(inputs), {
-            "attention_mask": inputs["attention_mask"],
+            "num_tokens": tokens.sum(),
+            "hidden_indices": inputs.get("hidden_indices"),
             **loss_inputs(inputs, reference, self.args.nll_on_prompt),
         }
 
@@ -147,11 +151,12 @@ class PreferenceTrainer(BaseTrainer):
         head: Head,
         aux_loss: Tensor | None,
         *,
-        attention_mask: Tensor,
+        num_tokens: Tensor,
+        hidden_indices: Tensor | None,
         labels: Tensor,
         **inputs: Tensor | None,
     ) -> dict[str, Any]:
-        hidden = align_to_tokens(hidden, labels)
+        hidden = labelled_states(hidden, labels, hidden_indices)
         out = linear_preference_loss(
             hidden,
             head.weight,
@@ -163,8 +168,9 @@ class PreferenceTrainer(BaseTrainer):
             loss_options=self._loss_options,
             extras=EXTRAS,
         )
-        loss = self.add_aux_loss(out.loss, aux_loss)
-        sums = micro_step_sums(out, loss, aux_loss, labels, attention_mask)
+        loss = self._share * self.add_aux_loss(out.loss, aux_loss)
+        ids = inputs.get("sequence_ids")
+        sums = micro_step_sums(out, loss, aux_loss, labels, num_tokens, ids)
         return {"loss": loss, "sums": sums}
 
     def rows_head(  # type: ignore[override]
@@ -173,18 +179,21 @@ class PreferenceTrainer(BaseTrainer):
         head: Head,
         router: Tensor | None,
         *,
-        attention_mask: Tensor,
+        num_tokens: Tensor,
+        hidden_indices: Tensor | None,
         labels: Tensor,
         token_indices: Tensor | None,
         nll_labels: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> Rows:
-        hidden = align_to_tokens(hidden, labels)
+        hidden = labelled_states(hidden, labels, hidden_indices)
         prepared = prepare_loss(
             labels,
             self._loss_options,
             PairInputs(**inputs),
             has_reference=inputs["ref_logps"] is not None,
+            sequence_ids=sequence_ids,
             nll_labels=nll_labels,
         )
         extras = prepared.head_extras(EXTRAS)

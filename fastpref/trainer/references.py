@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpref import reference as refs
+from fastpref.attention import SegmentAttention
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.reading import unwrap
 from fastpref.trainer.checks import check_trains
@@ -68,12 +69,22 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         self.ref_model: Any = None
         if ref_model is not None:
             self.ref_model = self._prepare_reference_model(ref_model)
+        attention, ref_attention = self.choose_rows()
         self._policy_reference = refs.Reference(
-            self.model, self._is_own_reference, self._head_options, self.ld_alpha
+            self.model,
+            self._is_own_reference,
+            self._head_options,
+            self.ld_alpha,
+            attention=attention,
         )
         self.reference: refs.Reference | None = None
         if self.ref_model is not None:
-            self.reference = replace(self._policy_reference, model=self.ref_model, adapter=False)
+            self.reference = replace(
+                self._policy_reference,
+                model=self.ref_model,
+                adapter=False,
+                attention=ref_attention,
+            )
         elif self._is_own_reference and self._runs_reference:
             self.reference = self._policy_reference
         if self.args.sync_ref_model:
@@ -170,6 +181,10 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
             return self.reference_sums(self.reference, inputs)
 
     # ---- defined by a subclass ----
+
+    def choose_rows(self) -> tuple[SegmentAttention | None, SegmentAttention | None]:
+        """Choose the rows of batches; the attention of the policy and of `ref_model` for them."""
+        return None, None
 
     def check_data(self, datasets: list[Any], has_reference: bool) -> None:
         """Raise ValueError for columns, or a reference, that the loss does not support."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastpref.fused.pair_loss import PreparedLoss
 from fastpref.heads.router import ROUTED, balance
 from fastpref.logps.forward import TokenStats
+from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import evaluate, make_pairs
 from fastpref.losses.unpaired import kto_loss
@@ -51,23 +52,29 @@ def pair_rows(prepared: PreparedLoss, stats: TokenStats, router: Tensor | None) 
 
     Args:
         prepared: the loss.
-        stats: of the tokens, [2P, T] each.
+        stats: of the tokens, shaped like the loss's labels.
         router: [2P, n] of `router_rows`, or None.
     """
     values, policy_weight = prepared.per_pair(stats)
     values |= {"weight": prepared.inputs.pair_weight, "policy_weight": policy_weight}
     counted = prepared.is_labelled
+
+    def sides(t: Tensor) -> tuple[Tensor, ...]:
+        """The sums over the labelled tokens of each chosen and of each rejected answer."""
+        if prepared.labels.dim() == 2:
+            return (t * counted).sum(1).chunk(2)
+        return sequence_logps(t.float(), prepared.labels, **prepared.sequence_layout).chunk(2)
+
     assert stats.entropy is not None and stats.mean_logit is not None and stats.is_top1 is not None
-    chosen, rejected = counted.sum(1).chunk(2)
-    entropy = (stats.entropy * counted).sum(1).chunk(2)
-    logits = (stats.mean_logit * counted).sum(1).chunk(2)
+    chosen, rejected = sides(torch.ones_like(prepared.labels))
+    entropy, logits = sides(stats.entropy), sides(stats.mean_logit)
     values |= {
         "tokens/chosen": chosen,
         "tokens/rejected": rejected,
         "entropy": entropy[0] + entropy[1],
         "logits/chosen": logits[0],
         "logits/rejected": logits[1],
-        "top1/chosen": (stats.is_top1 * counted).sum(1).chunk(2)[0],
+        "top1/chosen": sides(stats.is_top1)[0],
     }
     if router is not None:
         halves = router.chunk(2)

@@ -35,6 +35,7 @@ class StoringTrainer(EndingTrainer):
 
     ld_alpha: float | None
     data_collator: Any
+    _padded_collator: Any = None  # the collator of separate rows, where batches have others
     reference_store: ReferenceStore | None = None
     _spot_checked = False
 
@@ -58,6 +59,11 @@ class StoringTrainer(EndingTrainer):
         self.on_first(self.reference_store.check)
         self._damaged: dict[str, str] = {}
 
+    @property
+    def padded_collator(self) -> Any:
+        """The collator of separate rows, whose tokens identify an entry of the store."""
+        return self._padded_collator or self.data_collator
+
     def with_stored(self, dataset: Any, name: str, reference: Reference | None, size: int) -> Any:
         """Prepared data with the columns of the reference's log-probs, from the store.
 
@@ -72,7 +78,7 @@ class StoringTrainer(EndingTrainer):
         check_has_length(dataset, "reference_store")
         quiet = bool(args.disable_tqdm) or not self.is_world_process_zero()
         found = data_keys(
-            dataset, self.data_collator, self.reference_parts, name=name, disable_tqdm=quiet
+            dataset, self.padded_collator, self.reference_parts, name=name, disable_tqdm=quiet
         )
         rows = self._lacking(found)
         if len(rows) and reference is None:
@@ -91,7 +97,7 @@ class StoringTrainer(EndingTrainer):
                         found.lengths[rows],
                         self._token_logps(reference),
                         self.reference_parts,
-                        self.data_collator,
+                        self.padded_collator,
                         self.accelerator,
                         batch_size=size,
                         name=name,
@@ -209,7 +215,7 @@ class StoringTrainer(EndingTrainer):
         assert store is not None
         draw = np.random.default_rng(self.args.seed)
         chosen = np.sort(draw.choice(rows, min(SPOT_ROWS, len(rows)), replace=False))
-        batch: Any = self._prepare_inputs(self.data_collator([dataset[int(i)] for i in chosen]))
+        batch: Any = self._prepare_inputs(self.padded_collator([dataset[int(i)] for i in chosen]))
         total, tokens = 0.0, 0
         for part in self.reference_parts(batch):
             present = labelled(part, reference.token_logps(part))

@@ -63,7 +63,7 @@ def test_a_step_equals_plain_torch(tmp_path, kind, tied, given):
     if given == "trained adapter":  # whose frozen copy is the reference
         policy = peft.get_peft_model(policy, settings.pop("peft_config"))
         move(policy)
-    t = trainer(tmp_path, policy, **settings)
+    t = trainer(tmp_path, policy, prefix_sharing=False, **settings)
     move(t.model)
     batch = t._prepare_inputs(next(iter(t.get_train_dataloader())))
     t.model.train()

@@ -70,7 +70,7 @@ def values(t, columns=COLUMNS):
 
 
 def test_every_loss_reads_one_store(tmp_path, calls):
-    ahead = trainer(tmp_path, precompute_ref_log_probs=True)
+    ahead = trainer(tmp_path, precompute_ref_log_probs=True, prefix_sharing=False)
     ahead.train()
     first = stored(tmp_path)
     first.train()
@@ -316,7 +316,7 @@ def test_parts_of_another_store_are_left_out(tmp_path):
 
 
 def test_a_signal_leaves_what_is_computed(tmp_path, calls):
-    collator, batches = trainer(tmp_path).data_collator, []
+    collator, batches = trainer(tmp_path, prefix_sharing=False).data_collator, []
 
     def signalling(rows):
         batches.append(len(rows))

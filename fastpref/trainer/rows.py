@@ -1,0 +1,229 @@
+"""The rows of a trainer's batches: one for each answer, or rows of segments."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import RandomSampler
+from transformers import Trainer
+
+from fastpref.attention import SegmentAttention, UnsupportedAttention, check_attention
+from fastpref.data.collate import PreferenceCollator
+from fastpref.data.packing import PARTS, SHARES, BalancedSampler, PartsCollator
+from fastpref.data.segments import SegmentCollator, shared_fraction
+from fastpref.heads.reading import unwrap
+from fastpref.losses.options import LossOptions
+from fastpref.trainer.config import PreferenceConfig
+
+logger = logging.getLogger("fastpref")
+
+_WORTH = 0.1  # the fraction of tokens from which on prefix sharing pays
+_SAMPLE = 2000  # rows of the data from which that fraction is estimated
+
+
+class RowsTrainer(Trainer):
+    """The part of a trainer of pairs that chooses the rows, and computes rows of segments."""
+
+    args: PreferenceConfig
+    ref_model: Any
+    _attention: SegmentAttention | None = None  # of the policy, if batches are rows of segments
+    _dispatches: bool
+    _router_coef: float
+    _loss_options: LossOptions
+    _share: float
+    _padded_collator: Any  # the collator of separate rows
+    _sharing: bool
+    _quiet_reason = False  # whether the user's own choice is the reason
+
+    def choose_rows(self) -> tuple[SegmentAttention | None, SegmentAttention | None]:
+        """Replace the collator as prefix_sharing and packing ask for.
+
+        Returns:
+            The attention of the policy and of the reference model, checked on real pairs; None for
+            rows of one answer each.
+
+        Raises:
+            ValueError: prefix_sharing=True or packing=True cannot be had.
+        """
+        args: Any = self.args
+        wants = [n for n in ("prefix_sharing", "packing") if getattr(args, n) is True]
+        if not wants and args.prefix_sharing is False:
+            return None, None
+        self._padded_collator = self.data_collator
+        sharing, reason = args.prefix_sharing is not False, self._reason()
+        if args.prefix_sharing == "auto" and reason is None:
+            fraction = self._shared_fraction()
+            sharing = fraction >= _WORTH
+            if not sharing and not args.packing:
+                return None, None
+        if reason is None:
+            try:
+                attentions = self._checked_attentions(sharing)
+            except UnsupportedAttention as error:
+                reason = str(error)
+        if reason is not None:
+            if wants:
+                raise ValueError(f"{' and '.join(wants)}: got True, expected False: {reason}")
+            if not self._quiet_reason:
+                self._say(f"prefix sharing is off: {reason}")
+            return None, None
+        if sharing and args.prefix_sharing == "auto":
+            self._say(
+                f"prefix sharing: the prompt of a pair is computed once, which leaves out "
+                f"{fraction:.0%} of the data's tokens"
+            )
+        self.data_collator = self._segment_collator(sharing)
+        self._attention, self._sharing = attentions[0], sharing
+        return attentions
+
+    def _say(self, sentence: str) -> None:
+        if self.args.process_index == 0:
+            logger.warning(sentence)
+
+    def _reason(self) -> str | None:
+        """Why these options do not go with rows of segments; None: they do."""
+        args = self.args
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if type(self.data_collator) is not PreferenceCollator:
+            self._quiet_reason = True
+            return "data_collator is one of your own"
+        if self._dispatches:
+            return "with dispatch_batches the batches of all processes have one shape"
+        if self._router_coef:
+            return "the load-balancing loss of a mixture of experts counts every row's tokens"
+        if args.neftune_noise_alpha:
+            return "NEFTune's noise depends on the length of rows"
+        if not args.disable_dropout:
+            return "dropout would treat a shared token as one token"
+        if args.torch_compile:
+            return "torch_compile would compile the model for every batch's segments"
+        if any(getattr(parallel, f"{name}_size", 1) > 1 for name in ("cp", "sp")):
+            return "context and sequence parallelism replace the model's masks"
+        if not self._has_length:
+            return "the data is a stream, whose rows are not known before the training"
+        return self._parts_reason() if args.tokens_per_batch else None
+
+    def _parts_reason(self) -> str | None:
+        """Why a batch cannot be computed in parts; None: it can."""
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return f"with tokens_per_batch, {kind.value} would need equally many passes everywhere"
+        losses = self._loss_options.losses
+        if self._loss_options.needs_nll or any(
+            loss.options is None or not loss.per_pair or loss.batch_mean for loss in losses
+        ):
+            return "with tokens_per_batch, the loss must be a mean over pairs"
+        return None
+
+    @property
+    def _has_length(self) -> bool:
+        dataset: Any = self.train_dataset
+        return hasattr(dataset, "__len__") and len(dataset) > 0
+
+    def _shared_fraction(self) -> float:
+        dataset: Any = self.train_dataset
+        count = min(len(dataset), _SAMPLE)
+        indices = np.linspace(0, len(dataset) - 1, count).astype(int)
+        return shared_fraction(dataset.select(indices))
+
+    def _segment_collator(self, sharing: bool) -> SegmentCollator:
+        plain = self._padded_collator
+        return SegmentCollator(
+            plain.pad_token_id,
+            plain.max_length,
+            plain.truncation_mode,
+            plain.pad_to_multiple_of,
+            sharing=sharing,
+            packing=self.args.packing,
+            nll_on_prompt=self.args.nll_on_prompt,
+        )
+
+    def _checked_attentions(
+        self, sharing: bool
+    ) -> tuple[SegmentAttention, SegmentAttention | None]:
+        dataset: Any = self.train_dataset
+        examples = [dataset[i] for i in range(min(len(dataset), 2 if self.args.packing else 1))]
+        segments = replace(self._segment_collator(sharing), nll_on_prompt=False)
+        collators = self.data_collator, segments
+        autocast = self.accelerator.autocast
+        policy = check_attention(self.model, examples, *collators, autocast)
+        if self.ref_model is None:
+            return policy, None
+        models = unwrap(self.ref_model), unwrap(self.model)
+        if models[0].config.to_dict() == models[1].config.to_dict():
+            return policy, SegmentAttention(self.ref_model, policy.way, checked=True)
+        return policy, check_attention(self.ref_model, examples, *collators, autocast)
+
+    # ---- batches ----
+
+    def get_train_dataloader(self) -> Any:
+        """`transformers.Trainer`'s; of batches in parts with tokens_per_batch."""
+        whole, most = self.data_collator, self.args.tokens_per_batch
+        if self._attention is not None and most is not None:
+            self.data_collator = PartsCollator(
+                whole, self._segment_collator(self._sharing).tokens, most
+            )
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = whole
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """`transformers.Trainer`'s; with packing, processes exchange rows."""
+        sampler: Any = super()._get_train_sampler(train_dataset)
+        processes = self.accelerator.num_processes
+        if self._attention is None or not self.args.packing or processes == 1:
+            return sampler
+        if isinstance(sampler, RandomSampler):  # as accelerate would do to it
+            seed = getattr(self.accelerator.dataloader_config, "data_seed", None)
+            sampler = SeedableRandomSampler(sampler.data_source, data_seed=seed)
+        tokens = self._segment_collator(self._sharing).tokens
+        dataset: Any = self.train_dataset
+        sizes = [tokens(row) for row in dataset]
+        return BalancedSampler(sampler, sizes, self.args.train_batch_size, processes)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        own = super().floating_point_ops
+        return sum(own(part) for part in inputs.get(PARTS, [inputs]))
+
+    # ---- steps ----
+
+    def _rows_of(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager:
+        nothing = contextlib.nullcontext()
+        return nothing if self._attention is None else self._attention.rows_of(inputs)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """`transformers.Trainer`'s, of each part; the backward pass recomputes segments as well."""
+        if PARTS not in inputs:
+            with self._rows_of(inputs):
+                return super().training_step(model, inputs, *args, **kwargs)
+        losses, parts = [], inputs[PARTS]
+        try:
+            for i, part in enumerate(parts):
+                self._share = inputs[SHARES][i]
+                # The processes exchange gradients once, after the last part.
+                waits: Any = contextlib.nullcontext()
+                if i < len(parts) - 1:
+                    waits = self.accelerator.no_sync(model)
+                with waits:
+                    losses.append(self.training_step(model, part, *args, **kwargs))
+        finally:
+            self._share = 1.0
+        return torch.stack(losses).sum()
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._rows_of(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._rows_of(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
