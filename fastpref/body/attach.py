@@ -33,7 +33,8 @@ def _reduce(self: Any, protocol: Any) -> Any:
     Nothing would restore the class of a copy.
     """
     # Protocol 0 names the class as an argument; later ones require it to be the object's.
-    function, (_, *arguments), *state = nn.Module.__reduce_ex__(self, 0)
+    reduced: Any = nn.Module.__reduce_ex__(self, 0)
+    function, (_, *arguments), *state = reduced
     return function, (type(self).__base__, *arguments), *state
 
 
@@ -68,10 +69,8 @@ def _native_class(module: nn.Module) -> type[nn.Module] | None:
         return None
     if type(module) is nn.Linear:
         return NativeLinear
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    if transformers is not None and type(module) is transformers.Conv1D:
-        return _native_conv(transformers.Conv1D)
-    return None
+    conv1d: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return _native_conv(conv1d) if type(module) is conv1d else None
 
 
 @dataclass
