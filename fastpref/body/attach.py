@@ -133,8 +133,8 @@ def choose_layers(
         models: the policy, and other models that run with it.
         compute_dtype: autocast's dtype; by default each weight's own.
         heads: modules whose layers are left out: the output heads.
-        speedup: torch's time over the native product's by shape and dtype; None: all layers of
-            at least one element are chosen.
+        speedup: torch's time over the native product's by shape and dtype; None: all layers whose
+            weight has an element are chosen.
     """
     left_out = {id(part) for head in heads for part in head.modules()}
     found = LinearProducts()

@@ -47,8 +47,9 @@ class GradientReport(NamedTuple):
         It is estimated from the columns' sums, rather too high than too low.
     left_out: the mean over tokens of |r|, which is probability mass where scale and temperature
         are 1 and there is no softcap.
-    bound_mean, bound_max: over tokens, of the bound |r| max |W_v - q^T W| on the error of u
-        without the drawn columns, relative to the root mean square norm of u.
+    bound_mean, bound_max: over tokens, of a bound on the error of u without the drawn columns,
+        relative to the root mean square norm of u. It is |r| (max |W_v - w| + |w - q^T W|), w the
+        mean row of W, and so no less than |r| max |W_v - q^T W|.
     """
 
     tokens: int
