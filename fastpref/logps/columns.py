@@ -260,17 +260,21 @@ class Sampler:
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
             by_u = self.tolerances[0] is not None
-            error = _ratio(variance, norm) if by_u else _ratio(head_variance, size) * HEAD_MARGIN**2
+            error = (
+                _quotient(variance, norm)
+                if by_u
+                else _quotient(head_variance, size) * HEAD_MARGIN**2
+            )
             left, bounds = torch.cat(self.rest), torch.cat(self.bounds).double()
             unit = (norm / n).sqrt()
             # Filled on the device: a copy of a number from the host would wait for it.
             columns = norm.new_full((), self.multiplied / (n * self.weight.shape[0]))
-            bound = (_ratio(t, unit) for t in (bounds.mean(), bounds.max()))
+            bound = (_quotient(t, unit) for t in (bounds.mean(), bounds.max()))
             _last.report = GradientReport(n, columns, error.sqrt(), left.mean(), *bound)
         return tuple(self.blocks)
 
 
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+def _quotient(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole, and 0 where the part is 0."""
     return torch.where(part == 0, 0.0, part / whole)
 
