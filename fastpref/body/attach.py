@@ -67,10 +67,11 @@ def _native_class(module: nn.Module) -> type[nn.Module] | None:
     """
     if "forward" in vars(module):
         return None
-    if type(module) is nn.Linear:
+    own_class: Any = type(module)
+    if own_class is nn.Linear:
         return NativeLinear
     conv1d: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return _native_conv(conv1d) if type(module) is conv1d else None
+    return _native_conv(own_class) if own_class is conv1d else None
 
 
 @dataclass
