@@ -333,7 +333,7 @@ def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Te
     squares, totals, row_sums = (torch.empty(size) for size in (cols, cols, rows))
     address, stride = _rows(d)
     sums = map(_vector, (row_scale, squares, totals, row_sums))
-    _cpu.column_sums(address, _DTYPES[d.dtype], rows, cols, stride, *sums, torch.get_num_threads())
+    _cpu.column_sums(address, _DTYPES[d.dtype], rows, cols, stride, *sums, _threads())
     return squares, totals, row_sums
 
 
@@ -361,7 +361,7 @@ def gather_columns(
         *map(_vector, (factor, mean, row_sums)),
         *_rows(out),
         _vector(rest),
-        torch.get_num_threads(),
+        _threads(),
     )
     return rest
 
@@ -372,7 +372,7 @@ def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
     address, stride = _rows(weight)
     kind = _DTYPES[weight.dtype]
     vectors = _vector(q), _vector(out)
-    _cpu.weighted_rows(address, kind, *weight.shape, stride, *vectors, torch.get_num_threads())
+    _cpu.weighted_rows(address, kind, *weight.shape, stride, *vectors, _threads())
     return out
 
 
@@ -382,7 +382,7 @@ def gather_rows(weight: Tensor, index: Tensor, last: Tensor, out: Tensor) -> Non
     address, stride = _rows(weight)
     kind, hidden = _DTYPES[weight.dtype], weight.shape[1]
     rows = _vector(index, torch.int64), index.shape[0], _vector(last), out.data_ptr()
-    _cpu.gather_rows(address, kind, hidden, stride, *rows, torch.get_num_threads())
+    _cpu.gather_rows(address, kind, hidden, stride, *rows, _threads())
 
 
 def pair_loss(

@@ -8,6 +8,7 @@ and merged models know nothing of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,21 +27,37 @@ LEAST_ELEMENTS = 2**16
 Speedup = Callable[[Shape, torch.dtype], float]
 
 
+def _reduce(self: Any, protocol: Any) -> Any:
+    """`__reduce_ex__` of an attached layer: its copies and pickles are of its own class.
+
+    Nothing would restore the class of a copy.
+    """
+    # Protocol 0 names the class as an argument; later ones require it to be the object's.
+    reduced: Any = nn.Module.__reduce_ex__(self, 0)
+    function, (_, *arguments), *state = reduced
+    return function, (type(self).__base__, *arguments), *state
+
+
 class NativeLinear(nn.Linear):
     """A Linear layer on the native product."""
+
+    __reduce_ex__ = _reduce
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
 
 
-class NativeConv1D(nn.Module):
-    """transformers' Conv1D, a linear layer with a transposed weight, on the native product."""
+@functools.cache
+def _native_conv(own_class: Any) -> type[nn.Module]:
+    """`NativeLinear`, for transformers' Conv1D: a linear layer whose weight is [in, out]."""
 
-    weight: Tensor  # [in, out]
-    bias: Tensor
+    class NativeConv1D(own_class):  # type: ignore[misc]
+        __reduce_ex__ = _reduce
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.t(), self.bias)
+        def forward(self, x: Tensor) -> Tensor:
+            return linear(x, self.weight.t(), self.bias)
+
+    return NativeConv1D
 
 
 def _native_class(module: nn.Module) -> type[nn.Module] | None:
@@ -50,12 +67,11 @@ def _native_class(module: nn.Module) -> type[nn.Module] | None:
     """
     if "forward" in vars(module):
         return None
-    if type(module) is nn.Linear:
+    own_class: Any = type(module)
+    if own_class is nn.Linear:
         return NativeLinear
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    if transformers is not None and type(module) is transformers.Conv1D:
-        return NativeConv1D
-    return None
+    conv1d: Any = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return _native_conv(own_class) if own_class is conv1d else None
 
 
 @dataclass
@@ -83,8 +99,10 @@ class LinearProducts:
         try:
             if self._depth == 1:
                 for layer, native_class in self.layers:
-                    before.append((layer, type(layer)))
-                    object.__setattr__(layer, "__class__", native_class)
+                    # Another trainer may have attached it, or a parametrization changed its class.
+                    if _native_class(layer) is native_class:
+                        before.append((layer, type(layer)))
+                        object.__setattr__(layer, "__class__", native_class)
             yield
         finally:
             self._depth -= 1
@@ -116,8 +134,8 @@ def choose_layers(
         models: the policy, and other models that run with it.
         compute_dtype: autocast's dtype; by default each weight's own.
         heads: modules whose layers are left out: the output heads.
-        speedup: torch's time over the native product's by shape and dtype; None: all layers of
-            at least one element are chosen.
+        speedup: torch's time over the native product's by shape and dtype; None: all layers whose
+            weight has an element are chosen.
     """
     left_out = {id(part) for head in heads for part in head.modules()}
     found = LinearProducts()
@@ -135,6 +153,8 @@ def choose_layers(
             if weight.device.type != "cpu" or weight.dtype not in DTYPES or dtype not in DTYPES:
                 continue
             n, k = weight.shape if native_class is NativeLinear else reversed(weight.shape)
+            if n * k == 0:
+                continue
             if speedup is not None:
                 if n * k < LEAST_ELEMENTS:
                     continue

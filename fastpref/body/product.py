@@ -67,7 +67,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         all(t.dtype in DTYPES for t in tensors)
         and weight.dim() == 2
         and x.dim() >= 1
-        and x.shape[-1] == weight.shape[1]
+        and x.shape[-1] == weight.shape[1] > 0
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
@@ -90,6 +90,7 @@ def _compute(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _with_unit_stride(t: Tensor) -> Tensor:
+    t = t.resolve_neg()  # the product reads the memory, which lacks a lazy sign
     return t if 1 in t.stride() else t.clone(memory_format=torch.contiguous_format)
 
 

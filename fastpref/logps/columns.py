@@ -43,11 +43,13 @@ class GradientReport(NamedTuple):
     """What columns left out in a call: tensors [], on its device, and one number.
 
     columns: multiplied columns over V, the mean over the call's blocks.
-    error: the expected relative root mean square error of u (without u: of dW), from the columns'
-        sums; an upper estimate.
-    left_out: the mean over tokens of |r|, which is probability mass where scale is 1.
-    bound_mean, bound_max: over tokens, of the bound |r| max |W_v - q^T W| on the error of u
-        without the drawn columns, relative to the root mean square norm of u.
+    error: the expected relative root mean square error of u, or of dW where u takes no columns.
+        It is estimated from the columns' sums, rather too high than too low.
+    left_out: the mean over tokens of |r|, which is probability mass where scale and temperature
+        are 1 and there is no softcap.
+    bound_mean, bound_max: over tokens, of a bound on the error of u without the drawn columns,
+        relative to the root mean square norm of u. It is |r| (max |W_v - w| + |w - q^T W|), w the
+        mean row of W, and so no less than |r| max |W_v - q^T W|.
     """
 
     tokens: int
@@ -258,13 +260,23 @@ class Sampler:
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
             by_u = self.tolerances[0] is not None
-            error = (variance / norm if by_u else head_variance / size * HEAD_MARGIN**2).sqrt()
-            left, bounds = torch.cat(self.rest), torch.cat(self.bounds)
-            unit = (norm / n).sqrt().to(bounds.dtype)
-            columns = error.new_tensor(self.multiplied / (n * self.weight.shape[0]))
-            report = columns, error.nan_to_num(0.0), left.mean(), bounds.mean(), bounds.max()
-            _last.report = GradientReport(n, *report[:3], *(b / unit for b in report[3:]))
+            error = (
+                _quotient(variance, norm)
+                if by_u
+                else _quotient(head_variance, size) * HEAD_MARGIN**2
+            )
+            left, bounds = torch.cat(self.rest), torch.cat(self.bounds).double()
+            unit = (norm / n).sqrt()
+            # Filled on the device: a copy of a number from the host would wait for it.
+            columns = norm.new_full((), self.multiplied / (n * self.weight.shape[0]))
+            bound = (_quotient(t, unit) for t in (bounds.mean(), bounds.max()))
+            _last.report = GradientReport(n, columns, error.sqrt(), left.mean(), *bound)
         return tuple(self.blocks)
+
+
+def _quotient(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 0 where the part is 0."""
+    return torch.where(part == 0, 0.0, part / whole)
 
 
 def head_grad(
@@ -284,10 +296,17 @@ def head_grad(
     for x, (g, index, _) in zip(parts, blocks, strict=True):
         product = total.new_empty((index.shape[0], out.shape[1]))
         backend.outer(g[:, :-1], x, product)
-        # Unlike index_add_, in one order on every device.
-        total.index_put_((index,), product, accumulate=True)
+        _add_rows(total, index, product)
     if total is not out:
         out.copy_(total)
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add each row to total[its index]; the rows of one index are added in one order."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:  # where index_add_ is atomic; on a CPU it is this that is
+        total.index_put_((index,), rows, accumulate=True)
 
 
 def bias_grad(
@@ -301,5 +320,5 @@ def bias_grad(
     for g, index, q in blocks:
         product = torch.mv(g.to(dlogp.dtype).t(), dlogp[start : start + g.shape[0]])
         out += q * product[-1]
-        out.index_put_((index,), product[:-1], accumulate=True)
+        _add_rows(out, index, product[:-1])
         start += g.shape[0]

@@ -127,8 +127,11 @@ def plan_call(
     )
     columns = None
     if plan.column_tokens:
-        tolerances = options.gradient_tolerance, options.head_gradient_tolerance
-        columns = ColumnOptions(*tolerances, options.gradient_seed)
+        columns = ColumnOptions(
+            options.gradient_tolerance if grads[0] else None,
+            options.head_gradient_tolerance,
+            options.gradient_seed,
+        )
     if plan.head_columns and head.dora_scale is not None:
         raise ValueError(
             "head_gradient_tolerance: got a number with dora_scale, whose gradient needs all of D; "

@@ -26,7 +26,12 @@ from fastpref.logps.columns import GradientReport, last_gradient_report
 from fastpref.progress import silenced
 from fastpref.trainer.body import BodyTrainer
 from fastpref.trainer.checkpointing import CheckpointingTrainer
-from fastpref.trainer.checks import check_optimizer, check_sampling, check_trains
+from fastpref.trainer.checks import (
+    check_optimizer,
+    check_sampling,
+    check_trains,
+    warn_about_tolerances,
+)
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.loading import as_list, load_parts, router_coefficient
 from fastpref.trainer.metrics import (
@@ -289,6 +294,7 @@ class BaseTrainer(
             Interrupted, Terminated: Ctrl-C or SIGTERM has ended the run, after a checkpoint.
         """
         check_trains(self.model)
+        warn_about_tolerances(unwrap(self.model), self.args)
         return self.run_training(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:

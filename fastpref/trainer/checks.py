@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+logger = logging.getLogger("fastpref")
 
 
 def check_trains(model: Any) -> None:
@@ -16,6 +19,17 @@ def check_trains(model: Any) -> None:
         "model: got one whose weights are all frozen, expected at least one with "
         f"requires_grad=True{hint}"
     )
+
+
+def warn_about_tolerances(model: Any, args: Any) -> None:
+    """Say that head_gradient_tolerance has no effect where nothing of the head is trained."""
+    if args.head_gradient_tolerance is None or args.process_index != 0:
+        return
+    if not any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
+        logger.warning(
+            "head_gradient_tolerance is %s, but the output head is frozen: it has no effect",
+            args.head_gradient_tolerance,
+        )
 
 
 def check_optimizer(model: Any, optimizer: Any) -> None:

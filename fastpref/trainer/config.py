@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from fastpref.backends.processor import bf16_is_fast, say_once, training_device
 from fastpref.body import unavailable_reason
-from fastpref.logps.plan import check_plan_options, check_tolerance
+from fastpref.logps.plan import PRECISIONS, check_plan_options, check_tolerance
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
 from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
@@ -21,10 +21,12 @@ from fastpref.trainer.checks import check_arguments
 
 C = TypeVar("C", bound="BaseConfig")
 LOSS_ALIASES = {"dpo": "sigmoid"}
+_CPU_LINEAR = ("auto", "native", "torch")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, choices: Iterable[str] = ()) -> Any:
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -79,12 +81,10 @@ class BaseConfig(TrainingArguments):
     # The data
     dataset_num_proc: int | None = _option(None, "Processes that tokenise the data.")
     max_length: int | None = _option(1024, "Tokens kept of prompt + answer; None keeps all.")
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata={
-            "help": "Which end of a sequence longer than max_length stays.",
-            "choices": ["keep_start", "keep_end"],
-        },
+    truncation_mode: str = _option(
+        "keep_start",
+        "Which end of a sequence longer than max_length stays.",
+        choices=("keep_start", "keep_end"),
     )
     pad_to_multiple_of: int | str | None = _option(
         None, "Pad batches to a multiple of this length; 'auto', as TRL's default, does not."
@@ -103,10 +103,7 @@ class BaseConfig(TrainingArguments):
     beta: float = _option(0.1, "Strength of the pull towards the reference model.")
 
     # The output head
-    precision: str = field(
-        default="exact",
-        metadata={"help": "Logits in fp32 (exact) or bf16 (fast).", "choices": ["exact", "fast"]},
-    )
+    precision: str = _option("exact", "Logits in fp32 (exact) or bf16 (fast).", choices=PRECISIONS)
     head_strategy: str = _option("auto", "auto, stash, recompute or mixed.")
     head_memory_budget: int | None = _option(
         None, "Bytes that the head may use between forward and backward; planned by default."
@@ -120,12 +117,10 @@ class BaseConfig(TrainingArguments):
     )
 
     # The body
-    cpu_linear: str = field(
-        default="auto",
-        metadata={
-            "help": "Whose product the Linear layers take on a CPU; auto: the faster one's.",
-            "choices": ["auto", "native", "torch"],
-        },
+    cpu_linear: str = _option(
+        "auto",
+        "Whose product the Linear layers take on a CPU; auto: the faster one's.",
+        choices=_CPU_LINEAR,
     )
 
     def __post_init__(self) -> None:
@@ -133,7 +128,7 @@ class BaseConfig(TrainingArguments):
             self.use_cpu = True
         self._choose_bf16()
         check_plan_options("auto", None, self.precision, None)
-        if self.cpu_linear not in ("auto", "native", "torch"):
+        if self.cpu_linear not in _CPU_LINEAR:
             raise ValueError(
                 f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
             )
@@ -303,17 +298,14 @@ class PreferenceConfig(BaseConfig):
     )
     loss_weights: list[float] | None = _option(None, "Factors of the losses; 1 by default.")
     label_smoothing: float = _option(0.0, "Probability that a preference label is flipped.")
-    ipo_normalization: str = field(
-        default="token_mean",
-        metadata={
-            "help": "IPO on log-ratios per token (token_mean) or per sequence (sum).",
-            "choices": ["token_mean", "sum"],
-        },
+    ipo_normalization: str = _option(
+        "token_mean",
+        "IPO on log-ratios per token (token_mean) or per sequence (sum).",
+        choices=("token_mean", "sum"),
     )
     reference_free: bool = _option(False, "Train without a reference model.")
-    f_divergence_type: str = field(
-        default="reverse_kl",
-        metadata={"help": "Divergence from the reference.", "choices": list(F_DIVERGENCES)},
+    f_divergence_type: str = _option(
+        "reverse_kl", "Divergence from the reference.", choices=F_DIVERGENCES
     )
     f_alpha_divergence_coef: float = _option(0.5, "Order of the alpha divergence.")
     discopop_tau: float = _option(0.05, "Temperature of DiscoPOP's mixture.")
@@ -384,10 +376,7 @@ class UnpairedPreferenceConfig(BaseConfig):
         desirable_weight, undesirable_weight: weights of the two classes of answers.
     """
 
-    loss_type: str = field(
-        default="kto",
-        metadata={"help": "Loss of single answers.", "choices": list(UNPAIRED_LOSS_TYPES)},
-    )
+    loss_type: str = _option("kto", "Loss of single answers.", choices=UNPAIRED_LOSS_TYPES)
     desirable_weight: float = _option(1.0, "Factor on the losses of desirable answers.")
     undesirable_weight: float = _option(1.0, "Factor on the losses of undesirable answers.")
 

@@ -193,7 +193,8 @@ def column_metrics(
 ) -> dict[str, float]:
     """What the head's gradients left out: means over micro-steps and processes, by token.
 
-    `head/bound_max` alone is the largest. A process without a report counts for no token.
+    `head/bound_max` alone is the largest. A process without a report counts for no token; without
+    any report there are no metrics.
     """
     names = GradientReport._fields[1:]
     rows = torch.zeros((1, len(names) + 1), device=device)
@@ -203,7 +204,9 @@ def column_metrics(
         rows[0, :-2] = (values[:, :-1] * weights[:, None]).sum(0)
         rows[0, -2], rows[0, -1] = values[:, -1].max(), weights.sum()
     everywhere = gather(rows).cpu()
-    means = everywhere[:, :-2].sum(0) / everywhere[:, -1].sum().clamp(min=1)
+    if not everywhere[:, -1].any():
+        return {}
+    means = everywhere[:, :-2].sum(0) / everywhere[:, -1].sum()
     found = [*means.tolist(), float(everywhere[:, -2].max())]
     return {f"head/{name}": value for name, value in zip(names, found, strict=True)}
 

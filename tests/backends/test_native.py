@@ -130,7 +130,13 @@ def _fold_and_product() -> list[torch.Tensor]:
     native.own_product(x, weight, tile)
     stats = Stats.empty(9, tile.device, torch.float32)
     native.fold(tile, torch.arange(9), 0, stats, Transform())
-    return [tile, stats.logps]
+    d, index = torch.randn(9, 5000, generator=generator), torch.arange(6)
+    *sums, row_sums = native.column_sums(d, None)
+    g, rows, ones = torch.empty(9, 7), torch.empty(7, 20), torch.ones(6)
+    rest = native.gather_columns(d, index, ones == 1, ones, 0 * ones, row_sums, g)
+    mean = native.weighted_rows(torch.ones(70), weight)
+    native.gather_rows(weight, index, mean, rows)
+    return [tile, stats.logps, *sums, row_sums, g, rest, mean, rows]
 
 
 @needs_native

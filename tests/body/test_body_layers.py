@@ -115,7 +115,7 @@ def test_copies_pickles_hooks_and_state(tmp_path):
         copied = copy.deepcopy(model.model.layers[0].mlp.down_proj)
         loaded = pickle.loads(pickle.dumps(model.model.layers[0].mlp.down_proj))
         for other in (copied, loaded):
-            assert isinstance(other, nn.Linear)
+            assert type(other) is nn.Linear  # nothing would restore a copy's class
             assert torch.equal(other.weight, model.model.layers[0].mlp.down_proj.weight)
         model.save_pretrained(tmp_path)
     assert calls == [1]
@@ -131,6 +131,41 @@ def test_it_may_be_nested_and_an_error_undoes_it():
         assert [type(m) for m in model.modules()] != own
         raise KeyError
     assert [type(m) for m in model.modules()] == own
+
+
+def test_transformers_conv1d():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    layer = conv1d(4, 3)
+    with choose_layers([layer], speedup=None).attached():
+        assert isinstance(layer, conv1d) and type(layer) is not conv1d
+        assert type(copy.deepcopy(layer)) is conv1d
+    assert type(layer) is conv1d
+
+
+def test_two_trainers_of_one_model():
+    """The one that ends last does not bring back the class that it found."""
+    layer = nn.Linear(4, 3)
+    first, second = (choose_layers([layer], speedup=None).attached() for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert type(layer) is nn.Linear
+
+
+def test_a_parametrization_that_is_added_later_counts():
+    layer = nn.Linear(4, 3)
+    products = choose_layers([layer], speedup=None)
+    nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(2, 4)
+    expected = layer(x)
+    with products.attached():
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_is_left():
+    assert not choose_layers([nn.Linear(0, 3)], speedup=None).layers
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_left():

@@ -137,6 +137,12 @@ def test_a_gradient_without_strides_is_read():
     torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(20, 30))
 
 
+def test_lazy_signs_and_no_inputs():
+    x, weight, _ = (t if t is None else t.detach() for t in problem((6,), 5, 4, F32, bias=False))
+    assert torch.equal(linear(torch._neg_view(x), weight), -linear(x, weight))
+    assert torch.equal(linear(torch.ones(2, 3, 0), torch.ones(4, 0)), torch.zeros(2, 3, 4))
+
+
 def test_what_it_cannot_do_is_torchs(monkeypatch):
     monkeypatch.setattr(native, "own_product", lambda *_: pytest.fail("the native product ran"))
     x, weight, bias = (t.detach() for t in problem((6,), 5, 4, F32))

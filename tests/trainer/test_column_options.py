@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tiny import config, history, trainer  # noqa: E402
+from tiny import config, history, lora, trainer  # noqa: E402
 
 NAMES = ("columns", "error", "left_out", "bound_mean", "bound_max")
 
@@ -34,6 +34,15 @@ def test_a_run_with_columns_logs_them_and_resumes_to_the_same_bits(tmp_path):
     resumed = trainer(tmp_path / "whole", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
     assert torch.equal(_weights(resumed), _weights(whole))
+
+
+def test_a_frozen_head_has_no_columns(tmp_path, caplog):
+    """The option has no effect there, which is said once; nothing is logged as 0."""
+    pytest.importorskip("peft")
+    t = trainer(tmp_path, head_gradient_tolerance=0.3, max_steps=1, peft_config=lora())
+    t.train()
+    assert caplog.text.count("but the output head is frozen: it has no effect") == 1
+    assert not any(key.startswith("head/") for line in t.state.log_history for key in line)
 
 
 def test_each_process_has_a_seed_of_its_own(tmp_path, monkeypatch):
