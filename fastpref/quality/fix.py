@@ -10,6 +10,7 @@ from typing import Any
 
 from fastpref.data.files import load_preference_data
 from fastpref.quality.findings import Finding
+from fastpref.storage import disk_errors, sync_file
 
 
 def fixed_path(path: str | os.PathLike[str]) -> Path:
@@ -37,6 +38,7 @@ def write_fixed(
 
     Raises:
         ValueError: a file that stands there already, or data of which nothing would be left.
+        StorageError: a full, failing or read-only disk.
     """
     path = Path(path)
     if path.exists():
@@ -46,9 +48,11 @@ def write_fixed(
     if len(dropped) >= len(dataset):
         raise ValueError("no row would be left; nothing was written")
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        for number, row in enumerate(dataset):
-            if number not in dropped:
-                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    os.replace(part, path)
+    with disk_errors(f"{path} could not be written"):
+        with open(part, "w", encoding="utf-8") as file:
+            for number, row in enumerate(dataset):
+                if number not in dropped:
+                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        sync_file(part)
+        os.replace(part, path)
     return path, len(dropped)
