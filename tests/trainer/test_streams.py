@@ -1,6 +1,8 @@
 """Streams, dispatched batches and resuming: the rows of every step are those of a run that was not
 interrupted."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -13,7 +15,8 @@ from test_unpaired_trainer import trainer as unpaired_trainer  # noqa: E402
 from tiny import trainer  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
-MAKE = {"pairs": trainer, "answers": unpaired_trainer}
+# Streams have a row for each answer, and so has what they are compared with.
+MAKE = {"pairs": partial(trainer, prefix_sharing=False), "answers": unpaired_trainer}
 ROWS = {"pairs": tiny.rows, "answers": answers}
 
 

@@ -339,7 +339,7 @@ def test_on_a_device_nan_is_found_before_anything_is_logged_or_saved(tmp_path):
     for options in ({"logging_steps": 5}, {"logging_steps": 50, "save_steps": 5}):
         t = trainer(tmp_path, callbacks=[Poison(2)], save_strategy="steps", max_steps=9, **options)
         window = t._window
-        window.add = lambda sums, rows, where, w=window: w.pending.append(Step(sums, rows, where))
+        window.add = lambda *step, w=window: w.pending.append(Step(*step[:3]))
         with pytest.raises(
             NonFiniteLossError, match="nan at step 3, micro-batch 1 of 1, data rows"
         ):
