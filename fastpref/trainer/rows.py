@@ -144,6 +144,9 @@ class RowsTrainer(Trainer):
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return f"with tokens_per_batch, {kind.value} would need equally many passes everywhere"
+        optimizer = str(self.args.optim).lower()
+        if "lomo" in optimizer or "layerwise" in optimizer:
+            return "with tokens_per_batch, weights cannot move in each backward pass"
         losses = self._loss_options.losses
         if self._loss_options.needs_nll or any(
             loss.options is None or not loss.per_pair or loss.batch_mean for loss in losses
@@ -236,11 +239,20 @@ class RowsTrainer(Trainer):
         tokens = self._segment_collator(self._sharing).tokens
         dataset: Any = self.train_dataset
         sizes = [tokens(row) for row in dataset]
-        return BalancedSampler(sampler, sizes, self.args.train_batch_size, processes)
+        size = self._train_batch_size  # auto_find_batch_size may have lowered it
+        size = size // processes if self.accelerator.split_batches else size
+        return BalancedSampler(sampler, sizes, size, processes)
 
     def floating_point_ops(self, inputs: Any) -> int:
         own = super().floating_point_ops
         return sum(own(part) for part in inputs.get(PARTS, [inputs]))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if PARTS in inputs:  # counted once, since every count is exchanged between the processes
+            names = ("input_ids", "attention_mask")
+            parts = inputs[PARTS]
+            inputs = {name: torch.cat([p[name].flatten() for p in parts]) for name in names}
+        super()._track_num_input_tokens(inputs)
 
     # ---- steps ----
 

@@ -127,8 +127,14 @@ def test_a_batch_in_parts(tmp_path):
         assert sum(batch["shares"]) == pytest.approx(1)
         assert all(part["input_ids"].shape[1] <= 80 for part in batch["parts"])
         assert sum(len(part["rows"]) for part in batch["parts"]) == 8
+    t.args.include_num_input_tokens_seen = "non_padding"
     t.train()
     assert history(t)[0]["rewards/margins"] == 0
+    assert t.state.num_input_tokens_seen == sum(
+        int(part["attention_mask"].sum()) for batch in batches[:4] for part in batch["parts"]
+    )
+    with pytest.raises(ValueError, match="weights cannot move in each backward pass"):
+        trainer(tmp_path, packing=True, tokens_per_batch=40, optim="lomo")
 
 
 def test_options_on_a_command_line(tmp_path):
