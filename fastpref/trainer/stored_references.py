@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpref.reference.identity import describe_reference
+from fastpref.reference.identity import describe_reference, identity_differences
 from fastpref.reference.keys import DataKeys, data_keys, labelled, sequence_keys
 from fastpref.reference.model import Reference
 from fastpref.reference.precompute import check_has_length, extend_store
@@ -38,6 +39,7 @@ class StoringTrainer(EndingTrainer):
     _padded_collator: Any = None  # the collator of separate rows, where batches have others
     reference_store: ReferenceStore | None = None
     _spot_checked = False
+    _is_set_up = False  # whether the trainer is made, so that the user may have changed the model
 
     def open_store(self, model: Any, adapter: bool) -> None:
         """Set up `args.reference_store` before the reference is wrapped for several processes.
@@ -50,12 +52,16 @@ class StoringTrainer(EndingTrainer):
         """
         args = self.args
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
-        identity = self.on_first(
-            lambda: describe_reference(
+
+        def describe() -> dict[str, Any]:
+            return describe_reference(
                 model, adapter=adapter, compute_dtype=dtype, precision=args.precision
             )
+
+        self._describe = describe
+        self.reference_store = ReferenceStore(
+            str(args.reference_store), self.on_first(self._describe)
         )
-        self.reference_store = ReferenceStore(str(args.reference_store), identity)
         self.on_first(self.reference_store.check)
         self._damaged: dict[str, str] = {}
 
@@ -88,6 +94,8 @@ class StoringTrainer(EndingTrainer):
             self._spot_check(dataset, there, found.lengths[there], reference)
         if len(rows):
             assert reference is not None
+            if self._is_set_up:
+                self.on_first(self._check_unchanged)
             with self._writing():
                 rows = self._lacking(found)  # another run may have written them
                 self._say_what_is_there(len(found.keys), len(rows), name)
@@ -209,6 +217,20 @@ class StoringTrainer(EndingTrainer):
         self.reference_store.tidy(list(self._damaged))
 
     # ---- whether it fits ----
+
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if the reference is no longer the one that the store is of."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the weights are in shards now
+            return
+        assert self.reference_store is not None
+        present = json.loads(json.dumps(self._describe()))
+        changes = identity_differences(self.reference_store.identity, present)
+        if changes:
+            raise ValueError(
+                f"reference store {self.reference_store.path} lacks rows of this data, and the "
+                f"reference has changed since the trainer was made: {'; '.join(changes)}; expected "
+                "a trainer that is made with this data"
+            )
 
     def _spot_check(
         self, dataset: Any, rows: np.ndarray, lengths: np.ndarray, reference: Reference

@@ -259,6 +259,17 @@ def test_the_longest_row_is_checked(tmp_path):
         stored(tmp_path, policy(20), train=rows)
 
 
+def test_a_model_that_has_changed_since_adds_nothing(tmp_path):
+    t = stored(tmp_path)
+    held = t.reference_store.sequences
+    t.evaluate(tiny.rows(2, seed=5))
+    assert t.reference_store.sequences == held + 4
+    with torch.no_grad():
+        t.model.lm_head.weight.mul_(2.0)
+    with pytest.raises(ValueError, match="has changed since the trainer was made: the model's we"):
+        t.evaluate(tiny.rows(2, seed=6))
+
+
 def test_what_it_does_not_go_with(tmp_path):
     with pytest.raises(ValueError, match="reference_store is .* but the loss needs no reference"):
         stored(tmp_path, loss_type="simpo")
