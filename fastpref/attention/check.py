@@ -24,17 +24,22 @@ _LIMITS = {torch.float64: (1e-6, 1e-5), torch.float32: (1e-3, 1e-3)}
 _LIMITS_16_BIT = 0.2, 0.2
 _PROMPT, _ANSWER = 128, 64  # the most tokens that are compared
 _LAYERS = {"full_attention", "sliding_attention", "attention"}
+# PEFT's adapters that treat every token by itself. A new adapter usually changes nothing yet, so
+# that a comparison would not show what it reads.
+_ADAPTERS = {
+    "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "HRA", "IA3", "LN_TUNING", "LOHA",
+    "LOKR", "LORA", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "TRAINABLE_TOKENS", "VBLORA",
+    "VERA", "WAVEFT",
+}  # fmt: skip
 
 
 def unsupported_reason(model: Any) -> str | None:
     """Why a model is known not to compute rows of segments, as part of a sentence; else None."""
     outer, model = model, unwrap(model)
     config = model.config.get_text_config(decoder=True)
-    if any(
-        getattr(adapter, "is_prompt_learning", False)
-        for adapter in getattr(outer, "peft_config", {}).values()
-    ):
-        return "its adapter puts virtual tokens in front of every row"
+    for adapter in (getattr(outer, "peft_config", None) or {}).values():
+        if (reason := _adapter_reason(adapter)) is not None:
+            return reason
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYERS)
     if others:
         return f"it has layers of the type {others[0]}, which do not go by an attention mask"
@@ -50,6 +55,18 @@ def unsupported_reason(model: Any) -> str | None:
         return "it takes no position_ids, and positions restart within a row"
     if any(p.is_meta or p.numel() == 0 or is_sharded(p) for p in model.parameters()):
         return "its weights are not whole on this process, so that the rows cannot be checked"
+    return None
+
+
+def _adapter_reason(adapter: Any) -> str | None:
+    """Why a PEFT adapter does not go with rows of segments, as part of a sentence; else None."""
+    if getattr(adapter, "is_prompt_learning", False):
+        return "its adapter puts virtual tokens in front of every row"
+    if getattr(adapter, "alora_invocation_tokens", None):
+        return "its adapter looks for the tokens that invoke it once in a row"
+    kind = getattr(adapter.peft_type, "value", str(adapter.peft_type))
+    if kind not in _ADAPTERS:
+        return f"its adapter {kind} is not known to treat every token by itself"
     return None
 
 
@@ -82,7 +99,12 @@ def check_attention(
     if reason is not None:
         raise UnsupportedAttention(f"{name} cannot compute rows of segments: {reason}")
     examples, reasons = [_cut(example) for example in examples], []
-    expected = _outcome(model, separate(examples), None, autocast)
+    try:
+        expected = _outcome(model, separate(examples), None, autocast)
+    except Exception as error:  # such as weights that pass no gradient on
+        raise UnsupportedAttention(
+            f"{name} cannot be compared with rows of segments: {_first_line(error)}"
+        ) from error
     for way in (FUNCTION, MASK):
         try:
             attention = SegmentAttention(model, way)
@@ -91,8 +113,7 @@ def check_attention(
             reasons.append(f"{way}: {error}")
             continue
         except Exception as error:  # of the model's own code, which does not know such a mask
-            line = str(error).strip().split("\n")[0][:100]
-            reasons.append(f"{way}: {type(error).__name__}: {line}")
+            reasons.append(f"{way}: {_first_line(error)}")
             continue
         difference = _difference(expected, found)
         if difference is None:
@@ -100,6 +121,11 @@ def check_attention(
             return attention
         reasons.append(f"{way}: {difference}")
     raise UnsupportedAttention(f"{name} cannot compute rows of segments ({'; '.join(reasons)})")
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().split("\n")[0][:100]
+    return f"{type(error).__name__}: {line}"
 
 
 def _cut(example: dict[str, Any]) -> dict[str, Any]:

@@ -136,6 +136,10 @@ def _segment_attention(
     if dropout:
         raise UnsupportedAttention(f"its attention has a dropout of {dropout}")
     plan, window = attention_mask
+    if others.get("sliding_window") not in (None, window):
+        raise UnsupportedAttention(
+            f"its layers have a sliding window of {others['sliding_window']} and masks of {window}"
+        )
     options: dict[str, Any] = {"window": window, "softcap": softcap}
     options["scale"] = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cuda" and gpu.flash_reason(query, value, s_aux) is None:
@@ -188,8 +192,13 @@ class SegmentAttention:
         self._configs = list(by_id.values())
         if not self._configs:
             raise UnsupportedAttention("its config names no attention")
+        if way == MASK:
+            self._check_dense()
+
+    def _check_dense(self) -> None:
+        """Raise `UnsupportedAttention` if the model's own attention would not get a dense mask."""
         own = {config._attn_implementation_internal for config in self._configs}
-        if way == MASK and not own <= {*_DENSE, None}:
+        if not own <= {*_DENSE, None}:
             raise UnsupportedAttention(f"a dense mask does not serve {', '.join(map(str, own))}")
 
     def rows_of(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager:
@@ -199,6 +208,8 @@ class SegmentAttention:
     @contextlib.contextmanager
     def on(self, plan: RowPlan) -> Iterator[None]:
         """The model computes rows of this plan, forward and backward; calls may be nested."""
+        if self.way == MASK:
+            self._check_dense()  # the user may have changed it since
         before = [config._attn_implementation_internal for config in self._configs]
         masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
         originals = {name: masks[name] for name in _DENSE}

@@ -220,12 +220,16 @@ class SegmentCollator(_Collator):
 
     def tokens(self, example: dict[str, Any]) -> int:
         """The number of tokens that a pair has in the rows."""
+        shared, both = self.common(example)
+        return both - shared if self.sharing else both
+
+    def common(self, example: dict[str, Any]) -> tuple[int, int]:
+        """The tokens of a pair's common prefix, and of both its sequences."""
         chosen, rejected = (
             np.asarray(self._cut([example], key)[0][0], np.int64)
             for key in ("chosen_ids", "rejected_ids")
         )
-        shared = common_prefix(chosen, rejected) if self.sharing else 0
-        return len(chosen) + len(rejected) - shared
+        return common_prefix(chosen, rejected), len(chosen) + len(rejected)
 
     def _row_tensors(self, rows: _Rows, plan: RowPlan) -> dict[str, Tensor]:
         input_ids = np.full(plan.shape, self.pad_token_id, dtype=np.int64)
@@ -268,14 +272,12 @@ class SegmentCollator(_Collator):
         }
 
 
-def shared_fraction(rows: Iterable[dict[str, Any]]) -> float:
+def shared_fraction(rows: Iterable[dict[str, Any]], collator: SegmentCollator) -> float:
     """The fraction of all tokens, without padding, that prefix sharing leaves out.
 
-    rows: tokenised pairs.
+    Args:
+        rows: tokenised pairs.
+        collator: truncates them.
     """
-    tokens = saved = 0
-    for row in rows:
-        prompt = len(row["prompt_ids"])
-        tokens += 2 * prompt + len(row["chosen_ids"]) + len(row["rejected_ids"])
-        saved += prompt
-    return saved / max(tokens, 1)
+    counts = [collator.common(row) for row in rows]
+    return sum(shared for shared, _ in counts) / max(sum(both for _, both in counts), 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpref.heads.reading import read_head, unwrap
 from fastpref.reference.model import REF_ADAPTER, as_reference, is_peft
@@ -27,8 +27,8 @@ ADAPTER_OPTIONS = (
     "rank_pattern",
     "alpha_pattern",
 )
-# Those of them that change no log-probability of a given set of weights.
-_WITHOUT_EFFECT = ("lora_dropout", "target_modules", "layers_to_transform")
+# Those of an adapter's options that change no log-probability of a given set of weights.
+_WITHOUT_EFFECT = ("target_modules", "layers_to_transform", "inference_mode", "auto_mapping")
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # names that PEFT puts in between
 
 
@@ -78,12 +78,14 @@ def describe_reference(
             head = read_head(model, adapters=True)
     else:
         head = read_head(model, adapters=True)
-        names = sorted(model.active_adapters) if is_peft(model) else []
+        names = sorted(model.active_adapters) if is_peft(model) and _is_enabled(model) else []
     base = _base_weights(model)
     return {
         "model": type(unwrap(model)).__name__,
         "weights": _digest(base),
-        "weights' dtype": ", ".join(sorted({_name(p.dtype) for _, p in base})),
+        "weights' dtype": ", ".join(
+            sorted({_name(p.dtype) for _, p in base if isinstance(p, nn.Parameter)})
+        ),
         "adapter": [found for name in names if (found := _adapter(model, name))] or None,
         "compute dtype": compute_dtype,
         "head": {
@@ -117,10 +119,17 @@ def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> lis
 
 
 def _base_weights(model: Any) -> list[tuple[str, Tensor]]:
-    """The weights below all adapters, under the names that they have without PEFT, sorted."""
+    """What a checkpoint holds below all adapters, under the names that it has without PEFT, sorted.
+
+    Quantised layers keep their weights or the scales of them in buffers.
+    """
     adapters = {*(getattr(model, "peft_config", None) or {})}
-    found = {}
-    for name, p in unwrap(model).named_parameters():
+    found: dict[str, Tensor] = {}
+    named = dict(unwrap(model).named_parameters())
+    known = {id(p) for p in named.values()}
+    state = unwrap(model).state_dict(keep_vars=True).items()
+    named |= {n: t for n, t in state if isinstance(t, Tensor) and id(t) not in known}
+    for name, p in named.items():
         parts = name.split(".")
         # Of PEFT's modules_to_save the original module is part of the base.
         copied = "modules_to_save" in parts and "original_module" not in parts
@@ -138,11 +147,28 @@ def _adapter(model: Any, name: str) -> dict[str, Any] | None:
     is_lora = all(".lora_A." in n or ".lora_B." in n for n in weights)
     if is_lora and not any(bool(p.count_nonzero()) for n, p in weights.items() if ".lora_B." in n):
         return None
-    options = adapter_options(model)[name]
-    return {
-        "weights": _digest(sorted(weights.items())),
-        **{key: value for key, value in options.items() if key not in _WITHOUT_EFFECT},
-    }
+    return {"weights": _digest(sorted(weights.items())), **_effective(model.peft_config[name])}
+
+
+def _effective(config: Any) -> dict[str, Any]:
+    """The options of an adapter that its log-probs depend on, without those that are off.
+
+    Methods name their options differently. What scales or places the weights are numbers, lists of
+    numbers and patterns.
+    """
+    found = {}
+    for key, value in vars(config).items():
+        counts = isinstance(value, (int, float, dict)) or "indices" in key or key in ADAPTER_OPTIONS
+        is_training = "drop" in key or key.startswith("init") or key in _WITHOUT_EFFECT
+        if value and counts and not is_training:
+            found[key] = as_json(value)
+    return found
+
+
+def _is_enabled(model: Any) -> bool:
+    """Whether a PeftModel computes with its adapters; the user may have disabled them."""
+    disabled = [m._disable_adapters for m in model.modules() if hasattr(m, "_disable_adapters")]
+    return not disabled or not all(disabled)
 
 
 def _digest(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -113,3 +113,10 @@ def labelled(batch: Batch, token_logps: Tensor) -> np.ndarray:
     """The log-probs [S, T] of a batch at its labels, one sequence after the other, float32 [N]."""
     chosen = batch_labels(batch) != -100
     return token_logps.masked_select(chosen.to(token_logps.device)).to(torch.float32).cpu().numpy()
+
+
+def among(keys: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which keys are in a sorted array."""
+    if not len(ordered):
+        return np.zeros(keys.shape, bool)
+    return ordered[np.searchsorted(ordered, keys).clip(max=len(ordered) - 1)] == keys

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from fastpref.reference.identity import identity_differences
-from fastpref.reference.keys import KEY, KEY_BYTES
+from fastpref.reference.keys import KEY, KEY_BYTES, among
 from fastpref.storage import disk_errors, sync_directory, write_json
 
 STORE_FILE = "store.json"
@@ -198,7 +198,7 @@ class ReferenceStore:
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """Which of the keys, of any shape, the store does not have: bool, of that shape."""
-        return ~_among(keys, self._sorted)
+        return ~among(keys, self._sorted)
 
     def entries(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """The stored sequences of some keys, a few thousand at a time, in the parts' order.
@@ -220,7 +220,7 @@ class ReferenceStore:
         for name, held in self._keys.items():
             if not wanted.any():
                 return
-            if not _among(held, unique).any():
+            if not among(held, unique).any():
                 continue
             with pq.ParquetFile(self.parts / name, memory_map=True) as file:
                 for batch in file.iter_batches(READ_ROWS):
@@ -371,13 +371,6 @@ def _read_store_file(file: Path) -> dict[str, Any]:
     if not intact:
         raise ValueError(f"{file} is damaged: its checksum is another")
     return value
-
-
-def _among(keys: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """Which keys are in a sorted array."""
-    if not len(ordered):
-        return np.zeros(keys.shape, bool)
-    return ordered[np.searchsorted(ordered, keys).clip(max=len(ordered) - 1)] == keys
 
 
 def _key_array(column: Any) -> np.ndarray:

@@ -160,7 +160,6 @@ class BaseTrainer(
             **self.window_options(),
         )
         self.add_callback(TokenCount(self._window))
-        self._evaluates = False
         self._micro_step = (0, 0)
         self._column_reports: list[GradientReport] = []
         tolerances = self.args.gradient_tolerance, self.args.head_gradient_tolerance
@@ -192,6 +191,9 @@ class BaseTrainer(
         if isinstance(source, Mapping):
             return {name: self._prepare_data(part, name) for name, part in source.items()}
         return None if source is None else self._prepare_data(source, "eval")
+
+    def evaluation_data(self, source: Any, name: str) -> Any:
+        return self.with_reference(self._prepare_data(source, name), name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -229,42 +231,7 @@ class BaseTrainer(
         self._micro_step = (step, micro)
         return f"step {step}, micro-batch {micro} of {self.args.gradient_accumulation_steps}"
 
-    # ---- evaluation, logging, checkpoints ----
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Evaluate on the trainer's evaluation data, or on other data that the trainer accepts.
-
-        Args:
-            eval_dataset: data, a dict of data, or the name of one of the trainer's evaluation data
-                sets. The metrics of a dict's data have the prefix `eval_{name}_`.
-            ignore_keys: without effect.
-            metric_key_prefix: goes before the names of the metrics.
-        """
-        stored: Any = self.eval_dataset
-        source = stored if eval_dataset is None else eval_dataset
-        if isinstance(source, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in source.items():
-                part = name if eval_dataset is None else part
-                prefix = f"{metric_key_prefix}_{name}"
-                metrics.update(self.evaluate(part, ignore_keys, prefix))
-            return metrics
-        is_name = isinstance(source, str) and isinstance(stored, Mapping) and source in stored
-        if eval_dataset is not None and not is_name:
-            eval_dataset = self.evaluation_data(eval_dataset, metric_key_prefix)
-        self._evaluates = True
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._evaluates = False
-
-    def evaluation_data(self, source: Any, name: str) -> Any:
-        return self.with_reference(self._prepare_data(source, name), name)
+    # ---- logging, checkpoints ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log line, which leave the device here."""

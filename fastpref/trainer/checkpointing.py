@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -33,6 +32,7 @@ from fastpref.trainer.identity import (
     why_never,
 )
 from fastpref.trainer.manifest import (
+    check_state,
     newest_complete,
     next_number,
     problem_with,
@@ -183,7 +183,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
                         f"cannot continue from {path}: it has no {name}; a checkpoint that was "
                         "saved with save_only_model=True is a model, not a run"
                     )
-        _check_state(path / "trainer_state.json")
+        check_state(path / "trainer_state.json")
         assert self._run is not None
         saved = read_manifest(path)["run"]
         if never := why_never(saved, self._run):
@@ -386,15 +386,3 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
     def reference_columns(self) -> tuple[str, ...]:
         """The columns that reference log-probs are in."""
         raise NotImplementedError
-
-
-def _check_state(file: Path) -> None:
-    """Raise ValueError, with the file's name, for a trainer state that is not a JSON object."""
-    if not file.is_file():
-        return
-    try:
-        state = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot continue from {file.parent}: {file.name}: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"cannot continue from {file.parent}: {file.name} is not a JSON object")

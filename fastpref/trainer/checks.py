@@ -105,3 +105,22 @@ def check_sampling(args: Any, dataset: Any, in_order: bool) -> None:
         )
     if not hasattr(dataset, "__len__"):
         raise ValueError(f"{name} with a stream, whose lengths are unknown; expected 'random'")
+
+
+def multiple(option: Any) -> int | None:
+    """pad_to_multiple_of as an integer or None; on a command line it is text."""
+    if option is None or (isinstance(option, str) and option.lower() in ("auto", "none")):
+        return None
+    value = int(option) if isinstance(option, str) and option.isdecimal() else option
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"pad_to_multiple_of is {option!r}; expected at least 1, 'auto' or None")
+    return value
+
+
+def auto_or_bool(name: str, option: Any) -> Any:
+    """An option that is "auto" or a bool; on a command line a bool is text."""
+    text = {"auto": "auto", "true": True, "false": False}
+    value = text.get(str(option).lower())
+    if value is None:
+        raise ValueError(f"{name} is {option!r}; expected 'auto', True or False")
+    return value

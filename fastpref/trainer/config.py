@@ -17,7 +17,7 @@ from fastpref.logps.plan import PRECISIONS, check_plan_options, check_tolerance
 from fastpref.losses.options import LOSS_OPTIONS, LossOptions
 from fastpref.losses.pairs import F_DIVERGENCES, Pairs
 from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
-from fastpref.trainer.checks import check_arguments
+from fastpref.trainer.checks import auto_or_bool, check_arguments, multiple
 
 C = TypeVar("C", bound="BaseConfig")
 LOSS_ALIASES = {"dpo": "sigmoid"}
@@ -140,7 +140,7 @@ class BaseConfig(TrainingArguments):
             old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
             values = [v for v in (getattr(self, new, None), getattr(self, old)) if v is not None]
             setattr(self, new if renamed else old, values[0] if values else default)
-        self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
+        self.pad_to_multiple_of = multiple(self.pad_to_multiple_of)
         if self.use_liger_kernel:
             self.liger_kernel_config = _without_liger_head(self.liger_kernel_config)
         super().__post_init__()
@@ -203,25 +203,6 @@ class BaseConfig(TrainingArguments):
             "head_gradient_tolerance": self.head_gradient_tolerance,
             "gradient_seed": self.seed + 2**32 * self.process_index,
         }
-
-
-def _multiple(option: Any) -> int | None:
-    """pad_to_multiple_of as an integer or None; on a command line it is text."""
-    if option is None or (isinstance(option, str) and option.lower() in ("auto", "none")):
-        return None
-    value = int(option) if isinstance(option, str) and option.isdecimal() else option
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"pad_to_multiple_of is {option!r}; expected at least 1, 'auto' or None")
-    return value
-
-
-def _auto_or_bool(name: str, option: Any) -> Any:
-    """An option that is "auto" or a bool; on a command line a bool is text."""
-    text = {"auto": "auto", "true": True, "false": False}
-    value = text.get(str(option).lower())
-    if value is None:
-        raise ValueError(f"{name} is {option!r}; expected 'auto', True or False")
-    return value
 
 
 def _without_liger_head(liger_kernel_config: Any) -> dict[str, Any]:
@@ -324,7 +305,7 @@ class PreferenceConfig(BaseConfig):
         losses = self.loss_type if isinstance(self.loss_type, (list, tuple)) else [self.loss_type]
         names = [LOSS_ALIASES.get(name, name) for name in losses]
         self.loss_type = names[0] if len(names) == 1 else names
-        self.prefix_sharing = _auto_or_bool("prefix_sharing", self.prefix_sharing)
+        self.prefix_sharing = auto_or_bool("prefix_sharing", self.prefix_sharing)
         most = self.tokens_per_batch
         if most is not None and (not self.packing or most < 1):
             raise ValueError(

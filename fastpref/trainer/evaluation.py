@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,39 @@ class EvaluatingTrainer(EndingTrainer, LoadingTrainer):
     _router_coef: float
     _table: RowTable  # of the evaluation that is running
     _window: MetricWindow
+    _evaluates = False  # whether an evaluation is running
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate on the trainer's evaluation data, or on other data that the trainer accepts.
+
+        Args:
+            eval_dataset: data, a dict of data, or the name of one of the trainer's evaluation data
+                sets. The metrics of a dict's data have the prefix `eval_{name}_`.
+            ignore_keys: without effect.
+            metric_key_prefix: goes before the names of the metrics.
+        """
+        stored: Any = self.eval_dataset
+        source = stored if eval_dataset is None else eval_dataset
+        if isinstance(source, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in source.items():
+                part = name if eval_dataset is None else part
+                prefix = f"{metric_key_prefix}_{name}"
+                metrics.update(self.evaluate(part, ignore_keys, prefix))
+            return metrics
+        is_name = isinstance(source, str) and isinstance(stored, Mapping) and source in stored
+        if eval_dataset is not None and not is_name:
+            eval_dataset = self.evaluation_data(eval_dataset, metric_key_prefix)
+        self._evaluates = True
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluates = False
 
     def prediction_step(
         self,
@@ -108,6 +141,10 @@ class EvaluatingTrainer(EndingTrainer, LoadingTrainer):
         return stats
 
     # ---- defined by a subclass ----
+
+    def evaluation_data(self, source: Any, name: str) -> Any:
+        """Data that the trainer accepts, prepared for an evaluation."""
+        raise NotImplementedError
 
     def step_inputs(
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False

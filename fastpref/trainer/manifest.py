@@ -192,3 +192,15 @@ def rotate(output: Path, limit: int | None, protected: Path | None = None) -> No
     for path in found[limit:]:
         if path != protected:
             remove_checkpoint(path)
+
+
+def check_state(file: Path) -> None:
+    """Raise ValueError, with the file's name, for a trainer state that is not a JSON object."""
+    if not file.is_file():
+        return
+    try:
+        state = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot continue from {file.parent}: {file.name}: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"cannot continue from {file.parent}: {file.name} is not a JSON object")

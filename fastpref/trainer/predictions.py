@@ -72,10 +72,6 @@ class PredictingTrainer(EvaluatingTrainer):
             labels = _spread(labels, numbers, rows, -100)
         return PredictionOutput(predictions, labels, output.metrics)
 
-    def evaluation_data(self, source: Any, name: str) -> Any:
-        """Data that the trainer accepts, prepared for an evaluation."""
-        raise NotImplementedError
-
 
 def _spread(values: Any, numbers: np.ndarray, rows: int, fill: float) -> np.ndarray:
     """An array of `rows` rows: values at the positions `numbers`, and fill elsewhere."""

@@ -97,6 +97,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
                 self.eval_dataset = {name: self._precompute(d, name) for name, d in named}
             elif self.eval_dataset is not None:
                 self.eval_dataset = self._precompute(self.eval_dataset, "eval")
+        self._is_set_up = True
 
     def _add_probe(self) -> None:
         """Have the first step checked, if the policy starts as its reference."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,12 @@ from torch import nn
 from torch.utils.data import RandomSampler
 from transformers import Trainer
 
-from fastpref.attention import SegmentAttention, UnsupportedAttention, check_attention
+from fastpref.attention import (
+    SegmentAttention,
+    UnsupportedAttention,
+    check_attention,
+    unsupported_reason,
+)
 from fastpref.data.collate import PreferenceCollator
 from fastpref.data.packing import PARTS, SHARES, BalancedSampler, PartsCollator
 from fastpref.data.segments import SegmentCollator, shared_fraction
@@ -28,6 +33,19 @@ logger = logging.getLogger("fastpref")
 
 _WORTH = 0.1  # the fraction of tokens from which on prefix sharing pays
 _SAMPLE = 2000  # rows of the data from which that fraction is estimated
+_CANDIDATES = 64  # rows of the data among which those that are compared are chosen
+# What sees a batch. A subclass that has its own may read padded rows.
+_READERS = (
+    "compute_loss",
+    "floating_point_ops",
+    "loss_head",
+    "make_collator",
+    "prediction_step",
+    "rows_head",
+    "step_inputs",
+    "training_step",
+    "_prepare_inputs",
+)
 
 
 class RowsTrainer(Trainer):
@@ -63,6 +81,13 @@ class RowsTrainer(Trainer):
         if args.prefix_sharing == "auto" and reason is None:
             fraction = self._shared_fraction()
             sharing = fraction >= _WORTH
+            if sharing and (readers := self._own_readers()):
+                sharing = False
+                self._say(
+                    f"prefix sharing is off: {type(self).__name__} has a {readers[0]} of its own, "
+                    "which may expect a row for each answer; prefix_sharing=True shares all the "
+                    "same"
+                )
             if not sharing and not args.packing:
                 return None, None
         if reason is None:
@@ -91,7 +116,7 @@ class RowsTrainer(Trainer):
 
     def _reason(self) -> str | None:
         """Why these options do not go with rows of segments; None: they do."""
-        args = self.args
+        args, model = self.args, cast(nn.Module, self.model)
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if type(self.data_collator) is not PreferenceCollator:
             self._quiet_reason = True
@@ -104,8 +129,10 @@ class RowsTrainer(Trainer):
             return "NEFTune's noise depends on the length of rows"
         if not args.disable_dropout:
             return "dropout would treat a shared token as one token"
-        if args.torch_compile:
+        if args.torch_compile or any(map(_is_compiled, model.modules())):
             return "torch_compile would compile the model for every batch's segments"
+        if noise := next(filter(None, map(_jitter_of, model.modules())), None):
+            return f"{noise} would treat a shared token as one token"
         if any(getattr(parallel, f"{name}_size", 1) > 1 for name in ("cp", "sp")):
             return "context and sequence parallelism replace the model's masks"
         if not self._has_length:
@@ -117,6 +144,9 @@ class RowsTrainer(Trainer):
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             return f"with tokens_per_batch, {kind.value} would need equally many passes everywhere"
+        optimizer = str(self.args.optim).lower()
+        if "lomo" in optimizer or "layerwise" in optimizer:
+            return "with tokens_per_batch, weights cannot move in each backward pass"
         losses = self._loss_options.losses
         if self._loss_options.needs_nll or any(
             loss.options is None or not loss.per_pair or loss.batch_mean for loss in losses
@@ -133,7 +163,13 @@ class RowsTrainer(Trainer):
         dataset: Any = self.train_dataset
         count = min(len(dataset), _SAMPLE)
         indices = np.linspace(0, len(dataset) - 1, count).astype(int)
-        return shared_fraction(dataset.select(indices))
+        return shared_fraction(dataset.select(indices), self._segment_collator(True))
+
+    def _own_readers(self) -> list[str]:
+        """The methods that see a batch and are of a subclass, from outside of fastpref."""
+        ours = ("fastpref", "transformers")
+        found = {name: getattr(type(self), name).__module__ for name in _READERS}
+        return [name for name, module in found.items() if module.split(".")[0] not in ours]
 
     def _segment_collator(self, sharing: bool) -> SegmentCollator:
         plain = self._padded_collator
@@ -150,8 +186,7 @@ class RowsTrainer(Trainer):
     def _checked_attentions(
         self, sharing: bool
     ) -> tuple[SegmentAttention, SegmentAttention | None]:
-        dataset: Any = self.train_dataset
-        examples = [dataset[i] for i in range(min(len(dataset), 2 if self.args.packing else 1))]
+        examples = self._examples(2 if self.args.packing else 1)
         segments = replace(self._segment_collator(sharing), nll_on_prompt=False)
         collators = self.data_collator, segments
         autocast = self.accelerator.autocast
@@ -159,9 +194,24 @@ class RowsTrainer(Trainer):
         if self.ref_model is None:
             return policy, None
         models = unwrap(self.ref_model), unwrap(self.model)
-        if models[0].config.to_dict() == models[1].config.to_dict():
+        is_alike = type(models[0]) is type(models[1]) and unsupported_reason(self.ref_model) is None
+        # Checkpointing has switched the policy's cache off.
+        configs = [{**model.config.to_dict(), "use_cache": None} for model in models]
+        if is_alike and configs[0] == configs[1]:
             return policy, SegmentAttention(self.ref_model, policy.way, checked=True)
         return policy, check_attention(self.ref_model, examples, *collators, autocast)
+
+    def _examples(self, count: int) -> list[dict[str, Any]]:
+        """The first pairs with much to compare: a prompt, and answers that differ."""
+        dataset: Any = self.train_dataset
+        collator = self._segment_collator(True)
+        rows = [dataset[i] for i in range(min(len(dataset), _CANDIDATES))]
+
+        def compared(row: dict[str, Any]) -> int:
+            shared, both = collator.common(row)
+            return min(shared, 128) + min(both - 2 * shared, 128)
+
+        return sorted(rows, key=compared, reverse=True)[:count]
 
     # ---- batches ----
 
@@ -189,11 +239,20 @@ class RowsTrainer(Trainer):
         tokens = self._segment_collator(self._sharing).tokens
         dataset: Any = self.train_dataset
         sizes = [tokens(row) for row in dataset]
-        return BalancedSampler(sampler, sizes, self.args.train_batch_size, processes)
+        size = self._train_batch_size  # auto_find_batch_size may have lowered it
+        size = size // processes if self.accelerator.split_batches else size
+        return BalancedSampler(sampler, sizes, size, processes)
 
     def floating_point_ops(self, inputs: Any) -> int:
         own = super().floating_point_ops
         return sum(own(part) for part in inputs.get(PARTS, [inputs]))
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if PARTS in inputs:  # counted once, since every count is exchanged between the processes
+            names = ("input_ids", "attention_mask")
+            parts = inputs[PARTS]
+            inputs = {name: torch.cat([p[name].flatten() for p in parts]) for name in names}
+        super()._track_num_input_tokens(inputs)
 
     # ---- steps ----
 
@@ -227,3 +286,15 @@ class RowsTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with self._rows_of(inputs):
             return super().prediction_step(model, inputs, *args, **kwargs)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _jitter_of(module: nn.Module) -> str | None:
+    """The noise that a router adds to tokens in training, or None."""
+    for key, value in vars(module).items():
+        if "jitter" in key and isinstance(value, float) and value > 0:
+            return f"{key}={value:g}"
+    return None

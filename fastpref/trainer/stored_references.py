@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpref.reference.identity import describe_reference
+from fastpref.reference.identity import describe_reference, identity_differences
 from fastpref.reference.keys import DataKeys, data_keys, labelled, sequence_keys
 from fastpref.reference.model import Reference
 from fastpref.reference.precompute import check_has_length, extend_store
@@ -23,7 +24,7 @@ WAIT_SECONDS = 1.0  # between two tries to get the lock
 VISIBLE_SECONDS = 30.0  # after which a file that another process wrote is said to be missing
 SPOT_ROWS = 3
 # The mean difference, in nats a token, that rounding explains: other batches, other devices.
-SPOT_TOLERANCE = {"none": 0.01, "bfloat16": 0.1, "float16": 0.1}
+SPOT_TOLERANCE, SPOT_TOLERANCE_16_BIT = 0.01, 0.1
 
 
 class StoringTrainer(EndingTrainer):
@@ -38,6 +39,7 @@ class StoringTrainer(EndingTrainer):
     _padded_collator: Any = None  # the collator of separate rows, where batches have others
     reference_store: ReferenceStore | None = None
     _spot_checked = False
+    _is_set_up = False  # whether the trainer is made, so that the user may have changed the model
 
     def open_store(self, model: Any, adapter: bool) -> None:
         """Set up `args.reference_store` before the reference is wrapped for several processes.
@@ -50,12 +52,16 @@ class StoringTrainer(EndingTrainer):
         """
         args = self.args
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
-        identity = self.on_first(
-            lambda: describe_reference(
+
+        def describe() -> dict[str, Any]:
+            return describe_reference(
                 model, adapter=adapter, compute_dtype=dtype, precision=args.precision
             )
+
+        self._describe = describe
+        self.reference_store = ReferenceStore(
+            str(args.reference_store), self.on_first(self._describe)
         )
-        self.reference_store = ReferenceStore(str(args.reference_store), identity)
         self.on_first(self.reference_store.check)
         self._damaged: dict[str, str] = {}
 
@@ -84,9 +90,12 @@ class StoringTrainer(EndingTrainer):
         if len(rows) and reference is None:
             return dataset
         if reference is not None and len(rows) < len(found.keys) and not self._spot_checked:
-            self._spot_check(dataset, np.setdiff1d(np.arange(len(found.keys)), rows), reference)
+            there = np.setdiff1d(np.arange(len(found.keys)), rows)
+            self._spot_check(dataset, there, found.lengths[there], reference)
         if len(rows):
             assert reference is not None
+            if self._is_set_up:
+                self.on_first(self._check_unchanged)
             with self._writing():
                 rows = self._lacking(found)  # another run may have written them
                 self._say_what_is_there(len(found.keys), len(rows), name)
@@ -209,12 +218,35 @@ class StoringTrainer(EndingTrainer):
 
     # ---- whether it fits ----
 
-    def _spot_check(self, dataset: Any, rows: np.ndarray, reference: Reference) -> None:
-        """Compute a few stored rows again. ValueError if they differ by more than rounding."""
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if the reference is no longer the one that the store is of."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # the weights are in shards now
+            return
+        assert self.reference_store is not None
+        present = json.loads(json.dumps(self._describe()))
+        changes = identity_differences(self.reference_store.identity, present)
+        if changes:
+            raise ValueError(
+                f"reference store {self.reference_store.path} lacks rows of this data, and the "
+                f"reference has changed since the trainer was made: {'; '.join(changes)}; expected "
+                "a trainer that is made with this data"
+            )
+
+    def _spot_check(
+        self, dataset: Any, rows: np.ndarray, lengths: np.ndarray, reference: Reference
+    ) -> None:
+        """Compute a few stored rows again. ValueError if they differ by more than rounding.
+
+        The longest row is one of them, since sliding windows and scaled positions change long rows
+        alone.
+        """
         store = self.reference_store
         assert store is not None
         draw = np.random.default_rng(self.args.seed)
-        chosen = np.sort(draw.choice(rows, min(SPOT_ROWS, len(rows)), replace=False))
+        longest = int(np.argmax(lengths))
+        rest = np.delete(rows, longest)
+        drawn = draw.choice(rest, min(SPOT_ROWS - 1, len(rest)), replace=False)
+        chosen = np.sort(np.append(drawn, rows[longest]))
         batch: Any = self._prepare_inputs(self.padded_collator([dataset[int(i)] for i in chosen]))
         total, tokens = 0.0, 0
         for part in self.reference_parts(batch):
@@ -224,7 +256,9 @@ class StoringTrainer(EndingTrainer):
             tokens += len(present)
         mean = torch.tensor([total / max(tokens, 1)], device=self.accelerator.device)
         difference = float(self.accelerator.gather(mean).max())
-        allowed = SPOT_TOLERANCE[str(store.identity["compute dtype"])]
+        computed, weights = (str(store.identity[f"{n} dtype"]) for n in ("compute", "weights'"))
+        is_full = computed == "none" and {*weights.split(", ")} <= {"float32", "float64"}
+        allowed = SPOT_TOLERANCE if is_full else SPOT_TOLERANCE_16_BIT
         if not difference <= allowed:
             numbers = ", ".join(str(dataset[int(i)].get("row", i)) for i in chosen)
             raise ValueError(

@@ -14,7 +14,11 @@ import tiny  # noqa: E402
 from test_families import logits_and_gradients, make, pairs  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # noqa: E402
 
-from fastpref.attention import UnsupportedAttention, check_attention  # noqa: E402
+from fastpref.attention import (  # noqa: E402
+    UnsupportedAttention,
+    check_attention,
+    unsupported_reason,
+)
 from fastpref.attention.switch import FUNCTION, MASK, NAME, SegmentAttention  # noqa: E402
 from fastpref.data import PreferenceCollator  # noqa: E402
 from fastpref.data.batches import model_inputs  # noqa: E402
@@ -123,3 +127,48 @@ def test_attention_dropout_is_refused():
         SegmentAttention(model).rows_of(batch),
     ):
         model(**model_inputs(batch), use_cache=False)
+
+
+def test_another_attention_than_the_checked_one_is_refused():
+    """A dense mask reaches no other attention, and a window that masks do not have no query."""
+    model = make("falcon", torch.float32)
+    attention = SegmentAttention(model, MASK)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with (
+        pytest.raises(UnsupportedAttention, match="a dense mask does not serve flash_attention_2"),
+        attention.on(BATCH(pairs())["segments"]),
+    ):
+        pass
+    model = make("qwen2", torch.float32, use_sliding_window=True, max_window_layers=1)
+    model.model.layers[1].self_attn.sliding_window = 3
+    batch = BATCH(pairs())
+    with (
+        pytest.raises(UnsupportedAttention, match="a sliding window of 3 and masks of"),
+        SegmentAttention(model).rows_of(batch),
+    ):
+        model(**model_inputs(batch), use_cache=False)
+
+
+def test_adapters_that_read_rows_are_refused():
+    """A new adapter changes nothing yet, so that a comparison would not show what it reads."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    def reason(config):
+        return unsupported_reason(get_peft_model(make("llama", torch.float32), config))
+
+    assert reason(tiny.lora()) is None
+    called = tiny.lora(alora_invocation_tokens=[3], task_type="CAUSAL_LM")
+    assert "once in a row" in reason(called)
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    assert "virtual tokens" in reason(prompt)
+    other = get_peft_model(make("llama", torch.float32), tiny.lora())
+    other.peft_config["default"].peft_type = "LILY"  # its router's means are over all tokens
+    assert "LILY is not known to treat every token by itself" in unsupported_reason(other)
+
+
+def test_a_comparison_that_fails_is_a_reason():
+    model = make("llama", torch.float32)
+    install_head_forward(model)
+    model.get_input_embeddings().forward = None  # whatever raises
+    with pytest.raises(UnsupportedAttention, match="cannot be compared with rows of segments: Ty"):
+        check_attention(model, pairs(), PreferenceCollator(0), BATCH)

@@ -83,6 +83,9 @@ def test_a_plan_travels_without_its_cache():
 
 
 def test_the_fraction_that_sharing_leaves_out():
-    rows = [{"prompt_ids": [1] * 8, "chosen_ids": [1] * 2, "rejected_ids": [1] * 2}]
-    assert shared_fraction(rows) == 8 / 20
-    assert shared_fraction([]) == 0
+    rows = [{"prompt_ids": [1] * 8, "chosen_ids": [1, 2], "rejected_ids": [3, 2]}]
+    assert shared_fraction(rows, SegmentCollator(0)) == 8 / 20
+    assert shared_fraction([], SegmentCollator(0)) == 0
+    # Truncation at the start leaves two sequences that begin with different tokens.
+    rows[0] |= {"prompt_ids": list(range(10, 18)), "rejected_ids": [3, 2, 4, 5]}
+    assert shared_fraction(rows, SegmentCollator(0, 8, "keep_end")) == 0

@@ -21,6 +21,7 @@ from tiny import history, lora, same, trainer  # noqa: E402
 from fastpref import UnpairedPreferenceConfig, UnpairedPreferenceTrainer  # noqa: E402
 from fastpref.reference import Reference, ReferenceStore  # noqa: E402
 from fastpref.reference import store as stores  # noqa: E402
+from fastpref.reference.identity import describe_reference, identity_differences  # noqa: E402
 from fastpref.reference.keys import KEY, sequence_keys  # noqa: E402
 from fastpref.trainer import stored_references  # noqa: E402
 from fastpref.trainer.ending import Terminated  # noqa: E402
@@ -205,6 +206,68 @@ def test_another_adapter(tmp_path, calls):
     for policy in (trained(4), tiny.model()):
         with pytest.raises(ValueError, match="adapter"):
             stored(tmp_path, policy)
+
+
+def test_what_else_a_reference_depends_on():
+    """Buffers, as of quantised layers; an adapter's own options; whether it is on."""
+    from peft import LoHaConfig, get_peft_model
+
+    def described(model):
+        return describe_reference(model, adapter=False, compute_dtype="none", precision="exact")
+
+    plain, quantised = tiny.model(), tiny.model()
+    scales = []
+    for model, scale in ((plain, 1.0), (quantised, 2.0)):
+        model.model.layers[0].register_buffer("scales", torch.tensor([scale]))
+        model.model.layers[0].register_buffer("cached", torch.rand(3), persistent=False)
+        scales.append(described(model))
+    assert identity_differences(*scales) == ["the model's weights are others"]
+    assert described(plain) == scales[0] == described(get_peft_model(plain, lora()))
+
+    def adapted(config):
+        torch.manual_seed(0)
+        return get_peft_model(tiny.model(), config)
+
+    def loha(**options):
+        return adapted(LoHaConfig(r=2, init_weights=False, target_modules=["q_proj"], **options))
+
+    first, other = described(loha(alpha=4)), described(loha(alpha=8))
+    assert identity_differences(first, other) == ["the adapter's weights or options are others"]
+    assert described(loha(alpha=4, module_dropout=0.1)) == first
+    off = adapted(lora(init_lora_weights=False))
+    off.base_model.disable_adapter_layers()
+    assert described(off) == described(tiny.model())
+
+
+def test_the_longest_row_is_checked(tmp_path):
+    """A narrower window changes the log-probs of long rows alone."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    def policy(window):
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=len(tiny.tokenizer()), hidden_size=32, intermediate_size=48,
+            num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+            sliding_window=window, initializer_range=1.0,
+        )  # fmt: skip
+        return MistralForCausalLM(config)
+
+    rows = tiny.rows(longest=4)
+    rows[17]["chosen"] = " ".join(tiny.WORDS[:40])
+    stored(tmp_path, policy(64), train=rows)
+    with pytest.raises(ValueError, match="does not fit this run: rows .*17.* differ"):
+        stored(tmp_path, policy(20), train=rows)
+
+
+def test_a_model_that_has_changed_since_adds_nothing(tmp_path):
+    t = stored(tmp_path)
+    held = t.reference_store.sequences
+    t.evaluate(tiny.rows(2, seed=5))
+    assert t.reference_store.sequences == held + 4
+    with torch.no_grad():
+        t.model.lm_head.weight.mul_(2.0)
+    with pytest.raises(ValueError, match="has changed since the trainer was made: the model's we"):
+        t.evaluate(tiny.rows(2, seed=6))
 
 
 def test_what_it_does_not_go_with(tmp_path):

@@ -74,6 +74,13 @@ def test_references_in_a_store(found, tmp_path):
         assert 3 * 2 < each["stored"]["asked"] <= (3 + 2) * 2
 
 
+def test_packing(found, tmp_path):
+    """Processes with different numbers of parts take the steps of one process."""
+    one = two_processes.packed_runs(tmp_path, processes=1)
+    for name, figures in one.items():
+        assert [each["packed"][name] for each in found] == [pytest.approx(figures, rel=1e-5)] * 2
+
+
 def test_predictions(found, tmp_path):
     """Seven rows in batches of two on two processes: the last batch is filled up."""
     one = two_processes.predictions(tmp_path)

@@ -11,7 +11,7 @@ import torch
 from tiny import history, trainer
 
 from fastpref.data.segments import SegmentCollator
-from fastpref.trainer import PreferenceConfig
+from fastpref.trainer import PreferenceConfig, PreferenceTrainer
 
 ROWS = {
     "shared": {"prefix_sharing": True},
@@ -127,8 +127,14 @@ def test_a_batch_in_parts(tmp_path):
         assert sum(batch["shares"]) == pytest.approx(1)
         assert all(part["input_ids"].shape[1] <= 80 for part in batch["parts"])
         assert sum(len(part["rows"]) for part in batch["parts"]) == 8
+    t.args.include_num_input_tokens_seen = "non_padding"
     t.train()
     assert history(t)[0]["rewards/margins"] == 0
+    assert t.state.num_input_tokens_seen == sum(
+        int(part["attention_mask"].sum()) for batch in batches[:4] for part in batch["parts"]
+    )
+    with pytest.raises(ValueError, match="weights cannot move in each backward pass"):
+        trainer(tmp_path, packing=True, tokens_per_batch=40, optim="lomo")
 
 
 def test_options_on_a_command_line(tmp_path):
@@ -138,3 +144,68 @@ def test_options_on_a_command_line(tmp_path):
     given = ["--output_dir", str(tmp_path), "--prefix_sharing", "false", "--packing", "true"]
     (args,) = parser.parse_args_into_dataclasses(given)
     assert args.prefix_sharing is False and args.packing is True
+
+
+LONG = [{**row, "prompt": " ".join(tiny.WORDS[:40]) + " "} for row in tiny.rows()]
+
+
+def test_a_subclass_that_reads_batches_gets_a_row_for_each_answer(tmp_path, caplog):
+    class Mine(PreferenceTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            assert len(inputs["input_ids"]) == 2 * len(inputs["rows"])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def mine(**options):
+        return Mine(
+            tiny.model(),
+            args=tiny.config(tmp_path, max_steps=1, **options),
+            train_dataset=LONG,
+            processing_class=tiny.tokenizer(),
+        )
+
+    mine().train()
+    assert "prefix sharing is off: Mine has a compute_loss of its own" in caplog.text
+    assert isinstance(mine(prefix_sharing=True).data_collator, SegmentCollator)
+
+
+def test_models_that_change_tokens_by_rows_are_not_shared(tmp_path, caplog):
+    """Compiled ones would be compiled for every batch."""
+    compiled, noisy = tiny.model(), tiny.model()
+    layer = compiled.model.layers[0]
+    layer._compiled_call_impl = layer._call_impl  # as layer.compile() sets it
+    noisy.model.layers[0].router_jitter_noise = 0.1
+    for policy, reason in ((compiled, "torch_compile"), (noisy, "router_jitter_noise=0.1 would")):
+        caplog.clear()
+        t = trainer(tmp_path, policy, train=LONG)
+        assert not isinstance(t.data_collator, SegmentCollator)
+        assert f"prefix sharing is off: {reason}" in caplog.text
+
+
+def test_the_pair_that_is_compared_has_a_prompt_and_two_answers(tmp_path):
+    """A first pair with equal answers would show nothing."""
+    equal = {**LONG[0], "prompt": "w1 ", "rejected": LONG[0]["chosen"]}
+    t = trainer(tmp_path, train=[equal, *LONG])
+    (row,) = t._examples(1)
+    assert len(row["prompt_ids"]) > 20 and row["chosen_ids"] != row["rejected_ids"]
+
+
+def test_a_reference_of_another_class_is_compared(tmp_path, monkeypatch):
+    from fastpref.trainer import rows
+
+    class Other(type(tiny.model())):
+        pass
+
+    compared = []
+    original = rows.check_attention
+
+    def check(model, *args):
+        compared.append(type(model))
+        return original(model, *args)
+
+    monkeypatch.setattr(rows, "check_attention", check)
+    copied = tiny.model()
+    trainer(tmp_path, copied, prefix_sharing=True)  # its reference is a copy
+    other = tiny.model(seed=1)
+    other.__class__ = Other
+    trainer(tmp_path, copied, ref_model=other, prefix_sharing=True)
+    assert [c.__name__ for c in compared] == ["LlamaForCausalLM"] * 2 + ["Other"]

@@ -105,6 +105,25 @@ def rows_of_runs(path):
     return found
 
 
+def packed_runs(path, processes=2):
+    """Losses and tokens of runs with packing, whose batches the processes divide among them."""
+    found = {}
+    for name, size, options in (
+        ("whole", 8 // processes, {}),
+        ("parts", 8 // processes, {"tokens_per_batch": 60}),
+        ("split", 8, {"accelerator_config": {"split_batches": True}}),
+    ):
+        t = tiny.trainer(
+            path / name, train=tiny.rows(40, longest=20), max_steps=4, packing=True,
+            per_device_train_batch_size=size, include_num_input_tokens_seen="non_padding",
+            **options,
+        )  # fmt: skip
+        t.train()
+        found[name] = [line["loss"] for line in tiny.history(t)]
+        found[name].append(t.state.num_input_tokens_seen)
+    return found
+
+
 def predictions(path):
     """Of seven rows, by kind of data and whether it is a stream."""
     found = {}
@@ -123,6 +142,7 @@ def main(path):
     found = {"evaluations": evaluations(path), "references": references(path)}
     found["stored"] = stored_references(path)
     found["rows"] = rows_of_runs(path)
+    found["packed"] = packed_runs(path / "packed")
     found["predictions"] = predictions(path)
     found["agreed"] = agreeing.agreed(path / "agreed")
     leave(path, "found", found)
