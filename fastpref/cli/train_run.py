@@ -354,11 +354,14 @@ def notes_on(console: Any) -> Iterator[None]:
 
     handler = RichHandler(console=console, show_time=False, show_path=False)
     logger = logging.getLogger("fastpref")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def hide_library_bars() -> None:

@@ -104,15 +104,16 @@ class RowsTrainer(Trainer):
         if sharing and args.prefix_sharing == "auto":
             self._say(
                 f"prefix sharing: the prompt of a pair is computed once, which leaves out "
-                f"{fraction:.0%} of the data's tokens"
+                f"{fraction:.0%} of the data's tokens",
+                logging.INFO,
             )
         self.data_collator = self._segment_collator(sharing)
         self._attention, self._sharing = attentions[0], sharing
         return attentions
 
-    def _say(self, sentence: str) -> None:
+    def _say(self, sentence: str, level: int = logging.WARNING) -> None:
         if self.args.process_index == 0:
-            logger.warning(sentence)
+            logger.log(level, sentence)
 
     def _reason(self) -> str | None:
         """Why these options do not go with rows of segments; None: they do."""

@@ -68,6 +68,6 @@ def test_killed_runs_leave_whole_parts_and_lose_no_work(tmp_path):
     last = start(data, store, log)
     last.join(LIMIT_S)
     assert last.exitcode == 0, log.read_text()
-    assert "which are computed now" in log.read_text()
+    assert "which are computed now" in " ".join(log.read_text().split())  # whatever its lines
     assert set(contents(store)) == set(truth)  # and nothing of it was computed twice
     assert not list((store / "parts").glob(".*"))
