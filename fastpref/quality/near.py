@@ -77,6 +77,9 @@ class Sketches:
     def _has_alike(self, values: np.ndarray, candidates: Iterator[int]) -> bool:
         for i in candidates:
             other = self.sketches[i]
+            shared = np.intersect1d(values, other, assume_unique=True).size
+            if shared < ALIKE * max(values.size, other.size):
+                continue  # the union is at least as large, so that its share is below ALIKE
             union = np.union1d(values, other)[:SIZE]
             both = np.isin(union, values) & np.isin(union, other)
             if both.mean() >= ALIKE:
