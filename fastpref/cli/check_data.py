@@ -63,21 +63,23 @@ def command(
 
     Rows are numbered from 0.
     """
+    from fastpref.data import load_preference_data
     from fastpref.quality import check_data, write_fixed
     from fastpref.quality.fix import fixed_path
 
     path = fixed_path(data)
     if fix and not Path(data).is_file():
         raise ValueError(f"--fix: {data} is no file beside which the clean data could stand")
+    pairs = load_preference_data(data)
     quality = check_data(
-        data,
+        pairs,
         None if model is None else _tokenizer(model),
         eval_data=eval_data,
         max_length=max_length,
         sample_rows=sample or None,
         show_progress=not as_json,
     )
-    fixed = write_fixed(data, quality.findings, path) if fix else None
+    fixed = write_fixed(pairs, quality.findings, path) if fix else None
     if as_json:
         out = quality.as_dict()
         if fixed is not None:

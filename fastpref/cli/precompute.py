@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli.losses import LOSS_HELP
+from fastpref.cli.shared_options import BatchSize, Bf16, Data, LogitsPrecision, MaxLength
 from fastpref.cli.train_options import (
     CpuLinear,
     Precision,
@@ -22,13 +23,7 @@ def command(
     model: Annotated[
         str, typer.Option(help="Directory or hub name of the reference: a model or a LoRA adapter.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Preference pairs, or labelled answers: .jsonl, .json, .csv, .parquet or a hub "
-            "name."
-        ),
-    ],
+    data: Data,
     reference_store: Annotated[
         Path, typer.Option(help="Directory of the store; it is made, or extended.")
     ],
@@ -46,18 +41,10 @@ def command(
             "--lora", help="The training will be with --lora, which loads the model in bf16 there."
         ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs or answers per device.")] = 4,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 1024,
-    precision: Annotated[
-        Precision, typer.Option(help="Logits in fp32 (exact) or bf16 (fast).")
-    ] = Precision.exact,
-    bf16: Annotated[
-        bool | None,
-        typer.Option(
-            "--bf16/--fp32",
-            help="Mixed bf16 or plain fp32; by default what the machine is fast at.",
-        ),
-    ] = None,
+    batch_size: BatchSize = 4,
+    max_length: MaxLength = 1024,
+    precision: LogitsPrecision = Precision.exact,
+    bf16: Bf16 = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
     ] = False,

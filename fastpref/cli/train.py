@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
+from fastpref.cli.shared_options import BatchSize, Bf16, Data, LogitsPrecision, MaxLength
 from fastpref.cli.train_options import (
     CpuLinear,
     Precision,
@@ -25,13 +26,7 @@ def command(
             help="Directory or hub name of a causal model, or of a LoRA adapter to train on."
         ),
     ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Preference pairs, or labelled answers: .jsonl, .json, .csv, .parquet or a hub "
-            "name."
-        ),
-    ],
+    data: Data,
     loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
     loss_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)
@@ -63,19 +58,11 @@ def command(
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Stop after so many steps; -1: epochs.")] = -1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs or answers per device.")] = 4,
+    batch_size: BatchSize = 4,
     grad_accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimiser step.")] = 1,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 1024,
-    precision: Annotated[
-        Precision, typer.Option(help="Logits in fp32 (exact) or bf16 (fast).")
-    ] = Precision.exact,
-    bf16: Annotated[
-        bool | None,
-        typer.Option(
-            "--bf16/--fp32",
-            help="Mixed bf16 or plain fp32; by default what the machine is fast at.",
-        ),
-    ] = None,
+    max_length: MaxLength = 1024,
+    precision: LogitsPrecision = Precision.exact,
+    bf16: Bf16 = None,
     cpu_linear: Annotated[
         CpuLinear,
         typer.Option(

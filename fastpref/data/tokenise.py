@@ -356,7 +356,7 @@ def _encode_row(
     if any(same(first, other) for other in others):
         return [[] for _ in ("prompt", *tokens.answers)], flags | IDENTICAL
     prompt, *answers = tokens(row, where)
-    split = min(_common_prefix(prompt, answer) for answer in answers)
+    split = min(common_prefix(prompt, answer) for answer in answers)
     if split < len(prompt):
         flags |= NOT_PREFIX
     return [prompt[:split], *(answer[split:] for answer in answers)], flags
@@ -378,6 +378,7 @@ def _length_flags(ids: list[list], max_length: int | None, keep_start: bool) -> 
     return flags if labelled else flags | UNLABELLED
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences have in common at their start."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

@@ -11,8 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from fastpref.quality.findings import Finding, of_rows
 from fastpref.quality.near import Sketches
 
@@ -237,9 +235,3 @@ def near_leakage(train: Rows, held_out: Rows, known: Iterable[int]) -> list[Find
         "split the data by prompts, and look for edited copies",
         data="eval",
     )
-
-
-def correlation(differences: np.ndarray) -> float:
-    """R^2 of "first is preferred" on a difference, each pair counted both ways round."""
-    squares = float(np.square(differences).mean()) if differences.size else 0.0
-    return float(differences.mean()) ** 2 / squares if squares > 0 else 0.0

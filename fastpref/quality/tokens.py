@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fastpref.data.row_tokens import RowTokenizer, template_options
+from fastpref.data.tokenise import common_prefix
 from fastpref.quality.findings import Finding, of_rows, share
-from fastpref.quality.rows import correlation
 
 LONGER_WINS = 0.7  # share of pairs from which on length is said to give the answer away
 _LEAST = 100  # pairs below which nothing is said of length
@@ -43,7 +43,7 @@ class Tokens:
         """
         self._total += 1
         prompt, *whole = self.encode(row, where)
-        start = min(_shared(prompt, ids) for ids in whole)
+        start = min(common_prefix(prompt, ids) for ids in whole)
         if start < len(prompt):
             self._rows["not_prefix"].append(number)
         answers = [ids[start:] for ids in whole]
@@ -211,7 +211,7 @@ class Tokens:
         lengths = np.array(self.lengths, dtype=float)
         difference = lengths[:, 1] - lengths[:, 2]
         wins = float((difference > 0).mean() + 0.5 * (difference == 0).mean())
-        r2 = correlation(difference)
+        r2 = _correlation(difference)
         values = {"longer_wins": round(wins, 4), "r2": round(r2, 4)}
         if max(wins, 1 - wins) < LONGER_WINS:
             return []
@@ -255,16 +255,15 @@ class Tokens:
         return out
 
 
+def _correlation(differences: np.ndarray) -> float:
+    """R^2 of "first is preferred" on a difference, each pair counted both ways round."""
+    squares = float(np.square(differences).mean())
+    return float(differences.mean()) ** 2 / squares if squares > 0 else 0.0
+
+
 def _percentiles(values: np.ndarray, points: tuple[int, ...]) -> list[int]:
     return [int(v) for v in np.percentile(values, points)]
 
 
 def _id_of(tokenizer: Any) -> Any:
     return lambda token: None if token is None else tokenizer.convert_tokens_to_ids(token)
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    size = min(len(a), len(b))
-    if a[:size] == b[:size]:
-        return size
-    return next(i for i in range(size) if a[i] != b[i])

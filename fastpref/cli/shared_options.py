@@ -1,0 +1,25 @@
+"""Options that `fastpref train` and `fastpref precompute` have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastpref.cli.train_options import Precision
+
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Preference pairs, or labelled answers: .jsonl, .json, .csv, .parquet or a hub name."
+    ),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pairs or answers per device.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")]
+LogitsPrecision = Annotated[Precision, typer.Option(help="Logits in fp32 (exact) or bf16 (fast).")]
+Bf16 = Annotated[
+    bool | None,
+    typer.Option(
+        "--bf16/--fp32", help="Mixed bf16 or plain fp32; by default what the machine is fast at."
+    ),
+]
