@@ -7,14 +7,16 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 INTERVAL = 30.0  # seconds between two lines
 
-_chosen_stream: IO[str] | None = None  # set by `lines_to`
-_silent = False  # set by `silenced`
-_current: ProgressLines | None = None  # set by `counting`, used by `count`
+# Each thread has values of its own: two trainers may work at the same time.
+_chosen_stream: ContextVar[IO[str] | None] = ContextVar("chosen_stream", default=None)
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+_current: ContextVar[ProgressLines | None] = ContextVar("current", default=None)
 
 
 class ProgressLines:
@@ -107,32 +109,31 @@ def duration(seconds: float) -> str:
 
 def stream_for_lines(disabled: bool = False) -> IO[str] | None:
     """The stream for lines; None if a bar can be shown instead, or if progress is disabled."""
-    if _chosen_stream is not None:
-        return _chosen_stream
+    chosen = _chosen_stream.get()
+    if chosen is not None:
+        return chosen
     notebook = "ipykernel" in sys.modules  # notebooks show bars
-    return None if disabled or _silent or notebook or sys.stderr.isatty() else sys.stderr
+    return None if disabled or _silent.get() or notebook or sys.stderr.isatty() else sys.stderr
 
 
 @contextlib.contextmanager
 def lines_to(stream: IO[str] | None) -> Iterator[None]:
     """Print all progress as lines to this stream; None has no effect."""
-    global _chosen_stream
-    before, _chosen_stream = _chosen_stream, stream or _chosen_stream
+    token = _chosen_stream.set(stream or _chosen_stream.get())
     try:
         yield
     finally:
-        _chosen_stream = before
+        _chosen_stream.reset(token)
 
 
 @contextlib.contextmanager
 def silenced(yes: bool) -> Iterator[None]:
     """Print no lines if `yes`, except to the stream of `lines_to`."""
-    global _silent
-    before, _silent = _silent, _silent or yes
+    token = _silent.set(yes or _silent.get())
     try:
         yield
     finally:
-        _silent = before
+        _silent.reset(token)
 
 
 def watched(
@@ -168,24 +169,24 @@ def counting(
 
     Arguments as in `ProgressLines`.
     """
-    global _current
     stream = stream_for_lines(disabled)
-    before, lines = _current, None
+    lines = None
     if stream is not None:
         lines = ProgressLines(what, unit, total, stream, shared=shared)
-    _current = lines
+    token = _current.set(lines)
     try:
         yield lines
         if lines is not None:
             lines.close()
     finally:
-        _current = before
+        _current.reset(token)
 
 
 def count(number: int = 1) -> None:
     """Increase the count of `counting`, from this process or from a forked one."""
-    if _current is not None:
-        _current.add(number)
+    lines = _current.get()
+    if lines is not None:
+        lines.add(number)
 
 
 def size_text(count: float | None) -> str:

@@ -8,8 +8,10 @@ one at a time: never a whole weight.
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ from torch import Tensor
 # Vocabulary rows widened at a time: on a CPU 4 MiB at H = 1024, which stay in cache; on a GPU many,
 # to keep it busy.
 _SLICE = {"cpu": 1024, "cuda": 16384}
+
+# Of `_full_sums`, whose settings belong to the whole process: the blocks that are open, and the
+# values before the first of them.
+_lock = threading.Lock()
+_users: Counter[str] = Counter()
+_restored: dict[str, Any] = {}
 
 
 def _gemm_dtype(x: Tensor) -> torch.dtype:
@@ -70,14 +78,21 @@ def _full_sums(a: Tensor) -> Iterator[None]:
         return
     settings = torch.backends.cuda.matmul
     name = f"allow_{'bf16' if a.dtype == torch.bfloat16 else 'fp16'}_reduced_precision_reduction"
-    before = getattr(settings, name)
-    split_k = getattr(settings, f"{name}_split_k", None)  # newer torch: the setting's second half
-    more = () if split_k is None else (split_k,)
-    setattr(settings, name, (False, *more) if more else False)
+    with _lock:
+        if not _users[name]:
+            split_k = getattr(settings, f"{name}_split_k", None)  # newer torch: a second half
+            more = () if split_k is None else (split_k,)
+            before = getattr(settings, name)
+            _restored[name] = (before, *more) if more else before
+            setattr(settings, name, (False, *more) if more else False)
+        _users[name] += 1
     try:
         yield
     finally:
-        setattr(settings, name, (before, *more) if more else before)
+        with _lock:
+            _users[name] -= 1
+            if not _users[name]:
+                setattr(settings, name, _restored[name])
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:

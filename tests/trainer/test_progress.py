@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import threading
 
 import pytest
 import tiny
@@ -87,6 +88,32 @@ def test_lines_go_to_stderr_unless_it_is_a_terminal_or_nothing_is_wanted(monkeyp
     monkeypatch.setattr(sys, "stderr", log)
     monkeypatch.setitem(sys.modules, "ipykernel", object())
     assert progress.stream_for_lines() is None
+
+
+def test_threads_do_not_share_what_is_silenced(monkeypatch):
+    """Two trainers tokenise at once; the one that began first ends first."""
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with silenced(True):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(progress.stream_for_lines()))
+        thread.start()
+        thread.join()
+    assert found == [log]
+    inside, go_on = threading.Event(), threading.Event()
+
+    def second():
+        with silenced(True):
+            inside.set()
+            go_on.wait(60)
+
+    with silenced(True):
+        thread = threading.Thread(target=second)
+        thread.start()
+        inside.wait(60)
+    go_on.set()
+    thread.join()
+    assert progress.stream_for_lines() is log
 
 
 def test_watched_work_is_not_changed(monkeypatch):
