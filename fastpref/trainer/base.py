@@ -262,7 +262,8 @@ class BaseTrainer(
         """
         check_trains(self.model)
         warn_about_tolerances(unwrap(self.model), self.args)
-        return self.run_training(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self.kept_memory():
+            return self.run_training(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with same_weights_trained(self.model):  # PEFT makes all weights of an adapter trainable

@@ -122,6 +122,9 @@ class BaseConfig(TrainingArguments):
         "Whose product the Linear layers take on a CPU; auto: the faster one's.",
         choices=_CPU_LINEAR,
     )
+    keep_cpu_memory: bool = _option(
+        True, "On a CPU, keep freed memory for the next step instead of returning it to Linux."
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
