@@ -11,9 +11,7 @@ model; neither it nor the data is part of the repository.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
-import math
 import os
 import random
 import statistics
@@ -24,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import results, runner
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+from lib.training import Run, read_pairs, request, take_turns, write_lines
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,9 +63,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def split(path: str, train: int, held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
     """Pairs to train on and pairs to judge, which share no prompt."""
-    opened = gzip.open(path, "rt") if path.endswith(".gz") else open(path)
-    with opened as lines:
-        pairs = [json.loads(line) for line in lines if line.strip()]
+    pairs = read_pairs(path)
     prompts: dict[str, list[dict]] = {}
     for pair in pairs:
         prompts.setdefault(json.dumps(pair["prompt"]), []).append(pair)
@@ -84,52 +79,6 @@ def split(path: str, train: int, held_out: int, seed: int) -> tuple[list[dict], 
     return rest[:train], judged[:held_out]
 
 
-def write_lines(path: Path, pairs: list[dict]) -> str:
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    return os.fspath(path)
-
-
-class Run:
-    """A worker process. `turn` lets it work until it pauses or ends."""
-
-    def __init__(self, name: str, request: dict[str, Any]) -> None:
-        self.name, self.request = name, request
-        self.result: dict[str, Any] | None = None
-        self.child = runner.Child(__file__, request, OFFLINE, loud=False)
-
-    def turn(self) -> None:
-        while (message := self.child.hear()) is not None:
-            if "paused" in message:
-                return
-            if "result" in message:
-                self.result = message["result"]
-                self.child.stop()
-                return
-            if "failed" in message:
-                self.child.stop()
-                raise RuntimeError(f"{self.name}: {message['failed']}")
-            doing = message.get("stage")
-            if doing is None:
-                steps = self.request["steps"]
-                doing = f"step {message['step']}/{steps}, {message['seconds']:.2f} s"
-            print(f"  {self.name}: {doing}", file=sys.stderr)
-        raise RuntimeError(f"{self.name}: {self.child.ending()}")
-
-    def finish(self) -> dict[str, Any]:
-        while self.result is None:
-            self.turn()
-            if self.result is None:
-                self.child.tell()
-        return self.result
-
-
-def request(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
-    """What a worker is told: the options, and what is said of this run."""
-    asked = vars(args) | {"trainer": "fastpref", "loss": "sigmoid", "precompute": True}
-    asked |= {"segment": None, "held_out": None, "keep_data": None, **changes}
-    return asked | {"warmup_steps": math.ceil(asked["steps"] / 10)}
-
-
 def against_trl(args: argparse.Namespace, pairs: list[dict], folder: Path) -> dict[str, Any]:
     """Both trainers on the same pairs, taking turns; the reference's time is spread over steps."""
     data = write_lines(folder / "peer.jsonl", pairs[: args.peer_steps * args.batch])
@@ -139,31 +88,12 @@ def against_trl(args: argparse.Namespace, pairs: list[dict], folder: Path) -> di
         "fastpref": request(args, **common, precompute=ahead),
         "trl": request(args, **common, trainer="trl", precompute=False),
     }
-    runs = []
-    for name, what in wanted.items():  # one after the other up to the first step
-        runs.append(Run(name, what))
-        try:
-            runs[-1].turn()
-        except RuntimeError as error:
-            for run in runs[:-1]:
-                run.child.stop()
-            return {"missing": str(error)}
-    while any(run.result is None for run in runs):
-        for run in runs:
-            if run.result is None:
-                run.child.tell()
-                run.turn()
+    try:
+        found = take_turns(__file__, wanted)
+    except RuntimeError as error:
+        return {"missing": str(error)}
     out: dict[str, Any] = {"steps": args.peer_steps, "segment": args.segment}
-    out["reference"] = args.reference
-    for run in runs:
-        assert run.result is not None
-        result = run.result
-        warm = result["step_s"][1:] or result["step_s"]  # the first one allocates the optimiser
-        step = statistics.median(warm)
-        ahead_s = result["reference_s"] / args.peer_steps
-        result["median_step_s"] = round(step, 3)
-        result["step_s_with_reference"] = round(step + ahead_s, 3)
-        out[run.name] = result
+    out |= {"reference": args.reference} | found
     ours, theirs = out["fastpref"], out["trl"]
     losses = zip(ours["log"], theirs["log"], strict=True)
     out["largest_loss_gap"] = max(abs(a["loss"] - b["loss"]) for a, b in losses)
@@ -194,7 +124,7 @@ def train_alone(
             loss={"dpo": "sigmoid", "ipo": "ipo"}[loss],
             keep_data=keep and os.fspath(keep),
         )
-        result = out[loss] = Run(loss, what).finish()
+        result = out[loss] = Run(__file__, loss, what).finish()
         result["median_step_s"] = round(statistics.median(result["step_s"]), 3)
         if keep:
             files = {name: os.fspath(keep / name) for name in files}

@@ -113,6 +113,11 @@ def peak_resident_bytes() -> int:
     return _status("VmHWM")
 
 
+def resident_bytes() -> int:
+    """The memory that this process holds now."""
+    return _status("VmRSS")
+
+
 class PretendGpu(Device):
     """`Gpu` on a CPU."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .device import peak_resident_bytes
+from .device import peak_resident_bytes, resident_bytes
 
 Say = Callable[[dict[str, Any]], None]
 
@@ -78,8 +78,9 @@ def rows(path: str) -> Any:
     return Dataset.from_list([json.loads(line) for line in Path(path).read_text().splitlines()])
 
 
-def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tuple[Any, float]:
-    """The trainer, and the seconds that it spent on the reference's log-probs."""
+def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tuple[Any, float, int]:
+    """The trainer, the seconds that it spent on the reference's log-probs, and the bytes of the
+    libraries, the policy's weights and the optimiser's states."""
     spent = [0.0]
 
     def watched(function: Any) -> Any:
@@ -98,7 +99,8 @@ def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tupl
         from fastpref import PreferenceConfig, PreferenceTrainer
 
         fastpref.reference.precompute = watched(fastpref.reference.precompute)
-        config = PreferenceConfig(**given, precision=request["precision"])
+        given |= {"precision": request["precision"], **request["fastpref_options"]}
+        config = PreferenceConfig(**given)
         make: Any = PreferenceTrainer
     else:
         from trl import DPOConfig, DPOTrainer
@@ -106,6 +108,7 @@ def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tupl
         DPOTrainer._precompute_ref_logps = watched(DPOTrainer._precompute_ref_logps)
         config = DPOConfig(**given)
         make = DPOTrainer
+    libraries = resident_bytes()
     trainer = make(
         model=request["model"],
         args=config,
@@ -113,7 +116,12 @@ def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tupl
         eval_dataset=rows(request["held_out"]) if request["held_out"] else None,
         callbacks=[turns],
     )
-    return trainer, spent[0]
+    floor = libraries
+    for parameter in trainer.model.parameters():
+        floor += (
+            (3 if parameter.requires_grad else 1) * parameter.numel() * parameter.element_size()
+        )
+    return trainer, spent[0], floor
 
 
 def evaluate(trainer: Any) -> dict[str, float]:
@@ -131,7 +139,7 @@ def answer(request: dict[str, Any], say: Say) -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        trainer, reference = make_trainer(request, folder, turns)
+        trainer, reference, found["floor_bytes"] = make_trainer(request, folder, turns)
         found["setup_s"] = round(time.perf_counter() - start - reference, 2)
         found["reference_s"] = round(reference, 2)
         found["peak_bytes_after_setup"] = peak_resident_bytes()
