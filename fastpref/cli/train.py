@@ -107,7 +107,7 @@ def command(
         ),
     ] = PrefixSharing.auto,
     packing: Annotated[
-        bool, typer.Option("--packing", help="Put the pairs of a batch into one row, unpadded.")
+        bool, typer.Option("--packing", help="Put the answers of a batch into one row, unpadded.")
     ] = False,
     tokens_per_batch: Annotated[
         int | None,

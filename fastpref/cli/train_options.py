@@ -98,31 +98,25 @@ class TrainOptions:
         }
 
     def rows(self, unpaired: bool) -> dict[str, Any]:
-        """The options of a configuration that concern the rows of pairs.
+        """The options of a configuration that concern the rows of batches.
 
         Raises:
-            ValueError: an option that a loss of single answers does not have.
+            ValueError: an option without effect.
         """
-        chosen = {
-            "--prefix-sharing": self.prefix_sharing is PrefixSharing.on,
-            "--packing": self.packing,
-            "--tokens-per-batch": self.tokens_per_batch is not None,
-        }
-        unused = [name for name, is_set in chosen.items() if is_set]
-        if unpaired and unused:
+        if unpaired and self.prefix_sharing is PrefixSharing.on:
             raise ValueError(
-                f"{' and '.join(unused)} would do nothing with --loss {self.loss}, whose rows are "
-                "single answers; leave it out"
+                f"--prefix-sharing would do nothing with --loss {self.loss}, whose rows are single "
+                "answers; leave it out"
             )
-        if unpaired:
-            return {}
         if self.tokens_per_batch is not None and not self.packing:
             raise ValueError("--tokens-per-batch would do nothing; add --packing")
-        return {
-            "prefix_sharing": self.prefix_sharing.value_of_config,
+        found: dict[str, Any] = {
             "packing": self.packing,
             "tokens_per_batch": self.tokens_per_batch,
         }
+        if not unpaired:
+            found["prefix_sharing"] = self.prefix_sharing.value_of_config
+        return found
 
 
 def check_options(options: TrainOptions, unused: list[str]) -> None:

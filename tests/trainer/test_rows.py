@@ -32,14 +32,15 @@ LOSSES = {
 }
 
 
-def outcome(tmp_path, name, **options):
+def outcome(tmp_path, name, make=trainer, rows=tiny.rows, **options):
     """The figures of a run of 20 steps with evaluations, its weights, and predictions.
 
     With Adam's usual epsilon, weights whose gradient is rounding alone take steps of full length.
     """
-    t = trainer(
-        tmp_path / name, max_steps=20, eval_dataset=tiny.rows(10, seed=3), eval_strategy="steps",
-        eval_steps=10, adam_epsilon=1e-6, **options,
+    options = {"adam_epsilon": 1e-6, **options}
+    t = make(
+        tmp_path / name, max_steps=20, eval_dataset=rows(10, seed=3), eval_strategy="steps",
+        eval_steps=10, **options,
     )  # fmt: skip
     t.train()
     figures = [
@@ -50,7 +51,7 @@ def outcome(tmp_path, name, **options):
     weights = {k: v.detach() for k, v in t.model.state_dict().items()}
     rewards = np.zeros(1)
     if not t.precompute:  # there is no reference for other rows
-        rewards = t.predict(tiny.rows(6, seed=4)).predictions
+        rewards = t.predict(rows(6, seed=4)).predictions
     return figures, weights, rewards, t
 
 

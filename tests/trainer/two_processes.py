@@ -108,13 +108,16 @@ def rows_of_runs(path):
 def packed_runs(path, processes=2):
     """Losses and tokens of runs with packing, whose batches the processes divide among them."""
     found = {}
-    for name, size, options in (
-        ("whole", 8 // processes, {}),
-        ("parts", 8 // processes, {"tokens_per_batch": 60}),
-        ("split", 8, {"accelerator_config": {"split_batches": True}}),
+    parts, split = {"tokens_per_batch": 60}, {"accelerator_config": {"split_batches": True}}
+    for name, kind, size, options in (
+        ("whole", "pairs", 8 // processes, {}),
+        ("parts", "pairs", 8 // processes, parts),
+        ("split", "pairs", 8, split),
+        # The KL term's mismatched answers depend on per_device_train_batch_size.
+        ("answers", "answers", 8, {**parts, **split}),
     ):
-        t = tiny.trainer(
-            path / name, train=tiny.rows(40, longest=20), max_steps=4, packing=True,
+        t = MAKE[kind](
+            path / name, train=ROWS[kind](40, longest=20), max_steps=4, packing=True,
             per_device_train_batch_size=size, include_num_input_tokens_seen="non_padding",
             **options,
         )  # fmt: skip
