@@ -121,9 +121,6 @@ class PreferenceTrainer(RowsTrainer, BaseTrainer):
     def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
         return prepare_dataset(dataset, **options)
 
-    def make_collator(self, *options: Any) -> PreferenceCollator:
-        return PreferenceCollator(*options)
-
     def check_data(self, datasets: list[Any], has_reference: bool) -> None:
         for column, name in PER_PAIR.items():
             if any(column in (dataset.column_names or ()) for dataset in datasets):

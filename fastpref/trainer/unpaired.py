@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
-from transformers.trainer_utils import has_length
 
 from fastpref.data.batches import batch_labels, model_inputs
 from fastpref.data.collate import UnpairedCollator
-from fastpref.data.columns import UNPAIRED, UNPAIRED_REFERENCE
-from fastpref.data.segments import PLAN, UnpairedSegmentCollator
+from fastpref.data.columns import UNPAIRED
+from fastpref.data.segments import UnpairedSegmentCollator
 from fastpref.data.tokenise import DataReport
 from fastpref.data.unpaired import prepare_unpaired_dataset
 from fastpref.fused.unpaired import linear_kto_loss
@@ -21,18 +17,14 @@ from fastpref.heads.calling import labelled_states
 from fastpref.heads.reading import Head
 from fastpref.trainer.base import BaseTrainer
 from fastpref.trainer.config import UnpairedPreferenceConfig
+from fastpref.trainer.kl_term import EstimatingTrainer, sequences
 from fastpref.trainer.metrics import UNPAIRED_EXTRAS, UNPAIRED_SUMS, unpaired_metrics, unpaired_sums
-from fastpref.trainer.rows import RowsTrainer
 from fastpref.trainer.scores import Rows, Scored, answer_rows, score_answers
 
-_SEQUENCES = (
-    "input_ids", "attention_mask", "completion_mask", "labels", "token_indices", "position_ids",
-    PLAN, "hidden_indices", "sequence_ids", "lengths",
-)  # fmt: skip
 _LAYOUT = ("token_indices", "hidden_indices", "sequence_ids")
 
 
-class UnpairedPreferenceTrainer(RowsTrainer, BaseTrainer):
+class UnpairedPreferenceTrainer(EstimatingTrainer, BaseTrainer):
     """Train a causal language model on answers labelled desirable or undesirable (KTO).
 
     A drop-in replacement for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names.
@@ -84,36 +76,16 @@ class UnpairedPreferenceTrainer(RowsTrainer, BaseTrainer):
         mismatch = self.args.per_device_train_batch_size if self.estimates_kl else None
         return prepare_unpaired_dataset(dataset, **options, mismatch=mismatch)
 
-    def make_collator(self, *options: Any) -> UnpairedCollator:
-        return UnpairedCollator(*options)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if not self.estimates_kl:
-            return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return self.exchanging(SequentialSampler(dataset)) if has_length(dataset) else None
-
     def why_loss_is_whole(self) -> str | None:
         return None  # each answer's term has the KL term of the whole batch
-
-    def reference_columns(self) -> tuple[str, ...]:
-        return UNPAIRED_REFERENCE if self.estimates_kl else UNPAIRED_REFERENCE[:1]
-
-    def reference_parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = ("", "KL_") if self.estimates_kl else ("",)
-        return [_sequences(batch, part) for part in parts]
 
     def step_inputs(
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
     ) -> tuple[dict, dict]:
         if self._part == 0:
             parts = [self._prepare_inputs(part) for part in self._parts or [inputs]]
-            self._estimates = [self._estimate(model, part) for part in parts]
-            self._kl = None
-            if self.estimates_kl and not by_row:
-                mean = torch.cat([ratios for _, ratios in self._estimates]).mean()
-                self._kl = self.accelerator.gather(mean).mean().clamp(min=0)
-        answers = _sequences(inputs)
+            self.estimate(model, parts, by_row)
+        answers = sequences(inputs)
         ref_logps, ratios = self._estimates[self._part]
         return model_inputs(answers), {
             "num_tokens": answers["attention_mask"].sum(),
@@ -124,22 +96,6 @@ class UnpairedPreferenceTrainer(RowsTrainer, BaseTrainer):
             **{name: answers.get(name) for name in _LAYOUT},
             **({"kl_ratios": ratios} if by_row else {"kl": self._kl}),
         }
-
-    def _estimate(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The reference's log-probs of a batch's answers [B], and the log-ratios [B] of the KL term
-        or None.
-        """
-        reference = self.reference_logps(inputs)
-        assert reference is not None
-        if not self.estimates_kl:
-            return reference, None
-        # In the policy's mode, training with dropout and noise, because the estimate is compared
-        # with rewards that are computed in that mode.
-        policy = replace(self._policy_reference, model=model, adapter=False, own_mode=True)
-        with self.accelerator.autocast():
-            logps = policy.logps(_sequences(inputs, "KL_"))
-        ref_logps, ref_kl_logps = reference.chunk(2)
-        return ref_logps, logps - ref_kl_logps
 
     def loss_head(  # type: ignore[override]
         self,
@@ -195,8 +151,3 @@ class UnpairedPreferenceTrainer(RowsTrainer, BaseTrainer):
 
     def window_options(self) -> dict[str, Any]:
         return {"names": UNPAIRED_SUMS, "metrics_of": unpaired_metrics}
-
-
-def _sequences(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The part of a batch with the answers; with the prefix KL_ that with the mismatched ones."""
-    return {key: batch[prefix + key] for key in _SEQUENCES if prefix + key in batch}

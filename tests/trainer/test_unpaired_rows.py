@@ -62,13 +62,13 @@ def test_rows_of_answers_and_of_mismatched_ones():
 def test_the_kl_term_is_asked_for_once_a_batch(tmp_path, monkeypatch):
     """Each part's two rows go through the reference once, and its mismatched row the policy."""
     asked = []
-    original = UnpairedPreferenceTrainer._estimate
+    original = UnpairedPreferenceTrainer._log_ratios
 
     def estimate(self, model, inputs):
         asked.append(len(inputs["label"]))
         return original(self, model, inputs)
 
-    monkeypatch.setattr(UnpairedPreferenceTrainer, "_estimate", estimate)
+    monkeypatch.setattr(UnpairedPreferenceTrainer, "_log_ratios", estimate)
     t = unpaired.trainer(
         tmp_path, packing=True, tokens_per_batch=40, per_device_train_batch_size=8, max_steps=1
     )
