@@ -123,6 +123,9 @@ class BaseConfig(TrainingArguments):
     )
 
     # The body
+    activation_offloading: bool = _option(
+        False, "TRL's option, which is refused: activations are recomputed and not moved."
+    )
     cpu_linear: str = _option(
         "auto",
         "Whose product the Linear layers take on a CPU; auto: the faster one's.",
@@ -143,6 +146,12 @@ class BaseConfig(TrainingArguments):
         if self.cpu_linear not in _CPU_LINEAR:
             raise ValueError(
                 f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
+            )
+        if self.activation_offloading:
+            raise ValueError(
+                "activation_offloading: got True, expected False: activations are not moved to the "
+                "CPU here; gradient_checkpointing, on by default, recomputes them, and "
+                "tokens_per_batch bounds what is left"
             )
         for name in ("gradient_tolerance", "head_gradient_tolerance"):
             check_tolerance(name, getattr(self, name))

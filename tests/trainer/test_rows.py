@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from tiny import history, trainer
 
 from fastpref.data.segments import SegmentCollator
@@ -19,12 +20,22 @@ ROWS = {
     "both": {"prefix_sharing": True, "packing": True},
 }
 TIMES = ("runtime", "per_second", "flos")
+
+
+def own(pairs):
+    """A loss of one's own, which compares the pairs of a batch and reads their lengths."""
+    gain = pairs.beta * (pairs.chosen - pairs.rejected)
+    longer = pairs.chosen_lengths / (pairs.chosen_lengths + pairs.rejected_lengths)
+    return F.softplus(gain.mean().detach() - gain) * longer
+
+
 LOSSES = {
     "dpo": {},
     "ipo": {"loss_type": "ipo"},
     "token": {"loss_type": "simpo"},
     "ld": {"ld_alpha": 0.3},
     "wpo": {"use_weighting": True},
+    "own": {"loss_function": own},
     "nll": {"loss_type": "orpo", "nll_on_prompt": True},
     "precompute": {"precompute_ref_log_probs": True},
     "truncated": {"max_length": 14, "truncation_mode": "keep_end"},
