@@ -74,7 +74,9 @@ class UnpairedPreferenceTrainer(EstimatingTrainer, BaseTrainer):
 
     def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
         mismatch = self.args.per_device_train_batch_size if self.estimates_kl else None
-        return prepare_unpaired_dataset(dataset, **options, mismatch=mismatch)
+        return prepare_unpaired_dataset(
+            dataset, **options, mismatch=mismatch, same_prompt=self.predicts
+        )
 
     def why_loss_is_whole(self) -> str | None:
         return None  # each answer's term has the KL term of the whole batch
