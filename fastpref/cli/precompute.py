@@ -18,7 +18,7 @@ from fastpref.cli.shared_options import (
     MaxLength,
     TrustRemoteCode,
 )
-from fastpref.cli.train_options import CpuLinear, Precision, PrefixSharing, TrainOptions
+from fastpref.cli.train_options import CpuLinear, Precision, TrainOptions
 
 
 def command(
@@ -62,8 +62,7 @@ def command(
     """
     options = dict(locals())
     del options["debug"]  # read by the wrapper around commands
-    # The store computes separate rows.
-    run(TrainOptions(**options, output=reference_store, prefix_sharing=PrefixSharing.off))
+    run(TrainOptions(**options, output=reference_store))
 
 
 def run(options: TrainOptions) -> None:

@@ -12,6 +12,7 @@ from test_evaluation import moved
 from test_unpaired_trainer import rows as answers
 from test_unpaired_trainer import trainer as unpaired_trainer
 
+from fastpref.data.segments import PLAN
 from fastpref.reference import Reference
 
 MAKE = {"pairs": tiny.trainer, "answers": unpaired_trainer}
@@ -65,7 +66,7 @@ def stored_references(path):
     original = Reference.token_logps
 
     def token_logps(self, batch):
-        asked.append(len(batch["input_ids"]))
+        asked.append(len(batch["lengths" if PLAN in batch else "input_ids"]))
         return original(self, batch)
 
     Reference.token_logps = token_logps
