@@ -365,6 +365,8 @@ class UnpairedPreferenceConfig(BaseConfig):
         beta: strength of the pull towards the reference.
         loss_type: "kto" or "apo_zero_unpaired"; see docs/losses.md.
         desirable_weight, undesirable_weight: weights of the two classes of answers.
+        packing, tokens_per_batch: as in `PreferenceConfig`. The mismatched answers of KTO's KL term
+            have a row of their own; each of both rows has at most tokens_per_batch tokens.
     """
 
     loss_type: str = _option("kto", "Loss of single answers.", choices=UNPAIRED_LOSS_TYPES)
