@@ -129,9 +129,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _cut(example: dict[str, Any]) -> dict[str, Any]:
-    """The end of a pair's prompt and the starts of its answers."""
-    answers = {key: example[key][:_ANSWER] for key in ("chosen_ids", "rejected_ids")}
-    return {**example, **answers, "prompt_ids": example["prompt_ids"][-_PROMPT:]}
+    """The end of an example's prompt and the starts of its answers."""
+    cut = {key: ids[:_ANSWER] for key, ids in example.items() if key.endswith("_ids")}
+    return {**example, **cut, "prompt_ids": example["prompt_ids"][-_PROMPT:]}
 
 
 def _outcome(

@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli.losses import LOSS_HELP
-from fastpref.cli.shared_options import BatchSize, Bf16, Data, LogitsPrecision, MaxLength
-from fastpref.cli.train_options import (
-    CpuLinear,
-    Precision,
-    PrefixSharing,
-    Reference,
-    TrainOptions,
+from fastpref.cli.shared_options import (
+    BatchSize,
+    Bf16,
+    Data,
+    LinearProduct,
+    LogitsPrecision,
+    MaxLength,
+    TrustRemoteCode,
 )
+from fastpref.cli.train_options import CpuLinear, Precision, TrainOptions
 
 
 def command(
@@ -45,9 +47,8 @@ def command(
     max_length: MaxLength = 1024,
     precision: LogitsPrecision = Precision.exact,
     bf16: Bf16 = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
-    ] = False,
+    cpu_linear: LinearProduct = CpuLinear.auto,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     seed: Annotated[
         int, typer.Option(help="That of the training, which shuffles single answers with it.")
@@ -59,49 +60,9 @@ def command(
     A run that was ended goes on where it was. Options that change the log-probs must be those of
     the training: --max-length, --precision, --bf16 or --fp32, --lora.
     """
-    run(
-        TrainOptions(
-            model=model,
-            data=data,
-            loss=loss,
-            loss_option=None,
-            output=reference_store,
-            lora=lora,
-            lora_r=None,
-            lora_alpha=None,
-            lora_targets=None,
-            eval_data=eval_data,
-            eval_split=0.0,
-            eval_steps=None,
-            beta=0.1,
-            lr=None,
-            epochs=1.0,
-            max_steps=-1,
-            batch_size=batch_size,
-            grad_accumulation=1,
-            max_length=max_length,
-            precision=precision,
-            bf16=bf16,
-            reference=Reference.auto,
-            reference_store=reference_store,
-            gradient_checkpointing=False,
-            cpu_linear=CpuLinear.auto,
-            gradient_tolerance=None,
-            head_gradient_tolerance=None,
-            prefix_sharing=PrefixSharing.off,  # the store computes separate rows
-            packing=False,
-            tokens_per_batch=None,
-            resume=None,
-            resume_anyway=False,
-            overwrite=False,
-            trust_remote_code=trust_remote_code,
-            as_json=False,
-            quiet=quiet,
-            seed=seed,
-            logging_steps=None,
-            save_steps=0,
-        )
-    )
+    options = dict(locals())
+    del options["debug"]  # read by the wrapper around commands
+    run(TrainOptions(**options, output=reference_store))
 
 
 def run(options: TrainOptions) -> None:

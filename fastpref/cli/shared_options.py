@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastpref.cli.train_options import Precision
+from fastpref.cli.train_options import CpuLinear, Precision
 
 Data = Annotated[
     str,
@@ -22,4 +22,14 @@ Bf16 = Annotated[
     typer.Option(
         "--bf16/--fp32", help="Mixed bf16 or plain fp32; by default what the machine is fast at."
     ),
+]
+LinearProduct = Annotated[
+    CpuLinear,
+    typer.Option(
+        help="Whose matrix product the model's Linear layers take on a CPU; auto: fastpref's "
+        "where it is at least 1.2 times as fast as torch's."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
 ]

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
-from fastpref.cli.shared_options import BatchSize, Bf16, Data, LogitsPrecision, MaxLength
+from fastpref.cli.shared_options import (
+    BatchSize,
+    Bf16,
+    Data,
+    LinearProduct,
+    LogitsPrecision,
+    MaxLength,
+    TrustRemoteCode,
+)
 from fastpref.cli.train_options import (
     CpuLinear,
     Precision,
@@ -63,13 +71,7 @@ def command(
     max_length: MaxLength = 1024,
     precision: LogitsPrecision = Precision.exact,
     bf16: Bf16 = None,
-    cpu_linear: Annotated[
-        CpuLinear,
-        typer.Option(
-            help="Whose matrix product the model's Linear layers take on a CPU; auto: fastpref's "
-            "where it is at least 1.2 times as fast as torch's."
-        ),
-    ] = CpuLinear.auto,
+    cpu_linear: LinearProduct = CpuLinear.auto,
     gradient_tolerance: Annotated[
         float | None,
         typer.Option(
@@ -107,7 +109,7 @@ def command(
         ),
     ] = PrefixSharing.auto,
     packing: Annotated[
-        bool, typer.Option("--packing", help="Put the pairs of a batch into one row, unpadded.")
+        bool, typer.Option("--packing", help="Put the answers of a batch into one row, unpadded.")
     ] = False,
     tokens_per_batch: Annotated[
         int | None,
@@ -132,9 +134,7 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove what another run has left in --output.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON for each event, and no text.")
     ] = False,

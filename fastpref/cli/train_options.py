@@ -40,47 +40,47 @@ class PrefixSharing(str, Enum):
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of `fastpref train`; see its help."""
+    """The options of `fastpref train`, with its defaults; see its help."""
 
     model: str
     data: str
-    loss: str
-    loss_option: list[str] | None
-    output: Path
-    lora: bool
-    lora_r: int | None
-    lora_alpha: int | None
-    lora_targets: str | None
-    eval_data: str | None
-    eval_split: float
-    eval_steps: int | None
-    beta: float
-    lr: float | None
-    epochs: float
-    max_steps: int
-    batch_size: int
-    grad_accumulation: int
-    max_length: int
-    precision: Precision
-    bf16: bool | None
-    cpu_linear: CpuLinear
-    gradient_tolerance: float | None
-    head_gradient_tolerance: float | None
-    reference: Reference
-    reference_store: Path | None
-    gradient_checkpointing: bool
-    prefix_sharing: PrefixSharing
-    packing: bool
-    tokens_per_batch: int | None
-    resume: str | None
-    resume_anyway: bool
-    overwrite: bool
-    trust_remote_code: bool
-    as_json: bool
-    quiet: bool
-    seed: int
-    logging_steps: int | None
-    save_steps: int
+    loss: str = "dpo"
+    loss_option: list[str] | None = None
+    output: Path = Path("fastpref-output")
+    lora: bool = False
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_targets: str | None = None
+    eval_data: str | None = None
+    eval_split: float = 0.0
+    eval_steps: int | None = None
+    beta: float = 0.1
+    lr: float | None = None
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 4
+    grad_accumulation: int = 1
+    max_length: int = 1024
+    precision: Precision = Precision.exact
+    bf16: bool | None = None
+    cpu_linear: CpuLinear = CpuLinear.auto
+    gradient_tolerance: float | None = None
+    head_gradient_tolerance: float | None = None
+    reference: Reference = Reference.auto
+    reference_store: Path | None = None
+    gradient_checkpointing: bool = True
+    prefix_sharing: PrefixSharing = PrefixSharing.auto
+    packing: bool = False
+    tokens_per_batch: int | None = None
+    resume: str | None = None
+    resume_anyway: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    seed: int = 42
+    logging_steps: int | None = None
+    save_steps: int = 500
 
     def __post_init__(self) -> None:
         # A shell leaves the ~ of --output=~/run as it is.
@@ -98,31 +98,25 @@ class TrainOptions:
         }
 
     def rows(self, unpaired: bool) -> dict[str, Any]:
-        """The options of a configuration that concern the rows of pairs.
+        """The options of a configuration that concern the rows of batches.
 
         Raises:
-            ValueError: an option that a loss of single answers does not have.
+            ValueError: an option without effect.
         """
-        chosen = {
-            "--prefix-sharing": self.prefix_sharing is PrefixSharing.on,
-            "--packing": self.packing,
-            "--tokens-per-batch": self.tokens_per_batch is not None,
-        }
-        unused = [name for name, is_set in chosen.items() if is_set]
-        if unpaired and unused:
+        if unpaired and self.prefix_sharing is PrefixSharing.on:
             raise ValueError(
-                f"{' and '.join(unused)} would do nothing with --loss {self.loss}, whose rows are "
-                "single answers; leave it out"
+                f"--prefix-sharing would do nothing with --loss {self.loss}, whose rows are single "
+                "answers; leave it out"
             )
-        if unpaired:
-            return {}
         if self.tokens_per_batch is not None and not self.packing:
             raise ValueError("--tokens-per-batch would do nothing; add --packing")
-        return {
-            "prefix_sharing": self.prefix_sharing.value_of_config,
+        found: dict[str, Any] = {
             "packing": self.packing,
             "tokens_per_batch": self.tokens_per_batch,
         }
+        if not unpaired:
+            found["prefix_sharing"] = self.prefix_sharing.value_of_config
+        return found
 
 
 def check_options(options: TrainOptions, unused: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.data.columns import NUMBERS
+from fastpref.data.columns import NUMBERS, UNPAIRED_NUMBERS
 from fastpref.data.segments import PLAN
 
 
@@ -48,7 +48,10 @@ def loss_inputs(
 _OF_SEGMENTS = {
     PLAN, "hidden_indices", "sequence_ids", "nll_labels", "lengths", "sequence_tokens",
 }  # fmt: skip
-_NOT_FOR_MODEL = {"completion_mask", "labels", "token_indices", "rows", *NUMBERS, *_OF_SEGMENTS}
+_NOT_FOR_MODEL = {
+    "completion_mask", "labels", "token_indices", "rows", "label", *NUMBERS, *UNPAIRED_NUMBERS,
+    *_OF_SEGMENTS,
+}  # fmt: skip
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:

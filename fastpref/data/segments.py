@@ -1,4 +1,4 @@
-"""Rows of segments: a pair's common prefix computed once, and several pairs in one row.
+"""Rows of segments: a pair's common prefix computed once, and several answers in one row.
 
 A padded batch has a row for each answer, so that a pair's prompt is computed twice. Here a row is
 divided into *segments*, runs of consecutive tokens:
@@ -8,7 +8,8 @@ divided into *segments*, runs of consecutive tokens:
   in a row of that answer alone.
 - *Prefix sharing*: a pair has the segments prefix, rest of the chosen answer, rest of the rejected
   one. The prefix is the longest that both sequences have: the prompt, and equal first words.
-- *Packing*: one row has the segments of all pairs of a batch, and no padding.
+- *Packing*: one row has the segments of all pairs of a batch, and no padding. A batch of single
+  answers has a segment for each; the mismatched answers of KTO's KL term have a row of their own.
 
 Both fill a `RowPlan`, which the attention reads (`fastpref.attention`). The loss reads flat tokens:
 `hidden_indices` says at which position of the rows a labelled token is predicted. The last position
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastpref.data.collate import _Collator, _number_columns
-from fastpref.data.columns import NUMBERS
+from fastpref.data.columns import NUMBERS, UNPAIRED_NUMBERS
 
 PLAN = "segments"  # the key of the `RowPlan` in a batch
 
@@ -134,7 +135,7 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 class _Rows:
-    """Places the sequences of pairs in rows."""
+    """Places sequences in rows."""
 
     def __init__(self) -> None:
         self.rows: list[list[Segment]] = []
@@ -153,83 +154,55 @@ class _Rows:
             self.ids[-1].append(ids)
         return len(row) - 1, start
 
-    def add_pair(self, pair: Sequence[_Sequence], sharing: bool) -> list[np.ndarray]:
-        """Append a pair; returns, for each answer, the places of its tokens in the last row."""
-        shared = common_prefix(*(sequence.ids for sequence in pair)) if sharing else 0
-        prefix, first = self.add(pair[0].ids[:shared], None)
+    def add_answers(self, answers: Sequence[_Sequence], sharing: bool) -> list[np.ndarray]:
+        """Append a pair, or one answer without sharing.
+
+        Returns, for each answer, the places of its tokens in the last row.
+        """
+        shared = common_prefix(*(sequence.ids for sequence in answers)) if sharing else 0
+        prefix, first = self.add(answers[0].ids[:shared], None)
         before = np.arange(first, first + shared)
         places = []
-        for ids, _ in pair:
+        for ids, _ in answers:
             _, start = self.add(ids[shared:], prefix if shared else None)
             places.append(np.concatenate([before, np.arange(start, start + len(ids) - shared)]))
         return places
 
 
 @dataclass
-class SegmentCollator(_Collator):
-    """Makes batches of rows of segments from tokenised rows of P pairs.
-
-    A batch is a dict of CPU tensors, but for the plan. R is 1 with packing and else P; N is the
-    number of labelled tokens, in the order of `PreferenceCollator`.
-
-    - `input_ids`, `attention_mask`, `position_ids`: int64 [R, T].
-    - `segments`: the `RowPlan`.
-    - `hidden_indices`: int64 [N], the positions in the flattened rows from which the labelled
-      tokens are predicted. One position may occur twice.
-    - `labels`, `sequence_ids`: int64 [N], the labelled tokens and their sequences in [0, 2P).
-    - `token_indices`: int64, the positions where `labels` is not -100: all N of them.
-    - `nll_labels`: int64 [N] with nll_on_prompt. The prompts' tokens of the chosen sequences are
-      then among the N; their labels are -100, and token_indices leave them out.
-    - `lengths`, `sequence_tokens`: int64 [2P], the tokens of each answer (at least 1), and with
-      those of the prompt.
-    - the number columns and `rows` of `PreferenceCollator`.
-
-    Args:
-        sharing: whether a pair's common prefix is computed once.
-        packing: whether all pairs are in one row.
-        nll_on_prompt: whether the loss counts the NLL of the chosen sequences' prompts.
-    """
+class _SegmentCollator(_Collator):
+    """What the collators of rows of segments have in common."""
 
     sharing: bool = True
     packing: bool = False
     nll_on_prompt: bool = False
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        sides = [
-            [_Sequence(np.asarray(ids, np.int64), start) for ids, start in self._cut(examples, key)]
-            for key in ("chosen_ids", "rejected_ids")
-        ]
+    def _sequences(self, examples: list[dict[str, Any]], key: str) -> list[_Sequence]:
+        cut = self._cut(examples, key)
+        return [_Sequence(np.asarray(ids, np.int64), start) for ids, start in cut]
+
+    def _batch(self, sides: list[list[_Sequence]]) -> dict[str, Any]:
+        """The rows of the sequences, and the plan.
+
+        sides: the first answers of all examples, and then the second ones if there are two.
+        """
         rows, places = _Rows(), []
-        for pair in zip(*sides, strict=True):
+        for answers in zip(*sides, strict=True):
             if not self.packing or not rows.rows:
                 rows.new_row()
             row = len(rows.rows) - 1
-            places.append([(row, at) for at in rows.add_pair(pair, self.sharing)])
+            places.append([(row, at) for at in rows.add_answers(answers, self.sharing)])
         width = max(1, *(row[-1].stop if row else 0 for row in rows.rows))
         if self.pad_to_multiple_of:
             width += -width % self.pad_to_multiple_of
         plan = RowPlan(rows.rows, width)
         sequences = [sequence for side in sides for sequence in side]
-        ordered = [pair[side] for side in (0, 1) for pair in places]
+        ordered = [answers[side] for side in range(len(sides)) for answers in places]
         return {
             **self._row_tensors(rows, plan),
             **self._flat_tokens(sequences, ordered, width),
             PLAN: plan,
-            **_number_columns(examples, NUMBERS),
         }
-
-    def tokens(self, example: dict[str, Any]) -> int:
-        """The number of tokens that a pair has in the rows."""
-        shared, both = self.common(example)
-        return both - shared if self.sharing else both
-
-    def common(self, example: dict[str, Any]) -> tuple[int, int]:
-        """The tokens of a pair's common prefix, and of both its sequences."""
-        chosen, rejected = (
-            np.asarray(self._cut([example], key)[0][0], np.int64)
-            for key in ("chosen_ids", "rejected_ids")
-        )
-        return common_prefix(chosen, rejected), len(chosen) + len(rejected)
 
     def _row_tensors(self, rows: _Rows, plan: RowPlan) -> dict[str, Tensor]:
         input_ids = np.full(plan.shape, self.pad_token_id, dtype=np.int64)
@@ -270,6 +243,82 @@ class SegmentCollator(_Collator):
             "lengths": torch.tensor(answers),
             "sequence_tokens": torch.tensor(lengths),
         }
+
+
+@dataclass
+class SegmentCollator(_SegmentCollator):
+    """Makes batches of rows of segments from tokenised rows of P pairs.
+
+    A batch is a dict of CPU tensors, but for the plan. R is 1 with packing and else P; N is the
+    number of labelled tokens, in the order of `PreferenceCollator`.
+
+    - `input_ids`, `attention_mask`, `position_ids`: int64 [R, T].
+    - `segments`: the `RowPlan`.
+    - `hidden_indices`: int64 [N], the positions in the flattened rows from which the labelled
+      tokens are predicted. One position may occur twice.
+    - `labels`, `sequence_ids`: int64 [N], the labelled tokens and their sequences in [0, 2P).
+    - `token_indices`: int64, the positions where `labels` is not -100: all N of them.
+    - `nll_labels`: int64 [N] with nll_on_prompt. The prompts' tokens of the chosen sequences are
+      then among the N; their labels are -100, and token_indices leave them out.
+    - `lengths`, `sequence_tokens`: int64 [2P], the tokens of each answer (at least 1), and with
+      those of the prompt.
+    - the number columns and `rows` of `PreferenceCollator`.
+
+    Args:
+        sharing: whether a pair's common prefix is computed once.
+        packing: whether all pairs are in one row.
+        nll_on_prompt: whether the loss counts the NLL of the chosen sequences' prompts.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        sides = [self._sequences(examples, key) for key in ("chosen_ids", "rejected_ids")]
+        return {**self._batch(sides), **_number_columns(examples, NUMBERS)}
+
+    def tokens(self, example: dict[str, Any]) -> int:
+        """The number of tokens that a pair has in the rows."""
+        shared, both = self.common(example)
+        return both - shared if self.sharing else both
+
+    def common(self, example: dict[str, Any]) -> tuple[int, int]:
+        """The tokens of a pair's common prefix, and of both its sequences."""
+        chosen, rejected = (
+            np.asarray(self._cut([example], key)[0][0], np.int64)
+            for key in ("chosen_ids", "rejected_ids")
+        )
+        return common_prefix(chosen, rejected), len(chosen) + len(rejected)
+
+    def compared(self, example: dict[str, Any]) -> int:
+        """How much a comparison of this pair with separate rows shows, in tokens."""
+        shared, both = self.common(example)
+        return min(shared, 128) + min(both - 2 * shared, 128)
+
+
+@dataclass
+class UnpairedSegmentCollator(_SegmentCollator):
+    """Makes batches of one row each from tokenised rows of B labelled answers.
+
+    A batch has the keys of `SegmentCollator` for B sequences; the same keys with the prefix `KL_`
+    for the row of the mismatched answers, if the examples have them; and `label`, the number
+    columns and `rows` of `UnpairedCollator`.
+    """
+
+    sharing: bool = False
+    packing: bool = True
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._batch([self._sequences(examples, "completion_ids")])
+        if "KL_completion_ids" in examples[0]:
+            other = self._batch([self._sequences(examples, "KL_completion_ids")])
+            batch |= {f"KL_{key}": value for key, value in other.items()}
+        batch["label"] = torch.tensor([bool(example["label"]) for example in examples])
+        return {**batch, **_number_columns(examples, UNPAIRED_NUMBERS)}
+
+    def tokens(self, example: dict[str, Any]) -> int:
+        """The number of tokens that an example adds to the longer one of both rows."""
+        keys = [key for key in ("completion_ids", "KL_completion_ids") if key in example]
+        return max(len(self._cut([example], key)[0][0]) for key in keys)
+
+    compared = tokens
 
 
 def shared_fraction(rows: Iterable[dict[str, Any]], collator: SegmentCollator) -> float:

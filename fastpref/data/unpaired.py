@@ -24,6 +24,7 @@ def prepare_unpaired_dataset(
     name: str = "train",
     vocab_size: int | None = None,
     mismatch: int | None = None,
+    same_prompt: bool = False,
 ) -> tuple[Any, DataReport]:
     """Tokenise labelled answers, as `prepare_dataset` does pairs.
 
@@ -39,6 +40,8 @@ def prepare_unpaired_dataset(
             of one block estimates KTO's KL term from its own answers. If that row has the same
             prompt, the nearest earlier row with another prompt is used: of the block, else of the
             thousand rows around it, else of the first rows.
+        same_prompt: whether rows that all have the same prompt are allowed with mismatch; each then
+            gets the answer of the row before, to its own prompt, as in TRL.
 
     Returns:
         The data set with prompt_ids, completion_ids, label, row (the row's number in the input) and
@@ -46,7 +49,7 @@ def prepare_unpaired_dataset(
 
     Raises:
         ValueError: as `prepare_dataset`; a column that only pairs can have; with mismatch, rows
-            that all have the same prompt.
+            that all have the same prompt, unless same_prompt is true.
     """
     dataset, report = tokenise(
         unpair(dataset, name),
@@ -59,7 +62,7 @@ def prepare_unpaired_dataset(
         vocab_size=vocab_size,
     )
     if mismatch is not None and "KL_completion_ids" not in (dataset.column_names or ()):
-        dataset = _mismatched(dataset, mismatch, name)
+        dataset = _mismatched(dataset, mismatch, name, same_prompt)
     return dataset, report
 
 
@@ -134,18 +137,19 @@ def _split_texts(
     return {**out, "label": [True] * len(pairs) + [False] * len(pairs)}
 
 
-def _mismatched(dataset: Any, block: int, name: str) -> Any:
+def _mismatched(dataset: Any, block: int, name: str, same_prompt: bool) -> Any:
     """The data set with the column KL_completion_ids, an answer to another prompt."""
     chunk = block * max(1, CHUNK // block)
-    options = {"block": block, "spare": _two_prompts(dataset, name)}
+    options = {"block": block, "spare": _two_prompts(dataset, name, same_prompt)}
     return dataset.map(_mismatch, batched=True, batch_size=chunk, fn_kwargs=options)
 
 
-def _two_prompts(dataset: Any, name: str) -> list[tuple[list[int], list[int]]]:
+def _two_prompts(dataset: Any, name: str, same_prompt: bool) -> list[tuple[list[int], list[int]]]:
     """Prompt and answer of the first row, and of the first row with another prompt.
 
     Raises:
-        ValueError: all rows, or the first ones of a stream, have the same prompt.
+        ValueError: all rows, or the first ones of a stream, have the same prompt; with same_prompt
+            the result then is that of the first row.
     """
     found: list[tuple[list[int], list[int]]] = []
     limit = None if hasattr(dataset, "__len__") else SEARCHED
@@ -156,6 +160,8 @@ def _two_prompts(dataset: Any, name: str) -> list[tuple[list[int], list[int]]]:
             found.append((row["prompt_ids"], row["completion_ids"]))
         if len(found) == 2:
             return found
+    if same_prompt:
+        return found
     raise ValueError(
         f"{name} data: got one prompt in {'the first ' if count == limit else ''}{count} rows with "
         "loss_type 'kto', whose KL term needs answers to other prompts; expected at least 2 prompts"
@@ -176,6 +182,7 @@ def _mismatch(batch: dict[str, list], block: int, spare: list) -> dict[str, list
         near = itertools.chain(range(i - 1, start - 1, -1), range(stop - 1, i, -1))
         far = itertools.chain(range(start - 1, -1, -1), range(size - 1, stop - 1, -1))
         others = (answers[j] for j in itertools.chain(near, far) if prompts[j] != prompt)
-        anywhere = next(answer for other, answer in spare if other != prompt)
+        before = answers[i - 1 if i > start else stop - 1]
+        anywhere = next((answer for other, answer in spare if other != prompt), before)
         out.append(next(others, anywhere))
     return {"KL_completion_ids": out}

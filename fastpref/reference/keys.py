@@ -36,6 +36,10 @@ class DataKeys:
     tokens: np.ndarray
     lengths: np.ndarray
 
+    def select(self, rows: np.ndarray) -> DataKeys:
+        """Those of some rows."""
+        return DataKeys(self.keys[rows], self.tokens[rows], self.lengths[rows])
+
 
 def sequence_keys(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The key, the labelled tokens and the length of each of a batch's S sequences.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastpref.data.columns import REFERENCE
 from fastpref.progress import watched
-from fastpref.reference.keys import Parts, labelled, sequence_keys
+from fastpref.reference.keys import DataKeys, Parts, labelled
 
 if TYPE_CHECKING:  # they need more than torch
     from fastpref.reference.store import ReferenceStore
@@ -59,13 +59,11 @@ def precompute(
 
     check_has_length(dataset, "precompute_ref_log_probs")
     options = collator, accelerator, batch_size, num_workers, name, disable_tqdm
-    order, batches = _longest_first(dataset, np.array(row_lengths(dataset)), *options)
-    parts = []
-    for batch in batches:
+    values = np.empty((len(dataset), len(columns)), dtype=np.float32)
+    for rows, batch in _longest_first(dataset, np.array(row_lengths(dataset)), *options):
         sums = logps(batch).view(len(columns), -1).T.contiguous()  # [P, C], gathered on dim 0
-        parts.append(accelerator.gather_for_metrics(sums).cpu())
-    values = np.empty((len(order), len(columns)), dtype=np.float32)
-    values[order] = torch.cat(parts).float().numpy()
+        places = accelerator.gather(torch.from_numpy(rows).to(sums.device)).cpu().numpy()
+        values[places] = accelerator.gather(sums).float().cpu().numpy()
     if not np.isfinite(values).all():
         index = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
         row = dataset[index].get("row", index)
@@ -78,7 +76,7 @@ def precompute(
 def extend_store(
     store: ReferenceStore,
     dataset: Any,
-    lengths: np.ndarray,
+    found: DataKeys,
     token_logps: Callable[[dict[str, Any]], Tensor],
     parts: Parts,
     collator: Callable[[list[dict]], dict[str, Tensor]],
@@ -96,25 +94,28 @@ def extend_store(
 
     Args:
         dataset: a tokenised `datasets.Dataset` of the rows that the store lacks.
-        lengths: the number of tokens of each row.
-        token_logps: maps a batch of S sequences on the device to token log-probs [S, T].
+        found: the keys of these rows.
+        token_logps: maps a batch of S sequences on the device to token log-probs, of the shape of
+            its labels.
         parts: as in `data_keys`.
-        collator, accelerator, batch_size, name, num_workers, disable_tqdm: as in `precompute`.
+        collator: makes the batches, of separate rows or of rows of segments.
+        accelerator, batch_size, name, num_workers, disable_tqdm: as in `precompute`.
 
     Raises:
         ValueError: a log-prob that is not finite.
         StorageError: the store cannot be written.
     """
     options = collator, accelerator, batch_size, num_workers, name, disable_tqdm
-    _, batches = _longest_first(dataset, lengths, *options)
     with store.writer() as writer:
-        for batch in batches:
-            for part in parts(batch):
-                keys, counts, _ = sequence_keys(part)
+        for rows, batch in _longest_first(dataset, found.lengths, *options):
+            each = parts(batch)
+            # [P, C] in the parts' order: the first sequences of all rows before the second ones.
+            keys, counts = (a[rows].T.reshape(len(each), -1) for a in (found.keys, found.tokens))
+            for part, part_keys, part_counts in zip(each, keys, counts, strict=True):
                 values = labelled(part, token_logps(part))
                 if not np.isfinite(values).all():
-                    _raise_not_finite(batch, counts, values, name)
-                writer.add(keys, counts, values)
+                    _raise_not_finite(batch, part_counts, values, name)
+                writer.add(part_keys, part_counts, values)
 
 
 def _longest_first(
@@ -126,21 +127,26 @@ def _longest_first(
     num_workers: int,
     name: str,
     disable_tqdm: bool,
-) -> tuple[np.ndarray, Iterator[dict[str, Any]]]:
-    """The rows in the order in which they are computed, and this process's batches of them.
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """This process's batches, and which rows [P] of the data set they are of.
 
-    Arguments: those of `extend_store`.
+    Arguments: those of `extend_store`; lengths is the number of tokens of each row.
     """
-    from fastpref.data.loaders import make_loader
+    from fastpref.data.loaders import POSITION, NumberedCollator, NumberedRows, make_loader
 
     # Longest first: similar lengths need little padding, and the memory peak is in the first batch.
     order = np.argsort(-lengths, kind="stable")
     loader = make_loader(
-        dataset.select(order), collator, accelerator, batch_size=batch_size, num_workers=num_workers
+        NumberedRows(dataset.select(order)),
+        NumberedCollator(collator),
+        accelerator,
+        batch_size=batch_size,
+        num_workers=num_workers,
     )
     title = f"Reference log-probs of {name} data"
     per_item = batch_size * accelerator.num_processes
-    return order, watched(loader, title, "rows", len(order), per_item, disable_tqdm)
+    for batch in watched(loader, title, "rows", len(order), per_item, disable_tqdm):
+        yield order[batch.pop(POSITION).cpu().numpy()], batch
 
 
 def check_has_length(dataset: Any, option: str) -> None:

@@ -59,6 +59,7 @@ class BaseTrainer(
     """
 
     config_class: type[BaseConfig]
+    padded_collator_class: type  # the collator of separate rows
     columns: tuple[str, ...]  # the columns of prepared data that the collator reads
     args: BaseConfig
     loss_is_scaled_for_ga = False  # the loss is a mean per micro-batch
@@ -192,6 +193,10 @@ class BaseTrainer(
             return {name: self._prepare_data(part, name) for name, part in source.items()}
         return None if source is None else self._prepare_data(source, "eval")
 
+    def make_collator(self, *options: Any) -> Callable[[list[dict]], dict[str, Tensor]]:
+        """The collator; options: the arguments of `PreferenceCollator` in order."""
+        return self.padded_collator_class(*options)
+
     def evaluation_data(self, source: Any, name: str) -> Any:
         return self.with_reference(self._prepare_data(source, name), name)
 
@@ -299,10 +304,6 @@ class BaseTrainer(
 
     def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
         """Tokenise loaded data; arguments and results as in `prepare_dataset`."""
-        raise NotImplementedError
-
-    def make_collator(self, *options: Any) -> Callable[[list[dict]], dict[str, Tensor]]:
-        """The collator; options: the arguments of `PreferenceCollator` in order."""
         raise NotImplementedError
 
     def loss_head(

@@ -23,7 +23,7 @@ from fastpref.storage import (
     disk_problem,
     sync_directory,
 )
-from fastpref.trainer.ending import EndingTrainer, raise_ended
+from fastpref.trainer.ending import DueEvaluation, EndingTrainer, raise_ended
 from fastpref.trainer.identity import (
     describe_run,
     differences,
@@ -79,6 +79,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         self._signals = SignalCallback(saves=True)
         if self.args.handle_signals:
             self.add_callback(self._signals)
+        self.add_callback(DueEvaluation(self))
 
     # ---- a run ----
 
@@ -243,10 +244,12 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         passes, batches = super()._init_training_state(*args, **kwargs)
         values = [*args, *kwargs.values()]  # the checkpoint's folder is the only string
-        self._find_best(next((v for v in values if isinstance(v, str)), None))
+        self.resumed_from = next((v for v in values if isinstance(v, str)), None)
+        self._find_best(self.resumed_from)
         callbacks: Any = self.state.stateful_callbacks or {}
         saved = callbacks.get(self.STATE_KEY, {})
         self._earlier_loss = saved.get("loss_sum", 0.0)
+        self.evaluation_is_due = saved.get("evaluation_is_due", False)
         if self.state.global_step >= self.state.max_steps > 0:
             done = f"{self.state.global_step} of {self.state.max_steps} steps"
             logger.warning(f"this run is finished, with {done}: there is nothing left to train")
@@ -325,7 +328,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         state: Any = self.state.stateful_callbacks
-        state.setdefault(self.STATE_KEY, {})["loss_sum"] = self._loss_sum_so_far()
+        saved = state.setdefault(self.STATE_KEY, {})
+        saved["loss_sum"] = self._loss_sum_so_far()
+        saved["evaluation_is_due"] = self.evaluation_is_due
         best = self.state.best_model_checkpoint
         try:
             with self._staged(run / _STAGING), self._not_pushed():

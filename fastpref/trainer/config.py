@@ -99,6 +99,12 @@ class BaseConfig(TrainingArguments):
         None, "Pairs per batch while doing so; the training or evaluation batch size by default."
     )
 
+    # The rows
+    packing: bool = _option(False, "Put the answers of a batch into one row without padding.")
+    tokens_per_batch: int | None = _option(
+        None, "With packing: compute a batch of more tokens than this in several passes."
+    )
+
     # The loss
     beta: float = _option(0.1, "Strength of the pull towards the reference model.")
 
@@ -117,6 +123,9 @@ class BaseConfig(TrainingArguments):
     )
 
     # The body
+    activation_offloading: bool = _option(
+        False, "TRL's option, which is refused: activations are recomputed and not moved."
+    )
     cpu_linear: str = _option(
         "auto",
         "Whose product the Linear layers take on a CPU; auto: the faster one's.",
@@ -131,9 +140,21 @@ class BaseConfig(TrainingArguments):
             self.use_cpu = True
         self._choose_bf16()
         check_plan_options("auto", None, self.precision, None)
+        most = self.tokens_per_batch
+        if most is not None and (not self.packing or most < 1):
+            raise ValueError(
+                f"tokens_per_batch is {most} with packing={self.packing}; expected at least 1, and "
+                "packing=True"
+            )
         if self.cpu_linear not in _CPU_LINEAR:
             raise ValueError(
                 f"cpu_linear is {self.cpu_linear!r}; expected 'auto', 'native' or 'torch'"
+            )
+        if self.activation_offloading:
+            raise ValueError(
+                "activation_offloading: got True, expected False: activations are not moved to the "
+                "CPU here; gradient_checkpointing, on by default, recomputes them, and "
+                "tokens_per_batch bounds what is left"
             )
         for name in ("gradient_tolerance", "head_gradient_tolerance"):
             check_tolerance(name, getattr(self, name))
@@ -239,8 +260,8 @@ class PreferenceConfig(BaseConfig):
         prefix_sharing: whether a pair's common prompt is computed once: True, False, or "auto",
             where the data's prompts are long enough and the model allows it. The training is the
             same; see docs/prefix-sharing.md.
-        packing: whether the pairs of a batch are one row without padding.
-        tokens_per_batch: with packing, the most tokens of one pass through the model. The pairs of
+        packing: whether the answers of a batch are in one row without padding.
+        tokens_per_batch: with packing, the most tokens of one pass through the model. The rows of
             a larger training batch are computed in several passes whose gradients are added.
         nll_on_prompt: the NLL counts the prompt's tokens as well, as TRL's ORPO does.
         max_length: maximum number of tokens of prompt + answer; None for no maximum.
@@ -265,14 +286,9 @@ class PreferenceConfig(BaseConfig):
             vocabulary), `head/error`, `head/left_out`, `head/bound_mean` and `head/bound_max`.
     """
 
-    # The rows
     # A bool or "auto"; transformers' argument parser takes text for this union alone.
     prefix_sharing: int | str | None = _option(
         "auto", "Compute a pair's common prompt once: auto, true or false."
-    )
-    packing: bool = _option(False, "Put the pairs of a batch into one row without padding.")
-    tokens_per_batch: int | None = _option(
-        None, "With packing: compute a batch of more tokens than this in several passes."
     )
 
     # The loss
@@ -309,12 +325,6 @@ class PreferenceConfig(BaseConfig):
         names = [LOSS_ALIASES.get(name, name) for name in losses]
         self.loss_type = names[0] if len(names) == 1 else names
         self.prefix_sharing = auto_or_bool("prefix_sharing", self.prefix_sharing)
-        most = self.tokens_per_batch
-        if most is not None and (not self.packing or most < 1):
-            raise ValueError(
-                f"tokens_per_batch is {most} with packing={self.packing}; expected at least 1, and "
-                "packing=True"
-            )
         super().__post_init__()
 
     def loss_options(self, function: Callable[[Pairs], Tensor] | None = None) -> LossOptions:
@@ -358,6 +368,8 @@ class UnpairedPreferenceConfig(BaseConfig):
         beta: strength of the pull towards the reference.
         loss_type: "kto" or "apo_zero_unpaired"; see docs/losses.md.
         desirable_weight, undesirable_weight: weights of the two classes of answers.
+        packing, tokens_per_batch: as in `PreferenceConfig`. The mismatched answers of KTO's KL term
+            have a row of their own; each of both rows has at most tokens_per_batch tokens.
     """
 
     loss_type: str = _option("kto", "Loss of single answers.", choices=UNPAIRED_LOSS_TYPES)

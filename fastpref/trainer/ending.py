@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import TrainerCallback
+
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.processes import AgreeingTrainer
 from fastpref.trainer.signals import RunEnded, SignalCallback, name_of
@@ -36,11 +38,28 @@ def raise_ended(number: int, message: str) -> None:
     raise Interrupted(message) if number == signal.SIGINT else Terminated(message)
 
 
+class DueEvaluation(TrainerCallback):
+    """Makes the evaluation that a signal has ended, before the first step of the continued run."""
+
+    def __init__(self, trainer: EndingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self.trainer
+        if not trainer.evaluation_is_due or args.eval_strategy == "no":
+            return
+        metrics = trainer._evaluate(None, None)
+        if trainer._determine_best_metric(metrics, None) and args.save_strategy != "no":
+            state.best_model_checkpoint = trainer.resumed_from
+
+
 class EndingTrainer(AgreeingTrainer):
     """A trainer whose evaluations and precomputed log-probs end when a signal asks for it."""
 
     args: BaseConfig
     _signals: SignalCallback
+    resumed_from: str | None = None  # the checkpoint that the run goes on from
+    evaluation_is_due = False  # whether a signal has ended the evaluation after the last step
 
     def end_before_batch(self) -> None:
         """Raise `RunEnded` if a signal has asked for the end; called before each batch."""
@@ -76,13 +95,18 @@ class EndingTrainer(AgreeingTrainer):
             self._signals.remove()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in `transformers.Trainer`; no metrics if a signal has ended the evaluation."""
+        """As in `transformers.Trainer`; no metrics if a signal has ended the evaluation.
+
+        It is then due when the run is continued.
+        """
         metrics: dict[str, float] = {}
+        self.evaluation_is_due = True
         if self._signals.active and self._signals.received is not None:
             return metrics
         try:
             with self._signals.within("batch"):
                 metrics = super()._evaluate(*args, **kwargs)
+            self.evaluation_is_due = False
         except RunEnded:
             pass
         self._signals.end_or_save(self.control)

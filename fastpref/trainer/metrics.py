@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from fastpref.fused.pair_loss import PreferenceOutput
 from fastpref.logps.columns import GradientReport
+from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.unpaired import UnpairedLoss
 
 # The elements of a micro-step's vector. They are sums and counts, not means, so that they can be
@@ -112,6 +113,20 @@ def micro_step_sums(
     return torch.stack([values[key].float() for key in SUMS])
 
 
+def answer_sums(
+    labels: Tensor, sequence_ids: Tensor | None, answers: int
+) -> Callable[[Tensor], Tensor]:
+    """A function that sums values of the labelled tokens over each answer, float32 [answers].
+
+    Args:
+        labels: [answers, T], or [N] with sequence_ids [N]; the values have the same shape.
+    """
+    layout: dict[str, Any] = {}
+    if sequence_ids is not None:
+        layout = {"sequence_ids": sequence_ids, "num_sequences": answers}
+    return lambda values: sequence_logps(values.float(), labels, **layout)
+
+
 @torch.no_grad()
 def unpaired_sums(
     out: UnpairedLoss,
@@ -119,10 +134,17 @@ def unpaired_sums(
     aux_loss: Tensor | None,
     desirable: Tensor,
     labels: Tensor,
-    attention_mask: Tensor,
+    num_tokens: Tensor,
+    sequence_ids: Tensor | None = None,
 ) -> Tensor:
-    """The vector of one micro-step of single answers, float32 [len(UNPAIRED_SUMS)]."""
+    """The vector of one micro-step of single answers, float32 [len(UNPAIRED_SUMS)].
+
+    Args:
+        labels: [B, T], or [N] with sequence_ids [N] in [0, B).
+        num_tokens: the batch's number of tokens, [].
+    """
     assert out.stats is not None and out.logps is not None
+    sums = answer_sums(labels, sequence_ids, len(desirable))
     entropy, mean_logit = out.stats.entropy, out.stats.mean_logit
     assert entropy is not None and mean_logit is not None
     values = {
@@ -130,14 +152,14 @@ def unpaired_sums(
         "aux_loss": loss.new_zeros(()) if aux_loss is None else aux_loss,
         "kl": out.kl,
         "entropy": entropy.sum(),
-        "num_tokens": attention_mask.sum(),
+        "num_tokens": num_tokens,
     }
     per_answer = {
         "answers": torch.ones_like(out.logps),
         "rewards": out.rewards,
         "logps": out.logps,
-        "tokens": (labels != -100).sum(1),
-        "logits": mean_logit.sum(1),  # the statistics are 0 where there is no label
+        "tokens": sums(torch.ones_like(labels)),
+        "logits": sums(mean_logit),
     }
     for side, mask in zip(SIDES, (desirable, ~desirable), strict=True):
         values.update({f"{key}/{side}": (t * mask).sum() for key, t in per_answer.items()})

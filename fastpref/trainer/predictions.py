@@ -17,6 +17,7 @@ class PredictingTrainer(EvaluatingTrainer):
     """The part of a trainer that predicts the rewards of rows."""
 
     reports: dict[str, DataReport]
+    predicts = False  # whether `predict` prepares its data
 
     def predict(
         self,
@@ -43,7 +44,9 @@ class PredictingTrainer(EvaluatingTrainer):
 
             A row that cannot be scored, such as one whose prompt has max_length tokens, has NaN and
             the label -100; the log names it. Pairs in a trainer of single answers are split into
-            rows in the order of `fastpref.data.prepare_unpaired_dataset`.
+            rows in the order of `fastpref.data.prepare_unpaired_dataset`. Rows of a single prompt
+            have rewards and log-probs; KTO's KL term, and with it the loss, is then estimated from
+            the answers to that prompt.
 
         Raises:
             ValueError: a dict of data sets, or bad data.
@@ -62,7 +65,11 @@ class PredictingTrainer(EvaluatingTrainer):
         if "row" in source.column_names and "prompt_ids" not in source.column_names:
             source = source.remove_columns("row")  # numbers must be positions in the output
         self.reports.pop(metric_key_prefix, None)
-        dataset = self.evaluation_data(source, metric_key_prefix)
+        self.predicts = True
+        try:
+            dataset = self.evaluation_data(source, metric_key_prefix)
+        finally:
+            self.predicts = False
         output = super().predict(dataset, ignore_keys, metric_key_prefix)
         predictions, labels = output.predictions, output.label_ids
         report = self.reports[metric_key_prefix]

@@ -16,7 +16,7 @@ from transformers import (
 from fastpref.data.batches import loss_inputs, model_inputs
 from fastpref.data.collate import PreferenceCollator
 from fastpref.data.columns import PAIRS, PER_PAIR, REFERENCE
-from fastpref.data.segments import PLAN
+from fastpref.data.segments import PLAN, SegmentCollator
 from fastpref.data.tokenise import DataReport, prepare_dataset
 from fastpref.fused.pair_loss import PairInputs, prepare_loss
 from fastpref.fused.preference import linear_preference_loss
@@ -77,6 +77,8 @@ class PreferenceTrainer(RowsTrainer, BaseTrainer):
     args: PreferenceConfig
     config_class = PreferenceConfig
     columns = (*PAIRS.ids, *PAIRS.numbers, "row")
+    padded_collator_class = PreferenceCollator
+    segment_collator = SegmentCollator
     _tag_names = ["fastpref", "dpo"]
 
     def __init__(
@@ -119,9 +121,6 @@ class PreferenceTrainer(RowsTrainer, BaseTrainer):
     def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
         return prepare_dataset(dataset, **options)
 
-    def make_collator(self, *options: Any) -> PreferenceCollator:
-        return PreferenceCollator(*options)
-
     def check_data(self, datasets: list[Any], has_reference: bool) -> None:
         for column, name in PER_PAIR.items():
             if any(column in (dataset.column_names or ()) for dataset in datasets):
@@ -130,6 +129,14 @@ class PreferenceTrainer(RowsTrainer, BaseTrainer):
             if self.args.reference_free:
                 raise ValueError("reference_free is True but a reference is given")
             self._loss_options.check_reference(True)
+
+    def why_loss_is_whole(self) -> str | None:
+        losses = self._loss_options.losses
+        if self._loss_options.needs_nll or any(
+            loss.options is None or not loss.per_pair or loss.batch_mean for loss in losses
+        ):
+            return "with tokens_per_batch, the loss must be a mean over pairs"
+        return None
 
     def reference_columns(self) -> tuple[str, ...]:
         return REFERENCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,12 +22,10 @@ from fastpref.attention import (
     check_attention,
     unsupported_reason,
 )
-from fastpref.data.collate import PreferenceCollator
 from fastpref.data.packing import PARTS, SHARES, BalancedSampler, PartsCollator
-from fastpref.data.segments import SegmentCollator, shared_fraction
+from fastpref.data.segments import SegmentCollator, UnpairedSegmentCollator, shared_fraction
 from fastpref.heads.reading import unwrap
-from fastpref.losses.options import LossOptions
-from fastpref.trainer.config import PreferenceConfig
+from fastpref.trainer.config import BaseConfig
 
 logger = logging.getLogger("fastpref")
 
@@ -49,15 +47,23 @@ _READERS = (
 
 
 class RowsTrainer(Trainer):
-    """The part of a trainer of pairs that chooses the rows, and computes rows of segments."""
+    """The part of a trainer that chooses the rows, and computes rows of segments.
 
-    args: PreferenceConfig
+    Attributes:
+        segment_collator: the class of the collator of rows of segments.
+        padded_collator_class: that of separate rows.
+    """
+
+    args: BaseConfig
+    segment_collator: type[SegmentCollator] | type[UnpairedSegmentCollator]
+    padded_collator_class: type
     ref_model: Any
     _attention: SegmentAttention | None = None  # of the policy, if batches are rows of segments
     _dispatches: bool
     _router_coef: float
-    _loss_options: LossOptions
     _share: float
+    _parts: Sequence[dict[str, Any]] = ()  # of the batch that is being computed
+    _part = 0  # the index of the part that is
     _padded_collator: Any  # the collator of separate rows
     _sharing: bool
     _quiet_reason = False  # whether the user's own choice is the reason
@@ -73,12 +79,14 @@ class RowsTrainer(Trainer):
             ValueError: prefix_sharing=True or packing=True cannot be had.
         """
         args: Any = self.args
-        wants = [n for n in ("prefix_sharing", "packing") if getattr(args, n) is True]
-        if not wants and args.prefix_sharing is False:
+        prefix_sharing = getattr(args, "prefix_sharing", False)  # an option of pairs
+        asked = {"prefix_sharing": prefix_sharing, "packing": args.packing}
+        wants = [name for name, value in asked.items() if value is True]
+        if not wants and prefix_sharing is False:
             return None, None
         self._padded_collator = self.data_collator
-        sharing, reason = args.prefix_sharing is not False, self._reason()
-        if args.prefix_sharing == "auto" and reason is None:
+        sharing, reason = prefix_sharing is not False, self._reason()
+        if prefix_sharing == "auto" and reason is None:
             fraction = self._shared_fraction()
             sharing = fraction >= _WORTH
             if sharing and (readers := self._own_readers()):
@@ -101,7 +109,7 @@ class RowsTrainer(Trainer):
             if not self._quiet_reason:
                 self._say(f"prefix sharing is off: {reason}")
             return None, None
-        if sharing and args.prefix_sharing == "auto":
+        if sharing and prefix_sharing == "auto":
             self._say(
                 f"prefix sharing: the prompt of a pair is computed once, which leaves out "
                 f"{fraction:.0%} of the data's tokens",
@@ -119,7 +127,7 @@ class RowsTrainer(Trainer):
         """Why these options do not go with rows of segments; None: they do."""
         args, model = self.args, cast(nn.Module, self.model)
         parallel = getattr(self.accelerator, "parallelism_config", None)
-        if type(self.data_collator) is not PreferenceCollator:
+        if type(self.data_collator) is not self.padded_collator_class:
             self._quiet_reason = True
             return "data_collator is one of your own"
         if self._dispatches:
@@ -148,12 +156,7 @@ class RowsTrainer(Trainer):
         optimizer = str(self.args.optim).lower()
         if "lomo" in optimizer or "layerwise" in optimizer:
             return "with tokens_per_batch, weights cannot move in each backward pass"
-        losses = self._loss_options.losses
-        if self._loss_options.needs_nll or any(
-            loss.options is None or not loss.per_pair or loss.batch_mean for loss in losses
-        ):
-            return "with tokens_per_batch, the loss must be a mean over pairs"
-        return None
+        return self.why_loss_is_whole()
 
     @property
     def _has_length(self) -> bool:
@@ -172,16 +175,16 @@ class RowsTrainer(Trainer):
         found = {name: getattr(type(self), name).__module__ for name in _READERS}
         return [name for name, module in found.items() if module.split(".")[0] not in ours]
 
-    def _segment_collator(self, sharing: bool) -> SegmentCollator:
+    def _segment_collator(self, sharing: bool) -> Any:
         plain = self._padded_collator
-        return SegmentCollator(
+        return self.segment_collator(
             plain.pad_token_id,
             plain.max_length,
             plain.truncation_mode,
             plain.pad_to_multiple_of,
             sharing=sharing,
             packing=self.args.packing,
-            nll_on_prompt=self.args.nll_on_prompt,
+            nll_on_prompt=getattr(self.args, "nll_on_prompt", False),
         )
 
     def _checked_attentions(
@@ -189,7 +192,7 @@ class RowsTrainer(Trainer):
     ) -> tuple[SegmentAttention, SegmentAttention | None]:
         examples = self._examples(2 if self.args.packing else 1)
         segments = replace(self._segment_collator(sharing), nll_on_prompt=False)
-        collators = self.data_collator, segments
+        collators = self._padded_collator, segments
         autocast = self.accelerator.autocast
         policy = check_attention(self.model, examples, *collators, autocast)
         if self.ref_model is None:
@@ -203,16 +206,12 @@ class RowsTrainer(Trainer):
         return policy, check_attention(self.ref_model, examples, *collators, autocast)
 
     def _examples(self, count: int) -> list[dict[str, Any]]:
-        """The first pairs with much to compare: a prompt, and answers that differ."""
+        """The first rows with much to compare, for a pair a prompt, and answers that differ."""
         dataset: Any = self.train_dataset
-        collator = self._segment_collator(True)
+        size = self._segment_collator(True).compared
         rows = [dataset[i] for i in range(min(len(dataset), _CANDIDATES))]
-
-        def compared(row: dict[str, Any]) -> int:
-            shared, both = collator.common(row)
-            return min(shared, 128) + min(both - 2 * shared, 128)
-
-        return sorted(rows, key=compared, reverse=True)[:count]
+        rows = [{k: v for k, v in row.items() if not k.startswith("KL_")} for row in rows]
+        return sorted(rows, key=size, reverse=True)[:count]
 
     # ---- batches ----
 
@@ -230,7 +229,10 @@ class RowsTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """`transformers.Trainer`'s; with packing, processes exchange rows."""
-        sampler: Any = super()._get_train_sampler(train_dataset)
+        return self.exchanging(super()._get_train_sampler(train_dataset))
+
+    def exchanging(self, sampler: Any) -> Any:
+        """A training sampler whose rows the processes exchange with packing."""
         processes = self.accelerator.num_processes
         if self._attention is None or not self.args.packing or processes == 1:
             return sampler
@@ -268,8 +270,9 @@ class RowsTrainer(Trainer):
                 return super().training_step(model, inputs, *args, **kwargs)
         losses, parts = [], inputs[PARTS]
         try:
+            self._parts = parts
             for i, part in enumerate(parts):
-                self._share = inputs[SHARES][i]
+                self._part, self._share = i, inputs[SHARES][i]
                 # The processes exchange gradients once, after the last part.
                 waits: Any = contextlib.nullcontext()
                 if i < len(parts) - 1:
@@ -277,7 +280,7 @@ class RowsTrainer(Trainer):
                 with waits:
                     losses.append(self.training_step(model, part, *args, **kwargs))
         finally:
-            self._share = 1.0
+            self._share, self._parts, self._part = 1.0, (), 0
         return torch.stack(losses).sum()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -287,6 +290,12 @@ class RowsTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with self._rows_of(inputs):
             return super().prediction_step(model, inputs, *args, **kwargs)
+
+    # ---- defined by a subclass ----
+
+    def why_loss_is_whole(self) -> str | None:
+        """Why the loss of a batch is not a mean over parts of it; None: it is."""
+        raise NotImplementedError
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import evaluate, make_pairs
 from fastpref.losses.unpaired import kto_loss
-from fastpref.trainer.metrics import SIDES, NonFiniteLossError
+from fastpref.trainer.metrics import SIDES, NonFiniteLossError, answer_sums
 
 Rows = dict[str, Tensor]  # values by name, [P] or [P, n] for P rows
 
@@ -124,27 +124,31 @@ def score_pairs(rows: Rows, options: LossOptions, router_coef: float = 0.0) -> S
 def answer_rows(
     labels: Tensor,
     stats: TokenStats,
-    logps: Tensor,
+    sequence_ids: Tensor | None,
     ref_logps: Tensor,
     desirable: Tensor,
     kl_ratios: Tensor | None,
-    weight: Tensor | None,
+    answer_weight: Tensor | None,
     router: Tensor | None,
 ) -> Rows:
     """The values of each answer of a batch from which loss and metrics are computed.
 
-    Args: labels and stats are [B, T], router is [B, n], the others are [B].
+    Args:
+        labels, stats: [B, T], or [N] with sequence_ids [N] in [0, B).
+        router: [B, n].
+        ref_logps, desirable, kl_ratios, answer_weight: [B].
     """
     assert stats.entropy is not None and stats.mean_logit is not None
+    sums = answer_sums(labels, sequence_ids, len(desirable))
     values = {
-        "logps": logps,
+        "logps": sums(stats.logps),
         "ref_logps": ref_logps,
         "desirable": desirable,
         "kl_ratios": kl_ratios,
-        "weight": weight,
-        "tokens": (labels != -100).sum(1),
-        "entropy": stats.entropy.sum(1),
-        "logits": stats.mean_logit.sum(1),  # the statistics are 0 where there is no label
+        "weight": answer_weight,
+        "tokens": sums(torch.ones_like(labels)),
+        "entropy": sums(stats.entropy),
+        "logits": sums(stats.mean_logit),
         ROUTED: router,
     }
     return {name: value for name, value in values.items() if value is not None}

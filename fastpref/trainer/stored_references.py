@@ -103,10 +103,10 @@ class StoringTrainer(EndingTrainer):
                     extend_store(
                         store,
                         dataset.select(rows),
-                        found.lengths[rows],
+                        found.select(rows),
                         self._token_logps(reference),
                         self.reference_parts,
-                        self.padded_collator,
+                        self.data_collator,
                         self.accelerator,
                         batch_size=size,
                         name=name,

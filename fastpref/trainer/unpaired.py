@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Sampler, SequentialSampler
-from transformers.trainer_utils import has_length
 
 from fastpref.data.batches import batch_labels, model_inputs
 from fastpref.data.collate import UnpairedCollator
-from fastpref.data.columns import UNPAIRED, UNPAIRED_REFERENCE
+from fastpref.data.columns import UNPAIRED
+from fastpref.data.segments import UnpairedSegmentCollator
 from fastpref.data.tokenise import DataReport
 from fastpref.data.unpaired import prepare_unpaired_dataset
 from fastpref.fused.unpaired import linear_kto_loss
-from fastpref.heads.calling import align_to_tokens
+from fastpref.heads.calling import labelled_states
 from fastpref.heads.reading import Head
-from fastpref.logps.sequences import sequence_logps
 from fastpref.trainer.base import BaseTrainer
 from fastpref.trainer.config import UnpairedPreferenceConfig
+from fastpref.trainer.kl_term import EstimatingTrainer, sequences
 from fastpref.trainer.metrics import UNPAIRED_EXTRAS, UNPAIRED_SUMS, unpaired_metrics, unpaired_sums
 from fastpref.trainer.scores import Rows, Scored, answer_rows, score_answers
 
-_SEQUENCES = ("input_ids", "attention_mask", "completion_mask", "labels", "token_indices")
+_LAYOUT = ("token_indices", "hidden_indices", "sequence_ids")
 
 
-class UnpairedPreferenceTrainer(BaseTrainer):
+class UnpairedPreferenceTrainer(EstimatingTrainer, BaseTrainer):
     """Train a causal language model on answers labelled desirable or undesirable (KTO).
 
     A drop-in replacement for TRL 1.16's KTOTrainer: the same data, loss, KL term and metric names.
@@ -37,6 +35,9 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     in the data's order: shuffle data that is sorted by label. If the row before has the same
     prompt, or a block is a single row, an answer to another prompt is used, where TRL uses the
     answer to the same one. An evaluation estimates the term once, from all rows.
+
+    With `packing` the answers of a batch are in one row, and the mismatched ones in another. The KL
+    term of a batch that tokens_per_batch divides is estimated from the whole batch.
 
     Args:
         train_dataset, eval_dataset: rows of prompt, completion and label, or pairs; see
@@ -57,6 +58,8 @@ class UnpairedPreferenceTrainer(BaseTrainer):
     args: UnpairedPreferenceConfig
     config_class = UnpairedPreferenceConfig
     columns = (*UNPAIRED.ids, *UNPAIRED.numbers, *UNPAIRED.labels, *UNPAIRED.extra, "row")
+    padded_collator_class = UnpairedCollator
+    segment_collator = UnpairedSegmentCollator
     _tag_names = ["fastpref", "kto"]
 
     def set_loss(self, args: UnpairedPreferenceConfig) -> bool:
@@ -71,47 +74,29 @@ class UnpairedPreferenceTrainer(BaseTrainer):
 
     def prepare_rows(self, dataset: Any, **options: Any) -> tuple[Any, DataReport]:
         mismatch = self.args.per_device_train_batch_size if self.estimates_kl else None
-        return prepare_unpaired_dataset(dataset, **options, mismatch=mismatch)
+        return prepare_unpaired_dataset(
+            dataset, **options, mismatch=mismatch, same_prompt=self.predicts
+        )
 
-    def make_collator(self, *options: Any) -> UnpairedCollator:
-        return UnpairedCollator(*options)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if not self.estimates_kl:
-            return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(dataset) if has_length(dataset) else None
-
-    def reference_columns(self) -> tuple[str, ...]:
-        return UNPAIRED_REFERENCE if self.estimates_kl else UNPAIRED_REFERENCE[:1]
-
-    def reference_parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        parts = ("", "KL_") if self.estimates_kl else ("",)
-        return [_sequences(batch, part) for part in parts]
+    def why_loss_is_whole(self) -> str | None:
+        return None  # each answer's term has the KL term of the whole batch
 
     def step_inputs(
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
     ) -> tuple[dict, dict]:
-        answers, size = _sequences(inputs), len(inputs["label"])
-        reference = self.reference_logps(inputs)
-        assert reference is not None
-        ratios = kl = None
-        if self.estimates_kl:
-            # In the policy's mode, training with dropout and noise, because the estimate is
-            # compared with rewards that are computed in that mode.
-            policy = replace(self._policy_reference, model=model, adapter=False, own_mode=True)
-            with self.accelerator.autocast():
-                ratios = policy.logps(_sequences(inputs, "KL_")) - reference[size:]
-            if not by_row:
-                kl = self.accelerator.gather(ratios.mean()).mean().clamp(min=0)
+        if self._part == 0:
+            parts = [self._prepare_inputs(part) for part in self._parts or [inputs]]
+            self.estimate(model, parts, by_row)
+        answers = sequences(inputs)
+        ref_logps, ratios = self._estimates[self._part]
         return model_inputs(answers), {
-            "attention_mask": answers["attention_mask"],
+            "num_tokens": answers["attention_mask"].sum(),
             "labels": batch_labels(answers),
-            "token_indices": answers.get("token_indices"),
             "desirable": inputs["label"].bool(),
-            "ref_logps": reference[:size],
+            "ref_logps": ref_logps,
             "answer_weight": inputs.get("weight"),
-            **({"kl_ratios": ratios} if by_row else {"kl": kl}),
+            **{name: answers.get(name) for name in _LAYOUT},
+            **({"kl_ratios": ratios} if by_row else {"kl": self._kl}),
         }
 
     def loss_head(  # type: ignore[override]
@@ -120,12 +105,13 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         head: Head,
         aux_loss: Tensor | None,
         *,
-        attention_mask: Tensor,
+        num_tokens: Tensor,
+        hidden_indices: Tensor | None,
         labels: Tensor,
         desirable: Tensor,
         **inputs: Any,
     ) -> dict[str, Any]:
-        hidden = align_to_tokens(hidden, labels)
+        hidden = labelled_states(hidden, labels, hidden_indices)
         out = linear_kto_loss(
             hidden,
             head.weight,
@@ -138,8 +124,10 @@ class UnpairedPreferenceTrainer(BaseTrainer):
             **self._head_options,
             extras=UNPAIRED_EXTRAS,
         )
-        loss = self.add_aux_loss(out.loss, aux_loss)
-        sums = unpaired_sums(out, loss, aux_loss, desirable, labels, attention_mask)
+        loss = self._share * self.add_aux_loss(out.loss, aux_loss)
+        out = out._replace(kl=self._share * out.kl)  # the parts' values are added
+        ids = inputs["sequence_ids"]
+        sums = unpaired_sums(out, loss, aux_loss, desirable, labels, num_tokens, ids)
         return {"loss": loss, "sums": sums}
 
     def rows_head(  # type: ignore[override]
@@ -148,28 +136,20 @@ class UnpairedPreferenceTrainer(BaseTrainer):
         head: Head,
         router: Tensor | None,
         *,
-        attention_mask: Tensor,
+        num_tokens: Tensor,
+        hidden_indices: Tensor | None,
         labels: Tensor,
         token_indices: Tensor | None,
-        desirable: Tensor,
+        sequence_ids: Tensor | None,
         ref_logps: Tensor,
-        answer_weight: Tensor | None,
-        kl_ratios: Tensor | None,
+        **values: Any,
     ) -> Rows:
-        hidden = align_to_tokens(hidden, labels)
+        hidden = labelled_states(hidden, labels, hidden_indices)
         stats = self.token_stats(hidden, head, labels, token_indices, UNPAIRED_EXTRAS)
-        logps = sequence_logps(stats.logps, labels)
-        return answer_rows(
-            labels, stats, logps, ref_logps, desirable, kl_ratios, answer_weight, router
-        )
+        return answer_rows(labels, stats, sequence_ids, ref_logps, **values, router=router)
 
     def score(self, rows: Rows) -> Scored:
         return score_answers(rows, self._loss_options, self._router_coef)
 
     def window_options(self) -> dict[str, Any]:
         return {"names": UNPAIRED_SUMS, "metrics_of": unpaired_metrics}
-
-
-def _sequences(batch: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The part of a batch with the answers; with the prefix KL_ that with the mismatched ones."""
-    return {key: batch[prefix + key] for key in _SEQUENCES if prefix + key in batch}

@@ -1,5 +1,7 @@
 """The command line end to end, on the model and the pairs of the demo."""
 
+import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -391,3 +393,15 @@ def test_peak_memory_sees_what_was_allocated():
 def test_json_has_no_nan(tmp_path):
     report.write_json(tmp_path / "x.json", {"a": math.nan, "b": [torch.tensor(1.5), math.inf]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": None, "b": [1.5, None]}
+
+
+def test_options_have_the_defaults_of_the_command():
+    """`fastpref precompute` sets some of them, and takes these for the rest."""
+    from fastpref.cli import train as train_command
+    from fastpref.cli.train_options import TrainOptions
+
+    parameters = dict(inspect.signature(train_command.command).parameters)
+    del parameters["debug"]
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
+    empty = {inspect.Parameter.empty: dataclasses.MISSING}
+    assert defaults == {name: empty.get(p.default, p.default) for name, p in parameters.items()}

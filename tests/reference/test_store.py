@@ -19,6 +19,7 @@ import tiny  # noqa: E402
 from tiny import history, lora, same, trainer  # noqa: E402
 
 from fastpref import UnpairedPreferenceConfig, UnpairedPreferenceTrainer  # noqa: E402
+from fastpref.data.segments import PLAN, SegmentCollator  # noqa: E402
 from fastpref.reference import Reference, ReferenceStore  # noqa: E402
 from fastpref.reference import store as stores  # noqa: E402
 from fastpref.reference.identity import describe_reference, identity_differences  # noqa: E402
@@ -42,7 +43,7 @@ def calls(monkeypatch):
     found, original = [], Reference.token_logps
 
     def token_logps(self, batch):
-        found.append(len(batch["input_ids"]))
+        found.append(len(batch["lengths" if PLAN in batch else "input_ids"]))
         return original(self, batch)
 
     monkeypatch.setattr(Reference, "token_logps", token_logps)
@@ -73,7 +74,7 @@ def values(t, columns=COLUMNS):
 def test_every_loss_reads_one_store(tmp_path, calls):
     ahead = trainer(tmp_path, precompute_ref_log_probs=True, prefix_sharing=False)
     ahead.train()
-    first = stored(tmp_path)
+    first = stored(tmp_path, prefix_sharing=False)
     first.train()
     assert sum(calls) == 80 and first.ref_model is None
     same(history(ahead), history(first))
@@ -94,6 +95,25 @@ def test_every_loss_reads_one_store(tmp_path, calls):
     columns = ["ref_logps"]
     np.testing.assert_allclose(values(answers, columns), values(wanted, columns), rtol=1e-6)
     assert calls == [6, 6, 6, 3]  # of each, three rows to see that the store fits
+
+
+def test_rows_of_segments_fill_the_same_store(tmp_path, calls):
+    rows = [{**row, "prompt": " ".join(tiny.WORDS[:40]) + " "} for row in tiny.rows(20)]
+    found, asked = [], []
+    for name, options in (
+        ("separate", {"prefix_sharing": False}),
+        ("shared", {"prefix_sharing": True}),
+        ("packed", {"prefix_sharing": True, "packing": True, "ld_alpha": 0.3}),
+    ):
+        calls.clear()
+        t = stored(tmp_path / name, train=rows, **options)
+        asked.append(sum(calls))
+        again = stored(tmp_path / name, train=rows, prefix_sharing=False)
+        found.append(values(again))
+        assert isinstance(t.data_collator, SegmentCollator) == (name != "separate")
+    assert asked == [40] * 3
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-5)
 
 
 def test_kto_adds_its_mismatched_answers(tmp_path, calls):

@@ -119,6 +119,7 @@ def trainer(tmp_path, policy=None, train=None, **kwargs):
         "peft_config",
         "data_collator",
         "compute_metrics",
+        "loss_function",
     )
     own = {key: kwargs.pop(key) for key in own if key in kwargs}
     return PreferenceTrainer(

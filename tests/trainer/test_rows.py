@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from tiny import history, trainer
 
 from fastpref.data.segments import SegmentCollator
@@ -19,12 +20,22 @@ ROWS = {
     "both": {"prefix_sharing": True, "packing": True},
 }
 TIMES = ("runtime", "per_second", "flos")
+
+
+def own(pairs):
+    """A loss of one's own, which compares the pairs of a batch and reads their lengths."""
+    gain = pairs.beta * (pairs.chosen - pairs.rejected)
+    longer = pairs.chosen_lengths / (pairs.chosen_lengths + pairs.rejected_lengths)
+    return F.softplus(gain.mean().detach() - gain) * longer
+
+
 LOSSES = {
     "dpo": {},
     "ipo": {"loss_type": "ipo"},
     "token": {"loss_type": "simpo"},
     "ld": {"ld_alpha": 0.3},
     "wpo": {"use_weighting": True},
+    "own": {"loss_function": own},
     "nll": {"loss_type": "orpo", "nll_on_prompt": True},
     "precompute": {"precompute_ref_log_probs": True},
     "truncated": {"max_length": 14, "truncation_mode": "keep_end"},
@@ -32,14 +43,15 @@ LOSSES = {
 }
 
 
-def outcome(tmp_path, name, **options):
+def outcome(tmp_path, name, make=trainer, rows=tiny.rows, **options):
     """The figures of a run of 20 steps with evaluations, its weights, and predictions.
 
     With Adam's usual epsilon, weights whose gradient is rounding alone take steps of full length.
     """
-    t = trainer(
-        tmp_path / name, max_steps=20, eval_dataset=tiny.rows(10, seed=3), eval_strategy="steps",
-        eval_steps=10, adam_epsilon=1e-6, **options,
+    options = {"adam_epsilon": 1e-6, **options}
+    t = make(
+        tmp_path / name, max_steps=20, eval_dataset=rows(10, seed=3), eval_strategy="steps",
+        eval_steps=10, **options,
     )  # fmt: skip
     t.train()
     figures = [
@@ -50,7 +62,7 @@ def outcome(tmp_path, name, **options):
     weights = {k: v.detach() for k, v in t.model.state_dict().items()}
     rewards = np.zeros(1)
     if not t.precompute:  # there is no reference for other rows
-        rewards = t.predict(tiny.rows(6, seed=4)).predictions
+        rewards = t.predict(rows(6, seed=4)).predictions
     return figures, weights, rewards, t
 
 

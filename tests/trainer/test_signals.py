@@ -21,6 +21,9 @@ EVALUATES = {
 }
 
 
+EVAL = "eval_loss"
+
+
 class InEvaluation(TrainerCallback):
     """Sends a signal to this process in the first batch of an evaluation, and counts batches."""
 
@@ -57,9 +60,7 @@ def test_a_signal_ends_an_evaluation_after_its_batch(tmp_path, number, error, ca
     resumed = start(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     tiny.same(tiny.history(whole), tiny.history(resumed), tol=0)
-    assert tiny.history(whole, "eval_loss")[-1]["eval_loss"] == pytest.approx(
-        tiny.history(resumed, "eval_loss")[-1]["eval_loss"]
-    )
+    tiny.same(tiny.history(whole, EVAL), tiny.history(resumed, EVAL), (EVAL, "step"), tol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,15 @@ def test_an_evaluation_that_something_waits_for(tmp_path, options):
     with pytest.raises(Terminated, match="checkpoint-2 is saved"):
         t.train()
     assert callback.batches == 1
-    assert start(tmp_path, **options).train(resume_from_checkpoint=True).global_step == 4
+    t = start(tmp_path, **options)
+    assert t.train(resume_from_checkpoint=True).global_step == 4
+    key = "eval_one_loss" if "eval_dataset" in options else EVAL
+    assert [line["step"] for line in tiny.history(t, key)] == [2, 4]
+    if "metric_for_best_model" in options:
+        losses = [line[EVAL] for line in tiny.history(t, EVAL)]
+        assert t.state.best_metric == min(losses)
+        best = 2 if losses[0] < losses[1] else 4
+        assert t.state.best_model_checkpoint == str(tmp_path / "out" / f"checkpoint-{best}")
 
 
 def test_a_signal_in_the_last_batch_ends_the_run_before_the_next_step(tmp_path):
@@ -102,6 +111,10 @@ def test_a_signal_in_the_step_before_an_evaluation_leaves_it_out(tmp_path):
     with pytest.raises(Terminated, match="checkpoint-2 is saved"):
         t.train()
     assert callback.batches == 0
+    resumed = start(tmp_path, InEvaluation(signal.SIGTERM))  # and so once more
+    with pytest.raises(Terminated, match="3 of 4 steps are done"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.evaluation_is_due
 
 
 def test_sigusr1_in_an_evaluation_saves_and_goes_on(tmp_path):

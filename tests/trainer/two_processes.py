@@ -12,6 +12,7 @@ from test_evaluation import moved
 from test_unpaired_trainer import rows as answers
 from test_unpaired_trainer import trainer as unpaired_trainer
 
+from fastpref.data.segments import PLAN
 from fastpref.reference import Reference
 
 MAKE = {"pairs": tiny.trainer, "answers": unpaired_trainer}
@@ -65,7 +66,7 @@ def stored_references(path):
     original = Reference.token_logps
 
     def token_logps(self, batch):
-        asked.append(len(batch["input_ids"]))
+        asked.append(len(batch["lengths" if PLAN in batch else "input_ids"]))
         return original(self, batch)
 
     Reference.token_logps = token_logps
@@ -108,13 +109,16 @@ def rows_of_runs(path):
 def packed_runs(path, processes=2):
     """Losses and tokens of runs with packing, whose batches the processes divide among them."""
     found = {}
-    for name, size, options in (
-        ("whole", 8 // processes, {}),
-        ("parts", 8 // processes, {"tokens_per_batch": 60}),
-        ("split", 8, {"accelerator_config": {"split_batches": True}}),
+    parts, split = {"tokens_per_batch": 60}, {"accelerator_config": {"split_batches": True}}
+    for name, kind, size, options in (
+        ("whole", "pairs", 8 // processes, {}),
+        ("parts", "pairs", 8 // processes, parts),
+        ("split", "pairs", 8, split),
+        # The KL term's mismatched answers depend on per_device_train_batch_size.
+        ("answers", "answers", 8, {**parts, **split}),
     ):
-        t = tiny.trainer(
-            path / name, train=tiny.rows(40, longest=20), max_steps=4, packing=True,
+        t = MAKE[kind](
+            path / name, train=ROWS[kind](40, longest=20), max_steps=4, packing=True,
             per_device_train_batch_size=size, include_num_input_tokens_seen="non_padding",
             **options,
         )  # fmt: skip
