@@ -5,7 +5,8 @@
 The states are those of completion tokens of the data's chosen answers. Exact gradients and
 gradients from columns take turns in one process, forward and backward: with a frozen head, with a
 trained one whose gradient is exact, and with both by columns. Freed memory is kept from call to
-call, as in a trainer's steps. Times are medians. Errors are relative root mean squares against the exact gradients. Writes a JSON to benchmarks/results/.
+call, as in a trainer's steps. Times are medians. Errors are relative root mean squares against the
+exact gradients. Writes a JSON to benchmarks/results/.
 """
 
 from __future__ import annotations
