@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpref.attention.switch import FUNCTION, MASK, SegmentAttention, UnsupportedAttention
 from fastpref.data.batches import model_inputs
 from fastpref.heads.calling import hidden_states, labelled_states
-from fastpref.heads.layer import is_sharded
+from fastpref.heads.sharded import is_sharded
 from fastpref.heads.modes import evaluating
 from fastpref.heads.reading import read_head, unwrap
 from fastpref.logps.linear import linear_token_logps

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.heads.sharded import is_sharded
 from fastpref.validation import FLOATS
 
 
@@ -109,11 +110,6 @@ def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
         return None
     wide = scale.dtype if scale.dtype == torch.float64 else torch.float32
     return scale.to(wide) * getattr(module, "logit_scale_factor", 1.0)
-
-
-def is_sharded(weight: Any) -> bool:
-    """Whether a weight is a DTensor."""
-    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
 
 
 def _check_weight(weight: Any, module: nn.Module) -> None:

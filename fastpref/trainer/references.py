@@ -118,7 +118,10 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         if self.args.disable_dropout:
             disable_dropout(model)
         model = model.eval().requires_grad_(False)
-        return self.accelerator.prepare_model(model, evaluation_mode=True)
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        if hasattr(model, "set_reshard_after_forward"):  # FSDP2: no backward pass frees its head
+            model.set_reshard_after_forward(True)
+        return model
 
     def with_reference(self, dataset: Any, name: str) -> Any:
         """Evaluation data with the reference's log-probs, if they are computed ahead.
