@@ -37,6 +37,6 @@ def _init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None
 
 
 def enable(**settings: str) -> None:
-    """Before the first trainer of this process; settings replace those of accelerate's FSDP."""
+    """For the trainers that this process makes from now on; settings replace those above."""
     os.environ.update({**SETTINGS, **settings})
     AcceleratorState.__init__ = _init

@@ -6,6 +6,7 @@ error.
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 import traceback
@@ -53,6 +54,10 @@ def _run(
     import torch
 
     torch.set_num_threads(1)
+    # What a launcher tells accelerate.
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+    ranks |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
     store = torch.distributed.FileStore(f"{path}/store", processes)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=processes, timeout=timedelta(seconds=60)
