@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.heads.sharded import is_sharded
+from fastpref.heads.sharded import is_sharded, is_tensor_parallel
 from fastpref.validation import FLOATS
 
 
@@ -120,6 +120,8 @@ def _check_weight(weight: Any, module: nn.Module) -> None:
         raise ValueError(
             f"the output head is a {name}, which {found}; expected a linear layer in float: {_KEEP}"
         )
+    if is_tensor_parallel(weight):
+        return
     if is_sharded(weight):
         raise ValueError(
             f"the output head's weight of shape {tuple(weight.shape)} is sharded among processes "

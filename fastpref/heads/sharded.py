@@ -11,9 +11,11 @@ The data flow of a training step:
 
 The reference's log-probs of an adapter's base model come from the same gathered W.
 
-`vocab_parallel_weight` leaves W where it is instead, and moves tokens (fastpref.logps.vocab_parallel
-has that data flow). This pays where all processes together have fewer labelled tokens than the
-vocabulary has entries.
+Tensor parallelism divides W for good: `read_head` then returns it as a VocabParallelWeight.
+
+`vocab_parallel_weight` leaves FSDP2's W where it is instead, and moves tokens, as
+fastpref.logps.vocab_parallel has it. This pays where all processes together have fewer labelled
+tokens than the vocabulary has entries.
 """
 
 from __future__ import annotations
@@ -30,6 +32,18 @@ from fastpref.logps.vocab_parallel import VocabParallelWeight
 def is_sharded(weight: Any) -> bool:
     """Whether a weight is a DTensor."""
     return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
+
+
+def is_tensor_parallel(weight: Any) -> bool:
+    """Whether a weight's rows are divided by tensor parallelism: a DTensor on a mesh "tp"."""
+    if not is_sharded(weight) or weight.device_mesh.mesh_dim_names != ("tp",):
+        return False
+    return weight.dim() == 2 and all(p.is_shard(0) for p in weight.placements)
+
+
+def local_rows(weight: Any) -> Any:
+    """A bias [V] as `linear_*` takes it: this process's rows of a DTensor; else as it is."""
+    return weight.to_local() if is_sharded(weight) else weight
 
 
 def gather_head(layer: nn.Module) -> None:

@@ -98,6 +98,11 @@ class VocabParallelWeight:
         return self.local.device
 
     @property
+    def is_meta(self) -> bool:
+        """Whether the rows have no values."""
+        return self.local.is_meta
+
+    @property
     def requires_grad(self) -> bool:
         """Whether the rows require a gradient."""
         return self.local.requires_grad

@@ -139,9 +139,9 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp_enabled and plugin.cpu_ram_efficient_loading:
             raise ValueError(
-                "reference log-probs ahead of training (precompute_ref_log_probs, reference_store) need "
-                "the weights on every process, but fsdp_cpu_ram_efficient_loading leaves them on "
-                "the first one; set it to false, or compute them with fastpref precompute"
+                "precompute_ref_log_probs and reference_store need the weights on every process, "
+                "and fsdp_cpu_ram_efficient_loading leaves them on the first one; set it to false, "
+                "or compute them with fastpref precompute"
             )
 
     def with_reference(self, dataset: Any, name: str) -> Any:

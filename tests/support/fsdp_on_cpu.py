@@ -39,4 +39,9 @@ def _init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None
 def enable(**settings: str) -> None:
     """For the trainers that this process makes from now on; settings replace those above."""
     os.environ.update({**SETTINGS, **settings})
+    enable_launched()
+
+
+def enable_launched() -> None:
+    """The same with the settings that `accelerate launch` has made."""
     AcceleratorState.__init__ = _init
