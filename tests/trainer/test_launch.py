@@ -43,9 +43,9 @@ def test_a_configuration_trains(name, tmp_path):
 
 
 def test_a_process_that_fails_ends_the_others_with_its_message(tmp_path):
-    start = time.monotonic()
     run = launch("ddp.yaml", tmp_path, "fails")
+    seconds = time.time() - float((tmp_path / "failed").read_text())
     assert run.returncode != 0
     assert "ValueError: row 17 cannot be read" in run.stderr
-    assert time.monotonic() - start < 90  # of which the imports take most
+    assert seconds < 30
     assert not (tmp_path / "trained").exists()
