@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "logps": {"validation", "backends"},
     "losses": {"validation", "logps.sequences"},
     "fused": {"validation", "backends", "logps", "losses"},
-    "heads": {"validation"},
+    "heads": {"validation", "logps"},
     "data": {"progress"},
     "attention": {"data", "heads", "logps.linear"},
     "quality": {"progress", "storage", "data"},

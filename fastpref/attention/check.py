@@ -13,9 +13,9 @@ from torch import Tensor
 from fastpref.attention.switch import FUNCTION, MASK, SegmentAttention, UnsupportedAttention
 from fastpref.data.batches import model_inputs
 from fastpref.heads.calling import hidden_states, labelled_states
-from fastpref.heads.layer import is_sharded
 from fastpref.heads.modes import evaluating
 from fastpref.heads.reading import read_head, unwrap
+from fastpref.heads.sharded import is_sharded
 from fastpref.logps.linear import linear_token_logps
 
 # The largest difference by the dtype of the layers' products: of log-probs in nats, and of the

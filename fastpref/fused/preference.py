@@ -16,18 +16,19 @@ from fastpref.logps.linear import prepare
 from fastpref.logps.logits import token_logps
 from fastpref.logps.options import take_head_options
 from fastpref.logps.prepared import PreparedLogps
+from fastpref.logps.vocab_parallel import VocabParallelWeight
 from fastpref.losses.options import pop_loss_options
 
 
 def linear_preference_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | VocabParallelWeight,
     labels: Tensor,
     ref_logps: Tensor | None = None,
     *,
     bias: Tensor | None = None,
     ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
+    ref_weight: Tensor | VocabParallelWeight | None = None,
     ref_bias: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
@@ -50,7 +51,8 @@ def linear_preference_loss(
     Args:
         hidden: [2P, T, H], the chosen sequences first, then the rejected ones in the same order; or
             flat [N, H] with sequence_ids. Dtypes as in `linear_token_logps`.
-        weight, bias: the head, [V, H] and [V] or None.
+        weight, bias: the head, [V, H] and [V] or None; or a `VocabParallelWeight` and its rows of
+            the bias.
         labels: [2P, T] or [N] int64, aligned with hidden; ignore_index where a token does not
             count.
         ref_logps: [2P] the reference's log-probabilities in nats, summed per sequence. They may be
@@ -110,7 +112,8 @@ def linear_preference_loss(
     lora_hidden, lora_B, dora_scale = adapter_tensors(
         low_rank, weight_scale, lora_hidden, lora_B, dora_scale
     )
-    policy_head, head_labels = HeadTensors(weight, bias, lora_B, dora_scale), prepared.head_labels
+    policy_head = HeadTensors(weight, bias, lora_B, dora_scale)  # type: ignore[arg-type]
+    head_labels = prepared.head_labels
     head_extras = prepared.head_extras(extras)
     policy = prepare(
         hidden, policy_head, head_labels, head, head_extras, token_indices, lora_hidden
@@ -130,7 +133,7 @@ def linear_preference_loss(
                 head = replace(head, fused=False)
             if policy.has_grads and head.strategy == "forward-only":
                 head = replace(head, strategy="auto")
-            ref_head = HeadTensors(ref_weight, ref_bias)
+            ref_head = HeadTensors(ref_weight, ref_bias)  # type: ignore[arg-type]
             reference = prepare(
                 ref_hidden, ref_head, head_labels, head, (), token_indices, prefix="ref_"
             )
@@ -146,7 +149,11 @@ def linear_preference_loss(
 
 
 def linear_dpo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+    hidden: Tensor,
+    weight: Tensor | VocabParallelWeight,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    **options: Any,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with loss_type "sigmoid": DPO, Rafailov et al. 2023
     (arXiv:2305.18290).
@@ -155,7 +162,11 @@ def linear_dpo_loss(
 
 
 def linear_ipo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+    hidden: Tensor,
+    weight: Tensor | VocabParallelWeight,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    **options: Any,
 ) -> PreferenceOutput:
     """`linear_preference_loss` with loss_type "ipo": Azar et al. 2023 (arXiv:2310.12036)."""
     return linear_preference_loss(hidden, weight, labels, ref_logps, loss_type="ipo", **options)

@@ -13,6 +13,7 @@ from fastpref.logps.forward import HeadTensors
 from fastpref.logps.linear import prepare
 from fastpref.logps.options import take_head_options
 from fastpref.logps.sequences import sequence_logps
+from fastpref.logps.vocab_parallel import VocabParallelWeight
 from fastpref.losses.unpaired import (
     UnpairedLoss,
     check_answers,
@@ -26,7 +27,7 @@ from fastpref.validation import check_device, check_ids
 
 def linear_kto_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | VocabParallelWeight,
     labels: Tensor,
     desirable: Tensor,
     ref_logps: Tensor | None = None,
@@ -56,7 +57,8 @@ def linear_kto_loss(
     Args:
         hidden: [B, T, H], or flat [N, H] with sequence_ids [N] int64 in [0, B). Dtypes as in
             `linear_token_logps`.
-        weight, bias: the head, [V, H] and [V] or None.
+        weight, bias: the head, [V, H] and [V] or None; or a `VocabParallelWeight` and its rows of
+            the bias.
         labels: [B, T] or [N] int64, aligned with hidden; ignore_index where a token does not count.
         desirable: [B] bool.
         ref_logps: [B] the reference's log-probabilities in nats, summed per answer.
@@ -99,7 +101,7 @@ def linear_kto_loss(
     lora_hidden, lora_B, dora_scale = adapter_tensors(
         low_rank, weight_scale, lora_hidden, lora_B, dora_scale
     )
-    tensors = HeadTensors(weight, bias, lora_B, dora_scale)
+    tensors = HeadTensors(weight, bias, lora_B, dora_scale)  # type: ignore[arg-type]
     call = prepare(hidden, tensors, labels, options, extras, token_indices, lora_hidden)
     # For its errors, which must come before any product; `kto_loss` computes the estimate again.
     kl_estimate(loss_type, kl, kl_logps, ref_kl_logps, hidden, size)

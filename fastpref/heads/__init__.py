@@ -25,6 +25,7 @@ from fastpref.heads.calling import (
 )
 from fastpref.heads.layer import HeadAdapter
 from fastpref.heads.reading import Head, read_head, unwrap
+from fastpref.heads.sharded import vocab_parallel_token_logps, vocab_parallel_weight
 
 __all__ = [
     "Head",
@@ -39,6 +40,8 @@ __all__ = [
     "read_head",
     "uninstall_head_forward",
     "unwrap",
+    "vocab_parallel_token_logps",
+    "vocab_parallel_weight",
 ]
 
 # Imported on access: they are in fastpref.data.

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.heads.layer import is_sharded, read_layer
+from fastpref.heads.layer import read_layer
 from fastpref.heads.modes import evaluating
 from fastpref.heads.probe import accepted, verify
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.heads.router import load_balancing_loss
+from fastpref.heads.sharded import gather_head, is_sharded
 
 
 def _backbone(model: Any) -> nn.Module:
@@ -112,6 +113,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
+        gather_head(self.get_output_embeddings())
         head = read_head(self, adapters=True)
         return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpref.heads.sharded import is_sharded, is_tensor_parallel
 from fastpref.validation import FLOATS
 
 
@@ -111,11 +112,6 @@ def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
     return scale.to(wide) * getattr(module, "logit_scale_factor", 1.0)
 
 
-def is_sharded(weight: Any) -> bool:
-    """Whether a weight is a DTensor."""
-    return hasattr(weight, "device_mesh") and hasattr(weight, "placements")
-
-
 def _check_weight(weight: Any, module: nn.Module) -> None:
     name = type(module).__name__
     if not isinstance(weight, Tensor):
@@ -124,6 +120,8 @@ def _check_weight(weight: Any, module: nn.Module) -> None:
         raise ValueError(
             f"the output head is a {name}, which {found}; expected a linear layer in float: {_KEEP}"
         )
+    if is_tensor_parallel(weight):
+        return
     if is_sharded(weight):
         raise ValueError(
             f"the output head's weight of shape {tuple(weight.shape)} is sharded among processes "

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastpref.heads.adapters import adapter_options
 from fastpref.heads.layer import HeadAdapter, read_layer
+from fastpref.heads.sharded import is_sharded, local_rows, vocab_parallel_weight
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Head:
     Adapters are applied to hidden without being merged into the weight.
 
     Attributes:
-        weight: [V, H].
+        weight: [V, H]; a `VocabParallelWeight` where tensor parallelism divides it.
         bias: [V] or None.
         scale: factor on the logits, before the softcap.
         softcap: bound of the logits' magnitude, or None.
@@ -34,7 +35,7 @@ class Head:
         row_scale: [V] learned factors on hidden @ weight.T, or None.
     """
 
-    weight: Tensor
+    weight: Any  # a Tensor or a VocabParallelWeight
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
@@ -154,13 +155,21 @@ def read_head(model: Any, *, adapters: bool = False) -> Head:
         "scale": _logit_scale(config),
         "softcap": _softcap(config),
     }
-    weight, bias, active = layer.weight, layer.bias, layer.adapters
+    weight: Any = layer.weight
+    bias, active = layer.bias, layer.adapters
     rows = weight.shape[0]
     vocab_size = min(rows, getattr(config, "unpadded_vocab_size", None) or rows)
     if vocab_size < rows:
         weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         active = tuple(adapter.rows(vocab_size) for adapter in active)
     row_scale = None if layer.row_scale is None else layer.row_scale[:vocab_size]
+    if is_sharded(weight):
+        if layer.adapted or row_scale is not None or vocab_size < rows:
+            raise ValueError(
+                "the output head is divided by tensor parallelism and has an adapter, factors of "
+                "its rows or padding rows; expected a plain linear layer there"
+            )
+        weight, bias = vocab_parallel_weight(weight, gathers_tokens=False), local_rows(bias)
     return Head(
         weight,
         bias,

@@ -8,11 +8,13 @@ from fastpref.logps.linear import linear_token_logps
 from fastpref.logps.logits import token_logps
 from fastpref.logps.plan import HeadPlan, plan_head
 from fastpref.logps.sequences import sequence_logps
+from fastpref.logps.vocab_parallel import VocabParallelWeight
 
 __all__ = [
     "GradientReport",
     "HeadPlan",
     "TokenStats",
+    "VocabParallelWeight",
     "last_gradient_report",
     "linear_token_logps",
     "plan_head",

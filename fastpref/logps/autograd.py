@@ -19,6 +19,7 @@ from fastpref.logps.forward import (
     HeadTensors,
     LinearCall,
     Saved,
+    TokenStats,
     forward_pass,
 )
 from fastpref.validation import autocasts
@@ -48,11 +49,18 @@ class LinearTokenLogps(FirstOrderFunction):
         call: LinearCall,
         pair_loss: PairLossInputs | None,
     ) -> tuple[Tensor | None, ...]:
-        inputs = pick_rows(hidden, lora_hidden, index)
+        inputs, shard = pick_rows(hidden, lora_hidden, index), call.shard
+        if shard is not None:
+            lora = inputs.lora_hidden
+            inputs = HeadInputs(
+                shard.gather(inputs.x), None if lora is None else shard.gather(lora)
+            )
+            labels = shard.local_labels(shard.gather(labels))
         rest = (None if t is None else t.detach() for t in (bias, lora_B, dora_scale))
         head = HeadTensors(weight.detach(), *rest)
         out, saved = forward_pass(call, inputs, head, labels)
-        pair = None if pair_loss is None else call.backend.pair_loss(out.logps, *pair_loss)
+        results = out if shard is None else TokenStats(*map(shard.own, out))  # type: ignore[arg-type]
+        pair = None if pair_loss is None else call.backend.pair_loss(results.logps, *pair_loss)
         head_again = needs_head_again(call, labels.shape[0]) or ctx.needs_input_grad[5]
         ctx.call, ctx.rows, ctx.device_type = call, hidden.shape[0], hidden.device.type
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in head]
@@ -72,8 +80,8 @@ class LinearTokenLogps(FirstOrderFunction):
         if pair is not None:
             ctx.mark_non_differentiable(*pair[1:-1])
             return pair[:-1]
-        ctx.mark_non_differentiable(*(t for t in out[2:] if t is not None))
-        return tuple(out)
+        ctx.mark_non_differentiable(*(t for t in results[2:] if t is not None))
+        return tuple(results)
 
     @staticmethod
     @first_order
@@ -87,10 +95,13 @@ class LinearTokenLogps(FirstOrderFunction):
         *saved, logps, entropy, loss_dlogp = tensors[8:16]
         columns = tuple(ColumnBlock(*tensors[i : i + 3]) for i in range(16, len(tensors), 3))
         dlogp = dout if loss_dlogp is None else loss_dlogp * dout
-        lse = saved[3]
-        dlogp = torch.zeros_like(lse) if dlogp is None else as_vector(dlogp)
+        lse, shard = saved[3], ctx.call.shard
+        if dlogp is not None:
+            dlogp = as_vector(dlogp if shard is None else shard.gather(dlogp))
+        else:
+            dlogp = torch.zeros_like(lse)
         if dentropy is not None:
-            dentropy = as_vector(dentropy)
+            dentropy = as_vector(dentropy if shard is None else shard.gather(dentropy))
         # A backward pass inside the caller's autocast must not round dW to 16 bits.
         with without_autocast(ctx.device_type):
             dx, dlora_hidden, grads = gradients(
@@ -106,6 +117,9 @@ class LinearTokenLogps(FirstOrderFunction):
                 ctx.like,
                 ctx.needs_input_grad[2:6],
             )
+            if shard is not None:
+                dx, dlora_hidden = map(shard.summed, (dx, dlora_hidden))
+                shard.finish_gradients(grads)
         dx, dlora_hidden = (unpick(t, index, ctx.rows) for t in (dx, dlora_hidden))
         return dx, dlora_hidden, *grads, None, None, None, None
 

@@ -27,15 +27,17 @@ def check_extras(extras: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "", in_parts: bool = False
+) -> None:
     """Raise ValueError unless hidden [..., H], weight [V, H] and bias [V] fit together.
 
-    prefix goes before their names in the messages.
+    prefix goes before their names in the messages. in_parts: whether V may be 0.
     """
     hidden_name, weight_name, bias_name = (prefix + n for n in ("hidden", "weight", "bias"))
     check_float(hidden_name, hidden)
     check_float(weight_name, weight)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not in_parts):
         raise ValueError(
             f"{weight_name}: got shape {tuple(weight.shape)}, expected [V, H] with V > 0"
         )

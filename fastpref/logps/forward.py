@@ -19,6 +19,7 @@ from torch import Tensor
 from fastpref.backends.tile import Backend, Stats, Transform
 from fastpref.logps.columns import ColumnBlock, ColumnOptions, Sampler
 from fastpref.logps.plan import HeadPlan, tile_dtype
+from fastpref.logps.vocab_parallel import VocabShard
 
 
 class TokenStats(NamedTuple):
@@ -46,6 +47,7 @@ class LinearCall(NamedTuple):
     hidden_grad: bool  # of the hidden states, or of lora_hidden
     weight_grad: bool  # of any tensor of the head
     columns: ColumnOptions | None = None  # where gradients take columns
+    shard: VocabShard | None = None  # where other processes have other rows of the head
 
 
 class HeadInputs(NamedTuple):
@@ -124,6 +126,8 @@ def write_logits(
 ) -> None:
     """Write the raw logits of these tokens and vocabulary entries."""
     x, lora_hidden = inputs
+    if not tile.shape[1]:  # a shard of no rows
+        return
     call.backend.linear(x, head.weight, tile, head.bias if head.dora_scale is None else None)
     if lora_hidden is not None and head.lora_B is not None:
         tile.addmm_(lora_hidden.to(tile.dtype), head.lora_B.to(tile.dtype).t())
@@ -284,6 +288,7 @@ def forward_pass(
     plan, extras, backend, transform = call.plan, call.extras, call.backend, call.transform
     x, lora_hidden = inputs
     n, vocab = x.shape[0], head.weight.shape[0]
+    every = vocab if call.shard is None else call.shard.vocab_size
     head = head.to(x.dtype)
     with_grads = call.hidden_grad or call.weight_grad
     # The logit-free product writes D at once, but for a factor of each row.
@@ -298,16 +303,21 @@ def forward_pass(
     saved = Saved(u, v, stash, stats.lse, row_scale)
     if plan.logit_free and not with_grads:
         backend.logit_free_forward(x, head.weight, labels, head.bias, stats, transform)
-        return _outputs(stats, labels, vocab, extras), saved
+        return _outputs(stats, labels, every, extras), saved
     if call.columns is not None:
         saved = _by_columns(call, inputs, head, labels, stats, saved)
-        return _outputs(stats, labels, vocab, extras), saved
+        return _outputs(stats, labels, every, extras), saved
     if row_scale is not None and backend.PROJECTS_AT_ONCE:
         _project_at_once(call, x, head, labels, stats, saved, row_scale)
-        return _outputs(stats, labels, vocab, extras), saved
+        return _outputs(stats, labels, every, extras), saved
     all_stashed = plan.stash_tokens == n
 
     def project(d: Tensor, start: int, stop: int) -> None:
+        if not vocab:  # a shard of no rows
+            for t in (u, v):
+                if t is not None:
+                    t[start:stop].zero_()
+            return
         if u is not None:
             backend.project(d, head.weight, _block(u, start, stop))
         if v is not None and head.lora_B is not None:
@@ -337,8 +347,11 @@ def forward_pass(
         else:
             write_logits(call, block, head, tile)
             exact = tile.dtype == rows.lse.dtype
-            target = None if exact else _target_logits(call, block, head, y)
-            backend.fold_grad(tile, y, rows, transform, d, target)
+            if call.shard is not None:
+                call.shard.fold_grad(backend, tile, y, rows, transform, d)
+            else:
+                target = None if exact else _target_logits(call, block, head, y)
+                backend.fold_grad(tile, y, rows, transform, d, target)
             if d is not None and head.dora_scale is not None:
                 d *= head.dora_scale
         if d is None:
@@ -350,4 +363,4 @@ def forward_pass(
     del buffer
     if all_stashed:
         project(stash, 0, n)  # one tall product is faster than many flat ones
-    return _outputs(stats, labels, vocab, extras), saved
+    return _outputs(stats, labels, every, extras), saved

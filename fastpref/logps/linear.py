@@ -19,12 +19,13 @@ from fastpref.logps.first_order import check_transforms
 from fastpref.logps.forward import HeadTensors, TokenStats
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.prepared import PreparedLogps, adjacent, compact
+from fastpref.logps.vocab_parallel import VocabParallelWeight, check_vocab_parallel
 from fastpref.validation import autocasts, cached_options, is_traced
 
 
 def linear_token_logps(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | VocabParallelWeight,
     labels: Tensor,
     bias: Tensor | None = None,
     *,
@@ -58,7 +59,8 @@ def linear_token_logps(
     Args:
         hidden: [..., H] or [N, H], float64, float32, bfloat16 or float16; any strides. Under
             autocast it is cast to the autocast dtype, as `F.linear` would.
-        weight: [V, H], in hidden's dtype (or float32 under autocast).
+        weight: [V, H], in hidden's dtype (or float32 under autocast); or a `VocabParallelWeight`,
+            the rows of this process where several share the vocabulary.
         labels: [...] int64, aligned with hidden: labels[t] is predicted from hidden[t].
         bias: [V] or None.
         scale, softcap, temperature: the logits' transform.
@@ -121,7 +123,7 @@ def linear_token_logps(
     lora_hidden, lora_B, dora_scale = adapter_tensors(
         low_rank, weight_scale, lora_hidden, lora_B, dora_scale
     )
-    head = HeadTensors(weight, bias, lora_B, dora_scale)
+    head = HeadTensors(weight, bias, lora_B, dora_scale)  # type: ignore[arg-type]
     call = prepare(hidden, head, labels, options, extras, token_indices, lora_hidden)
     out = call.spread(call.compute())
     return out if extras else out.logps
@@ -143,7 +145,11 @@ def prepare(
     """
     check_transforms()
     extras = check_extras(extras)
-    check_head(hidden, head.weight, head.bias, prefix)
+    parallel = head.weight if isinstance(head.weight, VocabParallelWeight) else None
+    if parallel is not None:
+        check_vocab_parallel(options)
+        head = head._replace(weight=parallel.local)
+    check_head(hidden, head.weight, head.bias, prefix, in_parts=parallel is not None)
     check_adapter(hidden, head, lora_hidden)
     hidden = _autocast(hidden)
     where = f"{prefix}hidden without its last dimension"
@@ -155,8 +161,15 @@ def prepare(
     rows = adjacent(_matrix(hidden))
     if lora_hidden is not None:
         lora_hidden = adjacent(_matrix(lora_hidden.to(hidden.dtype)))
-    call = CompiledLogps if is_traced(hidden, head.weight, labels) else compact
-    return call(rows, lora_hidden, head, labels, options, extras, token_indices, grads)
+    arguments = rows, lora_hidden, head, labels, options, extras, token_indices, grads
+    if is_traced(hidden, head.weight, labels):
+        if parallel is not None:
+            raise ValueError(
+                "weight: got a VocabParallelWeight under torch.compile, which does not support it; "
+                "expected the head outside of what is compiled"
+            )
+        return CompiledLogps(*arguments)
+    return compact(*arguments, parallel)
 
 
 def _matrix(t: Tensor) -> Tensor:

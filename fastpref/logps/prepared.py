@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from fastpref.logps.first_order import raise_for_inference
 from fastpref.logps.forward import HeadTensors, LinearCall, TokenStats
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.plan import plan_head
+from fastpref.logps.vocab_parallel import VocabParallelWeight, VocabShard
 
 # Of softcap / temperature: the error of a logit is then 1e-5. Models have 30 to 50.
 _WIDEST_CAP = 100.0
@@ -93,13 +95,14 @@ def plan_call(
     options: HeadOptions,
     extras: tuple[str, ...],
     grads: tuple[bool, bool],
+    shard: VocabShard | None = None,
 ) -> LinearCall:
     """The backend and the plan for so many labelled tokens."""
     backend = backends.choose(hidden.device, hidden.dtype, options.backend)
     # A pass without gradients takes the product of the same call with gradients: a policy and its
     # reference then agree to the last bit. strategy="forward-only" asks for the fastest instead.
     with_d = any(grads) or options.strategy != "forward-only"
-    fused = options.fused
+    fused = options.fused if shard is None else False
     if fused is not False:
         reason = _logit_free_reason(backend, head, hidden.dtype, options, extras, with_d)
         if reason is not None and fused:
@@ -112,7 +115,7 @@ def plan_call(
     plan = plan_head(
         tokens,
         hidden_size,
-        vocab,
+        vocab if shard is None else shard.planned_rows(),
         hidden.dtype,
         device=hidden.device,
         hidden_grad=grads[0],
@@ -125,6 +128,8 @@ def plan_call(
         gradient_tolerance=options.gradient_tolerance,
         head_gradient_tolerance=options.head_gradient_tolerance,
     )
+    if shard is not None:
+        plan = replace(plan, vocab_size=vocab)
     columns = None
     if plan.column_tokens:
         columns = ColumnOptions(
@@ -137,7 +142,7 @@ def plan_call(
             "head_gradient_tolerance: got a number with dora_scale, whose gradient needs all of D; "
             "expected None"
         )
-    return LinearCall(plan, options.transform, extras, backend, *grads, columns)
+    return LinearCall(plan, options.transform, extras, backend, *grads, columns, shard)
 
 
 def compact(
@@ -149,8 +154,12 @@ def compact(
     extras: tuple[str, ...],
     token_indices: Tensor | None,  # [N]
     grads: tuple[bool, bool],
+    parallel: VocabParallelWeight | None = None,
 ) -> PreparedLogps:
-    """Drop the ignored tokens and plan the rest. grads: whether inputs and head need them."""
+    """Drop the ignored tokens and plan the rest. grads: whether inputs and head need them.
+
+    parallel: the weight whose rows on this process are head.weight.
+    """
     flat, index = labels.reshape(-1), token_indices
     if index is None:
         counted = flat != options.ignore_index
@@ -161,11 +170,16 @@ def compact(
         if index.shape == flat.shape:  # increasing positions: all of them
             index = None
     y = flat if index is None else flat.index_select(0, index)
-    check_range(y, head.weight.shape[0])
+    vocab = head.weight.shape[0] if parallel is None else parallel.vocab_size
+    check_range(y, vocab)
     if not validation.may_synchronise(y):
         # A negative label that is not ignore_index must give NaN, like any other out of range.
-        y = y.masked_fill(y < 0, head.weight.shape[0])
-    call = plan_call(hidden, head, y.shape[0], options, extras, grads)
+        y = y.masked_fill(y < 0, vocab)
+    tokens, shard = y.shape[0], None
+    if parallel is not None:
+        shard = VocabShard.of(parallel).count_tokens(tokens, parallel)
+        tokens = tokens if shard.counts is None else sum(shard.counts)
+    call = plan_call(hidden, head, tokens, options, extras, grads, shard)
     head, y = adjacent_head(head), y.contiguous()
     return PreparedLogps(hidden, lora_hidden, head, y, index, labels.shape, call)
 

@@ -90,7 +90,9 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         if self.args.sync_ref_model:
             self.start_sync(ref_model)
         self._add_probe()
+        self._shard_reference()
         if self.precompute:
+            self._check_whole_weights()
             self.train_dataset = self._precompute(self.train_dataset, "train")
             if isinstance(self.eval_dataset, Mapping):
                 named = self.eval_dataset.items()
@@ -119,6 +121,28 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
             disable_dropout(model)
         model = model.eval().requires_grad_(False)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
+
+    def _shard_reference(self) -> None:
+        """Shard `ref_model` as FSDP2 shards the policy; accelerate leaves models to evaluate whole.
+
+        Its weights are freed after each forward pass, the head too: no backward pass would do it.
+        """
+        if self.ref_model is None or not getattr(self.accelerator, "is_fsdp2", False):
+            return
+        from accelerate.utils import fsdp2_prepare_model
+
+        self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model).eval()
+        self.ref_model.set_reshard_after_forward(True)
+
+    def _check_whole_weights(self) -> None:
+        """Raise ValueError where a process has no weights yet, and would compute with them."""
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "precompute_ref_log_probs and reference_store need the weights on every process, "
+                "and fsdp_cpu_ram_efficient_loading leaves them on the first one; set it to false, "
+                "or compute them with fastpref precompute"
+            )
 
     def with_reference(self, dataset: Any, name: str) -> Any:
         """Evaluation data with the reference's log-probs, if they are computed ahead.

@@ -39,7 +39,10 @@ class SavingTrainer(AgreeingTrainer):
                 if (target / "README.md").is_file():  # whose text the model card keeps
                     shutil.copy2(target / "README.md", beside)
             with self._not_pushed():
-                super().save_model(str(beside), _internal_call)
+                if self.is_fsdp_enabled:
+                    self._save(str(beside), self._whole_weights())
+                else:
+                    super().save_model(str(beside), _internal_call)
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -56,6 +59,20 @@ class SavingTrainer(AgreeingTrainer):
             ) from error
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _whole_weights(self) -> dict[str, Any]:
+        """The weights of a model that FSDP shards, on the first process, and tied ones once.
+
+        `transformers.Trainer` saves no model where FSDP's checkpoints are shards.
+        """
+        model: Any = self.model
+        weights: dict[str, Any] = self.accelerator.get_state_dict(model)
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        once = {name for name, _ in model.named_parameters()}
+        for name in names:
+            if name not in once:
+                weights.pop(name, None)
+        return weights
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As in `transformers.Trainer`, but for weights that are tied to some that were loaded."""

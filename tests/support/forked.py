@@ -49,9 +49,12 @@ def start(
         prepare: a function of a module that the process calls first.
     """
     words = [str(argument) for argument in arguments]
-    process = _context.Process(
-        target=_command, args=(words, str(log), prepare, prepare_arguments, environment or {})
-    )
+    return start_call(_command, (words, str(log), prepare, prepare_arguments, environment or {}))
+
+
+def start_call(function: Callable[..., None], arguments: tuple) -> BaseProcess:
+    """Start a process that calls a function of a module."""
+    process = _context.Process(target=function, args=arguments)
     preloaded, _ = failing_files.library()
     with pytest.MonkeyPatch.context() as patch:  # for the fork server, which starts with the first
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -1,0 +1,57 @@
+"""Run by test_launch.py through `accelerate launch` on CPUs: a training, and one that fails."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import fsdp_on_cpu
+import tiny
+import torch
+from datasets import disable_progress_bars
+
+from fastpref import PreferenceConfig, PreferenceTrainer
+
+
+class Failing(PreferenceTrainer):
+    """Raises an error in the second step of the last process."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1 and self.args.process_index == self.args.world_size - 1:
+            Path(sys.argv[1], "failed").write_text(str(time.time()))
+            raise ValueError("row 17 cannot be read")
+        return super().training_step(*args, **kwargs)
+
+
+def main(folder: Path, fails: bool) -> None:
+    faulthandler.dump_traceback_later(120, exit=True)  # says where a process waits for ever
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        fsdp_on_cpu.enable_launched()
+    config = PreferenceConfig(
+        str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
+        logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    kind = Failing if fails else PreferenceTrainer
+    t = kind(
+        str(folder / "model"), args=config, train_dataset=tiny.rows(12),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    t.train()
+    t.save_model(str(folder / "trained"))
+    if t.is_world_process_zero():
+        found = {
+            "losses": [line["loss"] for line in tiny.history(t)],
+            "kind": str(t.accelerator.distributed_type),
+            "processes": t.args.world_size,
+        }
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] == "fails")
