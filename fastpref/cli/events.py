@@ -22,8 +22,8 @@ class Events(TrainerCallback):
     """Prints a line of JSON for each event of a run: start, step, eval, save, alarm, end.
 
     Every line has `event` and `time`, seconds since 1970. A `step` and an `eval` have the step and
-    the metrics, a `save` the checkpoint's directory, an `alarm` the message. Numbers that are not
-    finite are null.
+    the metrics, a `save` the checkpoint's directory, an `alarm` its name ("warning" for other
+    warnings of the package) and its message. Numbers that are not finite are null.
 
     Args:
         enabled: whether anything is printed.
@@ -74,7 +74,8 @@ class _AlarmHandler(logging.Handler):
         self.events = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.events.write("alarm", message=record.getMessage())
+        name = getattr(record, "alarm", "warning")
+        self.events.write("alarm", name=name, message=record.getMessage())
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -266,6 +266,7 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
         overwrite_output_dir=options.overwrite,
         resume_anyway=options.resume_anyway,
         trust_remote_code=options.trust_remote_code,
+        alarms=options.alarms,
         logging_steps=options.logging_steps or min(10, max(1, steps // 50)),
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 500,
