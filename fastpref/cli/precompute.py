@@ -95,6 +95,8 @@ def command(
             resume_anyway=False,
             overwrite=False,
             trust_remote_code=trust_remote_code,
+            alarms=False,
+            report=None,
             as_json=False,
             quiet=quiet,
             seed=seed,

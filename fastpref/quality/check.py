@@ -37,7 +37,8 @@ class DataQuality:
         findings: what was found, the worst first.
         figures: percentiles of token counts of prompt, chosen, rejected and pair within max_length;
             the share of padding in batches of 8 pairs; the share of a pair's tokens that its
-            prompt's second copy takes; bytes of an eager head's fp32 logits for the longest batch.
+            prompt's second copy takes; bytes of an eager head's fp32 logits for the longest batch;
+            histograms of the token counts.
     """
 
     rows: dict[str, int]
