@@ -29,7 +29,10 @@ MAY_IMPORT = {
     "heads": {"validation"},
     "data": {"progress"},
     "attention": {"data", "heads", "logps.linear"},
-    "quality": {"progress", "storage", "data"},
+    "quality": {
+        "progress", "storage", "data", "heads", "logps", "losses", "reference", "trainer.loading",
+        "trainer.step_zero",
+    },
     "reference": {"progress", "storage", "attention", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
         "progress", "storage", "attention", "backends.processor", "body", "data", "fused", "heads",
