@@ -9,7 +9,8 @@ from __future__ import annotations
 from fastpref.quality.check import DataQuality, check_data
 from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.fix import write_fixed
-from fastpref.quality.verification import Verification, verify
+from fastpref.quality.verification import verify
+from fastpref.quality.verified import Verification
 
 __all__ = [
     "LEVELS",

@@ -123,8 +123,8 @@ def _look(
     picked = set(np.linspace(0, total - 1, chosen).astype(int).tolist()) if chosen else set()
     title = f"Checking {name} data"
     with counting(title, "rows", total, disabled=not show_progress, shared=False):
-        for number, row in _arranged(dataset, layout, f"{name} data"):
-            rows.add(number, row)
+        for number, row, had_nulls in _arranged(dataset, layout, f"{name} data"):
+            rows.add(number, row, had_nulls)
             if number in picked:
                 separable.add(row)
                 if tokens is not None and row["chosen"] and row["rejected"]:
@@ -142,12 +142,12 @@ def _layout(dataset: Any, name: str) -> Layout:
     return find_layout(dataset, sample(dataset), name, PAIRS)
 
 
-def _arranged(dataset: Any, layout: Layout, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _arranged(dataset: Any, layout: Layout, data: str) -> Iterator[tuple[int, dict, bool]]:
     for first in range(0, len(dataset), _BATCH):
         batch = dataset[first : first + _BATCH]
         numbers = list(range(first, min(first + _BATCH, len(dataset))))
         arranged = arrange_batch(batch, layout, PAIRS, data, numbers)
-        yield from ((i, row) for i, (row, _) in zip(numbers, arranged, strict=True))
+        yield from ((i, row, nulls) for i, (row, nulls) in zip(numbers, arranged, strict=True))
 
 
 def _unread(layout: Layout) -> list[Finding]:

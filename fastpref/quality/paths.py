@@ -68,11 +68,13 @@ def plain_logps(model: Any, batch: dict[str, Any]) -> Tensor:
     return torch.stack(out)
 
 
-def widened(model: Any) -> tuple[Any, str]:
+def widened(model: Any, widest: torch.dtype = torch.float64) -> tuple[Any, str]:
     """A copy of the model whose log-probs count as exact, and its dtype's name.
 
-    float64 if it fits into memory; else float32; else the model itself. Weights that are not
-    floating-point numbers, as of a quantised model, cannot be widened.
+    The widest dtype that fits into memory: float64, float32, or that of the model itself. Weights
+    that are not floating-point numbers, as of a quantised model, cannot be widened.
+
+    widest: the widest dtype to try.
 
     Returns:
         The copy, or None if there is none; and "float64", "float32" or why there is none.
@@ -84,6 +86,8 @@ def widened(model: Any) -> tuple[Any, str]:
     free = _free_memory(weights[0].device)
     present = max((p.dtype.itemsize for p in weights), default=4)
     for dtype, size in ((torch.float64, 8), (torch.float32, 4)):
+        if size > widest.itemsize:
+            continue
         if size > present and (free is None or _ROOM * size * count < free):
             return copy.deepcopy(model).to(dtype).eval(), str(dtype).removeprefix("torch.")
         if size <= present:

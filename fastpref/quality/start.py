@@ -47,6 +47,7 @@ class PairLogps:
     Attributes:
         row: its number in the data.
         labels, logps: of the chosen and of the rejected answer, [n] each.
+        aligned: whether each label is the token after its position.
         same_prompt: whether the tokens before both answers are the same.
         prompts_agree: the same, but if the start of sequences is cut, of the tokens that both have.
     """
@@ -54,6 +55,7 @@ class PairLogps:
     row: int
     labels: tuple[np.ndarray, np.ndarray]
     logps: tuple[np.ndarray, np.ndarray]
+    aligned: bool
     same_prompt: bool
     prompts_agree: bool
 
@@ -86,12 +88,15 @@ def pairs_of(
         starts = [int(c[0]) + 1 if len(c) else 0 for c in counted]
         a, b = (ids[j][:start] for j, start in zip(both, starts, strict=True))
         n = max(len(a), len(b)) if keep_start else min(len(a), len(b))
+        width = ids.shape[1] - 1  # the last position has no token after it
+        ends = [(j, c[c < width]) for j, c in zip(both, counted, strict=True)]
         known = all(starts)  # an answer without a label has no start
         out.append(
             PairLogps(
                 int(row),
                 (labels[i][counted[0]], labels[i + pairs][counted[1]]),
                 (values[i][counted[0]], values[i + pairs][counted[1]]),
+                all(np.array_equal(labels[j][c], ids[j][1:][c]) for j, c in ends),
                 known and np.array_equal(a, b),
                 not known
                 or np.array_equal(a[len(a) - min(n, len(a)) :], b[len(b) - min(n, len(b)) :]),
@@ -111,6 +116,7 @@ def check_labels(
     examples: the tokenised rows.
     """
     wrong = []
+    wrong += [pair.row for pair in pairs if not pair.aligned]
     for pair, example in zip(pairs, examples, strict=True):
         for side, labels in zip(("chosen_ids", "rejected_ids"), pair.labels, strict=True):
             prompt = list(example["prompt_ids"])
@@ -122,7 +128,7 @@ def check_labels(
         "error",
         wrong,
         len(pairs),
-        "have labels that are not the tokens of their answers",
+        "have labels that are not the tokens of their answers, or at other positions",
         "see the collator: labels[t] is the token after position t, and completion_mask is 1 for "
         "the answer's tokens alone",
     )

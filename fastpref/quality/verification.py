@@ -10,9 +10,8 @@ data -> a sample of rows, tokenised and collated as in training
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,64 +32,12 @@ from fastpref.progress import watched
 from fastpref.quality import paths, start, structure
 from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.start import Check, PairLogps
+from fastpref.quality.verified import PathError, Verification
 
-ROWS, COMPARED = 16, 6
+ROWS, COMPARED = 16, 4
 BATCH = 2  # pairs in a batch
 _NEGLIGIBLE = 1e-3  # nats a sequence
 _LARGE = 0.1  # of a reward
-
-
-@dataclass
-class PathError:
-    """How far the sequence log-probs of one way of computing are from the exact ones.
-
-    Attributes:
-        max_nats, mean_nats: over the sequences.
-        max_reward, mean_reward: beta times the error of a pair's margin.
-        seconds: that the way took.
-    """
-
-    max_nats: float
-    mean_nats: float
-    max_reward: float
-    mean_reward: float
-    seconds: float
-
-
-@dataclass
-class Verification:
-    """The result of `verify`.
-
-    Attributes:
-        dtype: of the model's weights.
-        exact: "float64" or "float32", in which the log-probs that count as exact were computed;
-            or why there are none.
-        pairs: pairs of the checks; compared: of them, those of the errors.
-        errors: by the way of computing.
-        left_out: ways that were not taken, and why.
-        checks: what has to hold before the first step.
-        findings: what was found, the worst first.
-        figures: loss and expected loss of the first step, NLL per token of both sides, share of
-            pairs that the model ranks as the data.
-    """
-
-    dtype: str
-    exact: str
-    pairs: int = 0
-    compared: int = 0
-    errors: dict[str, PathError] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    checks: list[Check] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def worst(self) -> str | None:
-        """The level of the worst finding; None if there is none."""
-        return min((f.level for f in self.findings), key=LEVELS.index, default=None)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The attributes, as values for JSON."""
-        return {**asdict(self), "findings": [finding.as_dict() for finding in self.findings]}
 
 
 def verify(
@@ -144,11 +91,12 @@ def verify(
     device = next(model.parameters()).device
     groups = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
     batches = [_to(collator(group), device) for group in groups]
-    few = batches[: max(1, -(-min(compared, len(examples)) // BATCH))]
+    count = min(len(batches), max(1, -(-compared // BATCH)))
+    few = ((np.arange(count) + 0.5) * len(batches) / count).astype(int).tolist()
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     options = LossOptions(loss_type=loss_type, beta=beta, **(loss_options or {}))
     run = _Run(model, ref_model, options, examples, batches, few, show_progress)
-    out = Verification(dtype, "float64", len(examples), sum(len(b["input_ids"]) for b in few) // 2)
+    out = Verification(dtype, "float64", len(examples), sum(len(groups[i]) for i in few))
     run.check_start(out, max_length, truncation_mode == "keep_start")
     run.compare(out)
     out.findings += structure.check_tied_head(model) + structure.adapter_initialisation(model)
@@ -166,40 +114,30 @@ class _Run:
     options: LossOptions
     examples: list[dict[str, Any]]
     batches: list[dict[str, Any]]
-    few: list[dict[str, Any]]
+    few: list[int]  # the batches that are computed in every way
     show_progress: bool
+    tokens: list[Tensor] = field(default_factory=list)  # of the batches, by fastpref
 
     def _watched(self, what: str, work: Iterator[Tensor], total: int) -> list[Tensor]:
         """The results of the work on batches, with a line of progress for each part."""
         return list(watched(work, what, "batches", total, 1, not self.show_progress))
 
+    def _logps(self, what: str, reference: Any, few: bool) -> list[Tensor]:
+        """The token log-probs of all batches, or of those that are computed in every way."""
+        batches = [self.batches[i] for i in self.few] if few else self.batches
+        return self._watched(what, map(reference.token_logps, batches), len(batches))
+
     # ---- before the first step ----
 
     def check_start(self, out: Verification, max_length: int | None, keep_start: bool) -> None:
-        from fastpref.reference import Reference, is_peft
+        from fastpref.reference import Reference
 
-        own = is_peft(self.model) and self.ref_model is None
-        policy = Reference(self.model, False, {}, own_mode=True)
-        reference = Reference(self.ref_model or self.model, own, {})
-        total = len(self.batches)
-        was_training = self.model.training
-        self.model.train()
-        try:
-            tokens = self._watched(
-                "Log-probs in training mode", map(policy.token_logps, self.batches), total
-            )
-        finally:
-            self.model.train(was_training)
-        again = self._watched(
-            "Log-probs of the reference", map(reference.token_logps, self.batches), total
-        )
+        self.tokens = self._logps("Log-probs of fastpref", Reference(self.model, False, {}), False)
         pairs: list[PairLogps] = []
-        done = 0
-        for batch, logps in zip(self.batches, again, strict=True):
-            size = len(batch["input_ids"]) // 2
+        for batch, logps in zip(self.batches, self.tokens, strict=True):
+            size, done = len(batch["input_ids"]) // 2, len(pairs)
             numbers = [example["row"] for example in self.examples[done : done + size]]
             pairs += start.pairs_of(batch, logps, numbers, keep_start)
-            done += size
         narrow = next(self.model.parameters()).dtype.itemsize < 4
         found = [
             start.check_labels(pairs, self.examples, max_length, keep_start),
@@ -215,33 +153,67 @@ class _Run:
             said = findings[0].message if findings else f"{len(pairs)} of {len(pairs)} pairs"
             out.checks.append(Check(name, not findings, said))
             out.findings += findings
-        sums = [_sums(self.batches, values) for values in (tokens, again)]
-        self._check_rewards(out, sums[0], sums[1], narrow)
+        self._check_step(out, narrow)
         out.findings += start.check_beginnings(pairs)
         one_sided, figures = start.check_sides(pairs)
         out.findings += one_sided
         out.figures |= figures
 
-    def _check_rewards(
-        self, out: Verification, policy: Tensor, reference: Tensor, narrow: bool
-    ) -> None:
-        """Check that rewards are 0 and that the loss is that of equal log-probs."""
-        from fastpref.trainer.step_zero import likely_cause, noise_of, tolerance
+    def _check_step(self, out: Verification, narrow: bool) -> None:
+        """Compare the policy in training mode with its reference."""
+        from fastpref.reference import Reference, is_peft
 
-        beta = self.options.beta
         if self.options.reference != "required":
             out.checks.append(Check("margins are 0", None, "the loss has no reference"))
             return
-        source = "step"
+        was_training = self.model.training
+        self.model.train()
+        try:
+            mode = Reference(self.model, False, {}, own_mode=True)
+            trained = self._logps("Log-probs in training mode", mode, True)
+        finally:
+            self.model.train(was_training)
         if all(name in self.batches[0] for name in REFERENCE):
-            source = "columns"
-            sides = [torch.cat([b[name] for b in self.batches]) for name in REFERENCE]
-            reference = torch.stack(sides).to(policy)
-        ratios = policy - reference  # [2, P]
+            tokens = list(self.tokens)
+            for i, values in zip(self.few, trained, strict=True):
+                tokens[i] = values
+            sides = [torch.cat([batch[name] for batch in self.batches]) for name in REFERENCE]
+            policy = _sums(self.batches, tokens)
+            self._check_rewards(out, "columns", self.batches, policy, torch.stack(sides), narrow)
+            return
+        batches, same = [self.batches[i] for i in self.few], [self.tokens[i] for i in self.few]
+        own = is_peft(self.model) and self.ref_model is None
+        if own or self.ref_model is not None:
+            reference = Reference(self.ref_model or self.model, own, {})
+            same = self._logps("Log-probs of the reference", reference, True)
+        policy = _sums(batches, trained)
+        self._check_rewards(out, "step", batches, policy, _sums(batches, same), narrow)
+
+    def _check_rewards(
+        self,
+        out: Verification,
+        source: str,
+        batches: list[dict[str, Any]],
+        policy: Tensor,
+        reference: Tensor,
+        narrow: bool,
+    ) -> None:
+        """Check that rewards are 0 and that the loss is that of equal log-probs.
+
+        Args:
+            source: as in `likely_cause`.
+            policy, reference: sequence log-probs [2, P].
+        """
+        from fastpref.trainer.step_zero import likely_cause, noise_of, tolerance
+
+        beta, lengths = self.options.beta, _lengths(batches)
+        reference = reference.to(policy)
+        ratios = policy - reference
         margins = beta * (ratios[0] - ratios[1])
         limit = tolerance(source, beta, narrow)
         largest = float(torch.cat([beta * ratios.abs().flatten(), margins.abs()]).max())
-        loss, expected = self._loss(policy, reference), self._loss(policy, policy)
+        loss = self._loss(policy, reference, lengths)
+        expected = self._loss(policy, policy, lengths)
         out.figures |= {"largest_reward": largest, "loss": loss, "expected_loss": expected}
         same = largest < limit
         out.checks.append(Check("rewards and margins are 0", same, f"at most {largest:.2g}"))
@@ -251,19 +223,16 @@ class _Run:
         out.findings += start.check_batch_means(margins, 8)
         if same and close:
             return
-        lengths = _lengths(self.batches)
-        per_token = float((ratios.abs() / lengths.to(ratios)).max())
-        self.model.train()
-        noisy = noise_of(self.model, None)
-        self.model.eval()
-        cause = likely_cause(source, per_token, noisy)
+        cause = likely_cause(
+            source, float((ratios.abs() / lengths.to(ratios)).max()), self._noise(noise_of)
+        )
         another = self.ref_model is not None
-        level = "note" if another else "error"
-        cause = "the reference is another model than the policy" if another else cause
+        if another:
+            cause = "the reference is another model than the policy"
         out.findings.append(
             Finding(
                 "step_zero",
-                level,
+                "note" if another else "error",
                 f"rewards before the first step are up to {largest:.3g}, and the loss is "
                 f"{loss:.4g}; of a policy that starts as its reference it is {expected:.4g}",
                 f"the likely cause: {cause}",
@@ -271,11 +240,17 @@ class _Run:
             )
         )
 
+    def _noise(self, noise_of: Callable[[Any, None], str | None]) -> str | None:
+        was_training = self.model.training
+        try:
+            return noise_of(self.model.train(), None)
+        finally:
+            self.model.train(was_training)
+
     def _name(self) -> str:
         return " + ".join(map(str, self.options.names))
 
-    def _loss(self, policy: Tensor, reference: Tensor) -> float:
-        lengths = _lengths(self.batches)
+    def _loss(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> float:
         out = preference_loss(
             policy[0],
             policy[1],
@@ -290,49 +265,52 @@ class _Run:
     # ---- against exact log-probs ----
 
     def compare(self, out: Verification) -> None:
-        from fastpref.reference import Reference
-
         exact_model, out.exact = paths.widened(self.model)
         if exact_model is None:
             reason = f"{out.exact}, so that nothing counts as exact"
             out.left_out = dict.fromkeys(("fastpref", "eager", "TRL"), reason)
             return
-        with paths.computing_in(out.exact):
-            exact, _ = self._timed(
-                f"Exact log-probs in {out.exact}", paths.plain_logps, exact_model
-            )
+        try:
+            exact = self._exact(exact_model, out.exact)
+        except (RuntimeError, TypeError) as error:  # products of experts have no float64
+            if out.exact != "float64":
+                raise
+            exact_model, out.exact = paths.widened(self.model, torch.float32)
+            out.left_out["float64"] = f"the model cannot compute in it ({_first_line(error)})"
+            if exact_model is None:
+                return
+            exact = self._exact(exact_model, out.exact)
         del exact_model
-        reference = Reference(self.model, False, {})
-        ways: dict[str, Callable[[Any, dict[str, Any]], Tensor]] = {
-            "fastpref": lambda model, batch: reference.logps(batch),
-            f"eager ({out.dtype})": paths.plain_logps,
-        }
-        for name, way in ways.items():
-            values, seconds = self._timed(f"Log-probs of {name}", way, self.model)
-            out.errors[name] = self._error(values, exact, seconds)
-        if (reason := paths.why_no_trl()) is not None:
-            out.left_out["TRL"] = reason
+        ours = _sums([self.batches[i] for i in self.few], [self.tokens[i] for i in self.few])
+        out.errors["fastpref"] = self._error(ours, exact)
+        name = f"eager ({out.dtype})"
+        eager = self._way(f"Log-probs of {name}", paths.plain_logps, self.model)
+        out.errors[name] = self._error(eager, exact)
+        if (missing := paths.why_no_trl()) is not None:
+            out.left_out["TRL"] = missing
         else:
             with paths.with_trl_head(self.model):
-                values, seconds = self._timed("Log-probs of TRL", paths.trl_logps, self.model)
-            out.errors["TRL"] = self._error(values, exact, seconds)
+                theirs = self._way("Log-probs of TRL", paths.trl_logps, self.model)
+            out.errors["TRL"] = self._error(theirs, exact)
         self._judge(out)
 
-    def _timed(self, what: str, way: Any, model: Any) -> tuple[Tensor, float]:
-        """The sequence log-probs [2, P] of the compared pairs, and the seconds that they took."""
-        began = time.perf_counter()
-        parts = self._watched(what, paths.each(way, model, self.few), len(self.few))
-        sides = [part.double().chunk(2) for part in parts]
-        values = torch.stack([torch.cat(side) for side in zip(*sides, strict=True)])
-        return values, time.perf_counter() - began
+    def _exact(self, model: Any, dtype: str) -> Tensor:
+        with paths.computing_in(dtype):
+            return self._way(f"Exact log-probs in {dtype}", paths.plain_logps, model)
 
-    def _error(self, values: Tensor, exact: Tensor, seconds: float) -> PathError:
+    def _way(self, what: str, function: Any, model: Any) -> Tensor:
+        """The sequence log-probs [2, P] of the compared pairs."""
+        batches = [self.batches[i] for i in self.few]
+        parts = self._watched(what, paths.each(function, model, batches), len(batches))
+        sides = [part.double().chunk(2) for part in parts]
+        return torch.stack([torch.cat(side) for side in zip(*sides, strict=True)])
+
+    def _error(self, values: Tensor, exact: Tensor) -> PathError:
         errors = values - exact
         nats = errors.abs()
         rewards = self.options.beta * (errors[0] - errors[1]).abs()
         figures = (nats.max(), nats.mean(), rewards.max(), rewards.mean())
-        most, mean, largest, usual = (float(figure) for figure in figures)
-        return PathError(most, mean, largest, usual, seconds)
+        return PathError(*(float(figure) for figure in figures))
 
     def _judge(self, out: Verification) -> None:
         ours, (name, eager) = out.errors["fastpref"], [*out.errors.items()][1]
@@ -381,7 +359,12 @@ def _sample(
         name="train",
         vocab_size=read_head(model, adapters=True).vocab_size,
     )
-    return [dict(row) for row in prepared]
+    examples = [dict(row) for row in prepared]  # of like lengths in a batch: less padding
+    return sorted(examples, key=lambda row: -max(len(row[IDS[1]]), len(row[IDS[2]])))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _pad_token(tokenizer: Any, model: Any) -> int:
