@@ -35,7 +35,7 @@ def command(
     ] = 16,
     compared: Annotated[
         int, typer.Option(min=1, help="Of them, pairs that are computed in every way.")
-    ] = 4,
+    ] = 2,
     bf16: Bf16 = None,
     fail_on: Annotated[
         FailOn, typer.Option(help="The least level of a finding that makes the exit status 6.")

@@ -34,7 +34,7 @@ from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.start import Check, PairLogps
 from fastpref.quality.verified import PathError, Verification
 
-ROWS, COMPARED = 16, 4
+ROWS, COMPARED = 16, 2
 BATCH = 2  # pairs in a batch
 _NEGLIGIBLE = 1e-3  # nats a sequence
 _LARGE = 0.1  # of a reward
