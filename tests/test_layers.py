@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "validation": set(),
     "progress": set(),
     "storage": {"progress"},
+    "html_report": {"storage"},
     "backends": {"validation", "kernels", "_cpu", "_cuda"},
     "body": {"backends"},
     "logps": {"validation", "backends"},
@@ -28,7 +29,10 @@ MAY_IMPORT = {
     "heads": {"validation", "logps"},
     "data": {"progress"},
     "attention": {"data", "heads", "logps.linear"},
-    "quality": {"progress", "storage", "data"},
+    "quality": {
+        "progress", "storage", "data", "heads", "logps", "losses", "reference", "trainer.loading",
+        "trainer.step_zero",
+    },
     "reference": {"progress", "storage", "attention", "data", "heads", "logps", "losses.tokens"},
     "trainer": {
         "progress", "storage", "attention", "backends.processor", "body", "data", "fused", "heads",
@@ -36,8 +40,8 @@ MAY_IMPORT = {
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "storage", "backends", "data", "fused", "heads", "logps", "losses", "quality",
-        "trainer",
+        "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",
+        "losses", "quality", "trainer",
         "_cpu",
     },
 }  # fmt: skip

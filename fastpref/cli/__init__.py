@@ -1,4 +1,4 @@
-"""The command line: `fastpref train`, `precompute`, `check-data`, `demo` and `doctor`.
+"""The command line: `fastpref train`, `precompute`, `check-data`, `verify`, `demo`, `doctor`.
 
 An error ends with one sentence on stderr, or with a traceback under `--debug`, and with an exit
 status of `fastpref.cli.exit_codes`.
@@ -106,7 +106,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _build() -> Any:
-    from fastpref.cli import check_data, demo, precompute, train
+    from fastpref.cli import check_data, demo, precompute, train, verify
 
     application = typer.Typer(
         help="Preference optimisation (DPO, IPO) without logits.",
@@ -116,6 +116,7 @@ def _build() -> Any:
     )
     application.command("train", epilog=exit_codes.HELP)(guarded(train.command))
     application.command("check-data", epilog=exit_codes.HELP)(guarded(check_data.command))
+    application.command("verify", epilog=exit_codes.HELP)(guarded(verify.command))
     application.command("precompute", epilog=exit_codes.HELP)(guarded(precompute.command))
     application.command("demo", epilog=exit_codes.HELP)(guarded(demo.command))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,17 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-
-SHOWN_ROWS = 5
-
-
-class FailOn(str, enum.Enum):
-    """The least level of a finding that makes the exit status 6."""
-
-    error = "error"
-    warning = "warning"
-    note = "note"
-    never = "never"
+from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
 
 
 def command(
@@ -54,6 +43,9 @@ def command(
     fail_on: Annotated[
         FailOn, typer.Option(help="The least level of a finding that makes the exit status 6.")
     ] = FailOn.error,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with findings and lengths here.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object with the numbers of all rows.")
     ] = False,
@@ -80,6 +72,8 @@ def command(
         show_progress=not as_json,
     )
     fixed = write_fixed(pairs, quality.findings, path) if fix else None
+    if report is not None:
+        html_report(quality, data, model).write(report)
     if as_json:
         out = quality.as_dict()
         if fixed is not None:
@@ -89,7 +83,9 @@ def command(
         _show(quality)
         if fixed is not None:
             typer.echo(f"{fixed[1]:,} rows left out of {fixed[0]}")
-    if _fails(quality, fail_on):
+        if report is not None:
+            typer.echo(f"Report: {report}")
+    if fails(quality.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 
 
@@ -99,15 +95,6 @@ def _tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(model)
 
 
-def _fails(quality: Any, fail_on: FailOn) -> bool:
-    from fastpref.quality import LEVELS
-
-    worst = quality.worst()
-    if worst is None or fail_on is FailOn.never:
-        return False
-    return LEVELS.index(worst) <= LEVELS.index(fail_on.value)
-
-
 def _show(quality: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -115,19 +102,7 @@ def _show(quality: Any) -> None:
     console = Console(soft_wrap=True)
     rows = ", ".join(f"{count:,} rows of {name} data" for name, count in quality.rows.items())
     console.print(f"{rows}; {quality.sampled:,} rows tokenised", highlight=False)
-    if not quality.findings:
-        console.print("nothing found", highlight=False)
-    colours = {"error": "red", "warning": "yellow", "note": "cyan"}
-    for finding in quality.findings:
-        colour, where = colours[finding.level], "" if finding.data == "train" else " (eval)"
-        text = f"[{colour}]{finding.level}[/] [bold]{finding.check}[/]{where}: "
-        console.print(text, end="", highlight=False)
-        console.print(finding.message, markup=False, highlight=False)
-        if finding.rows:
-            shown = ", ".join(map(str, finding.rows[:SHOWN_ROWS]))
-            shown += ", ..." if len(finding.rows) > SHOWN_ROWS else ""
-            console.print(f"    rows {shown}", markup=False, highlight=False)
-        console.print(f"    {finding.advice}", markup=False, highlight=False)
+    show_findings(console, quality.findings)
     if not quality.figures:
         return
     table = Table("tokens", "median", "90 %", "99 %", "max", box=None)
@@ -141,3 +116,50 @@ def _show(quality: Any) -> None:
         f"logits of the longest such batch: {figures['eager_logits_bytes'] / 2**30:.2f} GiB",
         highlight=False,
     )
+
+
+def html_report(quality: Any, data: str, model: str | None) -> Any:
+    """The page of `--report`."""
+    from fastpref.html_report import HtmlReport, png_bytes
+
+    page = HtmlReport("fastpref check-data", data)
+    add_findings(page, quality.findings)
+    rows = [(f"rows of {name} data", count) for name, count in quality.rows.items()]
+    page.facts([*rows, ("rows tokenised", quality.sampled), ("tokenizer", model)], "Data")
+    figures = quality.figures
+    if figures:
+        page.facts(
+            [
+                ("padding in batches of 8 pairs", f"{100 * figures['padding']:.0f} %"),
+                ("the prompt's second copy", f"{100 * figures['shared_prompt']:.0f} % of tokens"),
+                (
+                    "an eager head's fp32 logits of the longest such batch",
+                    f"{figures['eager_logits_bytes'] / 2**30:.2f} GiB",
+                ),
+            ]
+        )
+        names = ("prompt", "chosen", "rejected", "pair")
+        lines = [[name, *figures[name].values()] for name in names]
+        page.table(["tokens", "median", "90 %", "99 %", "max"], lines, "Lengths")
+        page.figure(png_bytes(_histograms(figures["histogram"])), "Rows by number of tokens")
+    return page
+
+
+def _histograms(histogram: dict[str, list[int]]) -> Any:
+    """A figure of the token counts of prompts and of both answers."""
+    from matplotlib.figure import Figure
+
+    from fastpref.cli.report import CHOSEN, NEUTRAL, REJECTED, tidy
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    axes = figure.subplots(1, 2)
+    edges = histogram["edges"]
+    axes[0].stairs(histogram["prompt"], edges, color=NEUTRAL, fill=True, label="prompt")
+    for name, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        axes[1].stairs(histogram[name], edges, color=colour, linewidth=1.6, label=name)
+    for axis in axes:
+        axis.set_xlabel("tokens", fontsize=9)
+        axis.set_ylabel("rows", fontsize=9)
+        axis.legend(frameon=False, fontsize=9)
+        tidy(axis)
+    return figure

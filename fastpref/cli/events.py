@@ -22,15 +22,19 @@ class Events(TrainerCallback):
     """Prints a line of JSON for each event of a run: start, step, eval, save, alarm, end.
 
     Every line has `event` and `time`, seconds since 1970. A `step` and an `eval` have the step and
-    the metrics, a `save` the checkpoint's directory, an `alarm` the message. Numbers that are not
-    finite are null.
+    the metrics, a `save` the checkpoint's directory, an `alarm` its name ("warning" for other
+    warnings of the package) and its message. Numbers that are not finite are null.
 
     Args:
         enabled: whether anything is printed.
+
+    Attributes:
+        alarms: the name and the message of each alarm so far.
     """
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
+        self.alarms: list[tuple[str, str]] = []
 
     def write(self, event: str, **values: Any) -> None:
         """Print one event."""
@@ -60,8 +64,7 @@ class Events(TrainerCallback):
         """Inside a `with` block, the package's warnings are alarms."""
         handler = _AlarmHandler(self)
         logger = logging.getLogger("fastpref")
-        if self.enabled:
-            logger.addHandler(handler)
+        logger.addHandler(handler)
         try:
             yield
         finally:
@@ -74,7 +77,9 @@ class _AlarmHandler(logging.Handler):
         self.events = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.events.write("alarm", message=record.getMessage())
+        name, message = getattr(record, "alarm", "warning"), record.getMessage()
+        self.events.alarms.append((name, message))
+        self.events.write("alarm", name=name, message=message)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

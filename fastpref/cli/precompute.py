@@ -62,7 +62,7 @@ def command(
     """
     options = dict(locals())
     del options["debug"]  # read by the wrapper around commands
-    run(TrainOptions(**options, output=reference_store))
+    run(TrainOptions(**options, output=reference_store, alarms=False))
 
 
 def run(options: TrainOptions) -> None:

@@ -158,11 +158,16 @@ def tidy(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Write a PNG of loss, reward margin and reward accuracy over the steps of a `log_history`."""
+def training_figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
+    """A figure of loss, reward margin and reward accuracy over the steps of a `log_history`."""
     from matplotlib.figure import Figure  # pyplot would need a display and has global state
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     draw_training(figure.subplots(1, 3), history)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Write `training_figure` to a PNG file."""
+    training_figure(history, title).savefig(path, dpi=120)

@@ -135,6 +135,17 @@ def command(
         bool, typer.Option("--overwrite", help="Remove what another run has left in --output.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    alarms: Annotated[
+        bool,
+        typer.Option(
+            help="Warn of a run that goes wrong without failing: displacement, margins from "
+            "length, weights that do not move."
+        ),
+    ] = True,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML page about the run here, with its curves and alarms."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON for each event, and no text.")
     ] = False,

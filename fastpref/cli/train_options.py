@@ -76,6 +76,8 @@ class TrainOptions:
     resume_anyway: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    alarms: bool = True
+    report: Path | None = None
     as_json: bool = False
     quiet: bool = False
     seed: int = 42
@@ -84,7 +86,7 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         # A shell leaves the ~ of --output=~/run as it is.
-        for name in ("output", "reference_store"):
+        for name in ("output", "reference_store", "report"):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, path.expanduser())
 

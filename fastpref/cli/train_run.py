@@ -23,7 +23,7 @@ from fastpref.cli.models import (
     lora_config,
 )
 from fastpref.cli.train_options import Precision, Reference, TrainOptions, check_options
-from fastpref.cli.train_report import summarise, summary_rows
+from fastpref.cli.train_report import summarise, write_results
 from fastpref.progress import lines_to
 
 REFERENCE_COLUMNS = {"ref_chosen_logps", "ref_rejected_logps"}
@@ -78,7 +78,9 @@ def run(options: TrainOptions) -> None:
         trainer = train(options, plan, config, directory, console, events, bar, memory)
         if first:
             facts = summarise(trainer, memory, bar)
-            write_results(options, plan, trainer, console, facts)
+            title = f"{plan.loss.title}, {Path(options.model).name}, beta {options.beta:g}"
+            text = headline(options, plan)
+            write_results(options, trainer, console, title, text, facts, events.alarms)
             events.write("end", output=str(options.output), **facts)
 
 
@@ -266,6 +268,7 @@ def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
         overwrite_output_dir=options.overwrite,
         resume_anyway=options.resume_anyway,
         trust_remote_code=options.trust_remote_code,
+        alarms=options.alarms,
         logging_steps=options.logging_steps or min(10, max(1, steps // 50)),
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 500,
@@ -376,24 +379,3 @@ def hide_library_warnings() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-
-
-def write_results(
-    options: TrainOptions, plan: Plan, trainer: Any, console: Any, facts: dict[str, Any]
-) -> None:
-    """Write training.png and training_log.json to the output, and print the summary."""
-    from rich.markup import escape
-
-    from fastpref.storage import disk_errors
-
-    output, history = options.output, trainer.state.log_history
-    title = f"{plan.loss.title}, {Path(options.model).name}, beta {options.beta:g}"
-    config = {k: v for k, v in trainer.args.to_dict().items() if k != "hub_token"}
-    log = {"summary": facts, "history": history, "options": config}
-    with disk_errors(f"the model is saved in {output}, but its log and plot could not be"):
-        report.write_json(output / "training_log.json", log)
-        report.plot_training(history, output / "training.png", title)
-    console.print(report.summary_table("Summary", summary_rows(facts)))
-    console.print(
-        f"Model, training_log.json and training.png are in [bold]{escape(str(output))}[/bold]"
-    )

@@ -1,6 +1,7 @@
-"""What is wrong with preference data before it is trained on: `check_data` and its findings.
+"""What spoils a training, before it: `check_data` looks at the data, `verify` at the model as well.
 
-`fastpref check-data` is the command. docs/check-data.md describes each finding.
+The commands are `fastpref check-data` and `fastpref verify`. docs/check-data.md and docs/verify.md
+describe each finding.
 """
 
 from __future__ import annotations
@@ -8,5 +9,15 @@ from __future__ import annotations
 from fastpref.quality.check import DataQuality, check_data
 from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.fix import write_fixed
+from fastpref.quality.verification import verify
+from fastpref.quality.verified import Verification
 
-__all__ = ["LEVELS", "DataQuality", "Finding", "check_data", "write_fixed"]
+__all__ = [
+    "LEVELS",
+    "DataQuality",
+    "Finding",
+    "Verification",
+    "check_data",
+    "verify",
+    "write_fixed",
+]

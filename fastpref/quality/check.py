@@ -37,7 +37,8 @@ class DataQuality:
         findings: what was found, the worst first.
         figures: percentiles of token counts of prompt, chosen, rejected and pair within max_length;
             the share of padding in batches of 8 pairs; the share of a pair's tokens that its
-            prompt's second copy takes; bytes of an eager head's fp32 logits for the longest batch.
+            prompt's second copy takes; bytes of an eager head's fp32 logits for the longest batch;
+            histograms of the token counts.
     """
 
     rows: dict[str, int]
@@ -122,8 +123,8 @@ def _look(
     picked = set(np.linspace(0, total - 1, chosen).astype(int).tolist()) if chosen else set()
     title = f"Checking {name} data"
     with counting(title, "rows", total, disabled=not show_progress, shared=False):
-        for number, row in _arranged(dataset, layout, f"{name} data"):
-            rows.add(number, row)
+        for number, row, had_nulls in _arranged(dataset, layout, f"{name} data"):
+            rows.add(number, row, had_nulls)
             if number in picked:
                 separable.add(row)
                 if tokens is not None and row["chosen"] and row["rejected"]:
@@ -141,12 +142,12 @@ def _layout(dataset: Any, name: str) -> Layout:
     return find_layout(dataset, sample(dataset), name, PAIRS)
 
 
-def _arranged(dataset: Any, layout: Layout, data: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _arranged(dataset: Any, layout: Layout, data: str) -> Iterator[tuple[int, dict, bool]]:
     for first in range(0, len(dataset), _BATCH):
         batch = dataset[first : first + _BATCH]
         numbers = list(range(first, min(first + _BATCH, len(dataset))))
         arranged = arrange_batch(batch, layout, PAIRS, data, numbers)
-        yield from ((i, row) for i, (row, _) in zip(numbers, arranged, strict=True))
+        yield from ((i, row, nulls) for i, (row, nulls) in zip(numbers, arranged, strict=True))
 
 
 def _unread(layout: Layout) -> list[Finding]:

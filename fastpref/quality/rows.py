@@ -46,6 +46,13 @@ def _content(message: Mapping[str, Any]) -> str:
     return f"{content or ''}{calls if calls else ''}"
 
 
+def _begins_with_question(answer: Any) -> bool:
+    """Whether an answer in messages begins with one that the model does not write."""
+    if isinstance(answer, str) or not answer:
+        return False
+    return answer[0].get("role") in ("user", "system", "human")
+
+
 def normalised(text: str) -> str:
     """The text in lower case, its words separated by single spaces, without punctuation."""
     return " ".join(_WORDS.findall(text.casefold())) or " ".join(text.split())
@@ -69,8 +76,11 @@ class Rows:
         self._ordered: defaultdict[tuple[int, int, int], list[int]] = defaultdict(list)
         self._rows: defaultdict[str, list[int]] = defaultdict(list)
 
-    def add(self, number: int, row: Mapping[str, Any]) -> None:
-        """Look at a row, which has prompt, chosen and rejected."""
+    def add(self, number: int, row: Mapping[str, Any], had_nulls: bool = False) -> None:
+        """Look at a row, which has prompt, chosen and rejected.
+
+        had_nulls: whether a dict inside it had keys without a value.
+        """
         prompt, chosen, rejected = (contents_of(row[k]) for k in ("prompt", "chosen", "rejected"))
         whole = [normalised(text) for text in (prompt, chosen, rejected)]
         keys = [hash(text) for text in whole]
@@ -79,6 +89,10 @@ class Rows:
         self.pairs.append(hash(tuple(keys)))
         self.lengths.append((len(chosen), len(rejected)))
         found = self._rows
+        if had_nulls:
+            found["merged"].append(number)
+        if any(_begins_with_question(row[key]) for key in ("chosen", "rejected")):
+            found["other_prompt"].append(number)
         empty = [not _SOMETHING.search(text) for text in (prompt, chosen, rejected)]
         if empty[0]:
             found["no_prompt"].append(number)
@@ -106,6 +120,25 @@ class Rows:
             total,
             "have an empty prompt",
             "see that the prompt's column is named 'prompt'",
+        )
+        out += of_rows(
+            "different_prompts",
+            "error",
+            rows["other_prompt"],
+            total,
+            "have an answer that begins with a message of the user or the system: the two "
+            "conversations part before the answers",
+            "pair answers to the same prompt",
+            drops=True,
+        )
+        out += of_rows(
+            "merged_keys",
+            "note",
+            rows["merged"],
+            total,
+            "have null for keys of dicts inside messages or tools, as Arrow leaves where it merges "
+            "the keys of all rows",
+            "fastpref leaves those keys out; for other trainers keep tool calls as JSON text",
         )
         out += of_rows(
             "empty_answer",

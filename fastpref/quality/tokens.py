@@ -15,6 +15,7 @@ from fastpref.quality.findings import Finding, of_rows, share
 LONGER_WINS = 0.7  # share of pairs from which on length is said to give the answer away
 _LEAST = 100  # pairs below which nothing is said of length
 _LEAST_TEXT = 12  # characters of a message that is looked for in a rendered conversation
+BINS = 40  # of the histograms of token counts
 BATCH = 8  # pairs in the batches whose padding is counted
 
 
@@ -252,6 +253,12 @@ class Tokens:
         out["padding"] = round(1 - float(batches.sum()) / padded, 4) if padded else 0.0
         out["shared_prompt"] = round(float(lengths[:, 0].sum() / max(columns["pair"].sum(), 1)), 4)
         out["eager_logits_bytes"] = int(2 * BATCH * rows.max() * vocab_size * 4)
+        edges = np.unique(np.linspace(0, rows.max() + 1, BINS + 1).astype(int))
+        counts = {name: columns[name] for name in ("prompt", "chosen", "rejected")}
+        out["histogram"] = {
+            "edges": edges.tolist(),
+            **{name: np.histogram(v, edges)[0].tolist() for name, v in counts.items()},
+        }
         return out
 
 

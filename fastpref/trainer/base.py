@@ -24,6 +24,7 @@ from fastpref.heads.modes import same_weights_trained
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.logps.columns import GradientReport, last_gradient_report
 from fastpref.progress import silenced
+from fastpref.trainer.alarms import Alarms
 from fastpref.trainer.body import BodyTrainer
 from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import (
@@ -42,6 +43,7 @@ from fastpref.trainer.metrics import (
     column_metrics,
 )
 from fastpref.trainer.model_card import CardTrainer
+from fastpref.trainer.moved import MovedWeights
 from fastpref.trainer.predictions import PredictingTrainer
 from fastpref.trainer.progress import use_lines
 from fastpref.trainer.reference_sync import check_sync_options
@@ -161,6 +163,11 @@ class BaseTrainer(
             **self.window_options(),
         )
         self.add_callback(TokenCount(self._window))
+        if self.args.alarms:
+            alarms = Alarms(self.args, self.needs_reference, self._probes)
+            self._window.observer = alarms.observe
+            self.add_callback(alarms)
+            self.add_callback(MovedWeights())
         self._micro_step = (0, 0)
         self._column_reports: list[GradientReport] = []
         tolerances = self.args.gradient_tolerance, self.args.head_gradient_tolerance

@@ -57,6 +57,10 @@ class BaseConfig(TrainingArguments):
     handle_signals: bool = _option(
         True, "On SIGTERM or Ctrl-C finish the step and save a checkpoint; on SIGUSR1 save one."
     )
+    alarms: bool = _option(
+        True,
+        "Warn of a run that goes wrong without failing: displacement, margins from length, ...",
+    )
 
     # The model
     model_init_kwargs: dict[str, Any] | str | None = _option(
@@ -271,6 +275,7 @@ class PreferenceConfig(BaseConfig):
             run alone.
         reference_store: the same, but in a directory that later runs read and extend; see
             docs/reference-store.md.
+        alarms: whether a run that goes wrong without failing is warned of; see docs/alarms.md.
         sync_ref_model: whether the reference follows the policy (TR-DPO). Every
             ref_model_sync_steps optimiser steps it becomes alpha * policy + (1 - alpha) *
             reference, where alpha is ref_model_mixup_alpha; see

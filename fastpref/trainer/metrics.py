@@ -14,6 +14,7 @@ from fastpref.fused.pair_loss import PreferenceOutput
 from fastpref.logps.columns import GradientReport
 from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.unpaired import UnpairedLoss
+from fastpref.trainer.moments import MOMENTS, pair_moments
 
 # The elements of a micro-step's vector. They are sums and counts, not means, so that they can be
 # added over processes with different numbers of rows.
@@ -34,6 +35,7 @@ SUMS = (
     "logits/rejected",
     "top1/chosen",
     "num_tokens",
+    *MOMENTS,
 )
 EXTRAS = ("entropy", "mean_logit", "is_top1")
 PER_PAIR = tuple(key for key in SUMS if key.startswith(("rewards/", "logps/")))
@@ -70,12 +72,14 @@ def micro_step_sums(
     labels: Tensor,
     num_tokens: Tensor,
     sequence_ids: Tensor | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """The vector of one micro-step, float32 [len(SUMS)], without a synchronisation.
 
     Args:
         labels: [2P, T], or [N] with sequence_ids [N] in [0, 2P).
         num_tokens: the batch's number of tokens, [].
+        per_token: as in `pair_moments`.
     """
     assert out.stats is not None
     pairs = len(out.chosen_rewards)
@@ -109,6 +113,7 @@ def micro_step_sums(
         "logits/rejected": logits[1],
         "top1/chosen": sides(is_top1)[0],
         "num_tokens": num_tokens,
+        **pair_moments(out, labels, sequence_ids, per_token),
     }
     return torch.stack([values[key].float() for key in SUMS])
 
@@ -267,6 +272,7 @@ class MetricWindow:
         names: the elements of a micro-step's vector.
         metrics_of: maps a micro-step's sums, has_aux_loss and has_nll to its metrics.
         total_tokens: the number of tokens of the run.
+        observer: gets the sums of each micro-step, over all processes, when they are read.
         pending: micro-steps whose sums are on the device.
         metrics: the metrics of the other micro-steps.
     """
@@ -279,6 +285,7 @@ class MetricWindow:
     names: tuple[str, ...] = SUMS
     metrics_of: Callable[[dict[str, float], bool, bool], dict[str, float]] = micro_step_metrics
     total_tokens: int = 0
+    observer: Callable[[dict[str, float]], None] | None = None
     pending: list[_Step] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     missing: float = 0.0  # the fraction of the last micro-step that is still to be added
@@ -326,6 +333,8 @@ class MetricWindow:
             sums = dict(zip(self.names, row, strict=True))
             self.metrics.append(self.metrics_from(sums))
             self.total_tokens += int(sums["num_tokens"])
+            if self.observer is not None:
+                self.observer(sums)
 
     def metrics_from(self, sums: dict[str, float]) -> dict[str, float]:
         """The metrics of a batch from its sums over all processes."""

@@ -27,6 +27,7 @@ from fastpref.losses.pairs import Pairs
 from fastpref.trainer.base import BaseTrainer
 from fastpref.trainer.config import PreferenceConfig
 from fastpref.trainer.metrics import EXTRAS, micro_step_sums
+from fastpref.trainer.moments import is_per_token
 from fastpref.trainer.rows import RowsTrainer
 from fastpref.trainer.scores import Rows, Scored, pair_rows, score_pairs
 
@@ -177,7 +178,9 @@ class PreferenceTrainer(RowsTrainer, BaseTrainer):
         )
         loss = self._share * self.add_aux_loss(out.loss, aux_loss)
         ids = inputs.get("sequence_ids")
-        sums = micro_step_sums(out, loss, aux_loss, labels, num_tokens, ids)
+        sums = micro_step_sums(
+            out, loss, aux_loss, labels, num_tokens, ids, is_per_token(self._loss_options)
+        )
         return {"loss": loss, "sums": sums}
 
     def rows_head(  # type: ignore[override]

@@ -103,7 +103,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
 
     def _add_probe(self) -> None:
         """Have the first step checked, if the policy starts as its reference."""
-        if not self._probes:
+        if not (self._probes and self.args.alarms):
             return
         in_data = refs.has_reference(self.train_dataset, self.reference_columns())
         source = "columns" if in_data else "ahead" if self.precompute else "step"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
-logger = logging.getLogger("fastpref")
+from fastpref.trainer.alarms import raise_alarm
+
 TOLERANCE = 1e-3  # of rewards and margins
 ROUNDING_16_BIT = 0.5  # nats an answer, where a 16-bit pass was done in other batches
 SMALL = 0.05  # nats a token: so much another dtype explains, and no other text
+
+
+def tolerance(source: str, beta: float, half: bool) -> float:
+    """How far rewards may be from 0 where policy and reference are the same model.
+
+    Arguments as in `StepZeroProbe`.
+    """
+    return max(TOLERANCE, ROUNDING_16_BIT * beta) if half and source != "step" else TOLERANCE
 
 
 class StepZeroProbe(TrainerCallback):
@@ -32,9 +40,7 @@ class StepZeroProbe(TrainerCallback):
         self, window: Any, source: str, beta: float, half: bool, noise: float | None
     ) -> None:
         self.window, self.source, self.beta, self.noise = window, source, beta, noise
-        self.tolerance = TOLERANCE
-        if half and source != "step":
-            self.tolerance = max(TOLERANCE, ROUNDING_16_BIT * beta)
+        self.tolerance = tolerance(source, beta, half)
         self._noisy: str | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -44,7 +50,7 @@ class StepZeroProbe(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         if state.global_step == 0 and model is not None:
-            self._noisy = _noise_of(model, self.noise)
+            self._noisy = noise_of(model, self.noise)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != 1 or not state.is_world_process_zero or not self.window.pending:
@@ -62,38 +68,45 @@ class StepZeroProbe(TrainerCallback):
             largest = max(largest, abs(rewards[0] - rewards[1]))
         if largest >= self.tolerance:
             per_token = largest / self.beta / max(tokens, 1.0) if self.beta else largest
-            logger.warning(
+            cause = likely_cause(self.source, per_token, self._noisy)
+            raise_alarm(
+                "step_zero",
                 f"the first step has rewards of {', '.join(f'{r:.4f}' for r in rewards)} (chosen, "
                 "rejected) before any weight moved, where a policy that starts as its reference "
-                f"has 0: {self._cause(per_token)}"
+                f"has 0: {cause}",
+                args,
             )
 
-    def _cause(self, per_token: float) -> str:
-        """The likely cause, for people.
 
+def likely_cause(source: str, per_token: float, noisy: str | None = None) -> str:
+    """Why a policy's log-probs probably differ from its reference's, for people.
+
+    Args:
+        source: where the reference's log-probs come from: "columns", "ahead" or "step".
         per_token: the log-ratio in nats a token.
-        """
-        if self._noisy is not None:
-            return f"{self._noisy}, and the reference is computed without it"
-        if self.source == "step":
-            return (
-                "the model computes something else in training than in evaluation mode (noise of a "
-                "router, say)"
-            )
-        if self.source == "ahead":
-            return "the model has changed since its log-probs were computed"
-        if per_token < SMALL:
-            return (
-                "the data's reference log-probs were probably computed in another dtype, or with "
-                "an adapter or dropout active"
-            )
+        noisy: what makes the policy random, if anything does.
+    """
+    if noisy is not None:
+        return f"{noisy}, and the reference is computed without it"
+    if source == "step":
         return (
-            "the data's reference log-probs are probably those of another model, of another chat "
-            "template or tokenisation, or means instead of sums"
+            "the model computes something else in training than in evaluation mode (noise of a "
+            "router, say)"
         )
+    if source == "ahead":
+        return "the model has changed since its log-probs were computed"
+    if per_token < SMALL:
+        return (
+            "the data's reference log-probs were probably computed in another dtype, or with "
+            "an adapter or dropout active"
+        )
+    return (
+        "the data's reference log-probs are probably those of another model, of another chat "
+        "template or tokenisation, or means instead of sums"
+    )
 
 
-def _noise_of(model: Any, neftune: float | None) -> str | None:
+def noise_of(model: Any, neftune: float | None) -> str | None:
     """What makes a model in training mode random, or None."""
     if neftune:
         return f"neftune_noise_alpha={neftune:g} adds noise to the embeddings"

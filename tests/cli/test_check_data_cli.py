@@ -51,3 +51,12 @@ def test_data_that_cannot_be_read_is_one_sentence(tmp_path):
     result = invoke(tmp_path / "none.jsonl")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "does not exist" in result.stderr
+
+
+def test_the_report_has_findings_and_lengths(pairs, tmp_path):
+    page = tmp_path / "report.html"
+    result = invoke(pairs, "--model", ASSETS, "--report", page, "--fail-on", "never")
+    assert result.exit_code == 0 and f"Report: {page}" in result.stdout
+    text = page.read_text("utf-8")
+    assert "1 of 150 rows (0.7 %) have identical answers (rows 7)" in text
+    assert text.count("data:image/png;base64,") == 1 and "padding in batches" in text

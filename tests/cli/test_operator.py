@@ -67,7 +67,8 @@ def test_auto_starts_and_then_continues(tmp_path, pairs):
 
 
 def test_events_are_lines_of_json(tmp_path, pairs):
-    result = train(tmp_path / "out", *STEPS, "--eval-split", 0.2, "--json", data=pairs)
+    options = ("--eval-split", 0.2, "--json", "--report", tmp_path / "run.html")
+    result = train(tmp_path / "out", *STEPS, *options, data=pairs)
     events = events_of(result.stdout)
     assert {"start", "step", "eval", "save", "end"} == {event["event"] for event in events}
     assert events[0]["steps"] == 2 and events[-1]["steps"] == 2
@@ -75,6 +76,9 @@ def test_events_are_lines_of_json(tmp_path, pairs):
     assert step["step"] == 1 and step["loss"] == pytest.approx(0.6931, abs=1e-3)
     saves = [event["checkpoint"] for event in events if event["event"] == "save"]
     assert saves == [str(tmp_path / "out" / f"checkpoint-{i}") for i in (1, 2)]
+    page = (tmp_path / "run.html").read_text("utf-8")
+    assert "No alarm." in page and "data:image/png;base64," in page and "[bold]" not in page
+    assert json.loads((tmp_path / "out" / "training_log.json").read_text())["alarms"] == []
 
 
 def test_quiet_prints_nothing(tmp_path, pairs):

@@ -1,0 +1,185 @@
+"""`fastpref verify`: whether log-probs are right and a run can start, on a model of one's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastpref.cli import exit_codes
+from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
+from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
+from fastpref.cli.shared_options import Bf16, MaxLength
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="Directory or hub name of a causal model or of a LoRA adapter.")
+    ],
+    data: Annotated[
+        str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
+    ],
+    ref_model: Annotated[
+        str | None, typer.Option(help="The reference; by default the model, or the data's columns.")
+    ] = None,
+    loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
+    loss_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)
+    ] = None,
+    beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
+    max_length: MaxLength = 1024,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Pairs that are checked, evenly spread over the data.")
+    ] = 16,
+    compared: Annotated[
+        int, typer.Option(min=1, help="Of them, pairs that are computed in every way.")
+    ] = 2,
+    bf16: Bf16 = None,
+    fail_on: Annotated[
+        FailOn, typer.Option(help="The least level of a finding that makes the exit status 6.")
+    ] = FailOn.error,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with checks and errors here.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Check a model and pairs before training: log-probs against float64, and the first step.
+
+    Log-probs of fastpref, of eager torch and of TRL are compared with those of the same weights in
+    float64. Rows are numbered from 0.
+    """
+    import torch
+
+    from fastpref.backends.processor import bf16_is_fast, training_device
+    from fastpref.cli.losses import choose_loss
+    from fastpref.cli.models import load_model, load_tokenizer
+    from fastpref.cli.report import jsonable
+    from fastpref.cli.train_run import hide_library_bars
+    from fastpref.losses.options import LOSS_OPTIONS
+    from fastpref.quality import verify
+
+    chosen = choose_loss(loss, beta, loss_option or [])
+    if chosen.unpaired:
+        raise ValueError(f"--loss {loss} is of single answers; verify reads pairs")
+    device = training_device()
+    narrow = bf16_is_fast(device) if bf16 is None else bf16
+    dtype = torch.bfloat16 if narrow else torch.float32
+    hide_library_bars()
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    options = {k: v for k, v in chosen.settings.items() if k in LOSS_OPTIONS}
+    models = [
+        None if name is None else load_model(name, dtype, trust_remote_code).to(device)
+        for name in (model, ref_model)
+    ]
+    found = verify(
+        models[0],
+        data,
+        tokenizer,
+        ref_model=models[1],
+        loss_type=options.pop("loss_type"),
+        beta=options.pop("beta"),
+        loss_options=options,
+        max_length=max_length,
+        rows=rows,
+        compared=compared,
+        show_progress=not as_json,
+    )
+    if report is not None:
+        html_report(found, model, data).write(report)
+    if as_json:
+        typer.echo(json.dumps(jsonable(found.as_dict())))
+    else:
+        _show(found)
+        if report is not None:
+            typer.echo(f"Report: {report}")
+    if fails(found.findings, fail_on):
+        raise typer.Exit(exit_codes.FINDINGS)
+
+
+def _exact(found: Any) -> str:
+    return (
+        f"{found.compared} pairs in {found.dtype}, against {found.exact}"
+        if found.errors
+        else f"not compared: {found.exact}"
+    )
+
+
+def _error_rows(found: Any) -> list[list[str]]:
+    rows = []
+    for name, error in found.errors.items():
+        figures = (error.max_nats, error.mean_nats, error.max_reward, error.mean_reward)
+        rows.append([name, *(f"{figure:.2g}" for figure in figures)])
+    return rows
+
+
+ERROR_COLUMNS = ("log-probs of", "max nats", "mean nats", "max reward", "mean reward")
+_MARKS = {True: ("ok", "green"), False: ("fails", "red"), None: ("-", "dim")}
+
+
+def _show(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    table = Table(*ERROR_COLUMNS, box=None, title="Error of an answer's log-prob and of a margin")
+    table.title_justify, table.title_style = "left", "bold"
+    for row in _error_rows(found):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"({_exact(found)})\n", highlight=False)
+    for name, reason in found.left_out.items():
+        console.print(f"{name}: {reason}", highlight=False)
+    console.print(f"[bold]Before the first step[/bold] ({found.pairs} pairs)", highlight=False)
+    for check in found.checks:
+        mark, colour = _MARKS[check.passed]
+        console.print(f"[{colour}]{mark:5}[/] {check.name}: ", end="", highlight=False)
+        console.print(check.found, markup=False, highlight=False)
+    figures = found.figures
+    console.print(
+        f"NLL a token: {figures['nll_chosen']:.3f} chosen, {figures['nll_rejected']:.3f} rejected; "
+        f"ranked as the data: {100 * figures['ranking_accuracy']:.0f} % of the pairs\n",
+        highlight=False,
+    )
+    show_findings(console, found.findings)
+
+
+def html_report(found: Any, model: str, data: str) -> Any:
+    """The page of `--report`."""
+    from fastpref.html_report import HtmlReport, png_bytes
+
+    page = HtmlReport("fastpref verify", f"{model}, {data}")
+    add_findings(page, found.findings)
+    about = f"Of an answer's log-prob in nats, and of a pair's margin as a reward: {_exact(found)}."
+    page.table(ERROR_COLUMNS, _error_rows(found), "Errors", about)
+    if found.left_out:
+        page.facts(found.left_out.items())
+    if found.errors:
+        page.figure(png_bytes(_errors_figure(found)), "Largest error by way of computing")
+    rows = [[check.name, _MARKS[check.passed][0], check.found] for check in found.checks]
+    page.table(("check", "", "found"), rows, "Before the first step")
+    page.facts(found.figures.items(), heading="Figures")
+    return page
+
+
+def _errors_figure(found: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    from fastpref.cli.report import CHOSEN, NEUTRAL, tidy
+
+    figure = Figure(figsize=(7, 0.6 + 0.45 * len(found.errors)), layout="constrained")
+    axis = figure.subplots()
+    names = list(found.errors)[::-1]
+    values = [max(found.errors[name].max_nats, 1e-9) for name in names]
+    colours = [CHOSEN if name == "fastpref" else NEUTRAL for name in names]
+    axis.barh(names, values, color=colours, height=0.6)
+    axis.set_xscale("log")
+    axis.set_xlabel("nats an answer", fontsize=9)
+    tidy(axis)
+    axis.grid(axis="y", visible=False)
+    return figure
