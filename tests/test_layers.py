@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "validation": set(),
     "progress": set(),
     "storage": {"progress"},
+    "html_report": {"storage"},
     "backends": {"validation", "kernels", "_cpu", "_cuda"},
     "body": {"backends"},
     "logps": {"validation", "backends"},
@@ -36,8 +37,8 @@ MAY_IMPORT = {
     },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "storage", "backends", "data", "fused", "heads", "logps", "losses", "quality",
-        "trainer",
+        "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",
+        "losses", "quality", "trainer",
         "_cpu",
     },
 }  # fmt: skip
