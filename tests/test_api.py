@@ -27,6 +27,7 @@ FACES = (
     "fastpref.integrations.liger",
     "fastpref.logps",
     "fastpref.losses",
+    "fastpref.profiling",
     "fastpref.quality",
     "fastpref.reference",
     "fastpref.trainer",

@@ -106,7 +106,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _build() -> Any:
-    from fastpref.cli import check_data, demo, precompute, train
+    from fastpref.cli import check_data, demo, precompute, profile, train
 
     application = typer.Typer(
         help="Preference optimisation (DPO, IPO) without logits.",
@@ -117,6 +117,7 @@ def _build() -> Any:
     application.command("train", epilog=exit_codes.HELP)(guarded(train.command))
     application.command("check-data", epilog=exit_codes.HELP)(guarded(check_data.command))
     application.command("precompute", epilog=exit_codes.HELP)(guarded(precompute.command))
+    application.command("profile", epilog=exit_codes.HELP)(guarded(profile.command))
     application.command("demo", epilog=exit_codes.HELP)(guarded(demo.command))
 
     @application.command("doctor")
