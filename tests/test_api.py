@@ -27,6 +27,7 @@ FACES = (
     "fastpref.integrations.liger",
     "fastpref.logps",
     "fastpref.losses",
+    "fastpref.planning",
     "fastpref.profiling",
     "fastpref.quality",
     "fastpref.reference",

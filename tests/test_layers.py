@@ -38,10 +38,13 @@ MAY_IMPORT = {
     "profiling": {
         "progress", "backends.processor", "data", "fused", "heads", "logps", "reference", "trainer",
     },
+    "planning": {
+        "attention", "backends", "data", "heads", "logps", "profiling",
+    },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
         "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",
-        "losses", "profiling", "quality", "trainer",
+        "losses", "planning", "profiling", "quality", "trainer",
         "_cpu",
     },
 }  # fmt: skip

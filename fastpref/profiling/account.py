@@ -92,6 +92,16 @@ def account_of(
         events: in the order of their times.
         gradients: for each mark `GRADIENTS`, the addresses of the gradients' storages then.
     """
+    return _walk(*_moves(known, events, gradients))
+
+
+_Move = tuple[int, str, "_Block", int]  # time, phase, block, 1 or -1
+
+
+def _moves(
+    known: Iterable[Known], events: Iterable[Event], gradients: Iterable[set[int]]
+) -> tuple[list[_Block], list[_Move]]:
+    """The blocks from before the step, and each block's birth and death."""
     live = {block.address: _Block(block.size, block.component) for block in known}
     begin, phase, moves = list(live.values()), "other", []
     addresses = iter(gradients)
@@ -108,10 +118,38 @@ def account_of(
             moves.append((event.time, phase, block, 1))
         elif (found := live.pop(event.address, None)) is not None:
             moves.append((event.time, phase, found, -1))
-    return _walk(begin, moves)
+    return begin, moves
 
 
-def _walk(begin: list[_Block], moves: list[tuple[int, str, _Block, int]]) -> Account:
+def part_peaks(
+    known: Iterable[Known],
+    events: Iterable[Event],
+    gradients: Iterable[set[int]],
+    parts: int = 4,
+) -> dict[tuple[str, int], dict[str, int]]:
+    """The components at the peak of each of so many equal parts of each phase.
+
+    Args: those of `account_of`.
+    """
+    begin, moves = _moves(known, events, gradients)
+    lengths = Counter(phase for _, phase, _, _ in moves)
+    done: Counter[str] = Counter()
+    now: Counter[str] = Counter({name: 0 for name in COMPONENTS})
+    for block in begin:
+        now[block.component] += block.size
+    total = sum(now.values())
+    peaks: dict[tuple[str, int], tuple[int, dict[str, int]]] = {("other", 0): (total, dict(now))}
+    for _, phase, block, sign in moves:
+        part = phase, done[phase] * parts // lengths[phase]
+        done[phase] += 1
+        now[block.component] += sign * block.size
+        total += sign * block.size
+        if part not in peaks or total > peaks[part][0]:
+            peaks[part] = total, dict(now)
+    return {part: components for part, (_, components) in peaks.items()}
+
+
+def _walk(begin: list[_Block], moves: list[_Move]) -> Account:
     now: Counter[str] = Counter({name: 0 for name in COMPONENTS})
     for block in begin:
         now[block.component] += block.size

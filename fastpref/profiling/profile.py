@@ -173,14 +173,14 @@ def profile_training(
         "trust_remote_code": trust_remote_code,
         "device": device,
     }
-    rows, batches = _choose_rows(model, data, settings, steps)
+    rows, batches = choose_rows(model, data, settings, steps)
     found = [_measure(name, settings, rows, steps + 2, hear) for name in names]
     if all(side.missing for side in found):
         raise RuntimeError("; ".join(f"{side.name}: {side.missing}" for side in found))
     return Profile(settings, batches, found)
 
 
-def _choose_rows(
+def choose_rows(
     model: str, data: Any, settings: dict[str, Any], steps: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The raw pairs in the order of training, and the tokens of their batches."""
@@ -212,8 +212,9 @@ def _choose_rows(
     return [dict(row) for row in chosen], batches
 
 
-def _batch_facts(lengths: Lengths, size: int) -> list[dict[str, int]]:
-    """For each micro-batch: pairs, the padded length, tokens without padding, labelled tokens."""
+def _batch_facts(lengths: Lengths, size: int) -> list[dict[str, Any]]:
+    """For each micro-batch: pairs, the padded length, tokens without padding, labelled tokens, and
+    the lengths of each pair's prompt and answers."""
     out = []
     for start in range(0, len(lengths.row), size):
         part = lengths.picked(slice(start, start + size))
@@ -224,6 +225,7 @@ def _batch_facts(lengths: Lengths, size: int) -> list[dict[str, int]]:
                 "tokens": int((2 * part.prompt + part.labelled).sum()),
                 "shared_tokens": int((part.prompt + part.labelled).sum()),
                 "labelled": int(part.labelled.sum()),
+                "lengths": np.stack(part[:3], 1).tolist(),
             }
         )
     return out
