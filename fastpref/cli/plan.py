@@ -161,7 +161,9 @@ def _seconds(estimate: Any) -> str:
 
 def _ways(plan: Any) -> tuple[list[str], list[list[str]]]:
     ways = list(plan.ways.items())
-    names = list(dict.fromkeys(name for _, way in ways for name in way.components))
+    names = dict.fromkeys(
+        name for _, way in ways for name, size in way.components.items() if size >= 5e6
+    )
     rows = [
         [name, *(f"{way.components.get(name, 0) / 1e9:.2f}" for _, way in ways)] for name in names
     ]
@@ -218,8 +220,8 @@ def _sentences(plan: Any, lengths: Any) -> list[str]:
         way = plan.chosen
         out.append(
             f"take: {_NAMES[way.options.method]}, {_pairs(way.pairs)} a micro-batch, "
-            f"accumulation "
-            f"{way.accumulation}, max_length {way.max_length}, head {way.options.head_strategy}"
+            f"accumulation {way.accumulation}, max_length {way.max_length}, "
+            f"head {way.options.head_strategy}"
             + (f", sharded over {way.devices} devices" if way.devices > 1 else "")
         )
     out.append(

@@ -206,9 +206,8 @@ def draw_memory(axis: Any, profile: Any) -> None:
             continue
         seconds = [time / 1e3 for time, _ in side.timeline]
         gigabytes = [sum(sizes.values()) / 1e9 for _, sizes in side.timeline]
-        axis.plot(
-            seconds, gigabytes, color=COLOURS[side.name], label=TITLES[side.name], linewidth=1.4
-        )
+        look = {"color": COLOURS[side.name], "label": TITLES[side.name], "linewidth": 1.4}
+        axis.step(seconds, gigabytes, where="post", **look)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("seconds of the step", fontsize=9)
     axis.set_ylabel("GB of tensors", fontsize=9)

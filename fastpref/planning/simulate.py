@@ -225,7 +225,9 @@ def build_model(config: Any, options: StepOptions) -> Any:
     disable_dropout(model)  # as the trainers do
     model.train()
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Its name since transformers 5.24, and the name before that.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
         if options.method != "full":
             model.enable_input_require_grads()
     return model
