@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, Device
 from fastpref.planning.simulate import (
     Pair,
     Parts,
     StepOptions,
-    count_weights,
     extrapolated,
     highest,
     simulate_parts,

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from fastpref import cli
 from fastpref.planning import StepOptions, plan_training, simulate, simulate_step
 from fastpref.planning import plan as plan_module
+from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, parse_memory
 from fastpref.planning.plan import Planner, default_lengths
-from fastpref.planning.simulate import count_weights
 from fastpref.planning.times import Rates, step_seconds
 from fastpref.profiling.profile import choose_rows
 from fastpref.profiling.worker import profile_side
