@@ -27,6 +27,8 @@ FACES = (
     "fastpref.integrations.liger",
     "fastpref.logps",
     "fastpref.losses",
+    "fastpref.planning",
+    "fastpref.profiling",
     "fastpref.quality",
     "fastpref.reference",
     "fastpref.trainer",

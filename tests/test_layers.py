@@ -38,10 +38,16 @@ MAY_IMPORT = {
         "progress", "storage", "attention", "backends.processor", "body", "data", "fused", "heads",
         "logps", "losses", "reference",
     },
+    "profiling": {
+        "progress", "backends.processor", "data", "fused", "heads", "logps", "reference", "trainer",
+    },
+    "planning": {
+        "attention", "backends", "data", "heads", "logps", "profiling",
+    },
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
         "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",
-        "losses", "quality", "trainer",
+        "losses", "planning", "profiling", "quality", "trainer",
         "_cpu",
     },
 }  # fmt: skip

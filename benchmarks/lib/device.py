@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastpref.profiling.resident import status_bytes
+
 # Before each timed call the GPU spins for so long, in which the host prepares the call's launches:
 # in training it is ahead as well. What the host takes is reported beside.
 _AHEAD_S = 2e-3
@@ -102,10 +104,10 @@ class Device:
 
 def _status(key: str) -> int:
     """A line of /proc/self/status that is in kB, as bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only")
+    found = status_bytes(key)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only")
+    return found
 
 
 def peak_resident_bytes() -> int:

@@ -1,31 +1,28 @@
 """Running: interleaved calls, workers in processes of their own, and who watches over them.
 
-A worker is a benchmark's script, started with --worker. It reads a request from stdin, a line of
-JSON, and answers in lines of JSON on stdout (`serve`); `Child` is the other end.
+A worker is a benchmark's script, started with --worker: fastpref.profiling.processes has the two
+ends of its pipe.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import json
-import os
 import queue
 import random
 import statistics
-import subprocess
 import sys
-import threading
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from fastpref.profiling import processes
+from fastpref.profiling.processes import failure, serve
 
 from .device import Device, Times
+
+__all__ = ["Child", "Rounds", "Supervisor", "Timing", "failure", "run_worker", "serve"]
 
 
 @dataclass
@@ -122,35 +119,8 @@ class Rounds:
         self.host[name].seconds.append(times.host)
 
 
-def failure(error: BaseException) -> str:
-    """One line on why something cannot run here; running out of memory is a result like others."""
-    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
-    line = f"{type(error).__name__}: {text}"[:200]
-    return f"out of memory: {line}" if isinstance(error, torch.OutOfMemoryError) else line
-
-
-def serve(answer: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]) -> None:
-    """The worker's end: call `answer` with the request and with a function that sends a message.
-
-    Whatever else prints to stdout, a peer or its compiler, goes to stderr. An error is told as
-    {"failed": why}, and ends the process.
-    """
-    warnings.filterwarnings("ignore")
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def say(message: dict[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-
-    try:
-        answer(json.loads(sys.stdin.readline()), say)
-    except Exception as error:
-        say({"failed": failure(error)})
-        raise
-
-
-class Child:
-    """A worker process. `last` is the last line of its stderr, which is passed on if `loud`."""
+class Child(processes.Child):
+    """A benchmark's script as a worker."""
 
     def __init__(
         self,
@@ -159,71 +129,7 @@ class Child:
         env: dict[str, str] | None = None,
         loud: bool = True,
     ):
-        self._process = subprocess.Popen(
-            [sys.executable, script, "--worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={**os.environ, **(env or {})},
-        )
-        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._loud, self.last = loud, ""
-        self._readers = [
-            threading.Thread(target=self._read, daemon=True),
-            threading.Thread(target=self._read_errors, daemon=True),
-        ]
-        for reader in self._readers:
-            reader.start()
-        self.tell(json.dumps(request))
-
-    def tell(self, line: str = "") -> None:
-        """A line to its stdin. If it is dead, the end of its output says so."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-
-    def hear(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """The next message; None at its end. Raises queue.Empty after `timeout` seconds."""
-        message = self._messages.get(timeout=timeout)
-        if message is None:
-            self._process.wait()
-            self._readers[1].join(timeout=5)
-        return message
-
-    def ending(self) -> str:
-        """How it ended, once `hear` gave None."""
-        return f"the process ended with status {self._process.wait()}: {self.last}"
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        for reader in self._readers:
-            reader.join(timeout=5)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError):
-                    message = json.loads(line)
-                    if isinstance(message, dict):
-                        self._messages.put(message)
-        self._messages.put(None)
-
-    def _read_errors(self) -> None:
-        assert self._process.stderr is not None
-        with self._process.stderr as lines:
-            for line in lines:
-                if self._loud:
-                    sys.stderr.write(line)
-                if line.strip():
-                    self.last = " ".join(line.split())
+        super().__init__([sys.executable, script, "--worker"], request, env, loud)
 
 
 def run_worker(script: str, request: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:

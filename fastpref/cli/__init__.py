@@ -1,4 +1,4 @@
-"""The command line: `fastpref train`, `precompute`, `check-data`, `verify`, `demo`, `doctor`.
+"""The command line: `fastpref train`, `check-data`, `verify`, `profile`, `plan` and others.
 
 An error ends with one sentence on stderr, or with a traceback under `--debug`, and with an exit
 status of `fastpref.cli.exit_codes`.
@@ -106,7 +106,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _build() -> Any:
-    from fastpref.cli import check_data, demo, precompute, train, verify
+    from fastpref.cli import check_data, demo, plan, precompute, profile, train, verify
 
     application = typer.Typer(
         help="Preference optimisation (DPO, IPO) without logits.",
@@ -118,6 +118,8 @@ def _build() -> Any:
     application.command("check-data", epilog=exit_codes.HELP)(guarded(check_data.command))
     application.command("verify", epilog=exit_codes.HELP)(guarded(verify.command))
     application.command("precompute", epilog=exit_codes.HELP)(guarded(precompute.command))
+    application.command("profile", epilog=exit_codes.HELP)(guarded(profile.command))
+    application.command("plan", epilog=exit_codes.HELP)(guarded(plan.command))
     application.command("demo", epilog=exit_codes.HELP)(guarded(demo.command))
 
     @application.command("doctor")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastpref.profiling.resident import life_peak, reset_peak, status_bytes
 
 CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#c8553d", "#6b7280"
 
@@ -38,11 +39,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.base = torch.cuda.memory_allocated(self.device)
         else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self.exact = False
-            self.base = _status_bytes("VmRSS")
+            self.exact = reset_peak()
+            self.base = status_bytes("VmRSS")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -50,7 +48,7 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             self.peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.peak = _status_bytes("VmHWM") or _life_peak()
+            self.peak = life_peak()
 
     @property
     def extra(self) -> int | None:
@@ -58,24 +56,6 @@ class PeakMemory:
         if self.base is None or self.peak is None or not self.exact:
             return None
         return max(0, self.peak - self.base)
-
-
-def _status_bytes(name: str) -> int | None:
-    """A field of /proc/self/status in bytes; None if there is no such file or field."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(name + ":")), None)
-
-
-def _life_peak() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def summary_table(title: str, rows: Iterable[tuple[str, str]]) -> Any:

@@ -27,7 +27,7 @@ from fastpref.heads.router import load_balancing_loss
 from fastpref.heads.sharded import gather_head, is_sharded
 
 
-def _backbone(model: Any) -> nn.Module:
+def backbone(model: Any) -> nn.Module:
     """The submodule whose first output the head reads."""
     for base in (getattr(model, "base_model", None), getattr(model, "model", None)):
         if isinstance(base, nn.Module) and base is not model:
@@ -85,7 +85,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
     try:
         head = read_head(model, adapters=True)
         original = model._forward_without_head_fn if installed else model.forward
-        module, base = model.get_output_embeddings(), _backbone(model)
+        module, base = model.get_output_embeddings(), backbone(model)
         verify(
             model, original, base, module, read_layer(module),
             scale=head.scale, softcap=head.softcap, vocab_size=head.vocab_size,
@@ -109,7 +109,7 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         if head_fn is None:
             return self._forward_without_head_fn(*args, **kwargs)
         kwargs = _backbone_inputs(self, args, kwargs)
-        outputs = _backbone(self)(**kwargs)
+        outputs = backbone(self)(**kwargs)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))

@@ -1,0 +1,265 @@
+"""`fastpref plan`: what fits a memory, and how fast it is, before any weight is loaded."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastpref.cli import exit_codes
+from fastpref.cli.shared_options import Bf16, MaxLength
+
+SAMPLE = 5_000  # pairs of the data whose tokens are counted
+
+
+class Method(str, enum.Enum):
+    """The weights that train: all, an adapter's, or an adapter's over weights of 4 bits."""
+
+    full = "full"
+    lora = "lora"
+    qlora = "qlora"
+
+
+class Where(str, enum.Enum):
+    """The kind of device that is planned for."""
+
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Head(str, enum.Enum):
+    """How the output head is computed."""
+
+    fastpref = "fastpref"
+    eager = "eager"
+
+
+class Dtype(str, enum.Enum):
+    """The weights' dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="Directory or hub name of a causal model; its config is read.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Pairs whose lengths are counted; without: as long as --max-length."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Of each device, such as 24GB; by default this machine's."),
+    ] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Devices that share weights, gradients and optimiser (FSDP).")
+    ] = 1,
+    where: Annotated[
+        Where, typer.Option(help="cpu or gpu; auto: gpu if one is here or --gpus is above 1.")
+    ] = Where.auto,
+    method: Annotated[
+        Method, typer.Option(help="What is asked for: all weights, LoRA or QLoRA.")
+    ] = Method.full,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs of an optimiser step.")] = 8,
+    max_length: MaxLength = 1024,
+    bf16: Bf16 = None,
+    dtype: Annotated[Dtype, typer.Option(help="The weights' dtype.")] = Dtype.float32,
+    head: Annotated[Head, typer.Option(help="With logits: eager.")] = Head.fastpref,
+    reference: Annotated[
+        str, typer.Option(help="precompute or model; LoRA takes the model without its adapter.")
+    ] = "precompute",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute activations: less memory, slower.")
+    ] = True,
+    lora_r: Annotated[int, typer.Option(min=1, help="Rank of an adapter.")] = 16,
+    why_oom: Annotated[
+        bool,
+        typer.Option("--why-oom", help="What to change where --method does not fit, most first."),
+    ] = False,
+    table: Annotated[bool, typer.Option(help="Plans for common GPUs and CPUs.")] = True,
+    report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+) -> None:
+    """Plan a training from the model's config and the data's lengths: memory, time, batch.
+
+    No weights are loaded. The exit status is 6 if what was asked for does not fit.
+    """
+    import torch
+    from transformers import AutoConfig, AutoTokenizer
+
+    from fastpref.planning import StepOptions, plan_training
+    from fastpref.planning.devices import own_memory, parse_memory
+    from fastpref.planning.times import measured_rates
+    from fastpref.profiling.lengths import token_lengths
+
+    if reference not in ("precompute", "model"):
+        raise ValueError(f"--reference is {reference!r}; expected precompute or model")
+    kind = where.value
+    if where is Where.auto:
+        kind = "gpu" if gpus > 1 or torch.cuda.is_available() else "cpu"
+    kind = "cuda" if kind == "gpu" else "cpu"
+    if method is Method.qlora and kind == "cpu":
+        raise ValueError("--method qlora needs a GPU's kernels; expected full or lora on a CPU")
+    given = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(model, **given)
+    lengths = None
+    if data is not None:
+        tokenizer = AutoTokenizer.from_pretrained(model, **given)
+        lengths = token_lengths(data, tokenizer, max_length, SAMPLE)
+    half = bf16 if bf16 is not None else kind == "cuda"
+    plan = plan_training(
+        config,
+        memory=own_memory() if memory is None else parse_memory(memory),
+        lengths=lengths,
+        max_length=max_length,
+        batch_size=batch_size,
+        method=method.value,
+        options=StepOptions(
+            head=head.value,
+            dtype=getattr(torch, dtype.value),
+            bf16=half and dtype is Dtype.float32,
+            gradient_checkpointing=gradient_checkpointing,
+            reference=reference,
+            lora_r=lora_r,
+        ),
+        devices=gpus,
+        rates=measured_rates(half) if kind == "cpu" else None,
+        kind=kind,
+        table=table,
+        why_oom=why_oom,
+    )
+    if report is not None:
+        _write_report(plan, model, lengths, report)
+    if as_json:
+        typer.echo(json.dumps(plan.as_dict()))
+    else:
+        _show(plan, lengths)
+    if not plan.asked.fits(plan.memory):
+        raise typer.Exit(exit_codes.FINDINGS)
+
+
+_NAMES = {"full": "all weights", "lora": "LoRA", "qlora": "QLoRA"}
+
+
+def _pairs(count: int) -> str:
+    return "1 pair" if count == 1 else f"{count} pairs"
+
+
+def _seconds(estimate: Any) -> str:
+    return "-" if estimate.seconds is None else f"{estimate.seconds.total:.3g}"
+
+
+def _ways(plan: Any) -> tuple[list[str], list[list[str]]]:
+    ways = list(plan.ways.items())
+    names = dict.fromkeys(
+        name for _, way in ways for name, size in way.components.items() if size >= 5e6
+    )
+    rows = [
+        [name, *(f"{way.components.get(name, 0) / 1e9:.2f}" for _, way in ways)] for name in names
+    ]
+    rows += [
+        ["peak, GB", *(f"{way.bytes / 1e9:.2f}" for _, way in ways)],
+        ["fits", *("yes" if way.fits(plan.memory) else "no" for _, way in ways)],
+        ["pairs x accumulation", *(f"{way.pairs} x {way.accumulation}" for _, way in ways)],
+        ["seconds a step", *(_seconds(way) for _, way in ways)],
+    ]
+    return ["GB of each device", *(_NAMES[name] for name, _ in ways)], rows
+
+
+def _table(plan: Any) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for device, estimate in plan.table:
+        if estimate is None:
+            rows.append([device.name, "nothing fits", "", "", ""])
+            continue
+        rows.append(
+            [
+                device.name,
+                _NAMES[estimate.options.method],
+                f"{estimate.pairs} x {estimate.accumulation}",
+                f"{estimate.bytes / 1e9:.1f}",
+                _seconds(estimate),
+            ]
+        )
+    return ["device", "trains", "pairs x accumulation", "GB", "seconds a step"], rows
+
+
+def _changes(plan: Any) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [
+            text,
+            f"{(plan.asked.bytes - estimate.bytes) / 1e9:.2f}",
+            f"{estimate.bytes / 1e9:.2f}",
+            "yes" if estimate.fits(plan.memory) else "no",
+        ]
+        for text, estimate in plan.changes
+    ]
+    return ["change", "GB saved", "GB then", "fits"], rows
+
+
+def _sentences(plan: Any, lengths: Any) -> list[str]:
+    from fastpref.planning.plan import MARGIN, MEMORY_UNCERTAINTY, length_facts
+
+    out = [f"{plan.weights[0] / 1e6:,.0f} million weights; {plan.memory / 1e9:.1f} GB a device"]
+    if lengths is not None:
+        facts = ", ".join(f"{name} {value:,}" for name, value in length_facts(lengths).items())
+        out.append(f"tokens of the longer sequence of a pair: {facts}")
+    if plan.chosen is None:
+        out.append("nothing fits; --why-oom says what to change, and more GPUs share the weights")
+    else:
+        way = plan.chosen
+        out.append(
+            f"take: {_NAMES[way.options.method]}, {_pairs(way.pairs)} a micro-batch, "
+            f"accumulation {way.accumulation}, max_length {way.max_length}, "
+            f"head {way.options.head_strategy}"
+            + (f", sharded over {way.devices} devices" if way.devices > 1 else "")
+        )
+    out.append(
+        f"tensors are predicted within {100 * MEMORY_UNCERTAINTY:.0f} %; "
+        f"{100 * MARGIN[plan.asked.options.device]:.0f} % are added before something is said to "
+        "fit; rates of other devices are listed, not measured"
+    )
+    return out
+
+
+def _show(plan: Any, lengths: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    for sentence in _sentences(plan, lengths):
+        console.print(sentence, highlight=False, markup=False)
+    for header, rows in (_ways(plan), _changes(plan), _table(plan)):
+        if not rows:
+            continue
+        table = Table(*header, box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print()
+        console.print(table)
+
+
+def _write_report(plan: Any, model: str, lengths: Any, path: Path) -> None:
+    from fastpref.html_report import HtmlReport
+
+    html = HtmlReport("fastpref plan", Path(model).name)
+    for sentence in _sentences(plan, lengths):
+        html.text(sentence)
+    parts = (("Ways to train", _ways), ("What to change", _changes), ("Common devices", _table))
+    for heading, make in parts:
+        header, rows = make(plan)
+        if rows:
+            html.table(header, rows, heading=heading)
+    html.write(path)

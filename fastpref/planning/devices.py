@@ -1,0 +1,76 @@
+"""Common GPUs and CPUs: memory, and the rates that their vendors list.
+
+A GPU's `flops` are of dense bf16 products with sums in fp32, a CPU's of fp32. Training reaches
+`REACHED` of them; the rest of a step's time is counted apart.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from fastpref.planning.times import Rates
+
+REACHED = {"gpu": 0.5, "cpu": 0.6}
+_CALL = 10e-6  # seconds that the host takes for an operation
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of the table. memory: bytes; flops and bandwidth (bytes): per second."""
+
+    name: str
+    kind: str  # "gpu" or "cpu"
+    memory: int
+    flops: float
+    bandwidth: float
+
+    def rates(self) -> Rates:
+        """Its rates in training."""
+        reached = REACHED[self.kind]
+        flops = reached * self.flops
+        moved = 0.8 * self.bandwidth
+        return Rates(self.name, flops, flops, moved, moved, _CALL, measured=False)
+
+
+GIB = 2**30
+DEVICES = (
+    Device("RTX 3090 24GB", "gpu", 24 * GIB, 71e12, 936e9),
+    Device("RTX 4090 24GB", "gpu", 24 * GIB, 165e12, 1008e9),
+    Device("RTX 5090 32GB", "gpu", 32 * GIB, 210e12, 1792e9),
+    Device("L4 24GB", "gpu", 24 * GIB, 121e12, 300e9),
+    Device("A10 24GB", "gpu", 24 * GIB, 125e12, 600e9),
+    Device("L40S 48GB", "gpu", 48 * GIB, 362e12, 864e9),
+    Device("A100 40GB", "gpu", 40 * GIB, 312e12, 1555e9),
+    Device("A100 80GB", "gpu", 80 * GIB, 312e12, 2039e9),
+    Device("H100 80GB", "gpu", 80 * GIB, 989e12, 3350e9),
+    Device("H200 141GB", "gpu", 141 * 10**9, 989e12, 4800e9),
+    Device("B200 180GB", "gpu", 180 * 10**9, 2250e12, 8000e9),
+    Device("MI300X 192GB", "gpu", 192 * 10**9, 1307e12, 5300e9),
+    Device("desktop, 8 AVX2 cores, 32GB", "cpu", 32 * GIB, 0.9e12, 60e9),
+    Device("server, 32 AVX-512 cores, 256GB", "cpu", 256 * GIB, 5e12, 300e9),
+)
+_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a text such as 24GB, 24GiB or 800MB. Raises ValueError."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    unit = "" if found is None else found[2].upper()
+    if found is None or unit not in _UNITS or found[1].count(".") > 1 or found[1] == ".":
+        raise ValueError(f"memory: got {text!r}, expected a size such as 24GB")
+    size = int(float(found[1]) * _UNITS[unit])
+    if size <= 0:
+        raise ValueError(f"memory: got {text!r}, expected a size above 0")
+    return size
+
+
+def own_memory() -> int:
+    """The bytes of memory of this machine, or of its first GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

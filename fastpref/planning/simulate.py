@@ -1,0 +1,411 @@
+"""`simulate_step`: the memory of a training step of a model that is never loaded.
+
+config -> the model on fake tensors, which have shapes and no data
+     -> body forward (real code of transformers, real attention over the rows of a batch)
+     -> head: the buffers of `plan_head`, or the logits
+     -> backward pass, optimiser
+     -> each storage's birth and death -> `Account`
+
+The account is the one that `fastpref profile` makes of a real step, so the two compare line by
+line. What C code allocates past torch's allocator is in neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastpref import backends
+from fastpref.attention.switch import SegmentAttention
+from fastpref.data.batches import model_inputs
+from fastpref.data.collate import PreferenceCollator
+from fastpref.data.segments import SegmentCollator
+from fastpref.heads.calling import backbone, disable_dropout
+from fastpref.heads.reading import unwrap
+from fastpref.logps.plan import HeadPlan, plan_head, tile_dtype
+from fastpref.profiling.account import GRADIENTS, Account, Event, Known, part_peaks
+
+Pair = tuple[int, int, int]  # tokens of prompt, chosen and rejected answer
+METHODS = ("full", "lora", "qlora")
+LAYERS = 4, 8  # of the two simulations of a deeper model
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """A configuration of training.
+
+    Attributes:
+        method: "full" trains all weights; "lora" an adapter of rank lora_r on all linear layers;
+            "qlora" the same over weights of 4 bits.
+        head: "fastpref", or "eager" with logits.
+        dtype: of the weights.
+        bf16: whether the step runs under bf16 autocast.
+        gradient_checkpointing: whether activations are recomputed.
+        prefix_sharing: whether a pair's prompt is computed once.
+        reference: "precompute", "model" (a second model) or "adapter".
+        head_strategy: as in `plan_head`.
+        memory_budget: bytes of the head's stash and tile; None: `default_memory_budget`.
+        device: "cpu" or "cuda", for the head's plan.
+    """
+
+    method: str = "full"
+    head: str = "fastpref"
+    dtype: torch.dtype = torch.float32
+    bf16: bool = False
+    gradient_checkpointing: bool = True
+    prefix_sharing: bool = True
+    reference: str = "precompute"
+    lora_r: int = 16
+    head_strategy: str = "auto"
+    memory_budget: int | None = None
+    device: str = "cpu"
+
+
+def _adds_gradients(args: Any) -> bool:
+    """Whether an addition is autograd's own: recomputed activations are added with gradients on."""
+    if torch.is_grad_enabled() or len(args) != 2:
+        return False
+    a, b = args
+    alike = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return alike and (a.shape, a.dtype) == (b.shape, b.dtype) and a._base is None
+
+
+class _Tracker(TorchDispatchMode):
+    """Records the birth and the death of every storage of an operation's results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self._numbers = itertools.count(1)
+        self._addresses: dict[int, int] = {}  # of the storages that live, by their C++ object
+        self._references: dict[int, Any] = {}
+
+    def address(self, tensor: Tensor, is_new: bool = True) -> int:
+        """The storage's number; an event of its birth is recorded if it has none yet."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._addresses:
+            return self._addresses[key]
+        number, size = next(self._numbers), storage.nbytes()
+        self._addresses[key] = number
+        if is_new and size:
+            self.events.append(Event(len(self.events), number, size))
+
+        def died(_: Any) -> None:
+            self._addresses.pop(key, None)
+            self._references.pop(number, None)
+            if size:
+                self.events.append(Event(len(self.events), number, -size))
+
+        self._references[number] = weakref.ref(storage, died)
+        return number
+
+    def mark(self, text: str) -> None:
+        """A phase begins."""
+        self.events.append(Event(len(self.events), 0, 0, text))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and _adds_gradients(args):
+            # Autograd adds two gradients of one tensor in place, but not under such a mode.
+            func = torch.ops.aten.add_.Tensor
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.address(value)
+        return out
+
+
+class _PlannedHead(torch.autograd.Function):
+    """The buffers of fastpref's head over N labelled tokens, without its arithmetic."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,  # [N, H], in the compute dtype
+        weight: Tensor,  # [V, H], in the compute dtype
+        plan: HeadPlan,
+        at_once: bool,
+    ) -> Tensor:
+        n, vocab = hidden.shape[0], weight.shape[0]
+        wide = tile_dtype(hidden.dtype, plan.precision)
+        u = torch.empty_like(hidden)
+        stash = hidden.new_empty((plan.stash_tokens, vocab))
+        in_stash = plan.stash_tokens == n and wide == hidden.dtype
+        if not in_stash and not (plan.logit_free and at_once):
+            hidden.new_empty((min(plan.block_tokens, n), vocab), dtype=wide)
+        ctx.plan, ctx.wide = plan, wide
+        again = plan.stash_tokens < n and weight.requires_grad
+        ctx.save_for_backward(u, stash, hidden, weight if again else None)
+        ctx.weight_like = weight.shape, weight.dtype, weight.requires_grad
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        u, stash, hidden, weight = ctx.saved_tensors
+        shape, dtype, trains = ctx.weight_like
+        d_hidden = torch.empty_like(u)
+        if not trains:
+            return d_hidden, None, None, None
+        d_weight = hidden.new_empty(shape, dtype=dtype)
+        scaled = torch.empty_like(hidden)
+        if weight is not None:
+            hidden.new_empty((hidden.shape[0], ctx.plan.block_vocab), dtype=ctx.wide)
+        del scaled
+        return d_hidden, d_weight, None, None
+
+
+def _head_plan(n: int, weight: Tensor, dtype: torch.dtype, options: StepOptions) -> Any:
+    """The plan of the head, and whether its product multiplies D while it makes it."""
+    trains = weight.requires_grad
+    fused: bool | None = False
+    at_once = False
+    if options.device == "cpu":
+        backend = backends.choose(torch.device("cpu"), dtype)
+        at_once = bool(backend.PROJECTS_AT_ONCE)
+        fused = True if backend.LOGIT_FREE_BY_DEFAULT else False
+    plan = plan_head(
+        n,
+        weight.shape[1],
+        weight.shape[0],
+        dtype,
+        device=options.device if options.memory_budget is not None else "cpu",
+        weight_grad=trains,
+        strategy=options.head_strategy,
+        memory_budget=options.memory_budget,
+        fused=fused,
+        at_once=at_once,
+    )
+    return plan, at_once
+
+
+def _examples(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Tokenised pairs of these lengths, whose answers differ in their first token."""
+    return [
+        {
+            "prompt_ids": [1] * prompt,
+            "chosen_ids": [2] * chosen,
+            "rejected_ids": [3] * rejected,
+        }
+        for prompt, chosen, rejected in pairs
+    ]
+
+
+def build_model(config: Any, options: StepOptions) -> Any:
+    """The model on the meta device, ready to train."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
+        if options.method != "full":
+            from peft import LoraConfig, get_peft_model
+
+            lora = LoraConfig(
+                task_type="CAUSAL_LM",
+                r=options.lora_r,
+                lora_alpha=32,
+                target_modules="all-linear",
+            )
+            model = get_peft_model(model, lora)
+    disable_dropout(model)  # as the trainers do
+    model.train()
+    if options.gradient_checkpointing:
+        # Its name since transformers 5.24, and the name before that.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+        if options.method != "full":
+            model.enable_input_require_grads()
+    return model
+
+
+def _materialise(model: torch.nn.Module) -> None:
+    """Replace the model's tensors by those of the active mode, on the CPU; ties stay ties."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, torch.nn.Parameter):
+                        new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                group[name] = made[id(tensor)]
+
+
+def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
+    weights: dict[int, Known] = {}
+    trained: dict[int, int] = {}
+    quantised = 0
+    head = unwrap(model).get_output_embeddings()
+    own = {id(p) for p in head.parameters()}
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        address = tracker.address(tensor, is_new=False)
+        size = tensor.untyped_storage().nbytes()
+        if tensor.requires_grad:
+            trained[address] = size
+        elif options.method == "qlora" and tensor.dim() == 2 and "embed" not in name:
+            if id(tensor) not in own:
+                # NF4 with double quantisation: 4.127 bits a weight.
+                size = int(tensor.numel() * 4.127 / 8)
+                quantised += size
+        weights.setdefault(address, Known(address, size, "weights"))
+    known = list(weights.values())
+    # AdamW's two states of each trained weight, in its dtype.
+    known += [Known(-address, 2 * size, "optimiser") for address, size in trained.items()]
+    if options.reference == "model":
+        total = sum(block.size for block in weights.values())
+        known.append(Known(-(10**12), total, "reference"))
+    return known
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+Parts = dict[tuple[str, int], dict[str, int]]  # as `part_peaks` has them
+
+
+def extrapolated(few: Parts, more: Parts, factor: float) -> Parts:
+    """few + factor (more - few): the parts' bytes are linear in layers and in pairs."""
+    zero: dict[str, int] = {}
+    return {
+        part: {
+            name: max(0, round(size + factor * (more.get(part, zero).get(name, size) - size)))
+            for name, size in components.items()
+        }
+        for part, components in few.items()
+    }
+
+
+def highest(parts: Parts) -> Account:
+    """The account of the part with the most bytes."""
+    part = max(parts, key=lambda part: sum(parts[part].values()))
+    return Account(sum(parts[part].values()), part[0], parts[part])
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(text, name, getattr(text, name)[:layers])
+    return config
+
+
+def simulate_parts(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Parts:
+    """The components at the peak of each part of a step; arguments as in `simulate_step`.
+
+    Many equal layers cost the same each, so that a deep model is simulated with few.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    few, more = LAYERS
+    if layers <= more:
+        return part_peaks(*_events(config, pairs, options))
+    small, large = (
+        part_peaks(*_events(_with_layers(config, n), pairs, options)) for n in (few, more)
+    )
+    return extrapolated(small, large, (layers - few) / (more - few))
+
+
+def simulate_step(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Account:
+    """The memory of a step on these pairs.
+
+    Args:
+        config: a transformers config of a causal model.
+        pairs: the tokens of prompt, chosen and rejected answer of each pair of the micro-batch.
+        options: how it is trained.
+
+    Returns:
+        The `Account`, in bytes of tensors, without a timeline.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if options.method not in METHODS:
+        raise ValueError(f"method: got {options.method!r}, expected {', '.join(METHODS)}")
+    return highest(simulate_parts(config, pairs, options))
+
+
+def _events(
+    config: Any, pairs: Sequence[Pair], options: StepOptions
+) -> tuple[list[Known], list[Event], list[set[int]]]:
+    sharing = options.prefix_sharing and options.head == "fastpref"
+    collator: Any = SegmentCollator(0, None) if sharing else PreferenceCollator(0, None)
+    batch = collator(_examples(pairs))
+    tracker = _Tracker()
+    with silent():
+        model = build_model(config, options)
+    with silent(), FakeTensorMode(allow_non_fake_inputs=True) as fake, tracker:
+        _materialise(model)
+        known = _known(model, options, tracker)
+        tracker.events.clear()
+        inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        gradients = _run(model, inputs, options, tracker, sharing)
+    return known, list(tracker.events), gradients
+
+
+def _run(
+    model: Any, batch: dict[str, Any], options: StepOptions, tracker: _Tracker, sharing: bool
+) -> list[set[int]]:
+    base = backbone(unwrap(model))
+    weight = unwrap(model).get_output_embeddings().weight
+    rows: Any = contextlib.nullcontext()
+    if sharing:
+        rows = SegmentAttention(model, checked=True).rows_of(batch)
+    autocast: Any = contextlib.nullcontext()
+    if options.bf16:
+        autocast = torch.autocast(
+            "cpu", torch.bfloat16, cache_enabled=not options.gradient_checkpointing
+        )
+    with rows:
+        tracker.mark("body forward")
+        given = model_inputs(batch)
+        given.pop("logits_to_keep", None)
+        with autocast:
+            hidden = base(**given, use_cache=False)[0]
+            hidden.register_hook(lambda grad: tracker.mark("body backward"))
+            tracker.mark("head")
+            loss = _loss(hidden, weight, batch, options)
+        del hidden, given
+        loss.backward()
+    del loss
+    trained = [p for p in model.parameters() if p.grad is not None]
+    addresses = {tracker.address(p.grad) for p in trained}
+    tracker.mark(GRADIENTS)
+    tracker.mark("optimiser")
+    return [addresses]
+
+
+def _loss(hidden: Tensor, weight: Tensor, batch: dict[str, Any], options: StepOptions) -> Tensor:
+    if options.head == "eager":
+        labels = batch["labels"]
+        logits = torch.nn.functional.linear(hidden, weight)
+        logps = torch.log_softmax(logits.float(), -1)
+        del logits
+        counted = labels != -100
+        picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (picked * counted).sum()
+    index = batch["hidden_indices"] if "hidden_indices" in batch else batch["token_indices"]
+    dtype = torch.bfloat16 if options.bf16 else hidden.dtype
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype).index_select(0, index)
+    plan, at_once = _head_plan(int(index.shape[0]), weight, dtype, options)
+    return _PlannedHead.apply(flat, weight.to(dtype), plan, at_once)

@@ -1,0 +1,178 @@
+"""Plans: the simulated memory is what a real step has, and what fits is chosen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("typer")
+
+from support import tiny
+from typer.testing import CliRunner
+
+from fastpref import cli
+from fastpref.planning import StepOptions, plan_training, simulate, simulate_step
+from fastpref.planning import plan as plan_module
+from fastpref.planning.counts import count_weights
+from fastpref.planning.devices import DEVICES, parse_memory
+from fastpref.planning.plan import Planner, default_lengths
+from fastpref.planning.times import Rates, step_seconds
+from fastpref.profiling.profile import choose_rows
+from fastpref.profiling.worker import profile_side
+
+VOCAB = 4_000
+PAIRS = [(20, 60, 50), (30, 80, 40)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    tiny.model(vocab_size=VOCAB).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.model(vocab_size=VOCAB).config
+
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    "side, kept, method, reference",
+    [
+        ("fastpref", False, "full", "precompute"),
+        ("fastpref", True, "lora", "adapter"),
+        ("eager", True, "full", "model"),
+        ("eager", False, "full", "precompute"),
+    ],
+)
+def test_a_real_step_has_the_predicted_memory(model, config, side, kept, method, reference):
+    request = {
+        "model": model, "side": side, "loss": {"loss_type": "sigmoid", "beta": 0.1}, "steps": 2,
+        "batch_size": 2, "grad_accumulation": 1, "max_length": 128, "reference": reference,
+        "lora": LORA if method == "lora" else None, "bf16": False, "dtype": "float32",
+        "gradient_checkpointing": not kept, "optim": None, "learning_rate": 1e-6, "seed": 0,
+        "trust_remote_code": False, "device": "cpu", "prefix_sharing": True,
+    }  # fmt: skip
+    rows, batches = choose_rows(model, tiny.rows(16, longest=80), request, 1)
+    # One step warms up, and the other is watched.
+    rows = rows[:2] + rows[-2:]
+    found = profile_side({**request, "rows": rows}, lambda message: None)
+    longest = [tuple(pair) for pair in batches["longest"][0]["lengths"]]
+    options = StepOptions(
+        method=method, head=side, gradient_checkpointing=not kept, reference=reference
+    )
+    account = simulate_step(config, longest, options)
+    assert account.peak_bytes == pytest.approx(found["tensor_bytes"], rel=0.1)
+    assert account.peak_phase == found["peak_phase"]
+    for name in ("weights", "optimiser", *(["reference"] if reference == "model" else [])):
+        measured = found["components"][name]
+        assert account.components[name] == pytest.approx(measured, rel=0.02)
+
+
+def test_deep_models_are_extrapolated_exactly(config, monkeypatch):
+    deep = type(config)(**{**config.to_dict(), "num_hidden_layers": 7})
+    totals = []
+    for layers in ((2, 4), (7, 8)):
+        monkeypatch.setattr(simulate, "LAYERS", layers)
+        parts = simulate.simulate_parts(deep, PAIRS, StepOptions())
+        totals.append({part: sum(sizes.values()) for part, sizes in parts.items()})
+    assert max(totals[0].values()) == pytest.approx(max(totals[1].values()), rel=0.01)
+    assert totals[0].keys() == totals[1].keys()
+
+
+def test_weights_are_counted_without_being_made(config):
+    real = tiny.model(vocab_size=VOCAB)
+    total, trained, products = count_weights(config, StepOptions())
+    assert total == trained == sum(p.numel() for p in real.parameters())
+    layers = [p for p in real.model.layers.parameters() if p.dim() == 2]
+    assert products == sum(p.numel() for p in layers)
+    assert count_weights(config, StepOptions(method="lora"))[1] < trained
+
+
+def test_what_fits_is_chosen_and_what_does_not_is_explained(config):
+    eager = StepOptions(head="eager", reference="model", gradient_checkpointing=False)
+    given = {"batch_size": 4, "max_length": 64, "options": eager, "table": False}
+    needed = plan_training(config, memory=2**36, **given)
+    assert needed.chosen is needed.asked and not needed.changes
+    tight = plan_training(config, memory=2**20, **given)
+    assert tight.chosen is None and not tight.asked.fits(tight.memory)
+    assert tight.asked.pairs == 1 and needed.asked.pairs == 4
+    saved = [tight.asked.bytes - estimate.bytes for _, estimate in tight.changes]
+    assert saved == sorted(saved, reverse=True) and saved[-1] > 0
+    texts = [text for text, _ in tight.changes]
+    assert "fastpref's head instead of logits" in texts
+    assert "--reference precompute instead of a second model" in texts
+
+
+def test_sharding_divides_what_is_sharded(config):
+    planner = Planner(config, default_lengths(64), "cuda")
+    options = StepOptions(device="cuda", memory_budget=2**30)
+    one, four = (planner.estimate(options, 1, 1, 64, n).components for n in (1, 4))
+    assert four["optimiser"] == one["optimiser"] // 4
+    assert four["activations"] == one["activations"]
+
+
+def test_seconds_grow_with_the_work(config):
+    rates = Rates("one", 1e11, 1e11, 1e10, 1e10, 1e-5, measured=False)
+    full = StepOptions()
+    base = step_seconds(config, PAIRS, full, rates)
+    assert step_seconds(config, PAIRS * 2, full, rates).head == pytest.approx(2 * base.head)
+    for other in (replace(full, head="eager"), replace(full, reference="model")):
+        assert step_seconds(config, PAIRS, other, rates).total > base.total
+    kept = replace(full, gradient_checkpointing=False)
+    assert step_seconds(config, PAIRS, kept, rates).body_backward < base.body_backward
+
+
+@pytest.mark.parametrize(
+    "text, size", [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("7", 7)]
+)
+def test_memory_sizes(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["24 apples", "", "GB", "1.2.3GB", "0GB", "."])
+def test_bad_memory_sizes(text):
+    with pytest.raises(ValueError, match="memory: got"):
+        parse_memory(text)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, ["plan", *map(str, arguments)])
+
+
+def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "DEVICES", [d for d in DEVICES if d.name == "H100 80GB"])
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(12)))
+    given = ["--model", model, "--max-length", 64, "--batch-size", 1]
+    result = invoke(*given, "--data", data, "--memory", "64GB", "--report", tmp_path / "p.html")
+    assert result.exit_code == 0, result.output
+    assert "take: all weights, 1 pair a micro-batch" in result.stdout
+    assert "H100 80GB" in result.stdout
+    assert "Common devices" in (tmp_path / "p.html").read_text()
+    result = invoke(*given, "--memory", "1MB", "--json", "--why-oom", "--no-table")
+    assert result.exit_code == 6
+    out = json.loads(result.stdout)
+    assert out["chosen"] is None and out["changes"] and not out["asked"]["fits"]
+    assert len(DEVICES) >= 12
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--memory", "much"], "memory: got 'much', expected a size"),
+        (["--reference", "adapter"], "--reference is 'adapter'"),
+        (["--method", "qlora", "--where", "cpu"], "--method qlora needs a GPU's kernels"),
+    ],
+)
+def test_bad_options_are_one_sentence(model, options, message):
+    result = invoke("--model", model, *options)
+    assert result.exit_code == 2 and message in result.stderr
