@@ -65,7 +65,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=int, default=96, help="prompts that judge")
     add("--epochs", type=int, default=3, help="passes over the pairs, and over the prompts")
     add("--batch", type=int, default=24, help="pairs or prompts a step")
-    add("--generations", type=int, default=2, help="answers RLOO samples to a prompt; TRL's default")
+    add("--generations", type=int, default=2, help="answers that RLOO samples to a prompt")
     add("--tokens", type=int, default=64, help="the most of an answer")
     add("--answers", type=int, default=2, help="to a held-out prompt, of each policy")
     add("--points", type=int, default=2, help="steps along a run whose weights are judged")

@@ -68,7 +68,8 @@ def ratios(costs: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 
 def frontier(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A point for each method, beta and step: means over the seeds."""
+    """A point for each method, beta and step: means over the seeds. reward_sd is the seeds'
+    standard deviation, kl_se the standard error that sampling answers leaves in the mean KL."""
     cells: dict[tuple[str, float, int], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         if run["stage"] in METHODS:
@@ -86,6 +87,7 @@ def frontier(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "reward": statistics.fmean(rewards),
                 "reward_sd": statistics.stdev(rewards) if len(rewards) > 1 else None,
                 "kl": statistics.fmean(point["kl"] for point in points),
+                "kl_se": sum(point["kl_se"] ** 2 for point in points) ** 0.5 / len(points),
                 "words": statistics.fmean(point["words"] for point in points),
             }
         )
@@ -131,14 +133,16 @@ def cost_rows(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         for key, title in COSTS.items()
     ]
-    for key, title in (("reward", "best held-out true reward"), ("kl", "its KL, nats")):
-        rows.append([title, *(_number(found["best"][m], key) for m in costs), ""])
+    for key, spread, title in (
+        ("reward", "reward_sd", "best held-out true reward"),
+        ("kl", "kl_se", "its KL, nats"),
+    ):
+        rows.append([title, *(_number(found["best"][m], key, spread) for m in costs), ""])
     return ["", *(NAMES[m] for m in costs), "RLHF / DPO"], rows
 
 
-def _number(point: dict[str, Any], key: str) -> str:
-    spread = point["reward_sd"] if key == "reward" else None
-    return f"{point[key]:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+def _number(point: dict[str, Any], key: str, spread: str) -> str:
+    return f"{point[key]:.2f}" + (f" ± {point[spread]:.2f}" if point[spread] is not None else "")
 
 
 def text(found: dict[str, Any]) -> str:
@@ -149,12 +153,13 @@ def text(found: dict[str, Any]) -> str:
             str(p["step"]),
             f"{p['reward']:.3f}",
             f"{p['kl']:.2f}",
+            f"{p['kl_se']:.2f}",
             f"{p['words']:.0f}",
             str(p["seeds"]),
         ]
         for p in found["frontier"]
     ]
-    header = ["method", "beta", "step", "true reward", "KL", "words", "seeds"]
+    header = ["method", "beta", "step", "true reward", "KL", "±", "words", "seeds"]
     start = statistics.fmean(p["reward"] for p in found["start"])
     accuracy = [
         run["accuracy"]["held_out_pairs"] for run in found["runs"] if run["stage"] == "reward"
@@ -194,6 +199,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 kl,
                 reward,
                 [p["reward_sd"] or 0 for p in line],
+                [p["kl_se"] for p in line],
                 fmt=mark,
                 color=colour,
                 elinewidth=0.7,
@@ -202,14 +208,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axis.plot([0], [start], "k*", markersize=12, label="starting model")
     axis.set_xlabel("KL to the starting model, nats an answer")
     axis.set_ylabel("true reward of answers to held-out prompts")
-    axis.set_title("Reward against KL, along the steps; bars: seeds' standard deviation", size=10)
+    axis.set_title("Reward against KL; bars: the seeds' spread, and the error of the KL", size=10)
     axis.legend(fontsize=8)
-    bars = right.subplots(3, 1)
+    bars = right.subplots(4, 1)
     stages, costs = found["stage_costs"], found["costs"]
     panels = (
-        (bars[0], "cpu_s", 1.0, "CPU time of one policy, s"),
-        (bars[1], "flops", 1e9, "GFLOP of one policy"),
-        (bars[2], "above_bytes", 2**20, "peak memory beyond the libraries, MiB"),
+        (bars[0], "seconds", 1.0, "wall time of one policy, s"),
+        (bars[1], "cpu_s", 1.0, "CPU time of one policy, s"),
+        (bars[2], "flops", 1e9, "GFLOP of one policy"),
+        (bars[3], "above_bytes", 2**20, "peak memory beyond the libraries, MiB"),
     )
     for axis, key, unit, title in panels:
         for i, method in enumerate(costs):

@@ -125,7 +125,7 @@ def common(settings: Settings, folder: str, seed: int, steps: int, rate: float) 
         "per_device_train_batch_size": settings["batch"],
         "learning_rate": rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": max(1, steps // 10),
+        "warmup_steps": steps // 10,
         "seed": seed,
         "bf16": False,
         "gradient_checkpointing": False,
