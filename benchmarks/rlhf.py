@@ -147,10 +147,10 @@ def one_seed(
             keep = {} if stage == "reward" else {"keep": str(folder / f"{stage}-{beta}")}
             run = stages[stage].do("train", **job, **keep)
             runs.append({"stage": stage, "seed": seed, "steps": steps, "beta": beta, **run})
-            runs[-1]["points"] = [
-                {**kept, **judge.do("judge", path=kept.pop("path"), seed=seed)}
-                for kept in runs[-1].pop("kept")
-            ]
+            points = runs[-1]["points"] = []
+            for kept in runs[-1].pop("kept"):
+                judged = judge.do("judge", path=kept.pop("path"), seed=seed)
+                points.append(kept | judged)
     if "flops" not in found:
         job = common | {"beta": 0.1, "reward_model": reward_model}
         found["flops"] = {name: stages[name].do("count", **job) for name in stages}

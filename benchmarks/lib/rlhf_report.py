@@ -209,7 +209,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axis.set_xlabel("KL to the starting model, nats an answer")
     axis.set_ylabel("true reward of answers to held-out prompts")
     axis.set_title("Reward against KL; bars: the seeds' spread, and the error of the KL", size=10)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower right")
     bars = right.subplots(4, 1)
     stages, costs = found["stage_costs"], found["costs"]
     panels = (
