@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib import reliability
+from lib import reliability, rlhf_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -297,6 +297,25 @@ def columns() -> str:
     )
 
 
+def rlhf() -> str:
+    found = _results("rlhf")
+    options, machine = found["settings"], found["machine"]
+    seeds = len(found["start"])
+    truth = [r["accuracy"]["held_out_pairs"]["truth"] for r in found["runs"] if "accuracy" in r]
+    start = sum(point["reward"] for point in found["start"]) / seeds
+    pairs = [part["pairs"]["pairs"] for part in found["pairs"]]
+    sampling = sum(part["pairs"]["seconds"] for part in found["pairs"]) / seeds
+    return (
+        _table(*rlhf_report.cost_rows(found)) + "\n"
+        f"{found['model']}, {pairs[0]} pairs, {options['epochs']} epochs, {options['batch']} pairs "
+        f"or prompts a step, {options['generations']} answers a prompt in RLOO,\n"
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; threads: {machine['threads']} of "
+        f"{machine['cpu']}. The starting model gets {start:.2f}; the reward model\nfinds the truly "
+        f"better held-out answer in {sum(truth) / len(truth):.0%} of pairs. Sampling them took "
+        f"{sampling:.0f} s, for each method alike.\n"
+    )
+
+
 def faults() -> str:
     results = _results("reliability")
     rows = reliability.table(results)
@@ -317,6 +336,7 @@ BLOCKS = {
         cpu_linear,
         host_time,
         columns,
+        rlhf,
         faults,
     )  # fmt: skip
 }
