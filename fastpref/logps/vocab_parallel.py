@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class VocabParallelWeight:
     """The rows of a head's weight on this process, as the argument `weight` of `linear_*`.
 
-    All processes of the group call the function, in the same order. The arguments bias, lora_B and
-    dora_scale are this process's rows, too.
+    All processes of the group call the function, and its backward pass, in the same order. The
+    arguments bias, lora_B and dora_scale are this process's rows, too.
 
     Attributes:
         local: [v, H], the rows [vocab_start, vocab_start + v) of the weight; v may be 0.
@@ -76,6 +76,11 @@ class VocabParallelWeight:
             raise ValueError(
                 f"vocab_start: got rows [{self.vocab_start}, {end}), expected rows in "
                 f"[0, vocab_size={self.vocab_size})"
+            )
+        if self.mean_gradient and not self.gathers_tokens:
+            raise ValueError(
+                "mean_gradient: got True with gathers_tokens=False, expected False: all processes "
+                "have the same loss, so that there is no mean of several"
             )
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError(
@@ -165,7 +170,7 @@ class VocabShard(NamedTuple):
     def summed(self, partial: Tensor | None) -> Tensor | None:  # [N, ...] -> [n_i, ...]
         """The sum over the processes of their rows; of gathered tokens, this process's.
 
-        It is formed in float32 at least, so that a 16-bit gradient is rounded once.
+        It is formed in float32 at least: the sum of rows of 16 bits is rounded once.
         """
         if partial is None:
             return None

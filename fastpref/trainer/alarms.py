@@ -138,7 +138,8 @@ class Alarms(TrainerCallback):
             )
 
     def _look_at_length(self, sums: dict[str, float]) -> None:
-        if sums["pairs"] < MANY or margin_size(sums) < LARGE_MARGIN:
+        # Without a reference the margin is of log-probs, which lengths explain before any training.
+        if not self.has_reference or sums["pairs"] < MANY or margin_size(sums) < LARGE_MARGIN:
             return
         explained = explained_by_length(sums)
         if explained >= EXPLAINED:

@@ -49,6 +49,9 @@ class DueEvaluation(TrainerCallback):
         if not trainer.evaluation_is_due or args.eval_strategy == "no":
             return
         metrics = trainer._evaluate(None, None)
+        ended = trainer._signals.received
+        if trainer.evaluation_is_due and ended is not None:
+            raise RunEnded(ended)  # the checkpoint is of this step, so there is nothing to save
         if trainer._determine_best_metric(metrics, None) and args.save_strategy != "no":
             state.best_model_checkpoint = trainer.resumed_from
 

@@ -14,7 +14,6 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import RandomSampler
-from transformers import Trainer
 
 from fastpref.attention import (
     SegmentAttention,
@@ -26,6 +25,7 @@ from fastpref.data.packing import PARTS, SHARES, BalancedSampler, PartsCollator
 from fastpref.data.segments import SegmentCollator, UnpairedSegmentCollator, shared_fraction
 from fastpref.heads.reading import unwrap
 from fastpref.trainer.config import BaseConfig
+from fastpref.trainer.processes import AgreeingTrainer
 
 logger = logging.getLogger("fastpref")
 
@@ -46,7 +46,7 @@ _READERS = (
 )
 
 
-class RowsTrainer(Trainer):
+class RowsTrainer(AgreeingTrainer):
     """The part of a trainer that chooses the rows, and computes rows of segments.
 
     Attributes:
@@ -190,20 +190,31 @@ class RowsTrainer(Trainer):
     def _checked_attentions(
         self, sharing: bool
     ) -> tuple[SegmentAttention, SegmentAttention | None]:
+        # FSDP may leave the weights on the first process until the training.
+        ways = self.on_first(lambda: self._checked_ways(sharing))
+        policy, reference = (
+            None if way is None else SegmentAttention(model, way, checked=True)
+            for model, way in zip((self.model, self.ref_model), ways, strict=True)
+        )
+        assert policy is not None
+        return policy, reference
+
+    def _checked_ways(self, sharing: bool) -> tuple[str, str | None]:
+        """The `way` of the attention of the policy and of `ref_model`, checked on real pairs."""
         examples = self._examples(2 if self.args.packing else 1)
         segments = replace(self._segment_collator(sharing), nll_on_prompt=False)
         collators = self._padded_collator, segments
         autocast = self.accelerator.autocast
         policy = check_attention(self.model, examples, *collators, autocast)
         if self.ref_model is None:
-            return policy, None
+            return policy.way, None
         models = unwrap(self.ref_model), unwrap(self.model)
         is_alike = type(models[0]) is type(models[1]) and unsupported_reason(self.ref_model) is None
         # Checkpointing has switched the policy's cache off.
         configs = [{**model.config.to_dict(), "use_cache": None} for model in models]
         if is_alike and configs[0] == configs[1]:
-            return policy, SegmentAttention(self.ref_model, policy.way, checked=True)
-        return policy, check_attention(self.ref_model, examples, *collators, autocast)
+            return policy.way, policy.way
+        return policy.way, check_attention(self.ref_model, examples, *collators, autocast).way
 
     def _examples(self, count: int) -> list[dict[str, Any]]:
         """The first rows with much to compare, for a pair a prompt, and answers that differ."""

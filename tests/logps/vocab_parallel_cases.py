@@ -216,6 +216,37 @@ def own_tokens(bounds):
                 torch.testing.assert_close(t.grad * factor, expected)
 
 
+def no_label(bounds):
+    """Batches without a label: zero gradients, and no process waits for another."""
+    for gathers in (False, True):
+        p = problem(8)
+        start, head = shard(p, bounds)
+        hidden = leaf(p.hidden)
+        weight = VocabParallelWeight(head["weight"], start, V, None, gathers)
+        labels = torch.full_like(p.labels, -100)
+        out = linear_preference_loss(hidden, weight, labels, torch.full((6,), -8.0))
+        out.loss.backward()
+        assert float(out.loss.detach()) == 0
+        for t in (hidden, head["weight"]):
+            assert t.grad is not None and not t.grad.any()
+
+
+def backward_twice(bounds):
+    """A second backward pass over the same graph adds the same gradients."""
+    for strategy in ("stash", "recompute"):
+        for gathers in (False, True):
+            p = problem(2)
+            start, head = shard(p, bounds)
+            hidden, rows = leaf(p.hidden), head["weight"]
+            weight = VocabParallelWeight(rows, start, V, None, gathers, gathers)
+            out = linear_token_logps(hidden, weight, p.labels, strategy=strategy)
+            out.sum().backward(retain_graph=True)
+            once = [t.grad.clone() for t in (hidden, rows)]
+            out.sum().backward()
+            for t, grad in zip((hidden, rows), once, strict=True):
+                torch.testing.assert_close(t.grad, 2 * grad)
+
+
 def communication(bounds):
     """One MAX and one SUM in the forward pass, one SUM of dX in the backward pass."""
     p = problem(3)
@@ -256,6 +287,8 @@ def refused(bounds):
         linear_token_logps(p.hidden, weight, p.labels.masked_fill(p.labels == 5, V))
     with pytest.raises(ValueError, match=r"^vocab_start: got rows \[30, 67\)"):
         VocabParallelWeight(p.weight, 30, V)
+    with pytest.raises(ValueError, match="^mean_gradient: got True with gathers_tokens=False"):
+        VocabParallelWeight(p.weight[a:b], a, V, mean_gradient=True)
     if bounds[1] < V:
         overlapping = VocabParallelWeight(p.weight, 0, V)
         with pytest.raises(ValueError, match="^vocab_start: a label is in the rows of [23] proc"):
@@ -268,6 +301,8 @@ def every_case(processes):
         ties(bounds)
         masked(bounds)
         own_tokens(bounds)
+        no_label(bounds)
+        backward_twice(bounds)
     against_oracle(bounds, None, torch.float32, 3e-5)
     against_oracle(BOUNDS[processes][1], None, torch.bfloat16, 4e-2)
     losses(BOUNDS[processes][1])

@@ -34,11 +34,11 @@ def figures(pairs=256, chosen=0.5, rejected=-0.5, accuracy=0.7, slope=0.0, ranke
     return sums | {"md": sum(x * y for x, y in zip(m, d, strict=True))}
 
 
-def look(caplog, sums, state=None, loss_type="sigmoid", beta=0.1, starts=True, times=2):
+def look(caplog, sums, state=None, loss_type="sigmoid", beta=0.1, starts=True, times=2, ref=True):
     args = types.SimpleNamespace(
         beta=beta, loss_type=loss_type, ipo_normalization="token_mean", report_to=[]
     )
-    watch = Alarms(args, has_reference=True, starts_as_reference=starts)
+    watch = Alarms(args, has_reference=ref, starts_as_reference=starts)
     start = State(step=0)
     watch.on_train_begin(None, start, None)
     for values in [sums] * times if isinstance(sums, dict) else sums:

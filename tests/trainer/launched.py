@@ -36,6 +36,7 @@ def main(folder: Path, fails: bool) -> None:
     config = PreferenceConfig(
         str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
         logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        prefix_sharing=True,
     )  # fmt: skip
     kind = Failing if fails else PreferenceTrainer
     t = kind(

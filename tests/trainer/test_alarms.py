@@ -83,6 +83,7 @@ SMALL = {"chosen": 0.001, "rejected": 0.0, "noise": 0.001}  # margins after a fe
         (None, {"chosen": -0.2, "rejected": -1.2}, {}),
         (None, {"chosen": -0.8, "rejected": -1.2}, {"starts": False}),
         ("length", {"slope": 0.1}, {}),
+        (None, {"slope": 0.1}, {"ref": False}),  # log-probs of a loss like CPO
         (None, {"slope": 0.01}, {}),
         (None, {"slope": 1e-4, "noise": 1e-3, "chosen": 0.01, "rejected": 0.01}, {}),
         ("ranking", {"accuracy": 0.9, "ranked": 0.2}, {}),

@@ -111,10 +111,14 @@ def test_a_signal_in_the_step_before_an_evaluation_leaves_it_out(tmp_path):
     with pytest.raises(Terminated, match="checkpoint-2 is saved"):
         t.train()
     assert callback.batches == 0
-    resumed = start(tmp_path, InEvaluation(signal.SIGTERM))  # and so once more
-    with pytest.raises(Terminated, match="3 of 4 steps are done"):
+    best = {"metric_for_best_model": "eval_loss", "resume_anyway": True}
+    resumed = start(tmp_path, InEvaluation(signal.SIGTERM), **best)  # and so once more
+    with pytest.raises(Terminated, match="2 of 4 steps are done and .*checkpoint-2 is saved"):
         resumed.train(resume_from_checkpoint=True)
-    assert resumed.evaluation_is_due
+    assert resumed.evaluation_is_due and resumed.state.best_model_checkpoint is None
+    last = start(tmp_path, **best)
+    last.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in tiny.history(last, EVAL)] == [2, 4]
 
 
 def test_sigusr1_in_an_evaluation_saves_and_goes_on(tmp_path):
