@@ -168,17 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     begun = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = read_pairs(args.data)
-    by_kind: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in args.lengths:
-            count = args.steps * args.batch
-            cut = cut_pairs(pairs, kind, count, tokenizer, args.seed)
-            data = write_lines(Path(folder) / f"{len(by_kind)}.jsonl", cut)
-            by_kind[kind] = {}
-            for other in (None, *args.off):
-                print(f"{kind}: {other or 'TRL'}", file=sys.stderr)
-                by_kind[kind][other or "TRL"] = turns_of(args, data, other)
     skipped = ("model", "data", "output")
+    by_kind: dict[str, Any] = {kind: {} for kind in args.lengths}
     found = {
         "benchmark": "step: what each feature of the trainer gains in a step, and TRL's DPOTrainer",
         "machine": results.machine(),
@@ -190,12 +181,20 @@ def main(argv: list[str] | None = None) -> None:
             "above_bytes": "peak resident memory less what a process with the libraries has, and "
             "less the policy's weights and Adam's two states",
         },
-        "wall_s": round(time.perf_counter() - begun, 1),
         "lengths": by_kind,
-        "targets": targets(by_kind),
     }
     path = results.results_path(args.output)
-    results.write_json(path, found)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, kind in enumerate(args.lengths):
+            count = args.steps * args.batch
+            cut = cut_pairs(pairs, kind, count, tokenizer, args.seed)
+            data = write_lines(Path(folder) / f"{number}.jsonl", cut)
+            for other in (None, *args.off):
+                print(f"{kind}: {other or 'TRL'}", file=sys.stderr)
+                by_kind[kind][other or "TRL"] = turns_of(args, data, other)
+                found["wall_s"] = round(time.perf_counter() - begun, 1)
+                found["targets"] = targets(by_kind)
+                results.write_json(path, found)
     print(report(found))
     print(f"{found['wall_s']:.0f} s in all; wrote {path.name}")
 
