@@ -18,10 +18,10 @@ import torch
 
 from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, Device
+from fastpref.planning.model import METHODS, StepOptions, check_config
 from fastpref.planning.simulate import (
     Pair,
     Parts,
-    StepOptions,
     extrapolated,
     highest,
     simulate_parts,
@@ -284,11 +284,15 @@ def plan_training(
         A `TrainingPlan`.
 
     Raises:
-        ValueError: a size that is not positive, an unknown method.
+        ValueError: a size that is not positive, an unknown method, or a config whose model cannot
+            be simulated.
     """
+    check_config(config)
     for name, value in (("memory", memory), ("batch_size", batch_size), ("devices", devices)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected {', '.join(METHODS)}")
     if lengths is None:
         lengths = default_lengths(max_length)
     base = replace(options or StepOptions(), method=method)

@@ -24,7 +24,8 @@ import torch
 from fastpref.backends.rates import product_rates
 from fastpref.logps.plan import plan_head
 from fastpref.planning.counts import batch_tokens, body_flops, trained_share
-from fastpref.planning.simulate import Pair, StepOptions
+from fastpref.planning.model import StepOptions
+from fastpref.planning.simulate import Pair
 
 # Numbers of `hidden_size` and of `intermediate_size` that a layer's elementwise work reads or
 # writes for a token in a forward pass: norms, rotary embedding, residuals, activation, attention.
