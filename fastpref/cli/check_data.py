@@ -66,6 +66,8 @@ def command(
     path = fixed_path(data)
     if fix and not Path(data).is_file():
         raise ValueError(f"--fix: {data} is no file beside which the clean data could stand")
+    if fix and path.exists():
+        raise ValueError(f"--fix: {path} exists already; move it away")
     pairs = load_preference_data(data)
     quality = check_data(
         pairs,

@@ -51,6 +51,9 @@ def _checked(option: str, path: Path) -> Path:
     path = path.expanduser()
     if path.is_dir():
         raise ValueError(f"{option} {path} is a directory; expected a file")
+    # The page is written beside its place and moved there, which would replace a device.
+    if path.is_absolute() and path.parts[1:2] == ("dev",):
+        raise ValueError(f"{option} {path} is a device; expected a file")
     folder = path.parent
     while not folder.exists():
         folder = folder.parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         (tmp_path, "is a directory; expected a file"),
         (data, "is no HTML page, so it stays"),
         (data / "report.html", "pairs.jsonl is not a directory"),
+        (Path("/dev/stdout"), "is a device"),
     ):
         with pytest.raises(ValueError, match=message):
             check_report(path)
