@@ -140,9 +140,14 @@ class _PlannedHead(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def _head_plan(n: int, weight: Tensor, dtype: torch.dtype, options: StepOptions) -> Any:
-    """The plan of the head, and whether its product multiplies D while it makes it."""
-    trains = weight.requires_grad
+def step_head(
+    tokens: int, hidden_size: int, vocab_size: int, trains: bool, options: StepOptions
+) -> tuple[HeadPlan, bool]:
+    """The plan of a step's head, and whether its product multiplies D while it makes it.
+
+    tokens: labelled. trains: whether the head's weight gets a gradient.
+    """
+    dtype = torch.bfloat16 if options.bf16 else options.dtype
     fused: bool | None = False
     at_once = False
     if options.device == "cpu":
@@ -150,9 +155,9 @@ def _head_plan(n: int, weight: Tensor, dtype: torch.dtype, options: StepOptions)
         at_once = bool(backend.PROJECTS_AT_ONCE)
         fused = True if backend.LOGIT_FREE_BY_DEFAULT else False
     plan = plan_head(
-        n,
-        weight.shape[1],
-        weight.shape[0],
+        tokens,
+        hidden_size,
+        vocab_size,
         dtype,
         device=options.device if options.memory_budget is not None else "cpu",
         weight_grad=trains,
@@ -342,5 +347,8 @@ def _loss(hidden: Tensor, weight: Tensor, batch: dict[str, Any], options: StepOp
     index = batch["hidden_indices"] if "hidden_indices" in batch else batch["token_indices"]
     dtype = torch.bfloat16 if options.bf16 else hidden.dtype
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype).index_select(0, index)
-    plan, at_once = _head_plan(int(index.shape[0]), weight, dtype, options)
+    vocab_size, hidden_size = weight.shape
+    plan, at_once = step_head(
+        int(index.shape[0]), hidden_size, vocab_size, weight.requires_grad, options
+    )
     return _PlannedHead.apply(flat, weight.to(dtype), plan, at_once)

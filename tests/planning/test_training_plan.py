@@ -128,6 +128,8 @@ def test_seconds_grow_with_the_work(config):
     assert step_seconds(config, PAIRS * 2, full, rates).head == pytest.approx(2 * base.head)
     for other in (replace(full, head="eager"), replace(full, reference="model")):
         assert step_seconds(config, PAIRS, other, rates).total > base.total
+    for other in (replace(full, head_strategy="recompute"), replace(full, memory_budget=10**5)):
+        assert step_seconds(config, PAIRS, other, rates).head > base.head
     kept = replace(full, gradient_checkpointing=False)
     assert step_seconds(config, PAIRS, kept, rates).body_backward < base.body_backward
 
