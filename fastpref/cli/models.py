@@ -10,8 +10,10 @@ import torch
 
 def adapter_of(name: str) -> dict[str, Any] | None:
     """The adapter_config.json of a directory or hub name; None if it is not an adapter."""
-    from fastpref.trainer.adapter_loading import find_adapter
+    from fastpref.trainer.adapter_loading import find_adapter, is_path
 
+    if is_path(name) and not Path(name).expanduser().is_dir():
+        return None  # the hub would be asked for it, again and again without a network
     try:
         return find_adapter(str(Path(name).expanduser()), {})
     except ValueError as error:
@@ -122,6 +124,8 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
             return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+        if "backend tokenizer" in first:
+            first = "it has no files of one, such as tokenizer.json"
         if "trust_remote_code" in str(error):
             first = "it brings code of its own, which runs only with --trust-remote-code"
         raise ValueError(f"{argument} {name}: no {kind} could be loaded ({first})") from error

@@ -58,6 +58,7 @@ def command(
     from fastpref.cli.losses import choose_loss
     from fastpref.cli.models import load_model, load_tokenizer
     from fastpref.cli.train_run import hide_library_bars
+    from fastpref.data import load_preference_data
     from fastpref.losses.options import LOSS_OPTIONS
     from fastpref.quality import verify
 
@@ -69,6 +70,7 @@ def command(
     narrow = bf16_is_fast(device) if bf16 is None else bf16
     dtype = torch.bfloat16 if narrow else torch.float32
     hide_library_bars()
+    pairs = load_preference_data(data)  # a wrong name is known before the model is loaded
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {k: v for k, v in chosen.settings.items() if k in LOSS_OPTIONS}
     models = [
@@ -77,7 +79,7 @@ def command(
     ]
     found = verify(
         models[0],
-        data,
+        pairs,
         tokenizer,
         ref_model=models[1],
         loss_type=options.pop("loss_type"),

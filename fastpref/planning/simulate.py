@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -279,6 +279,21 @@ def simulate_step(config: Any, pairs: Sequence[Pair], options: StepOptions) -> A
     return highest(simulate_parts(config, pairs, options))
 
 
+@contextlib.contextmanager
+def _grouped_products() -> Iterator[None]:
+    """Gives experts transformers' own grouped product: torch's has shapes of bf16 alone."""
+    from transformers.integrations import moe
+
+    before = getattr(moe, "_can_use_grouped_mm", None)
+    if before is not None:
+        moe._can_use_grouped_mm = lambda *args: False
+    try:
+        yield
+    finally:
+        if before is not None:
+            moe._can_use_grouped_mm = before
+
+
 def _events(
     config: Any, pairs: Sequence[Pair], options: StepOptions
 ) -> tuple[list[Known], list[Event], list[set[int]]]:
@@ -288,7 +303,7 @@ def _events(
     tracker = _Tracker()
     with silent():
         model = build_model(config, options)
-    with silent(), FakeTensorMode(allow_non_fake_inputs=True) as fake, tracker:
+    with silent(), _grouped_products(), FakeTensorMode(allow_non_fake_inputs=True) as fake, tracker:
         _materialise(model)
         known = _known(model, options, tracker)
         tracker.events.clear()

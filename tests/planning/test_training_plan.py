@@ -189,7 +189,7 @@ def test_a_config_alone_is_enough(config, tmp_path):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["asked"]["devices"] == 10**6
     result = invoke(*given, "--data", "pairs.jsonl")
-    assert result.exit_code == 2 and "no tokenizer could be loaded" in result.stderr
+    assert result.exit_code == 2 and "it has no files of one" in result.stderr
 
 
 def test_configs_of_no_causal_model_are_one_sentence():
@@ -202,7 +202,7 @@ def test_configs_of_no_causal_model_are_one_sentence():
         with pytest.raises(ValueError, match=message):
             plan_training(other, memory=2**33)
     with pytest.raises(ValueError, match="method: got 'some'"):
-        plan_training(other, memory=2**33, method="some")
+        plan_training(tiny.model().config, memory=2**33, method="some")
 
 
 def test_of_experts_memory_counts_all_and_time_those_of_a_token():
