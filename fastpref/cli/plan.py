@@ -95,6 +95,7 @@ def command(
     import torch
 
     from fastpref.cli.models import load_config, load_tokenizer
+    from fastpref.cli.train_run import hide_library_bars
     from fastpref.planning import StepOptions, plan_training
     from fastpref.planning.devices import own_memory, parse_memory
     from fastpref.planning.times import measured_rates
@@ -110,6 +111,7 @@ def command(
     if method is Method.qlora and kind == "cpu":
         raise ValueError("--method qlora needs a GPU's kernels; expected full or lora on a CPU")
     available = own_memory() if memory is None else parse_memory(memory)
+    hide_library_bars()
     config = load_config(model, trust_remote_code)
     lengths = None
     if data is not None:

@@ -67,6 +67,7 @@ def command(
     """
     from fastpref.cli.losses import choose_loss
     from fastpref.cli.models import load_tokenizer
+    from fastpref.cli.train_run import hide_library_bars
     from fastpref.profiling import profile_training
     from fastpref.profiling.sides import unavailable_side
 
@@ -77,6 +78,7 @@ def command(
         raise ValueError(f"--loss {loss}: profile reads losses of pairs, expected one of them")
     given = {**chosen.settings}
     names = None if sides is None else [name.strip() for name in sides.split(",") if name.strip()]
+    hide_library_bars()
     tokenizer = load_tokenizer(model, trust_remote_code)
     measured = [n for n in names or TITLES if unavailable_side(n) is None]
     total = len(measured) * (steps + 2)

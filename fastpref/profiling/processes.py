@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 Say = Callable[[dict[str, Any]], None]
+_PARENT = "FASTPREF_PARENT"  # the variable with the process that a worker ends with
 _OF_INPUT = (ValueError, OSError, ImportError)
 
 
@@ -46,7 +47,8 @@ def serve(answer: Callable[[dict[str, Any], Say], None]) -> None:
     end of the parent.
     """
     warnings.filterwarnings("ignore")
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    parent = int(os.environ.get(_PARENT, os.getppid()))  # it may have ended during the imports
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -80,7 +82,7 @@ class Child:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **(env or {}), _PARENT: str(os.getpid())},
         )
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._loud, self.last = loud, ""
@@ -90,7 +92,11 @@ class Child:
         ]
         for reader in self._readers:
             reader.start()
-        self.tell(json.dumps(request))
+        try:
+            self.tell(json.dumps(request))  # a long request waits until the worker has started
+        except BaseException:
+            self.stop()
+            raise
 
     def tell(self, line: str = "") -> None:
         """A line to its stdin. If it is dead, the end of its output says so."""

@@ -164,3 +164,16 @@ def test_a_worker_ends_with_its_parent(monkeypatch):
     monkeypatch.setattr(processes.os, "_exit", ended.append)
     processes._end_with(5)
     assert ended == [1]
+
+
+def test_ctrl_c_while_a_request_is_written_ends_the_worker(monkeypatch):
+    started = []
+
+    def interrupted(child, line):
+        started.append(child)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes.Child, "tell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.Child(["sleep", "60"], {})
+    assert started[0]._process.returncode is not None
