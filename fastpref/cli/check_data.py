@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,8 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
+from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.shared_options import TrustRemoteCode
 
 
 def command(
@@ -46,6 +47,7 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML page with findings and lengths here.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object with the numbers of all rows.")
     ] = False,
@@ -55,17 +57,21 @@ def command(
 
     Rows are numbered from 0.
     """
+    from fastpref.cli.models import load_tokenizer
     from fastpref.data import load_preference_data
     from fastpref.quality import check_data, write_fixed
     from fastpref.quality.fix import fixed_path
 
+    check_report(report)
     path = fixed_path(data)
     if fix and not Path(data).is_file():
         raise ValueError(f"--fix: {data} is no file beside which the clean data could stand")
+    if fix and path.exists():
+        raise ValueError(f"--fix: {path} exists already; move it away")
     pairs = load_preference_data(data)
     quality = check_data(
         pairs,
-        None if model is None else _tokenizer(model),
+        None if model is None else load_tokenizer(model, trust_remote_code),
         eval_data=eval_data,
         max_length=max_length,
         sample_rows=sample or None,
@@ -78,7 +84,7 @@ def command(
         out = quality.as_dict()
         if fixed is not None:
             out["fixed"] = {"path": str(fixed[0]), "dropped": fixed[1]}
-        typer.echo(json.dumps(out))
+        print_json(out)
     else:
         _show(quality)
         if fixed is not None:
@@ -87,12 +93,6 @@ def command(
             typer.echo(f"Report: {report}")
     if fails(quality.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 def _show(quality: Any) -> None:

@@ -10,8 +10,10 @@ import torch
 
 def adapter_of(name: str) -> dict[str, Any] | None:
     """The adapter_config.json of a directory or hub name; None if it is not an adapter."""
-    from fastpref.trainer.adapter_loading import find_adapter
+    from fastpref.trainer.adapter_loading import find_adapter, is_path
 
+    if is_path(name) and not Path(name).expanduser().is_dir():
+        return None  # the hub would be asked for it, again and again without a network
     try:
         return find_adapter(str(Path(name).expanduser()), {})
     except ValueError as error:
@@ -82,6 +84,18 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(path, **options)
 
 
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The config of a model; of an adapter that of its base model. No weights are needed."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    adapter = adapter_of(name)
+    base = None if adapter is None else adapter.get("base_model_name_or_path")
+    if base:
+        return from_pretrained(AutoConfig, base, f"--model {name}: base", **options)
+    return from_pretrained(AutoConfig, name, **options)
+
+
 def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **options: Any) -> Any:
     """`auto_class.from_pretrained`, with errors of one sentence.
 
@@ -92,9 +106,14 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
     from fastpref.trainer.adapter_loading import is_path
     from fastpref.trainer.pickles import readable_weights
 
+    kinds = {"AutoTokenizer": "tokenizer", "AutoConfig": "config"}
+    kind = kinds.get(auto_class.__name__, "model")
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        wanted = ["config.json"]
+        if kind == "tokenizer":  # which may stand alone
+            wanted += ["tokenizer.json", "tokenizer_config.json"]
+        if not any((path / file).is_file() for file in wanted):
             raise ValueError(f"{argument} {name} is a directory without config.json, so no model")
         name = str(path)
     elif path.exists() or is_path(name):
@@ -104,10 +123,11 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
         with readable_weights(name):
             return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(" .:")
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+        if "backend tokenizer" in first:
+            first = "it has no files of one, such as tokenizer.json"
         if "trust_remote_code" in str(error):
             first = "it brings code of its own, which runs only with --trust-remote-code"
-        kind = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
         raise ValueError(f"{argument} {name}: no {kind} could be loaded ({first})") from error
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import enum
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.shared_options import Bf16, MaxLength
+from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.shared_options import Bf16, MaxLength, TrustRemoteCode
 
 SAMPLE = 5_000  # pairs of the data whose tokens are counted
 
@@ -84,9 +84,7 @@ def command(
     ] = False,
     table: Annotated[bool, typer.Option(help="Plans for common GPUs and CPUs.")] = True,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
@@ -95,13 +93,15 @@ def command(
     No weights are loaded. The exit status is 6 if what was asked for does not fit.
     """
     import torch
-    from transformers import AutoConfig, AutoTokenizer
 
+    from fastpref.cli.models import load_config, load_tokenizer
+    from fastpref.cli.train_run import hide_library_bars
     from fastpref.planning import StepOptions, plan_training
     from fastpref.planning.devices import own_memory, parse_memory
     from fastpref.planning.times import measured_rates
     from fastpref.profiling.lengths import token_lengths
 
+    check_report(report)
     if reference not in ("precompute", "model"):
         raise ValueError(f"--reference is {reference!r}; expected precompute or model")
     kind = where.value
@@ -110,16 +110,17 @@ def command(
     kind = "cuda" if kind == "gpu" else "cpu"
     if method is Method.qlora and kind == "cpu":
         raise ValueError("--method qlora needs a GPU's kernels; expected full or lora on a CPU")
-    given = {"trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(model, **given)
+    available = own_memory() if memory is None else parse_memory(memory)
+    hide_library_bars()
+    config = load_config(model, trust_remote_code)
     lengths = None
     if data is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model, **given)
+        tokenizer = load_tokenizer(model, trust_remote_code)
         lengths = token_lengths(data, tokenizer, max_length, SAMPLE)
     half = bf16 if bf16 is not None else kind == "cuda"
     plan = plan_training(
         config,
-        memory=own_memory() if memory is None else parse_memory(memory),
+        memory=available,
         lengths=lengths,
         max_length=max_length,
         batch_size=batch_size,
@@ -141,9 +142,11 @@ def command(
     if report is not None:
         _write_report(plan, model, lengths, report)
     if as_json:
-        typer.echo(json.dumps(plan.as_dict()))
+        print_json(plan.as_dict())
     else:
         _show(plan, lengths)
+        if report is not None:
+            typer.echo(f"Report: {report}")
     if not plan.asked.fits(plan.memory):
         raise typer.Exit(exit_codes.FINDINGS)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
-from fastpref.cli.shared_options import Bf16, Data, LogitsPrecision
+from fastpref.cli.outputs import check_plot, check_report, print_json
+from fastpref.cli.shared_options import Bf16, Data, LogitsPrecision, TrustRemoteCode
 from fastpref.cli.train_options import Precision, PrefixSharing
 
 TITLES = {"fastpref": "fastpref", "eager": "eager logits", "trl": "TRL", "liger": "TRL + Liger"}
@@ -52,11 +52,10 @@ def command(
     prefix_sharing: Annotated[
         PrefixSharing, typer.Option(help="Compute the prompt of a pair once instead of twice.")
     ] = PrefixSharing.auto,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     plot: Annotated[
-        Path | None, typer.Option(help="A PNG of the memory over the step on the longest pairs.")
+        Path | None,
+        typer.Option(help="A PNG, SVG or PDF of the memory over the step on the longest pairs."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -67,14 +66,20 @@ def command(
     Each side trains in a process of its own. The memory is that of a step on the longest pairs.
     """
     from fastpref.cli.losses import choose_loss
+    from fastpref.cli.models import load_tokenizer
+    from fastpref.cli.train_run import hide_library_bars
     from fastpref.profiling import profile_training
     from fastpref.profiling.sides import unavailable_side
 
+    check_plot(plot)
+    check_report(report)
     chosen = choose_loss(loss, beta, loss_option or [])
     if chosen.unpaired:
         raise ValueError(f"--loss {loss}: profile reads losses of pairs, expected one of them")
     given = {**chosen.settings}
     names = None if sides is None else [name.strip() for name in sides.split(",") if name.strip()]
+    hide_library_bars()
+    tokenizer = load_tokenizer(model, trust_remote_code)
     measured = [n for n in names or TITLES if unavailable_side(n) is None]
     total = len(measured) * (steps + 2)
     with _progress(total, as_json) as hear:
@@ -82,6 +87,7 @@ def command(
             model,
             data,
             sides=names,
+            tokenizer=tokenizer,
             loss_type=given.pop("loss_type"),
             beta=given.pop("beta"),
             loss_options=given,
@@ -106,9 +112,12 @@ def command(
     if report is not None:
         _write_report(profile, report)
     if as_json:
-        typer.echo(json.dumps(profile.as_dict()))
+        print_json(profile.as_dict())
     else:
         _show(profile)
+        for kind, path in (("Plot", plot), ("Report", report)):
+            if path is not None:
+                typer.echo(f"{kind}: {path}")
 
 
 @contextlib.contextmanager
@@ -226,7 +235,9 @@ def _figure(profile: Any) -> Any:
 def _write_plot(profile: Any, path: Path) -> None:
     from fastpref.storage import disk_errors
 
+    path = path.expanduser()
     with disk_errors(f"--plot {path} could not be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         _figure(profile).savefig(path, dpi=120)
 
 

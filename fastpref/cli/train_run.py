@@ -22,6 +22,7 @@ from fastpref.cli.models import (
     load_tokenizer,
     lora_config,
 )
+from fastpref.cli.outputs import check_report
 from fastpref.cli.train_options import Precision, Reference, TrainOptions, check_options
 from fastpref.cli.train_report import summarise, write_results
 from fastpref.progress import lines_to
@@ -88,6 +89,7 @@ def check_output(options: TrainOptions, directory: Any) -> None:
     """Raise ValueError, before anything is loaded, if the run could not start in its directory."""
     from fastpref.trainer.manifest import MANIFEST, checkpoints
 
+    check_report(options.report)
     resume, found = options.resume, directory.foreign_files()
     complete = [p for _, p in checkpoints(directory.path) if (p / MANIFEST).is_file()]
     if resume not in (None, "latest", "auto"):

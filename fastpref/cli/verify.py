@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,8 @@ import typer
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
 from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
-from fastpref.cli.shared_options import Bf16, MaxLength
+from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.shared_options import Bf16, MaxLength, TrustRemoteCode
 
 
 def command(
@@ -43,9 +43,7 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML page with checks and errors here.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
@@ -59,11 +57,12 @@ def command(
     from fastpref.backends.processor import bf16_is_fast, training_device
     from fastpref.cli.losses import choose_loss
     from fastpref.cli.models import load_model, load_tokenizer
-    from fastpref.cli.report import jsonable
     from fastpref.cli.train_run import hide_library_bars
+    from fastpref.data import load_preference_data
     from fastpref.losses.options import LOSS_OPTIONS
     from fastpref.quality import verify
 
+    check_report(report)
     chosen = choose_loss(loss, beta, loss_option or [])
     if chosen.unpaired:
         raise ValueError(f"--loss {loss} is of single answers; verify reads pairs")
@@ -71,6 +70,7 @@ def command(
     narrow = bf16_is_fast(device) if bf16 is None else bf16
     dtype = torch.bfloat16 if narrow else torch.float32
     hide_library_bars()
+    pairs = load_preference_data(data)  # a wrong name is known before the model is loaded
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {k: v for k, v in chosen.settings.items() if k in LOSS_OPTIONS}
     models = [
@@ -79,7 +79,7 @@ def command(
     ]
     found = verify(
         models[0],
-        data,
+        pairs,
         tokenizer,
         ref_model=models[1],
         loss_type=options.pop("loss_type"),
@@ -93,7 +93,7 @@ def command(
     if report is not None:
         html_report(found, model, data).write(report)
     if as_json:
-        typer.echo(json.dumps(jsonable(found.as_dict())))
+        print_json(found.as_dict())
     else:
         _show(found)
         if report is not None:
@@ -134,7 +134,7 @@ def _show(found: Any) -> None:
     console.print(table)
     console.print(f"({_exact(found)})\n", highlight=False)
     for name, reason in found.left_out.items():
-        console.print(f"{name}: {reason}", highlight=False)
+        console.print(f"{name}: {reason}", markup=False, highlight=False)
     console.print(f"[bold]Before the first step[/bold] ({found.pairs} pairs)", highlight=False)
     for check in found.checks:
         mark, colour = _MARKS[check.passed]

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
+from fastpref.planning.model import StepOptions
 from fastpref.planning.plan import Estimate, TrainingPlan, plan_training
-from fastpref.planning.simulate import StepOptions, simulate_step
+from fastpref.planning.simulate import simulate_step
 
 __all__ = ["Estimate", "StepOptions", "TrainingPlan", "plan_training", "simulate_step"]

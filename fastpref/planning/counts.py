@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastpref.heads.reading import unwrap
-from fastpref.planning.simulate import Pair, StepOptions, build_model, silent
+from fastpref.planning.model import StepOptions, build_model, silent
+from fastpref.planning.simulate import Pair
 
 
 def batch_tokens(pairs: Sequence[Pair], sharing: bool) -> tuple[int, int]:
@@ -22,15 +21,12 @@ def batch_tokens(pairs: Sequence[Pair], sharing: bool) -> tuple[int, int]:
     return 2 * len(pairs) * int((prompt + np.maximum(chosen, rejected)).max()), labelled
 
 
-@functools.lru_cache(maxsize=64)
-def _counted(text: str, method: str, lora_r: int) -> tuple[int, int, int]:
-    """Weights of a model: all, those that train, and those of its layers that products read."""
-    from transformers import AutoConfig
+_counts: dict[tuple[str, str, int], tuple[int, int, int]] = {}
 
-    given = json.loads(text)
-    config = AutoConfig.for_model(given.pop("model_type"), **given)
+
+def _counted(config: Any, options: StepOptions) -> tuple[int, int, int]:
     with silent():
-        model = build_model(config, StepOptions(method=method, lora_r=lora_r))
+        model = build_model(config, StepOptions(method=options.method, lora_r=options.lora_r))
     parameters = list(model.parameters())
     unwrapped = unwrap(model)
     outside = {
@@ -38,18 +34,33 @@ def _counted(text: str, method: str, lora_r: int) -> tuple[int, int, int]:
         for e in (unwrapped.get_input_embeddings(), unwrapped.get_output_embeddings())
         for p in e.parameters()
     }
-    products = sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if p.dim() == 2 and id(p) not in outside and "lora_" not in n and ".wpe." not in n
-    )
+    products = 0
+    for name, p in model.named_parameters():
+        if id(p) in outside or "lora_" in name or ".wpe." in name:
+            continue
+        if p.dim() == 2:
+            products += p.numel()
+        elif p.dim() == 3 and ".experts." in name:  # [E, in, out], of which a token has a few
+            products += p.numel() // p.shape[0] * _experts_of_a_token(config)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return sum(p.numel() for p in parameters), trained, products
 
 
+def _experts_of_a_token(config: Any) -> int:
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
+    return next((int(k) for name in names if (k := getattr(text, name, None))), 1)
+
+
 def count_weights(config: Any, options: StepOptions) -> tuple[int, int, int]:
-    """Weights of the model: all, those that train, and those of its layers that products read."""
-    return _counted(config.to_json_string(use_diff=False), options.method, options.lora_r)
+    """Weights of the model: all, those that train, and those of its layers that products read.
+
+    Of the experts of a layer those of one token are read.
+    """
+    key = config.to_json_string(use_diff=False), options.method, options.lora_r
+    if key not in _counts:
+        _counts[key] = _counted(config, options)
+    return _counts[key]
 
 
 def trained_share(config: Any, options: StepOptions) -> int:
@@ -61,8 +72,8 @@ def body_flops(config: Any, pairs: Sequence[Pair], sharing: bool) -> float:
     """FLOPs of the body's forward pass on these pairs: its matrix products and its attention."""
     text = config.get_text_config()
     tokens, _ = batch_tokens(pairs, sharing)
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", 0)  # state space models have none
+    width = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     prompt, chosen, rejected = np.array(pairs, dtype=np.float64).T
     seen = float(((prompt + chosen) ** 2 + (prompt + rejected) ** 2).sum()) / 2
     products = count_weights(config, StepOptions())[2]

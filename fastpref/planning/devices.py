@@ -1,14 +1,17 @@
 """Common GPUs and CPUs: memory, and the rates that their vendors list.
 
-A GPU's `flops` are of dense bf16 products with sums in fp32, a CPU's of fp32. Training reaches
-`REACHED` of them; the rest of a step's time is counted apart.
+A GPU's `flops` are of dense bf16 products with sums in fp32. A CPU's are of fp32: cores, times a
+clock, times the multiply-adds of a cycle. Training reaches `REACHED` of them; the rest of a step's
+time is counted apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastpref.planning.times import Rates
 
@@ -34,22 +37,28 @@ class Device:
         return Rates(self.name, flops, flops, moved, moved, _CALL, measured=False)
 
 
-GIB = 2**30
+MIB = 2**20
+# Rates: dense bf16 with fp32 sums and memory bandwidth. They are of NVIDIA's architecture papers of
+# GA102 (3090), Ada (4090) and RTX Blackwell (5090), of its data sheets of the L4, A10, L40S, A100
+# (40 GB: 1,555 GB/s; SXM 80 GB: 2,039 GB/s), H100 SXM, H200 SXM and HGX B200, whose tables halve
+# for products without sparsity, and of AMD's data sheet of the MI300X.
+# Memory: what nvidia-smi and rocm-smi show as a device's total. The error correction of the A10, L4
+# and L40S takes a part of what their names say.
 DEVICES = (
-    Device("RTX 3090 24GB", "gpu", 24 * GIB, 71e12, 936e9),
-    Device("RTX 4090 24GB", "gpu", 24 * GIB, 165e12, 1008e9),
-    Device("RTX 5090 32GB", "gpu", 32 * GIB, 210e12, 1792e9),
-    Device("L4 24GB", "gpu", 24 * GIB, 121e12, 300e9),
-    Device("A10 24GB", "gpu", 24 * GIB, 125e12, 600e9),
-    Device("L40S 48GB", "gpu", 48 * GIB, 362e12, 864e9),
-    Device("A100 40GB", "gpu", 40 * GIB, 312e12, 1555e9),
-    Device("A100 80GB", "gpu", 80 * GIB, 312e12, 2039e9),
-    Device("H100 80GB", "gpu", 80 * GIB, 989e12, 3350e9),
-    Device("H200 141GB", "gpu", 141 * 10**9, 989e12, 4800e9),
-    Device("B200 180GB", "gpu", 180 * 10**9, 2250e12, 8000e9),
-    Device("MI300X 192GB", "gpu", 192 * 10**9, 1307e12, 5300e9),
-    Device("desktop, 8 AVX2 cores, 32GB", "cpu", 32 * GIB, 0.9e12, 60e9),
-    Device("server, 32 AVX-512 cores, 256GB", "cpu", 256 * GIB, 5e12, 300e9),
+    Device("RTX 3090 24GB", "gpu", 24576 * MIB, 71e12, 936e9),
+    Device("RTX 4090 24GB", "gpu", 24564 * MIB, 165.2e12, 1008e9),
+    Device("RTX 5090 32GB", "gpu", 32607 * MIB, 209.5e12, 1792e9),
+    Device("L4 24GB", "gpu", 23034 * MIB, 121e12, 300e9),
+    Device("A10 24GB", "gpu", 23028 * MIB, 125e12, 600e9),
+    Device("L40S 48GB", "gpu", 46068 * MIB, 362e12, 864e9),
+    Device("A100 40GB", "gpu", 40960 * MIB, 312e12, 1555e9),
+    Device("A100 80GB", "gpu", 81920 * MIB, 312e12, 2039e9),
+    Device("H100 80GB", "gpu", 81559 * MIB, 989.4e12, 3350e9),
+    Device("H200 141GB", "gpu", 143771 * MIB, 989.4e12, 4800e9),
+    Device("B200 180GB", "gpu", 183359 * MIB, 2250e12, 8000e9),
+    Device("MI300X 192GB", "gpu", 196592 * MIB, 1307.4e12, 5300e9),
+    Device("desktop, 8 AVX2 cores, 32GB", "cpu", 32768 * MIB, 0.9e12, 60e9),
+    Device("server, 32 AVX-512 cores, 256GB", "cpu", 262144 * MIB, 5e12, 300e9),
 )
 _UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -61,16 +70,31 @@ def parse_memory(text: str) -> int:
     unit = "" if found is None else found[2].upper()
     if found is None or unit not in _UNITS or found[1].count(".") > 1 or found[1] == ".":
         raise ValueError(f"memory: got {text!r}, expected a size such as 24GB")
-    size = int(float(found[1]) * _UNITS[unit])
+    exact = float(found[1]) * _UNITS[unit]
+    size = int(exact) if exact < 2**62 else 0
     if size <= 0:
-        raise ValueError(f"memory: got {text!r}, expected a size above 0")
+        raise ValueError(f"memory: got {text!r}, expected a size above 0 and below 4 EiB")
     return size
 
 
+# What a container may take: of the two versions of Linux's control groups.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def own_memory() -> int:
-    """The bytes of memory of this machine, or of its first GPU."""
+    """The bytes of memory of this machine or container, or of its first GPU.
+
+    Raises:
+        ValueError: a system that does not tell.
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not hasattr(os, "sysconf"):
+        raise ValueError("memory: this system does not tell; pass it, such as 24GB")
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": there is no limit
+            sizes.append(int(Path(path).read_text()))
+    return min(size for size in sizes if size > 0)

@@ -18,13 +18,14 @@ import torch
 
 from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, Device
+from fastpref.planning.model import METHODS, StepOptions, check_config
 from fastpref.planning.simulate import (
     Pair,
     Parts,
-    StepOptions,
     extrapolated,
     highest,
     simulate_parts,
+    step_head,
 )
 from fastpref.planning.times import Rates, StepTime, step_seconds
 from fastpref.profiling.lengths import Lengths
@@ -175,14 +176,18 @@ class Planner:
 
         Bytes are linear in the number of pairs, so that two sizes give the others.
         """
-        key = options, size, max_length
+        if size > 2:
+            one, two = (self.parts(options, n, max_length) for n in (1, 2))
+            return extrapolated(one, two, size - 1)
+        pairs = self._pairs(self._cut(max_length), size, longest=True)
+        key: Any = options, size, max_length
+        if options.head == "fastpref":  # many budgets give one plan of the head
+            text = self.config.get_text_config()
+            labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
+            head = step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
+            key = replace(options, memory_budget=None), head, size, max_length
         if key not in self._parts:
-            if size > 2:
-                one, two = (self.parts(options, n, max_length) for n in (1, 2))
-                self._parts[key] = extrapolated(one, two, size - 1)
-            else:
-                pairs = self._pairs(self._cut(max_length), size, longest=True)
-                self._parts[key] = simulate_parts(self.config, pairs, options)
+            self._parts[key] = simulate_parts(self.config, pairs, options)
         return self._parts[key]
 
     def estimate(
@@ -284,15 +289,19 @@ def plan_training(
         A `TrainingPlan`.
 
     Raises:
-        ValueError: a size that is not positive, an unknown method.
+        ValueError: a size that is not positive, an unknown method, or a config whose model cannot
+            be simulated.
     """
+    check_config(config)
     for name, value in (("memory", memory), ("batch_size", batch_size), ("devices", devices)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected {', '.join(METHODS)}")
     if lengths is None:
         lengths = default_lengths(max_length)
     base = replace(options or StepOptions(), method=method)
-    base = replace(base, device=kind, memory_budget=memory // 16)
+    base = replace(base, device=kind, memory_budget=max(memory // 16, 1))
     planner = Planner(config, lengths, kind)
     asked = planner.largest(_of(base, method), batch_size, max_length, memory, devices, rates)
     ways = {method: asked}
@@ -332,7 +341,8 @@ def _for_device(
     for method in ("full", "lora", "qlora"):
         if method == "qlora" and device.kind == "cpu":
             continue
-        options = _of(replace(base, bf16=half, device=own.kind), method)
+        options = replace(base, bf16=half, device=own.kind, memory_budget=device.memory // 16)
+        options = _of(options, method)
         if method != "full" and half:
             options = replace(options, dtype=torch.bfloat16, bf16=False)
         found = own.largest(options, batch_size, max_length, device.memory, 1, device.rates())

@@ -13,12 +13,9 @@ line. What C code allocates past torch's allocator is in neither.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,45 +29,22 @@ from fastpref.attention.switch import SegmentAttention
 from fastpref.data.batches import model_inputs
 from fastpref.data.collate import PreferenceCollator
 from fastpref.data.segments import SegmentCollator
-from fastpref.heads.calling import backbone, disable_dropout
+from fastpref.heads.calling import backbone
 from fastpref.heads.reading import unwrap
 from fastpref.logps.plan import HeadPlan, plan_head, tile_dtype
+from fastpref.planning.model import (
+    METHODS,
+    StepOptions,
+    build_model,
+    check_config,
+    first_line,
+    silent,
+    with_layers,
+)
 from fastpref.profiling.account import GRADIENTS, Account, Event, Known, part_peaks
 
 Pair = tuple[int, int, int]  # tokens of prompt, chosen and rejected answer
-METHODS = ("full", "lora", "qlora")
 LAYERS = 4, 8  # of the two simulations of a deeper model
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """A configuration of training.
-
-    Attributes:
-        method: "full" trains all weights; "lora" an adapter of rank lora_r on all linear layers;
-            "qlora" the same over weights of 4 bits.
-        head: "fastpref", or "eager" with logits.
-        dtype: of the weights.
-        bf16: whether the step runs under bf16 autocast.
-        gradient_checkpointing: whether activations are recomputed.
-        prefix_sharing: whether a pair's prompt is computed once.
-        reference: "precompute", "model" (a second model) or "adapter".
-        head_strategy: as in `plan_head`.
-        memory_budget: bytes of the head's stash and tile; None: `default_memory_budget`.
-        device: "cpu" or "cuda", for the head's plan.
-    """
-
-    method: str = "full"
-    head: str = "fastpref"
-    dtype: torch.dtype = torch.float32
-    bf16: bool = False
-    gradient_checkpointing: bool = True
-    prefix_sharing: bool = True
-    reference: str = "precompute"
-    lora_r: int = 16
-    head_strategy: str = "auto"
-    memory_budget: int | None = None
-    device: str = "cpu"
 
 
 def _adds_gradients(args: Any) -> bool:
@@ -166,9 +140,14 @@ class _PlannedHead(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
-def _head_plan(n: int, weight: Tensor, dtype: torch.dtype, options: StepOptions) -> Any:
-    """The plan of the head, and whether its product multiplies D while it makes it."""
-    trains = weight.requires_grad
+def step_head(
+    tokens: int, hidden_size: int, vocab_size: int, trains: bool, options: StepOptions
+) -> tuple[HeadPlan, bool]:
+    """The plan of a step's head, and whether its product multiplies D while it makes it.
+
+    tokens: labelled. trains: whether the head's weight gets a gradient.
+    """
+    dtype = torch.bfloat16 if options.bf16 else options.dtype
     fused: bool | None = False
     at_once = False
     if options.device == "cpu":
@@ -176,9 +155,9 @@ def _head_plan(n: int, weight: Tensor, dtype: torch.dtype, options: StepOptions)
         at_once = bool(backend.PROJECTS_AT_ONCE)
         fused = True if backend.LOGIT_FREE_BY_DEFAULT else False
     plan = plan_head(
-        n,
-        weight.shape[1],
-        weight.shape[0],
+        tokens,
+        hidden_size,
+        vocab_size,
         dtype,
         device=options.device if options.memory_budget is not None else "cpu",
         weight_grad=trains,
@@ -200,35 +179,6 @@ def _examples(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         }
         for prompt, chosen, rejected in pairs
     ]
-
-
-def build_model(config: Any, options: StepOptions) -> Any:
-    """The model on the meta device, ready to train."""
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype)
-        if options.method != "full":
-            from peft import LoraConfig, get_peft_model
-
-            lora = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=options.lora_r,
-                lora_alpha=32,
-                target_modules="all-linear",
-            )
-            model = get_peft_model(model, lora)
-    disable_dropout(model)  # as the trainers do
-    model.train()
-    if options.gradient_checkpointing:
-        # Its name since transformers 5.24, and the name before that.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()
-        if options.method != "full":
-            model.enable_input_require_grads()
-    return model
 
 
 def _materialise(model: torch.nn.Module) -> None:
@@ -273,13 +223,6 @@ def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
     return known
 
 
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 Parts = dict[tuple[str, int], dict[str, int]]  # as `part_peaks` has them
 
 
@@ -301,16 +244,6 @@ def highest(parts: Parts) -> Account:
     return Account(sum(parts[part].values()), part[0], parts[part])
 
 
-def _with_layers(config: Any, layers: int) -> Any:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    for name in ("layer_types", "mlp_layer_types"):
-        if getattr(text, name, None):
-            setattr(text, name, getattr(text, name)[:layers])
-    return config
-
-
 def simulate_parts(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Parts:
     """The components at the peak of each part of a step; arguments as in `simulate_step`.
 
@@ -321,7 +254,7 @@ def simulate_parts(config: Any, pairs: Sequence[Pair], options: StepOptions) -> 
     if layers <= more:
         return part_peaks(*_events(config, pairs, options))
     small, large = (
-        part_peaks(*_events(_with_layers(config, n), pairs, options)) for n in (few, more)
+        part_peaks(*_events(with_layers(config, n), pairs, options)) for n in (few, more)
     )
     return extrapolated(small, large, (layers - few) / (more - few))
 
@@ -338,11 +271,27 @@ def simulate_step(config: Any, pairs: Sequence[Pair], options: StepOptions) -> A
         The `Account`, in bytes of tensors, without a timeline.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a config whose model cannot be simulated.
     """
     if options.method not in METHODS:
         raise ValueError(f"method: got {options.method!r}, expected {', '.join(METHODS)}")
+    check_config(config)
     return highest(simulate_parts(config, pairs, options))
+
+
+@contextlib.contextmanager
+def _grouped_products() -> Iterator[None]:
+    """Gives experts transformers' own grouped product: torch's has shapes of bf16 alone."""
+    from transformers.integrations import moe
+
+    before = getattr(moe, "_can_use_grouped_mm", None)
+    if before is not None:
+        moe._can_use_grouped_mm = lambda *args: False
+    try:
+        yield
+    finally:
+        if before is not None:
+            moe._can_use_grouped_mm = before
 
 
 def _events(
@@ -354,12 +303,18 @@ def _events(
     tracker = _Tracker()
     with silent():
         model = build_model(config, options)
-    with silent(), FakeTensorMode(allow_non_fake_inputs=True) as fake, tracker:
+    with silent(), _grouped_products(), FakeTensorMode(allow_non_fake_inputs=True) as fake, tracker:
         _materialise(model)
         known = _known(model, options, tracker)
         tracker.events.clear()
         inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        gradients = _run(model, inputs, options, tracker, sharing)
+        try:
+            gradients = _run(model, inputs, options, tracker, sharing)
+        except Exception as error:  # of the model's own code, on tensors without data
+            raise ValueError(
+                f"config: a step of the type {config.model_type!r} cannot be simulated "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
     return known, list(tracker.events), gradients
 
 
@@ -407,5 +362,8 @@ def _loss(hidden: Tensor, weight: Tensor, batch: dict[str, Any], options: StepOp
     index = batch["hidden_indices"] if "hidden_indices" in batch else batch["token_indices"]
     dtype = torch.bfloat16 if options.bf16 else hidden.dtype
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype).index_select(0, index)
-    plan, at_once = _head_plan(int(index.shape[0]), weight, dtype, options)
+    vocab_size, hidden_size = weight.shape
+    plan, at_once = step_head(
+        int(index.shape[0]), hidden_size, vocab_size, weight.requires_grad, options
+    )
     return _PlannedHead.apply(flat, weight.to(dtype), plan, at_once)

@@ -24,7 +24,8 @@ import torch
 from fastpref.backends.rates import product_rates
 from fastpref.logps.plan import plan_head
 from fastpref.planning.counts import batch_tokens, body_flops, trained_share
-from fastpref.planning.simulate import Pair, StepOptions
+from fastpref.planning.model import StepOptions
+from fastpref.planning.simulate import Pair
 
 # Numbers of `hidden_size` and of `intermediate_size` that a layer's elementwise work reads or
 # writes for a token in a forward pass: norms, rotary embedding, residuals, activation, attention.
@@ -124,8 +125,17 @@ def step_seconds(
     backward = forward * (2 if trains else 1) + (forward if options.gradient_checkpointing else 0)
     if options.head == "fastpref":
         dtype = torch.bfloat16 if item == 2 else torch.float32
-        flops = plan_head(labelled, hidden, vocab, dtype, weight_grad=trains).flops
-        head = flops / rates.head_flops
+        plan = plan_head(
+            labelled,
+            hidden,
+            vocab,
+            dtype,
+            device=options.device if options.memory_budget is not None else "cpu",
+            weight_grad=trains,
+            strategy=options.head_strategy,
+            memory_budget=options.memory_budget,
+        )
+        head = plan.flops / rates.head_flops
     else:
         # Logits, their log_softmax and its gradient, in float32.
         passes = (6 if trains else 4) * tokens * hidden * vocab / rates.flops

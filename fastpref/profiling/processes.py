@@ -13,6 +13,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 Say = Callable[[dict[str, Any]], None]
+_PARENT = "FASTPREF_PARENT"  # the variable with the process that a worker ends with
+_OF_INPUT = (ValueError, OSError, ImportError)
 
 
 def failure(error: BaseException) -> str:
@@ -29,13 +32,23 @@ def failure(error: BaseException) -> str:
     return f"out of memory: {line}" if isinstance(error, torch.OutOfMemoryError) else line
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, whose SIGKILL or SIGTERM does not reach it."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 def serve(answer: Callable[[dict[str, Any], Say], None]) -> None:
     """The worker's end: call `answer` with the request and with a function that sends a message.
 
     Whatever else prints to stdout, a peer or its compiler, goes to stderr. An error is told as
-    {"failed": why}, and ends the process.
+    {"failed": why, "input": whether the input may be to blame}, and ends the process. So does the
+    end of the parent.
     """
     warnings.filterwarnings("ignore")
+    parent = int(os.environ.get(_PARENT, os.getppid()))  # it may have ended during the imports
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -45,7 +58,7 @@ def serve(answer: Callable[[dict[str, Any], Say], None]) -> None:
     try:
         answer(json.loads(sys.stdin.readline()), say)
     except Exception as error:
-        say({"failed": failure(error)})
+        say({"failed": failure(error), "input": isinstance(error, _OF_INPUT)})
         raise
 
 
@@ -69,7 +82,7 @@ class Child:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env={**os.environ, **(env or {})},
+            env={**os.environ, **(env or {}), _PARENT: str(os.getpid())},
         )
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._loud, self.last = loud, ""
@@ -79,7 +92,11 @@ class Child:
         ]
         for reader in self._readers:
             reader.start()
-        self.tell(json.dumps(request))
+        try:
+            self.tell(json.dumps(request))  # a long request waits until the worker has started
+        except BaseException:
+            self.stop()
+            raise
 
     def tell(self, line: str = "") -> None:
         """A line to its stdin. If it is dead, the end of its output says so."""

@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastpref.profiling.processes import Child
 _SIDES = ("fastpref", "eager", "trl", "liger")
 _WORKER = [sys.executable, "-m", "fastpref.profiling.worker"]
 _QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "5"}
+_QUIET["PYTHONSAFEPATH"] = "1"  # a random.py of the user's directory is not the library's
 ROWS = 20_000  # of the data whose tokens are counted
 
 
@@ -93,6 +95,7 @@ def profile_training(
     model: str,
     data: Any,
     *,
+    tokenizer: Any = None,
     sides: Sequence[str] | None = None,
     loss_type: str | list[str] = "sigmoid",
     beta: float = 0.1,
@@ -117,6 +120,7 @@ def profile_training(
     Args:
         model: directory or hub name of a causal model.
         data: pairs, as `load_preference_data` reads them.
+        tokenizer: what counts the tokens; by default that of the model.
         sides: of "fastpref", "eager", "trl" and "liger"; None: all whose packages are installed.
         loss_type, beta, loss_options: as in `PreferenceConfig`.
         batch_size, grad_accumulation: pairs of a micro-batch, and micro-batches of a step.
@@ -136,15 +140,23 @@ def profile_training(
         A `Profile`.
 
     Raises:
-        ValueError: bad data or an unknown option.
-        RuntimeError: no side could be measured.
+        ValueError: bad data, an unknown option, or a model that no side can load.
+        RuntimeError: no side could be measured for another reason.
     """
-    names = list(_SIDES if sides is None else sides)
+    from fastpref.profiling.sides import unavailable_side
+
+    names = list(dict.fromkeys(_SIDES if sides is None else sides))
+    if not names:
+        raise ValueError(f"sides: got none, expected some of {', '.join(_SIDES)}")
     if unknown := set(names) - set(_SIDES):
         raise ValueError(
             f"sides: got {', '.join(sorted(unknown))}, expected some of {', '.join(_SIDES)}"
         )
-    for name, value in (("steps", steps), ("batch_size", batch_size)):
+    reasons = [f"{name}: {why}" for name in names if (why := unavailable_side(name)) is not None]
+    if len(reasons) == len(names):
+        raise ValueError(f"sides: none of them can run here: {'; '.join(reasons)}")
+    sizes = {"steps": steps, "batch_size": batch_size, "grad_accumulation": grad_accumulation}
+    for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     if reference == "auto":
@@ -173,15 +185,18 @@ def profile_training(
         "trust_remote_code": trust_remote_code,
         "device": device,
     }
-    rows, batches = choose_rows(model, data, settings, steps)
-    found = [_measure(name, settings, rows, steps + 2, hear) for name in names]
+    rows, batches = choose_rows(model, data, settings, steps, tokenizer)
+    measured = [_measure(name, settings, rows, steps + 2, hear) for name in names]
+    found = [side for side, _ in measured]
     if all(side.missing for side in found):
-        raise RuntimeError("; ".join(f"{side.name}: {side.missing}" for side in found))
+        of_input = all(of_input for _, of_input in measured)
+        text = "; ".join(f"{side.name}: {side.missing}" for side in found)
+        raise (ValueError if of_input else RuntimeError)(f"nothing could be measured: {text}")
     return Profile(settings, batches, found)
 
 
 def choose_rows(
-    model: str, data: Any, settings: dict[str, Any], steps: int
+    model: str, data: Any, settings: dict[str, Any], steps: int, tokenizer: Any = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The raw pairs in the order of training, and the tokens of their batches."""
     from transformers import AutoTokenizer
@@ -189,14 +204,18 @@ def choose_rows(
     from fastpref.data.files import load_preference_data
 
     dataset = load_preference_data(data)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model, trust_remote_code=settings["trust_remote_code"]
-    )
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=settings["trust_remote_code"]
+        )
     lengths = token_lengths(dataset, tokenizer, settings["max_length"], ROWS)
     per_step = settings["batch_size"] * settings["grad_accumulation"]
     order = np.argsort(lengths.longest, kind="stable")
     if len(order) < per_step:
-        raise ValueError(f"the data has {len(order)} usable pairs; a step takes {per_step}")
+        raise ValueError(
+            f"the data has {len(order)} usable pairs; expected at least the {per_step} of a step "
+            "(batch_size times grad_accumulation)"
+        )
     spread = np.linspace(0, len(order) - 1, steps * per_step).astype(int)
     # Every timed step has short pairs and long ones.
     timed = order[spread].reshape(per_step, steps).T.reshape(-1)
@@ -237,27 +256,32 @@ def _measure(
     rows: list[dict[str, Any]],
     steps: int,
     hear: Callable[[str, dict[str, Any]], None] | None,
-) -> SideProfile:
+) -> tuple[SideProfile, bool]:
+    """The side, and whether it is missing because of the input."""
     from fastpref.profiling.sides import unavailable_side
 
     reason = unavailable_side(name)
     if reason is not None:
-        return SideProfile(name, missing=reason)
-    request = {**settings, "side": name, "rows": json.loads(json.dumps(rows)), "steps": steps}
+        return SideProfile(name, missing=reason), True
+    # Columns that no trainer reads may hold dates or bytes, which JSON has as texts.
+    rows = json.loads(json.dumps(rows, default=str))
+    request = {**settings, "side": name, "rows": rows, "steps": steps}
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    child = Child(_WORKER, request, {**_QUIET, "PYTHONPATH": path}, loud=False)
-    try:
-        while (message := child.hear()) is not None:
-            if "failed" in message:
-                return SideProfile(name, missing=message["failed"])
-            if "result" in message:
-                return _side(name, message["result"])
-            if hear is not None:
-                hear(name, message)
-        return SideProfile(name, missing=child.ending())
-    finally:
-        child.stop()
+    with tempfile.TemporaryDirectory() as folder:  # here: the worker may be killed
+        request["folder"] = folder
+        child = Child(_WORKER, request, {**_QUIET, "PYTHONPATH": path}, loud=False)
+        try:
+            while (message := child.hear()) is not None:
+                if "failed" in message:
+                    return SideProfile(name, missing=message["failed"]), message["input"]
+                if "result" in message:
+                    return _side(name, message["result"]), False
+                if hear is not None:
+                    hear(name, message)
+            return SideProfile(name, missing=child.ending()), False
+        finally:
+            child.stop()
 
 
 def _side(name: str, result: dict[str, Any]) -> SideProfile:

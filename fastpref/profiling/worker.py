@@ -116,7 +116,7 @@ class MemoryStep(TrainerCallback):
 
 def profile_side(request: dict[str, Any], say: Say) -> dict[str, Any]:
     """Train as the request says; returns the memory and the seconds of the phases."""
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory(dir=request.get("folder")) as out:
         began = time.perf_counter()
         clock = StepClock()
         trainer = make_trainer(request["side"], request, request["rows"], out)

@@ -60,3 +60,30 @@ def test_the_report_has_findings_and_lengths(pairs, tmp_path):
     text = page.read_text("utf-8")
     assert "1 of 150 rows (0.7 %) have identical answers (rows 7)" in text
     assert text.count("data:image/png;base64,") == 1 and "padding in batches" in text
+
+
+def test_bad_input_is_one_sentence_and_no_file_is_lost(pairs, tmp_path):
+    before = pairs.read_bytes()
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    for arguments, message in (
+        ((pairs, "--model", tmp_path), "is a directory without config.json"),
+        ((pairs, "--model", "./nowhere"), "--model ./nowhere is not a directory"),
+        ((pairs, "--report", pairs), "is no HTML page, so it stays"),
+        ((answers,), "is single answers; the checks read pairs"),
+        ((tmp_path / "empty.jsonl",), "is empty"),
+        ((tmp_path / "absent.jsonl",), "does not exist"),
+    ):
+        result = invoke(*arguments, "--json")
+        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert not result.stdout
+    assert pairs.read_bytes() == before
+
+
+def test_a_tokenizer_without_a_model_is_enough(pairs, tmp_path):
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(ASSETS).save_pretrained(tmp_path)
+    out = json.loads(invoke(pairs, "--model", tmp_path, "--sample", 5, "--json").stdout)
+    assert out["sampled"] == 5

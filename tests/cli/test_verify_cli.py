@@ -10,7 +10,9 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from fastpref import cli
+from fastpref.cli import verify
 from fastpref.cli.demo import ASSETS
+from fastpref.quality import Verification
 
 
 def invoke(*arguments):
@@ -39,3 +41,37 @@ def test_a_reference_of_another_model_is_status_6(tmp_path):
     out = json.loads(result.stdout)
     assert [finding["check"] for finding in out["findings"]][0] == "step_zero"
     assert set(out["errors"]) >= {"fastpref", "eager (float32)"}
+
+
+def test_weights_that_are_not_finite_are_found_and_json_has_no_nan(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
+    with torch.no_grad():
+        next(model.parameters())[:] = float("nan")
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(ASSETS).save_pretrained(tmp_path)
+    given = ("--model", tmp_path, "--data", ASSETS / "train.jsonl", "--json")
+    result = invoke(*given, "--report", tmp_path / "page.html")
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    out = json.loads(result.stdout, parse_constant=refuse)
+    assert result.exit_code == 6 and out["errors"]["fastpref"]["max_nats"] is None
+    assert {"inexact", "step_zero"} <= {finding["check"] for finding in out["findings"]}
+
+
+def test_reasons_of_libraries_are_no_markup(capsys):
+    found = Verification("float32", "float64", left_out={"TRL": "no [/bold] [x] here"})
+    found.figures = dict.fromkeys(("nll_chosen", "nll_rejected", "ranking_accuracy"), 0.5)
+    verify._show(found)
+    assert "TRL: no [/bold] [x] here" in capsys.readouterr().out
+
+
+def test_single_answers_are_one_sentence(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    result = invoke("--data", path, "--json")
+    assert result.exit_code == 2 and not result.stdout and "chosen" in result.stderr

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -15,7 +16,7 @@ from support import tiny
 from typer.testing import CliRunner
 
 from fastpref import cli
-from fastpref.planning import StepOptions, plan_training, simulate, simulate_step
+from fastpref.planning import StepOptions, devices, plan_training, simulate, simulate_step
 from fastpref.planning import plan as plan_module
 from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, parse_memory
@@ -127,6 +128,8 @@ def test_seconds_grow_with_the_work(config):
     assert step_seconds(config, PAIRS * 2, full, rates).head == pytest.approx(2 * base.head)
     for other in (replace(full, head="eager"), replace(full, reference="model")):
         assert step_seconds(config, PAIRS, other, rates).total > base.total
+    for other in (replace(full, head_strategy="recompute"), replace(full, memory_budget=10**5)):
+        assert step_seconds(config, PAIRS, other, rates).head > base.head
     kept = replace(full, gradient_checkpointing=False)
     assert step_seconds(config, PAIRS, kept, rates).body_backward < base.body_backward
 
@@ -138,7 +141,7 @@ def test_memory_sizes(text, size):
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["24 apples", "", "GB", "1.2.3GB", "0GB", "."])
+@pytest.mark.parametrize("text", ["24 apples", "", "GB", "1.2.3GB", "0GB", ".", "9" * 400])
 def test_bad_memory_sizes(text):
     with pytest.raises(ValueError, match="memory: got"):
         parse_memory(text)
@@ -170,9 +173,63 @@ def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatc
     [
         (["--memory", "much"], "memory: got 'much', expected a size"),
         (["--reference", "adapter"], "--reference is 'adapter'"),
+        (["--model", "./nowhere"], "--model ./nowhere is not a directory"),
         (["--method", "qlora", "--where", "cpu"], "--method qlora needs a GPU's kernels"),
     ],
 )
 def test_bad_options_are_one_sentence(model, options, message):
     result = invoke("--model", model, *options)
     assert result.exit_code == 2 and message in result.stderr
+
+
+def test_a_config_alone_is_enough(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    given = ["--model", tmp_path, "--max-length", 64, "--memory", "64GB", "--no-table", "--json"]
+    result = invoke(*given, "--gpus", 10**6, "--batch-size", 1)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["asked"]["devices"] == 10**6
+    result = invoke(*given, "--data", "pairs.jsonl")
+    assert result.exit_code == 2 and "it has no files of one" in result.stderr
+
+
+def test_configs_of_no_causal_model_are_one_sentence():
+    from transformers import T5Config, ViTConfig
+
+    for other, message in (
+        (T5Config(), "'t5' has an encoder"),
+        (ViTConfig(), "'vit' has no vocab"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_training(other, memory=2**33)
+    with pytest.raises(ValueError, match="method: got 'some'"):
+        plan_training(tiny.model().config, memory=2**33, method="some")
+
+
+def test_of_experts_memory_counts_all_and_time_those_of_a_token():
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 200}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    config = MixtralConfig(**sizes, **heads, **experts)
+    total, _, products = count_weights(config, StepOptions())
+    expert, attention, router = 3 * 32 * 64, 2 * 32 * 32 + 2 * 32 * 16, 8 * 32
+    assert products == 2 * (2 * expert + attention + router)
+    account = simulate_step(config, PAIRS, StepOptions())
+    assert account.components["weights"] == pytest.approx(4 * total, rel=0.01)
+    assert account.components["activations"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is planned for")
+def test_a_containers_limit_is_its_memory(tmp_path, monkeypatch):
+    whole = devices.own_memory()
+    (tmp_path / "limit").write_text(f"{whole // 2}\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(devices, "_LIMITS", [tmp_path / n for n in ("limit", "none", "absent")])
+    assert devices.own_memory() == whole // 2
+
+
+def test_devices_have_no_more_memory_than_their_names_say():
+    for device in DEVICES:
+        named = parse_memory(device.name.split()[-1].rsplit(",")[-1].replace("GB", "GiB"))
+        assert 0.92 * named < device.memory <= 1.01 * named

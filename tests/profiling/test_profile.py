@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 
 import pytest
 
@@ -14,6 +16,7 @@ from support import tiny
 from typer.testing import CliRunner
 
 from fastpref import cli
+from fastpref.profiling import processes, profile, profile_training, sides
 from fastpref.profiling.account import PHASES
 
 VOCAB = 16_000
@@ -86,6 +89,10 @@ def test_plot_and_report_are_written(profiled, files):
     "options, message",
     [
         (["--sides", "other"], "sides: got other, expected some of"),
+        (["--sides", ","], "sides: got none, expected some of"),
+        (["--plot", "memory.txt"], "--plot memory.txt: expected a name that ends in"),
+        (["--batch-size", "32"], "24 usable pairs; expected at least the 32 of a step"),
+        (["--model", "./nowhere"], "--model ./nowhere is not a directory"),
         (["--loss", "kto"], "--loss kto: profile reads losses of pairs"),
         (["--reference", "adapter"], "reference: got 'adapter' without an adapter"),
     ],
@@ -94,3 +101,79 @@ def test_bad_options_are_one_sentence(files, options, message):
     given = ["--model", str(files / "model"), "--data", str(files / "pairs.jsonl"), *options]
     result = CliRunner().invoke(cli.app, ["profile", *given])
     assert result.exit_code == 2 and message in result.stderr
+
+
+def test_sides_that_are_not_installed_are_the_inputs_fault(files, monkeypatch):
+    monkeypatch.setattr(sides, "find_spec", lambda name: None)
+    given = ["--model", str(files / "model"), "--data", str(files / "pairs.jsonl")]
+    result = CliRunner().invoke(cli.app, ["profile", *given, "--sides", "trl,liger"])
+    assert result.exit_code == 2 and "trl and liger_kernel not installed" in result.stderr
+
+
+class Worker:
+    """Instead of a process. answer: its message, or an error while it is heard."""
+
+    answer: object = None
+    seen: list
+
+    def __init__(self, command, request, env, loud):
+        self.seen.append(request)
+
+    def hear(self):
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+    def stop(self):
+        self.seen.append("stopped")
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    monkeypatch.setattr(profile, "Child", Worker)
+    Worker.seen = []
+    return Worker
+
+
+def measure(files, **options):
+    data = [{**row, "at": datetime.date(2026, 1, 2)} for row in tiny.rows(6)]
+    return profile_training(str(files / "model"), data, sides=["eager"], **options)
+
+
+@pytest.mark.parametrize("of_input, kind", [(True, ValueError), (False, RuntimeError)])
+def test_a_side_that_fails_says_whose_fault_it_is(files, worker, of_input, kind):
+    worker.answer = {"failed": "OSError: no weights", "input": of_input}
+    with pytest.raises(kind, match="nothing could be measured: eager: OSError: no weights"):
+        measure(files)
+    request, end = worker.seen
+    assert request["rows"][0]["at"].startswith("2026-01-02") and end == "stopped"
+
+
+def test_ctrl_c_ends_the_worker_and_removes_its_files(files, worker):
+    worker.answer = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        measure(files)
+    request, end = worker.seen
+    assert end == "stopped" and not os.path.exists(request["folder"])
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    parents, ended = iter([5, 5, 1]), []
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processes.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
+    processes._end_with(5)
+    assert ended == [1]
+
+
+def test_ctrl_c_while_a_request_is_written_ends_the_worker(monkeypatch):
+    started = []
+
+    def interrupted(child, line):
+        started.append(child)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes.Child, "tell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.Child(["sleep", "60"], {})
+    assert started[0]._process.returncode is not None

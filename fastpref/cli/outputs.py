@@ -1,0 +1,64 @@
+"""What a command leaves behind: JSON on standard output, and files whose place is checked first.
+
+A profile takes minutes, so that a place where its report cannot be written is an error before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fastpref.cli.report import jsonable
+
+_PAGE = b"<!doctype html"
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def print_json(value: Any) -> None:
+    """Print one object. Figures that are not finite are null, since JSON has no NaN."""
+    typer.echo(json.dumps(jsonable(value), allow_nan=False))
+
+
+def check_report(path: Path | None) -> None:
+    """Check the place of a `--report`; None is fine.
+
+    Raises:
+        ValueError: a directory, or a file that is no HTML page, such as the data.
+        StorageError: a directory that cannot be written.
+    """
+    if path is None:
+        return
+    path = _checked("--report", path)
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.read(len(_PAGE)).lower() != _PAGE:
+                raise ValueError(f"--report {path} is no HTML page, so it stays; pass another name")
+
+
+def check_plot(path: Path | None) -> None:
+    """Check the place of a `--plot`; None is fine. Raises as `check_report` does."""
+    if path is not None and _checked("--plot", path).suffix.lower() not in _PICTURES:
+        raise ValueError(f"--plot {path}: expected a name that ends in {', '.join(_PICTURES)}")
+
+
+def _checked(option: str, path: Path) -> Path:
+    from fastpref.storage import StorageError
+
+    path = path.expanduser()
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a directory; expected a file")
+    # The page is written beside its place and moved there, which would replace a device.
+    if path.is_absolute() and path.parts[1:2] == ("dev",):
+        raise ValueError(f"{option} {path} is a device; expected a file")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path}: {folder} is not a directory")
+    if not os.access(folder, os.W_OK):
+        raise StorageError(f"{option} {path} could not be written: permission denied")
+    return path
