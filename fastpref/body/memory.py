@@ -15,12 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # The parameters of mallopt, from malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_KEEPING = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 # glibc raises both thresholds while a program runs, up to these values.
-_ORDINARY = {
-    _MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10
-}  # fmt: skip
+_ORDINARY = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 
 _lock = threading.Lock()
 _open = 0  # contexts of `keep_cpu_memory` that are open in this process
@@ -28,10 +26,11 @@ _open = 0  # contexts of `keep_cpu_memory` that are open in this process
 
 @contextmanager
 def keep_cpu_memory(enabled: bool = True) -> Iterator[None]:
-    """Keep freed memory for the next allocation while the context is open.
+    """Keep freed memory for the next allocation of the main thread while the context is open.
 
-    It changes the allocator of the whole process, and returns the free memory when the last open
-    context ends. It has no effect where `unkept_reason` gives one.
+    Other threads have arenas of their own in glibc, which return large blocks at once. The context
+    changes the allocator of the whole process, and returns the free memory when the last open one
+    ends. It has no effect where `unkept_reason` gives one.
 
     Args:
         enabled: False has no effect.

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import TrainerCallback
 
 from fastpref.heads.reading import unwrap
@@ -29,9 +30,12 @@ from fastpref.profiling.sides import make_trainer
 
 def _all_tensors() -> Iterator[torch.Tensor]:
     for value in gc.get_objects():
-        if issubclass(type(value), torch.Tensor) and value.layout is torch.strided:
+        kind = type(value)
+        if issubclass(kind, FakeTensor):  # without memory
+            continue
+        if issubclass(kind, torch.Tensor) and value.layout is torch.strided:
             try:
-                value.untyped_storage()
+                value.untyped_storage().data_ptr()
             except (NotImplementedError, RuntimeError):
                 continue
             yield value

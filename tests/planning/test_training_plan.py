@@ -13,6 +13,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("typer")
 
 from support import tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from fastpref import cli
@@ -65,7 +66,10 @@ def test_a_real_step_has_the_predicted_memory(model, config, side, kept, method,
     rows, batches = choose_rows(model, tiny.rows(16, longest=80), request, 1)
     # One step warms up, and the other is watched.
     rows = rows[:2] + rows[-2:]
+    with FakeTensorMode():
+        fake = torch.empty(8)  # of somebody else, alive in this process
     found = profile_side({**request, "rows": rows}, lambda message: None)
+    del fake
     longest = [tuple(pair) for pair in batches["longest"][0]["lengths"]]
     options = StepOptions(
         method=method, head=side, gradient_checkpointing=not kept, reference=reference
