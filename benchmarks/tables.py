@@ -316,6 +316,36 @@ def rlhf() -> str:
     )
 
 
+def step() -> str:
+    results = _results("step")
+    rows = []
+    for kind, cells in results["lengths"].items():
+        for other, cell in cells.items():
+            if "runs" not in cell:
+                continue
+            ours, theirs = cell["runs"]["fastpref"], cell["runs"][other]
+            rows.append(
+                [
+                    kind,
+                    other,
+                    f"{theirs['pairs_per_s']:.3f}",
+                    f"{ours['pairs_per_s']:.3f}",
+                    f"{cell['speedup']:.2f}x",
+                    f"{theirs['above_bytes'] / 2**30:.2f} GiB",
+                    f"{ours['above_bytes'] / 2**30:.2f} GiB",
+                ]
+            )
+    header = ["lengths", "against", "its pairs/s", "ours", "faster", "its memory", "ours"]
+    machine, settings = results["machine"], results["settings"]
+    return (
+        _table(header, rows) + "\n"
+        f"{machine['cpu']}, {machine['threads']} threads, {', '.join(machine['cpu_features'])}; "
+        f"{settings['batch']} pairs a step, {settings['dtype']}, medians of "
+        f"{settings['steps'] - 1} steps,\nTRL {machine['packages']['trl']}. Memory is what stands "
+        "above the libraries, the policy's weights and Adam's states.\n"
+    )
+
+
 def faults() -> str:
     results = _results("reliability")
     rows = reliability.table(results)
@@ -333,6 +363,7 @@ BLOCKS = {
         liger,
         cce,
         train,
+        step,
         cpu_linear,
         host_time,
         columns,
