@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib import results, runner
-from lib.training import read_pairs, request, take_turns, write_lines
+from lib import results
+from lib.training import is_worker, read_pairs, request, take_turns, write_lines
 
 # Medians and spreads of the logarithm of the tokens, and the limits, of a prompt and of an answer.
 LENGTHS = {
@@ -157,10 +157,7 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if "--worker" in (sys.argv[1:] if argv is None else argv):
-        from lib import train_worker
-
-        runner.serve(train_worker.answer)
+    if is_worker(argv):
         return
     args = arguments(argv)
     from transformers import AutoTokenizer

@@ -15,14 +15,13 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from lib import results, runner
-from lib.training import Run, read_pairs, request, take_turns, write_lines
+from lib import results
+from lib.training import Run, is_worker, read_pairs, request, take_turns, write_lines
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -216,10 +215,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    if "--worker" in (sys.argv[1:] if argv is None else argv):
-        from lib import train_worker
-
-        runner.serve(train_worker.answer)
+    if is_worker(argv):
         return
     args = arguments(argv)
     begun = time.perf_counter()

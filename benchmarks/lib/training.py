@@ -17,6 +17,16 @@ from . import runner
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
+def is_worker(argv: list[str] | None) -> bool:
+    """Whether a script was started as a worker, whose requests have then been answered."""
+    if "--worker" not in (sys.argv[1:] if argv is None else argv):
+        return False
+    from . import train_worker
+
+    runner.serve(train_worker.answer)
+    return True
+
+
 def read_pairs(path: str) -> list[dict]:
     """The pairs of a file of JSON lines; .gz is fine."""
     opened = gzip.open(path, "rt") if path.endswith(".gz") else open(path)

@@ -10,7 +10,7 @@ import typer
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
 from fastpref.cli.outputs import check_report, print_json
-from fastpref.cli.shared_options import TrustRemoteCode
+from fastpref.cli.shared_options import Debug, TrustRemoteCode
 
 
 def command(
@@ -51,7 +51,7 @@ def command(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object with the numbers of all rows.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Check preference pairs: repeats, contradictions, ends, templates, truncation, length bias.
 

@@ -10,7 +10,7 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.outputs import check_report, print_json
-from fastpref.cli.shared_options import Bf16, MaxLength, TrustRemoteCode
+from fastpref.cli.shared_options import AsJson, Bf16, Debug, MaxLength, TrustRemoteCode
 
 SAMPLE = 5_000  # pairs of the data whose tokens are counted
 
@@ -85,8 +85,8 @@ def command(
     table: Annotated[bool, typer.Option(help="Plans for common GPUs and CPUs.")] = True,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Plan a training from the model's config and the data's lengths: memory, time, batch.
 

@@ -9,9 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
 from fastpref.cli.outputs import check_plot, check_report, print_json
-from fastpref.cli.shared_options import Bf16, Data, LogitsPrecision, TrustRemoteCode
+from fastpref.cli.shared_options import (
+    AsJson,
+    Beta,
+    Bf16,
+    Data,
+    Debug,
+    LogitsPrecision,
+    Loss,
+    LossOptions,
+    TrustRemoteCode,
+)
 from fastpref.cli.train_options import Precision, PrefixSharing
 
 TITLES = {"fastpref": "fastpref", "eager": "eager logits", "trl": "TRL", "liger": "TRL + Liger"}
@@ -21,10 +30,8 @@ COLOURS = {"fastpref": "#1b7f79", "eager": "#c8553d", "trl": "#6b7280", "liger":
 def command(
     model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
     data: Data,
-    loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
-    loss_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)
-    ] = None,
+    loss: Loss = "dpo",
+    loss_option: LossOptions = None,
     sides: Annotated[
         str | None,
         typer.Option(
@@ -32,7 +39,7 @@ def command(
             "that are installed."
         ),
     ] = None,
-    beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
+    beta: Beta = 0.1,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per micro-batch.")] = 2,
     grad_accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")] = 512,
@@ -58,8 +65,8 @@ def command(
         typer.Option(help="A PNG, SVG or PDF of the memory over the step on the longest pairs."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Measure a few training steps with and without logits: memory by component, time by phase.
 

@@ -1,4 +1,4 @@
-"""Options that `fastpref train` and `fastpref precompute` have in common."""
+"""Options that several commands have in common."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
 from fastpref.cli.train_options import CpuLinear, Precision
 
 Data = Annotated[
@@ -33,3 +34,8 @@ LinearProduct = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
 ]
+Loss = Annotated[str, typer.Option(help=LOSS_HELP)]
+LossOptions = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)]
+Beta = Annotated[float, typer.Option(help="Strength of the pull to the reference.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]

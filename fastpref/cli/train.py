@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
 from fastpref.cli.shared_options import (
     BatchSize,
+    Beta,
     Bf16,
     Data,
     LinearProduct,
     LogitsPrecision,
+    Loss,
+    LossOptions,
     MaxLength,
     TrustRemoteCode,
 )
@@ -35,10 +37,8 @@ def command(
         ),
     ],
     data: Data,
-    loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
-    loss_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)
-    ] = None,
+    loss: Loss = "dpo",
+    loss_option: LossOptions = None,
     output: Annotated[
         Path, typer.Option(help="Where the model, checkpoints, log and plot go.")
     ] = Path("fastpref-output"),
@@ -60,7 +60,7 @@ def command(
         int | None,
         typer.Option(min=1, help="Evaluate every so many steps; at the end in any case."),
     ] = None,
-    beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
+    beta: Beta = 0.1,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate; by default 1e-6, with --lora 1e-5.")
     ] = None,

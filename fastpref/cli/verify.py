@@ -9,9 +9,17 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
-from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
 from fastpref.cli.outputs import check_report, print_json
-from fastpref.cli.shared_options import Bf16, MaxLength, TrustRemoteCode
+from fastpref.cli.shared_options import (
+    AsJson,
+    Beta,
+    Bf16,
+    Debug,
+    Loss,
+    LossOptions,
+    MaxLength,
+    TrustRemoteCode,
+)
 
 
 def command(
@@ -24,11 +32,9 @@ def command(
     ref_model: Annotated[
         str | None, typer.Option(help="The reference; by default the model, or the data's columns.")
     ] = None,
-    loss: Annotated[str, typer.Option(help=LOSS_HELP)] = "dpo",
-    loss_option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)
-    ] = None,
-    beta: Annotated[float, typer.Option(help="Strength of the pull to the reference.")] = 0.1,
+    loss: Loss = "dpo",
+    loss_option: LossOptions = None,
+    beta: Beta = 0.1,
     max_length: MaxLength = 1024,
     rows: Annotated[
         int, typer.Option(min=1, help="Pairs that are checked, evenly spread over the data.")
@@ -44,8 +50,8 @@ def command(
         Path | None, typer.Option(help="Write an HTML page with checks and errors here.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Check a model and pairs before training: log-probs against float64, and the first step.
 

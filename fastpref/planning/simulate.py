@@ -148,12 +148,12 @@ def step_head(
     tokens: labelled. trains: whether the head's weight gets a gradient.
     """
     dtype = torch.bfloat16 if options.bf16 else options.dtype
-    fused: bool | None = False
+    fused = False
     at_once = False
     if options.device == "cpu":
         backend = backends.choose(torch.device("cpu"), dtype)
         at_once = bool(backend.PROJECTS_AT_ONCE)
-        fused = True if backend.LOGIT_FREE_BY_DEFAULT else False
+        fused = bool(backend.LOGIT_FREE_BY_DEFAULT)
     plan = plan_head(
         tokens,
         hidden_size,
