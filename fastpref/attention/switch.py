@@ -12,6 +12,7 @@ The second way leaves the model's own attention and gives it a dense mask, at th
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -47,9 +48,16 @@ class _Active(NamedTuple):
     checked: bool  # whether the masks of this model are known to be causal
 
 
-# A module's variable and not a context variable: checkpointed layers may ask for masks again in
-# the backward pass, which runs in autograd's threads on a GPU.
-_active: list[_Active] = []
+# The plans in use, of each config by its id; a mask is asked for with the config. Not a context
+# variable: checkpointed layers may ask again in the backward pass, which runs in autograd's threads
+# on a GPU. Models that train in several threads at once have configs of their own.
+_active: dict[int, list[_Active]] = {}
+
+
+def _plan_of(arguments: dict[str, Any]) -> _Active | None:
+    """The plan in use by the model that asks for a mask."""
+    plans = _active.get(id(arguments.get("config")))
+    return plans[-1] if plans else None
 
 
 def _window(active: _Active, arguments: dict[str, Any]) -> int | None:
@@ -99,9 +107,10 @@ def _check_causal(function: Any, window: int | None, device: Any, plan: RowPlan)
 
 def _segment_mask(*args: Any, **arguments: Any) -> SegmentMask:
     """Our entry of the mask registry."""
-    if not _active:
+    active = _plan_of(arguments)
+    if active is None:
         raise UnsupportedAttention(f"{NAME} is in use without rows of segments")
-    return SegmentMask(_active[-1].plan, _window(_active[-1], arguments))
+    return SegmentMask(active.plan, _window(active, arguments))
 
 
 # Keywords that change what an attention computes, which ours does not know.
@@ -154,13 +163,14 @@ AttentionMaskInterface.register(NAME, _segment_mask)
 
 
 def _dense(original: Callable[..., Any], is_float: bool) -> Callable[..., Any]:
-    """An entry of the mask registry that gives the active plan as a dense mask."""
+    """An entry of the mask registry that gives the plan in use as a dense mask."""
 
     def mask(*args: Any, **arguments: Any) -> Any:
-        if not _active or arguments.get("batch_size") != _active[-1].plan.shape[0]:
+        active = _plan_of(arguments)
+        if active is None or arguments.get("batch_size") != active.plan.shape[0]:
             return original(*args, **arguments)
-        plan, device = _active[-1].plan, arguments.get("device", "cpu")
-        seen = plan.visible(_window(_active[-1], arguments), device)
+        device = arguments.get("device", "cpu")
+        seen = active.plan.visible(_window(active, arguments), device)
         if not is_float:
             return seen
         dtype = arguments.get("dtype", torch.float32)
@@ -168,6 +178,31 @@ def _dense(original: Callable[..., Any], is_float: bool) -> Callable[..., Any]:
         return torch.where(seen, torch.zeros_like(hidden), hidden)
 
     return mask
+
+
+_dense_lock = threading.Lock()
+_dense_uses: list[dict[str, Any]] = []  # for each use, the entries that stood before the first
+
+
+@contextlib.contextmanager
+def _dense_masks() -> Iterator[None]:
+    """The registry's entries of `_DENSE` give dense masks of plans until the last use ends."""
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
+    with _dense_lock:
+        originals = {name: masks[name] for name in _DENSE}
+        if _dense_uses:
+            originals = _dense_uses[0]
+        else:
+            for name, original in originals.items():
+                masks[name] = _dense(original, name == "eager")
+        _dense_uses.append(originals)
+    try:
+        yield
+    finally:
+        with _dense_lock:
+            for name, original in _dense_uses.pop().items():
+                if not _dense_uses:
+                    masks[name] = original
 
 
 class SegmentAttention:
@@ -211,21 +246,17 @@ class SegmentAttention:
         if self.way == MASK:
             self._check_dense()  # the user may have changed it since
         before = [config._attn_implementation_internal for config in self._configs]
-        masks: Any = ALL_MASK_ATTENTION_FUNCTIONS
-        originals = {name: masks[name] for name in _DENSE}
-        _active.append(_Active(plan, self.checked))
-        try:
-            if self.way == FUNCTION:
-                for config in self._configs:
+        with _dense_masks() if self.way == MASK else contextlib.nullcontext():
+            for config in self._configs:
+                _active.setdefault(id(config), []).append(_Active(plan, self.checked))
+                if self.way == FUNCTION:
                     config._attn_implementation_internal = NAME
-            else:
-                for name, original in originals.items():
-                    masks[name] = _dense(original, name == "eager")
-            yield
-        finally:
-            _active.pop()
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
-            if self.way == MASK:
-                for name, original in originals.items():
-                    masks[name] = original
+            try:
+                yield
+            finally:
+                for config, name in zip(self._configs, before, strict=True):
+                    config._attn_implementation_internal = name
+                    plans = _active[id(config)]
+                    plans.pop()
+                    if not plans:
+                        del _active[id(config)]

@@ -28,7 +28,8 @@ from fastpref.profiling.resident import Resident
 from fastpref.profiling.sides import make_trainer
 
 
-def _all_tensors() -> Iterator[torch.Tensor]:
+def all_tensors() -> Iterator[torch.Tensor]:
+    """Every dense tensor of this process that has memory."""
     for value in gc.get_objects():
         kind = type(value)
         if issubclass(kind, FakeTensor):  # without memory
@@ -72,7 +73,7 @@ class MemoryStep(TrainerCallback):
             "gradients": [p.grad for p in model.parameters() if p.grad is not None],
             "optimiser": [v for v in state if isinstance(v, torch.Tensor)],
             "reference": [] if ref_model is None else [*ref_model.parameters()],
-            "other": list(_all_tensors()),
+            "other": list(all_tensors()),
         }
         self.known = known_blocks(groups, self.device)
         del groups, state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -89,6 +90,34 @@ def test_nothing_stays(way, tmp_path):
     with pytest.raises(ZeroDivisionError), attention.rows_of(batch):
         raise ZeroDivisionError
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("way", [FUNCTION, MASK])
+def test_two_models_compute_rows_at_once(way):
+    """Two trainers in two threads: each model has the plan of its own rows."""
+    masks = {name: ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "eager")}
+    models = [make("gemma3_text", torch.float32) for _ in range(2)]
+    batches = [BATCH(pairs()), BATCH(pairs()[:1])]
+    other = make("gemma3_text", torch.float32)  # has no rows of segments
+    plain = other(torch.arange(2, 12)[None]).logits
+
+    def logits(i):
+        return models[i](**model_inputs(batches[i]), use_cache=False).logits
+
+    def alone(i):
+        with SegmentAttention(models[i], way).rows_of(batches[i]):
+            return logits(i)
+
+    expected = [alone(0), alone(1)]
+    # The first ends before the second.
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(SegmentAttention(models[0], way).rows_of(batches[0]))
+        second.enter_context(SegmentAttention(models[1], way).rows_of(batches[1]))
+        assert torch.equal(logits(0), expected[0])
+        assert torch.equal(other(torch.arange(2, 12)[None]).logits, plain)
+        first.close()
+        assert torch.equal(logits(1), expected[1])
+    assert all(ALL_MASK_ATTENTION_FUNCTIONS[name] is masks[name] for name in masks)
 
 
 def test_other_batches_are_left_alone():
