@@ -1,7 +1,7 @@
 """`verify`: whether fastpref computes the right log-probs of a model, and whether a run can start.
 
 data -> a sample of rows, tokenised and collated as in training
-     -> token log-probs of fastpref (paths.py) -> checks before the first step (start.py)
+     -> token log-probs of fastpref (logp_paths.py) -> checks before the first step (first_step.py)
      -> of the first pairs: sequence log-probs of fastpref, eager torch and TRL against float64
      -> the model's structure (structure.py) -> findings, the worst first
 
@@ -29,9 +29,9 @@ from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import preference_loss
 from fastpref.progress import watched
-from fastpref.quality import paths, start, structure
+from fastpref.quality import first_step, logp_paths, model_structure
 from fastpref.quality.findings import LEVELS, Finding
-from fastpref.quality.start import Check, PairLogps
+from fastpref.quality.first_step import Check, PairLogps
 from fastpref.quality.verified import PathError, Verification
 
 ROWS, COMPARED = 16, 2
@@ -99,8 +99,10 @@ def verify(
     out = Verification(dtype, "float64", len(examples), sum(len(groups[i]) for i in few))
     run.check_start(out, max_length, truncation_mode == "keep_start")
     run.compare(out)
-    out.findings += structure.check_tied_head(model) + structure.adapter_initialisation(model)
-    out.findings += structure.check_router(model, batches[0])
+    out.findings += model_structure.check_tied_head(model) + model_structure.adapter_initialisation(
+        model
+    )
+    out.findings += model_structure.check_router(model, batches[0])
     out.findings.sort(key=lambda finding: LEVELS.index(finding.level))
     return out
 
@@ -137,12 +139,12 @@ class _Run:
         for batch, logps in zip(self.batches, self.tokens, strict=True):
             size, done = len(batch["input_ids"]) // 2, len(pairs)
             numbers = [example["row"] for example in self.examples[done : done + size]]
-            pairs += start.pairs_of(batch, logps, numbers, keep_start)
+            pairs += first_step.pairs_of(batch, logps, numbers, keep_start)
         narrow = next(self.model.parameters()).dtype.itemsize < 4
         found = [
-            start.check_labels(pairs, self.examples, max_length, keep_start),
-            start.check_prompts(pairs),
-            start.check_parting(pairs, 0.25 if narrow else 2e-3),
+            first_step.check_labels(pairs, self.examples, max_length, keep_start),
+            first_step.check_prompts(pairs),
+            first_step.check_parting(pairs, 0.25 if narrow else 2e-3),
         ]
         names = (
             "labels are the answers' tokens",
@@ -154,8 +156,8 @@ class _Run:
             out.checks.append(Check(name, not findings, said))
             out.findings += findings
         self._check_step(out, narrow)
-        out.findings += start.check_beginnings(pairs)
-        one_sided, figures = start.check_sides(pairs)
+        out.findings += first_step.check_beginnings(pairs)
+        one_sided, figures = first_step.check_sides(pairs)
         out.findings += one_sided
         out.figures |= figures
 
@@ -220,7 +222,7 @@ class _Run:
         text = f"{loss:.6g}, of equal log-probs {expected:.6g}"
         close = abs(loss - expected) <= max(1e-3, 0.5 * limit) * max(1.0, abs(expected))
         out.checks.append(Check(f"the first loss ({self._name()})", close, text))
-        out.findings += start.check_batch_means(margins, 8)
+        out.findings += first_step.check_batch_means(margins, 8)
         if same and close:
             return
         cause = likely_cause(
@@ -265,7 +267,7 @@ class _Run:
     # ---- against exact log-probs ----
 
     def compare(self, out: Verification) -> None:
-        exact_model, out.exact = paths.widened(self.model)
+        exact_model, out.exact = logp_paths.widened(self.model)
         if exact_model is None:
             reason = f"{out.exact}, so that nothing counts as exact"
             out.left_out = dict.fromkeys(("fastpref", "eager", "TRL"), reason)
@@ -275,7 +277,7 @@ class _Run:
         except (RuntimeError, TypeError) as error:  # products of experts have no float64
             if out.exact != "float64":
                 raise
-            exact_model, out.exact = paths.widened(self.model, torch.float32)
+            exact_model, out.exact = logp_paths.widened(self.model, torch.float32)
             out.left_out["float64"] = f"the model cannot compute in it ({_first_line(error)})"
             if exact_model is None:
                 return
@@ -284,24 +286,24 @@ class _Run:
         ours = _sums([self.batches[i] for i in self.few], [self.tokens[i] for i in self.few])
         out.errors["fastpref"] = self._error(ours, exact)
         name = f"eager ({out.dtype})"
-        eager = self._way(f"Log-probs of {name}", paths.plain_logps, self.model)
+        eager = self._way(f"Log-probs of {name}", logp_paths.plain_logps, self.model)
         out.errors[name] = self._error(eager, exact)
-        if (missing := paths.why_no_trl()) is not None:
+        if (missing := logp_paths.why_no_trl()) is not None:
             out.left_out["TRL"] = missing
         else:
-            with paths.with_trl_head(self.model):
-                theirs = self._way("Log-probs of TRL", paths.trl_logps, self.model)
+            with logp_paths.with_trl_head(self.model):
+                theirs = self._way("Log-probs of TRL", logp_paths.trl_logps, self.model)
             out.errors["TRL"] = self._error(theirs, exact)
         self._judge(out)
 
     def _exact(self, model: Any, dtype: str) -> Tensor:
-        with paths.computing_in(dtype):
-            return self._way(f"Exact log-probs in {dtype}", paths.plain_logps, model)
+        with logp_paths.computing_in(dtype):
+            return self._way(f"Exact log-probs in {dtype}", logp_paths.plain_logps, model)
 
     def _way(self, what: str, function: Any, model: Any) -> Tensor:
         """The sequence log-probs [2, P] of the compared pairs."""
         batches = [self.batches[i] for i in self.few]
-        parts = self._watched(what, paths.each(function, model, batches), len(batches))
+        parts = self._watched(what, logp_paths.each(function, model, batches), len(batches))
         sides = [part.double().chunk(2) for part in parts]
         return torch.stack([torch.cat(side) for side in zip(*sides, strict=True)])
 

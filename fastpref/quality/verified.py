@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastpref.quality.findings import LEVELS, Finding
-from fastpref.quality.start import Check
+from fastpref.quality.first_step import Check
 
 
 @dataclass

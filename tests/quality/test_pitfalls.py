@@ -257,7 +257,7 @@ def test_16_keys_of_tool_calls_that_arrow_has_merged():
 
 
 def test_17_a_margin_whose_sign_depends_on_batches():
-    from fastpref.quality.start import check_batch_means
+    from fastpref.quality.first_step import check_batch_means
 
     margins = torch.tensor([-0.1] * 8 + [0.5])
     (finding,) = check_batch_means(margins, 8)

@@ -14,7 +14,7 @@ import oracle
 from support import tiny
 
 from fastpref.data.collate import PreferenceCollator
-from fastpref.quality import paths, verify
+from fastpref.quality import logp_paths, verify
 
 ROWS = 24
 
@@ -56,10 +56,10 @@ def test_the_exact_log_probs_are_those_of_float64(tokenizer):
     result = PreferenceCollator(0, 64)(
         [{"prompt_ids": [6, 7], "chosen_ids": [8, 9, 10], "rejected_ids": [11]}]
     )
-    wide, name = paths.widened(model)
+    wide, name = logp_paths.widened(model)
     assert name == "float64"
-    with paths.computing_in(name), torch.no_grad():
-        exact = paths.plain_logps(wide, result)
+    with logp_paths.computing_in(name), torch.no_grad():
+        exact = logp_paths.plain_logps(wide, result)
         hidden = wide.model(result["input_ids"][:1]).last_hidden_state[0]
         weight = wide.lm_head.weight
     expected = oracle.linear_logps(hidden[1:4], weight.detach(), torch.tensor([8, 9, 10]))
