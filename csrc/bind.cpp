@@ -5,6 +5,7 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "column_choice.h"
 #include "columns.h"
 #include "product.h"
 #include "tile.h"
@@ -129,6 +130,26 @@ PYBIND11_MODULE(MODULE, m) {
                      at<float>(row_sums)};
         py::gil_scoped_release release;
         column_sums(s, threads);
+    });
+    m.def("choose_columns", [](Address squares, Address distance, int64_t cols, Address labels,
+                               int64_t rows, double wanted, double head_wanted, double tolerance,
+                               double head_tolerance, uint64_t state, Address index, Address factor) {
+        ColumnChoice s{at<float>(squares),
+                       at<float>(distance),
+                       cols,
+                       at<int64_t>(labels),
+                       rows,
+                       {wanted, head_wanted},
+                       {tolerance, head_tolerance},
+                       state,
+                       at<int64_t>(index),
+                       at<float>(factor)};
+        ColumnCounts found;
+        {
+            py::gil_scoped_release release;
+            found = choose_columns(s);
+        }
+        return py::make_tuple(found.count, found.kept, found.variance[0], found.variance[1]);
     });
     m.def("gather_columns", [](Address d, int dtype, int64_t rows, int64_t stride, Address index,
                                int64_t count, int64_t kept, Address factor, Address mean, Address row_sums,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpref.backends.column_choice import choose_columns
 from fastpref.backends.columns import (
     column_sums,
     gather_columns,

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastpref.backends.column_choice import choose_columns
 from fastpref.backends.columns import (
     column_sums,
     gather_columns,

@@ -16,50 +16,27 @@ from torch import Tensor
 
 from fastpref.backends import gemm
 from fastpref.backends.gemm import scale_rows
+from fastpref.backends.native_columns import (
+    choose_columns,
+    column_sums,
+    gather_columns,
+    gather_rows,
+    weighted_rows,
+)
+from fastpref.backends.native_module import DTYPES as _DTYPES
+from fastpref.backends.native_module import MODULE as _cpu
+from fastpref.backends.native_module import PROBLEM as _PROBLEM
+from fastpref.backends.native_module import rows_of as _rows
+from fastpref.backends.native_module import threads as _threads
+from fastpref.backends.native_module import vector as _vector
 from fastpref.backends.processor import bf16_is_fast
 from fastpref.backends.tile import PAIR_FORMS, Stats, Transform, fold_then_grad
-
-_cpu: Any = None
-_PROBLEM: str | None = None
-try:
-    from fastpref import _cpu  # type: ignore[no-redef]
-except ImportError as error:
-    _PROBLEM = (
-        f"fastpref._cpu is not built ({error}); install a C++ compiler and run "
-        "pip install --force-reinstall --no-deps fastpref"
-    )
 
 NAME = "native"
 LOGIT_FREE_BY_DEFAULT = True
 PROJECTS_AT_ONCE = True
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CLOSED_FORMS = frozenset(PAIR_FORMS)
-
-
-# Whether the kernels have had threads, and whether those stayed behind in a parent process.
-_had_threads = _lost_threads = False
-
-
-def _note_fork() -> None:
-    global _lost_threads
-    _lost_threads = _had_threads
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def _threads() -> int:
-    """How many threads a kernel takes: torch's number.
-
-    A process that was forked after its parent's kernels had threads takes one: OpenMP would wait
-    for the parent's threads, which it does not have, for ever.
-    """
-    global _had_threads
-    threads = 1 if _lost_threads else torch.get_num_threads()
-    _had_threads = _had_threads or threads > 1
-    return threads
 
 
 def problem() -> str | None:
@@ -84,19 +61,6 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"the native backend has no {str(dtype)[6:]} kernels; use backend='eager'"
     return None
-
-
-def _rows(t: Tensor) -> tuple[int, int]:
-    """Address and row stride of a matrix, whose columns must be adjacent."""
-    assert t.dim() == 2 and t.device.type == "cpu" and (t.stride(1) == 1 or t.shape[1] <= 1)
-    return t.data_ptr(), t.stride(0)
-
-
-def _vector(t: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
-    if t is None:
-        return 0
-    assert t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous()
-    return t.data_ptr()
 
 
 def _tile(tile: Tensor, labels: Tensor, col0: int, transform: Transform) -> tuple:
@@ -325,64 +289,6 @@ def logit_free_forward(
             kernel,
             _threads(),
         )
-
-
-def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `Backend.column_sums`."""
-    rows, cols = d.shape
-    squares, totals, row_sums = (torch.empty(size) for size in (cols, cols, rows))
-    address, stride = _rows(d)
-    sums = map(_vector, (row_scale, squares, totals, row_sums))
-    _cpu.column_sums(address, _DTYPES[d.dtype], rows, cols, stride, *sums, _threads())
-    return squares, totals, row_sums
-
-
-def gather_columns(
-    d: Tensor,
-    index: Tensor,
-    kept: Tensor,
-    factor: Tensor,
-    mean: Tensor,
-    row_sums: Tensor,
-    out: Tensor,
-) -> Tensor:
-    """As `Backend.gather_columns`; the kept columns come first."""
-    assert out.dtype == d.dtype and out.shape == (d.shape[0], index.shape[0] + 1)
-    rest = torch.empty_like(row_sums)
-    address, stride = _rows(d)
-    _cpu.gather_columns(
-        address,
-        _DTYPES[d.dtype],
-        d.shape[0],
-        stride,
-        _vector(index, torch.int64),
-        index.shape[0],
-        int(kept.sum()),
-        *map(_vector, (factor, mean, row_sums)),
-        *_rows(out),
-        _vector(rest),
-        _threads(),
-    )
-    return rest
-
-
-def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
-    """As `Backend.weighted_rows`."""
-    out = torch.empty(weight.shape[1])
-    address, stride = _rows(weight)
-    kind = _DTYPES[weight.dtype]
-    vectors = _vector(q), _vector(out)
-    _cpu.weighted_rows(address, kind, *weight.shape, stride, *vectors, _threads())
-    return out
-
-
-def gather_rows(weight: Tensor, index: Tensor, last: Tensor, out: Tensor) -> None:
-    """As `Backend.gather_rows`."""
-    assert out.is_contiguous() and out.dtype == weight.dtype
-    address, stride = _rows(weight)
-    kind, hidden = _DTYPES[weight.dtype], weight.shape[1]
-    rows = _vector(index, torch.int64), index.shape[0], _vector(last), out.data_ptr()
-    _cpu.gather_rows(address, kind, hidden, stride, *rows, _threads())
 
 
 def pair_loss(

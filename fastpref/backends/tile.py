@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastpref.backends.column_choice import Chosen
 from fastpref.validation import check_number
 
 EXTRAS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
@@ -322,6 +323,18 @@ class Backend(Protocol):
 
         In d's dtype, or in float32 for 16 bits; in one pass over d.
         """
+
+    def choose_columns(
+        self,
+        squares: Tensor,  # [V], of `column_sums`
+        labels: Tensor,  # [n]
+        distance: Tensor,  # [V], of the rows of W from their mean
+        norm: Tensor,  # [], of u squared
+        tolerances: tuple[float | None, float | None],  # of u, of dW
+        state: Tensor,  # [] int64, of `block_hash`
+        count: int | None = None,
+    ) -> Chosen | None:
+        """Which columns of a block of D are kept and drawn; None: all of them are needed."""
 
     def gather_columns(
         self,

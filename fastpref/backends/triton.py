@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpref.backends.column_choice import choose_columns
 from fastpref.backends.columns import (
     gather_columns,
     gather_rows,

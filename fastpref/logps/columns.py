@@ -3,7 +3,7 @@
 D is replaced by a sparse random matrix whose mean is D. For a block of n tokens, W [V, H]:
 
     squares, totals = column_sums(D)          sums over the block of each column of D
-    S, J  = choose(squares, tolerance)        S: the largest columns and all labels; J: drawn from
+    S, J  = choose_columns(squares, ...)      S: the largest columns and all labels; J: drawn from
                                               the others, R, as often as pi [V] on average
     q     = totals[R] / sum(totals[R])        the mean distribution on R
     r     = sum of D[:, R]                    per row
@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.backends.column_choice import HEAD_MARGIN, block_hash
 from fastpref.backends.tile import Backend
-from fastpref.logps.column_choice import HEAD_MARGIN, block_hash, choose
 
 _ROWS = 2048  # of the weight that are widened at a time
 _NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
@@ -150,7 +150,7 @@ class Sampler:
             norm = self._u_norm(d, labels, row_scale, squares)
         state = block_hash(labels, lse, self.seed)
         sizes = squares, labels, self.spread.distance, norm
-        chosen = choose(*sizes, tolerances, state, self.count)
+        chosen = backend.choose_columns(*sizes, tolerances, state, self.count)
         self.multiplied += d.shape[0] * (vocab if chosen is None else chosen.columns.shape[0])
         if chosen is None:
             self._add_all(d, row_scale, u, squares)

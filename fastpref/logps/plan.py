@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from fastpref.backends import native
-from fastpref.logps.column_choice import HEAD_MARGIN
+from fastpref.backends.column_choice import HEAD_MARGIN
 from fastpref.validation import check_number
 
 STRATEGIES = ("auto", "forward-only", "frozen", "stash", "recompute", "mixed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastpref.backends import eager
-from fastpref.logps.column_choice import block_hash, choose, uniforms
+from fastpref.backends.column_choice import block_hash, choose_columns, uniforms
 from fastpref.logps.columns import (
     ColumnBlock,
     ColumnOptions,
@@ -41,7 +41,7 @@ def _block(d, weight, labels, tolerance, seed=0, count=None):
     squares = d.square().sum(0)
     distance = spread(eager, weight, None, d.dtype).distance
     state = block_hash(labels, lse, seed)
-    chosen = choose(squares, labels, distance, norm, (tolerance, None), state, count)
+    chosen = choose_columns(squares, labels, distance, norm, (tolerance, None), state, count)
     return chosen, sampler, u
 
 
@@ -211,3 +211,36 @@ def test_the_oracle_of_these_tests():
     oracle.linear_logps(leaf, weight, labels).sum().backward()
     d = _d(hidden @ weight.t(), labels)
     assert torch.allclose(d @ weight, leaf.grad)
+
+
+@pytest.mark.parametrize("tolerances", [(1e-2, None), (None, 3e-2), (1e-2, 2e-2), (1e-6, None)])
+@pytest.mark.parametrize("shape", ["flat", "peaks", "zeros", "ties", "few", "nan", "inf"])
+def test_the_native_choice_is_torchs(shape, tolerances):
+    """The same columns, factors and variances, to the bit."""
+    from fastpref.backends import native
+
+    if native.problem():
+        pytest.skip(native.problem())
+    torch.manual_seed(3)
+    vocab = 5 if shape == "few" else 3000
+    labels = torch.randint(-1, vocab + 1, (40,))
+    squares = torch.randn(vocab).mul(0 if shape == "flat" else 3).exp().square() * 1e-9
+    if shape == "zeros":
+        squares[torch.rand(vocab) < 0.7] = 0
+    if shape == "ties":
+        squares = squares.round(decimals=9)
+    if shape in ("nan", "inf"):
+        squares[7] = float(shape)
+    distance = torch.rand(vocab) + 0.5
+    norm = (squares * distance.square()).nan_to_num(0, 0, 0).sum() * 1.3
+    state = block_hash(labels, torch.rand(40), 5)
+    arguments = squares, labels, distance, norm, tolerances, state
+    expected, found = (m.choose_columns(*arguments) for m in (eager, native))
+    if shape in ("nan", "inf"):  # torch keeps such a column, where it is the only one
+        assert found is None
+        return
+    assert (expected is None) == (found is None)
+    if shape == "peaks" and tolerances[0] != 1e-6:
+        assert found is not None and 0 < found.kept.sum() < found.columns.numel() < vocab
+    for theirs, ours in zip(expected or (), found or (), strict=True):
+        assert theirs.dtype == ours.dtype and torch.equal(theirs, ours)

@@ -1,4 +1,4 @@
-"""Which columns of a block of D are kept and which are drawn. columns.py multiplies them."""
+"""Which columns of a block of D are kept and which are drawn, in plain torch on any device."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _tails(t: Tensor) -> Tensor:
     return torch.cat([t.flip(0).cumsum(0).flip(0), t.new_zeros(1)])
 
 
-def choose(
+def choose_columns(
     squares: Tensor,  # [V]
     labels: Tensor,  # [n]
     distance: Tensor,  # [V]
@@ -70,7 +70,7 @@ def choose(
     state: Tensor,  # []
     count: int | None = None,
 ) -> Chosen | None:
-    """Which columns of a block are kept and drawn; None: all of them are needed.
+    """As `Backend.choose_columns`.
 
     With pi proportional to s, the roots of the squares, t draws give u a variance of at most
     sum s sum (s distance^2) / t, and D one of (sum s)^2 / t, sums over R. dW is taken to have
