@@ -5,8 +5,12 @@
 // row's normaliser is known; row_scale brings them to it.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "parallel.h"
 #include "product.h"
@@ -24,6 +28,10 @@ constexpr float INF = std::numeric_limits<float>::infinity(),
 // normaliser afterwards. So D stays below 2^LIMIT and row_scale times dlogp is no subnormal number.
 constexpr float OFFSET = 38.8f, LIMIT = 44.4f;
 
+// From how many bytes on D is written past the caches, which are then of no use to the next product. A store
+// to a line that is not cached would read it first.
+constexpr int64_t PAST_CACHES = int64_t(1) << 25;
+
 struct Block {  // of a row: the sum of exponentials relative to base, without the label's
     float base;
     double sum;
@@ -40,6 +48,7 @@ struct Pass {
     int64_t blocks;
     void* d;            // of the column `first` on; or null
     int64_t d_stride, first = 0;
+    bool past_caches = false;  // how D is written
     std::vector<Block> parts;    // [tokens, blocks]
     std::vector<Extras> extras;  // [tokens, blocks], or empty
     std::vector<float> base, target, sums_base;  // [tokens]: target is the label's logit
@@ -72,6 +81,29 @@ template <class T, bool CAP> FP_INLINE void find_bases(Pass& pass, int64_t first
         // Where the label's logit is not finite, every block takes its maximum for base.
         pass.base[row] = std::fabs(z) < INF ? z : -INF;
     }
+}
+
+// d = z, past the caches where d is at a multiple of 16 bytes.
+template <class O> FP_INLINE void stream(O* d, const float* z, int64_t cols) {
+    int64_t j = 0;
+#if defined(__SSE2__)
+    constexpr int64_t WIDTH = 16 / sizeof(O);
+    if (reinterpret_cast<uintptr_t>(d) % 16 == 0)
+        for (O part[WIDTH]; j + WIDTH <= cols; j += WIDTH) {
+            for (int64_t k = 0; k < WIDTH; ++k) store(part + k, z[j + k]);
+            __m128i bytes;
+            std::memcpy(&bytes, part, sizeof bytes);
+            _mm_stream_si128(reinterpret_cast<__m128i*>(d + j), bytes);
+        }
+#endif
+    for (; j < cols; ++j) store(d + j, z[j]);
+}
+
+// Stores past the caches come before what follows.
+inline void streamed() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
 }
 
 // Fold one row of a block of raw logits, and write its part of D.
@@ -112,7 +144,8 @@ FP_INLINE void finish_row(Pass& pass, int64_t row, int64_t col, int64_t cols, fl
         for (int k = 0; k < LANES; ++k) entry(j + k, k);
     for (int k = 0; j < cols; ++j, ++k) entry(j, k);
     if (CAP && 0 <= y && y < cols) z[y] = 0.f;  // 0 * -inf
-    if (d)
+    if (d && pass.past_caches) stream(d, z, cols);
+    else if (d)
         for (j = 0; j < cols; ++j) store(d + j, z[j]);
     double sum = 0;
     for (int k = 0; k < LANES; ++k) sum += lane[k];
@@ -247,6 +280,7 @@ FP_CLONES void block_clone(Pass& pass, int64_t row, int64_t rows, int64_t col, i
                            int64_t stride) {
     for (int64_t i = 0; i < rows; ++i)
         finish_row<O, CAP, EXTRAS>(pass, row + i, col, cols, sums + i * stride);
+    if (pass.past_caches) streamed();
 }
 template <class O, bool CAP> FP_CLONES void d_clone(const Pass& pass, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) finish_d<O, CAP>(pass, row);
@@ -296,6 +330,7 @@ template <class T, bool CAP> void run(const LogitFree& head, const MicroKernel& 
         block(pass, row, rows, pass.first + col, cols, sums, stride);
     };
     if (head.u) return project<T, CAP>(pass, finish, kernel, threads);
+    pass.past_caches = head.d && head.tokens * head.vocab * int64_t(sizeof(T)) >= PAST_CACHES;
     product({head.x, head.weight, head.tokens, head.vocab, head.hidden, nullptr, Dtype::f32, 0, &finish},
             kernel, threads);
     parallel_ranges(head.tokens, threads,
