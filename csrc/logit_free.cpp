@@ -5,16 +5,14 @@
 // row's normaliser is known; row_scale brings them to it.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "parallel.h"
 #include "product.h"
 #include "row.h"
+#include "stream.h"
 
 namespace fastpref {
 namespace {
@@ -27,10 +25,6 @@ constexpr float INF = std::numeric_limits<float>::infinity(),
 // label's probability is then below 2^-120) takes its maximum for base, and the whole row is brought to its
 // normaliser afterwards. So D stays below 2^LIMIT and row_scale times dlogp is no subnormal number.
 constexpr float OFFSET = 38.8f, LIMIT = 44.4f;
-
-// From how many bytes on D is written past the caches, which are then of no use to the next product. A store
-// to a line that is not cached would read it first.
-constexpr int64_t PAST_CACHES = int64_t(1) << 25;
 
 struct Block {  // of a row: the sum of exponentials relative to base, without the label's
     float base;
@@ -83,29 +77,6 @@ template <class T, bool CAP> FP_INLINE void find_bases(Pass& pass, int64_t first
     }
 }
 
-// d = z, past the caches where d is at a multiple of 16 bytes.
-template <class O> FP_INLINE void stream(O* d, const float* z, int64_t cols) {
-    int64_t j = 0;
-#if defined(__SSE2__)
-    constexpr int64_t WIDTH = 16 / sizeof(O);
-    if (reinterpret_cast<uintptr_t>(d) % 16 == 0)
-        for (O part[WIDTH]; j + WIDTH <= cols; j += WIDTH) {
-            for (int64_t k = 0; k < WIDTH; ++k) store(part + k, z[j + k]);
-            __m128i bytes;
-            std::memcpy(&bytes, part, sizeof bytes);
-            _mm_stream_si128(reinterpret_cast<__m128i*>(d + j), bytes);
-        }
-#endif
-    for (; j < cols; ++j) store(d + j, z[j]);
-}
-
-// Stores past the caches come before what follows.
-inline void streamed() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
-
 // Fold one row of a block of raw logits, and write its part of D.
 template <class O, bool CAP, bool EXTRAS>
 FP_INLINE void finish_row(Pass& pass, int64_t row, int64_t col, int64_t cols, float* z) {
@@ -144,9 +115,17 @@ FP_INLINE void finish_row(Pass& pass, int64_t row, int64_t col, int64_t cols, fl
         for (int k = 0; k < LANES; ++k) entry(j + k, k);
     for (int k = 0; j < cols; ++j, ++k) entry(j, k);
     if (CAP && 0 <= y && y < cols) z[y] = 0.f;  // 0 * -inf
-    if (d && pass.past_caches) stream(d, z, cols);
-    else if (d)
+    if (d && pass.past_caches) {
+        if constexpr (std::is_same_v<O, float>) {
+            stream(d, z, cols);
+        } else {
+            O part[COLUMN_BLOCK];
+            for (j = 0; j < cols; ++j) store(part + j, z[j]);
+            stream(d, part, cols);
+        }
+    } else if (d) {
         for (j = 0; j < cols; ++j) store(d + j, z[j]);
+    }
     double sum = 0;
     for (int k = 0; k < LANES; ++k) sum += lane[k];
     pass.parts[size_t(at)] = {base, sum};

@@ -5,12 +5,14 @@
 
 #include "parallel.h"
 #include "row.h"
+#include "stream.h"
 #include "tile.h"
 
 namespace fastpref {
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t PART = 1024;  // entries of a gradient that stay in the first cache
 
 // Sums relative to another maximum.
 template <bool EXTRAS> FP_INLINE void move(Sums& s, float from, float to) {
@@ -92,10 +94,12 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
     }
 }
 
-// Reads LANES logits into registers before it writes LANES gradients: out may lie over the tile.
+// out may lie over the tile: an entry is written no earlier than it is read, and no later one is read there.
 template <class T, class O, bool CAP, bool ENTROPY>
 FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t out_stride,
                          int64_t r0, int64_t r1) {
+    const int64_t bytes = t.rows * t.cols * int64_t(sizeof(O));
+    const bool past_caches = out != t.data && bytes >= PAST_CACHES;
     for (int64_t r = r0; r < r1; ++r) {
         const T* x = static_cast<const T*>(t.data) + r * t.stride;
         O* o = static_cast<O*>(out) + r * out_stride;
@@ -119,14 +123,21 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
         };
         bool hit = 0 <= y && y < t.cols;
         float at_label = hit ? entry(load(x + y), true) : 0.f;  // before its cell is overwritten
-        int64_t j = 0;
-        for (; j + LANES <= t.cols; j += LANES) {
-            float raw[LANES];
-            for (int k = 0; k < LANES; ++k) raw[k] = load(x + j + k);
-            for (int k = 0; k < LANES; ++k) raw[k] = entry(raw[k], false);
-            for (int k = 0; k < LANES; ++k) store(o + j + k, raw[k]);
+        auto write = [&](O* to, int64_t first, int64_t last) FP_INLINE_LAMBDA {
+            FP_IVDEP
+            for (int64_t j = first; j < last; ++j) store(to + (j - first), entry(load(x + j), false));
+        };
+        if (past_caches) {
+            O part[PART];
+            for (int64_t j = 0; j < t.cols; j += PART) {
+                const int64_t end = j + PART < t.cols ? j + PART : t.cols;
+                write(part, j, end);
+                stream(o + j, part, end - j);
+            }
+            streamed();
+        } else {
+            write(o, 0, t.cols);
         }
-        for (; j < t.cols; ++j) store(o + j, entry(load(x + j), false));
         if (hit) store(o + y, at_label);
     }
 }

@@ -13,6 +13,15 @@
 #define FP_PREFETCH(P) (void)(P)
 #endif
 
+// Before a loop: no iteration reads what an earlier one writes, so that it may be vectorised.
+#if defined(__clang__)
+#define FP_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define FP_IVDEP _Pragma("GCC ivdep")
+#else
+#define FP_IVDEP
+#endif
+
 // One function body, compiled for each instruction set and chosen by the loader. It crashes under
 // ThreadSanitizer and is untried with clang; they get the body for the compiler's default target.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \

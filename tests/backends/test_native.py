@@ -275,29 +275,6 @@ def test_the_names_of_the_losses():
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_d_is_written_past_the_caches(dtype):
-    """From 32 MiB on: the same bits as in parts, which are smaller."""
-    torch.manual_seed(0)
-    n, vocab = (72, 120_003) if dtype == torch.float32 else (144, 120_003)
-    x, weight = torch.randn(n, 8).to(dtype), torch.randn(vocab, 8).to(dtype)
-    labels = torch.randint(vocab, (n,))
-    stride = -(-vocab // 16) * 16
-    found = []
-    for step in (n, n // 4):
-        d, scale = torch.full((n, stride), 7.0, dtype=dtype), torch.empty(n)
-        stats = Stats.empty(n, x.device, torch.float32, ())
-        for a in range(0, n, step):
-            part = slice(a, a + step)
-            head = x[part], weight, labels[part], None, stats.rows(a, a + step), Transform()
-            native.logit_free_forward(*head, d[part, :vocab], scale[part])
-        assert (d[:, vocab:] == 7).all()
-        found.append((d, scale, stats.logps, stats.lse))
-    assert found[0][0].nbytes >= 2**25
-    assert all(torch.equal(whole, parts) for whole, parts in zip(*found, strict=True))
-
-
-@needs_native
 def test_a_kernel_that_is_not_there():
     with pytest.raises(ValueError, match="no kernel named sse9"):
         _product(torch.zeros(2, 3), torch.zeros(2, 3), "sse9", torch.float32)

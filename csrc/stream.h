@@ -1,0 +1,39 @@
+// Writing past the caches. A store to a line that is not cached reads the line first, and takes the place of
+// others.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "vec.h"
+
+namespace fastpref {
+
+// From how many bytes on an output is written past the caches: it would not stay in them.
+constexpr int64_t PAST_CACHES = int64_t(1) << 25;
+
+// to = from; past the caches where `to` is at a multiple of 16 bytes.
+template <class T> FP_INLINE void stream(T* to, const T* from, int64_t count) {
+    int64_t j = 0;
+#if defined(__SSE2__)
+    constexpr int64_t WIDTH = 16 / sizeof(T);
+    if (reinterpret_cast<uintptr_t>(to) % 16 == 0)
+        for (; j + WIDTH <= count; j += WIDTH) {
+            __m128i bytes;
+            std::memcpy(&bytes, from + j, sizeof bytes);
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), bytes);
+        }
+#endif
+    for (; j < count; ++j) to[j] = from[j];
+}
+
+// What was streamed comes before what this thread writes from here on.
+inline void streamed() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace fastpref
