@@ -20,7 +20,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref" / "tests"
+
+
+def _folder() -> Path:
+    """Of the user, or of the clone where the user's cache cannot be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref" / "tests"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return ROOT / "build" / "outcomes"
+    return cache if os.access(cache, os.W_OK) else ROOT / "build" / "outcomes"
+
+
+FOLDER = _folder()
 KEPT = 6  # of each name, so that clones with different sources do not undo each other's
 
 
