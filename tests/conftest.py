@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections import defaultdict
 
@@ -19,6 +20,8 @@ from fastpref import backends
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is not to wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if line_coverage.ON:
         config.pluginmanager.register(line_coverage)
     config.addinivalue_line(
@@ -43,7 +46,10 @@ def pytest_collection():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol():
     with own_warnings.failing():
-        return (yield)
+        result = yield
+    if len(sys.modules) > _frozen_modules + 100:  # TRL, the compiler of torch, ...
+        _freeze()
+    return result
 
 
 def _dtypes(params) -> list[torch.dtype]:
@@ -70,13 +76,26 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
     items[:] = [item for item in items if item not in gone]
+    # Compilers come first, so that no worker ends with one while the others have nothing to do.
+    quick = {item.path for item in items if item.get_closest_marker("slow") is None}
+    items.sort(key=lambda item: item.path in quick)
+
+
+_frozen_modules = 0  # that were imported when objects were frozen last
+
+
+def _freeze() -> None:
+    """The libraries' objects leave the garbage collector's lists: each of the many hundred
+    collections of a run, which trainers and benchmarks ask for, would look at a million of them
+    again."""
+    global _frozen_modules
+    gc.collect()
+    gc.freeze()
+    _frozen_modules = len(sys.modules)
 
 
 def pytest_collection_finish():
-    """The libraries' objects leave the garbage collector's lists: each of the several hundred
-    collections of a run, which the benchmarks ask for, would look at a million of them again."""
-    gc.collect()
-    gc.freeze()
+    _freeze()
 
 
 def pytest_unconfigure():

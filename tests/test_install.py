@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import kept_compiler
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,14 +100,17 @@ def _use(wheel: Path, target: Path, backend: str) -> str:
     return _run(*command, cwd=target.parent, PYTHONPATH=str(target))
 
 
-def _compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def test_wheel(tree, tmp_path):
-    if not _compiler():
+    compiler = _compiler()
+    if compiler is None:
         pytest.skip("no C++ compiler")
-    wheel = _wheel(tree, tmp_path / "wheel")
+    kept = kept_compiler.script(tmp_path, compiler)
+    wheel = _wheel(tree, tmp_path / "wheel", CC=kept, CXX=kept)
     names = zipfile.ZipFile(wheel).namelist()
     assert any(n.startswith("fastpref/_cpu.") for n in names)
     assert {"fastpref/py.typed", "fastpref/backends/native.py", "fastpref/kernels/__init__.py"} <= {

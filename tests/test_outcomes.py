@@ -26,7 +26,25 @@ def test_once_for_the_same_inputs(made, tmp_path):
     assert ask("-O3", source) == 2
     source.write_text("two")
     assert ask("-O3", source) == 3
-    assert len(calls) == 3 and len(list(outcomes.FOLDER.glob("*.json"))) == 1
+    assert len(calls) == 3
+
+
+def test_the_last_few_of_a_name_stay(made):
+    """Each clone may have sources of its own."""
+    ask, calls = made
+    for i in range(outcomes.KEPT + 2):
+        ask(i)
+        ask(0)
+    assert len(calls) == outcomes.KEPT + 2
+    assert len(list(outcomes.FOLDER.glob("*.json.gz"))) == outcomes.KEPT
+
+
+def test_the_folder_of_a_clone_does_not_count(made, monkeypatch, tmp_path):
+    ask, calls = made
+    for clone in ("one", "two"):
+        monkeypatch.setattr(outcomes, "ROOT", tmp_path / clone)
+        ask(["c++", f"-I{tmp_path / clone}/csrc"])
+    assert len(calls) == 1
 
 
 def test_a_failure_is_not_kept(made):

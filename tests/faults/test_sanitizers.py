@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import outcomes
 import pytest
 import reliability
 from paths import ROOT, TESTS
+
+from fastpref.backends.processor import read_processor
 
 SOURCES = [TESTS / "support" / "sanitized_main.cpp"]
 SOURCES += [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if path.name != "bind.cpp"]
@@ -20,7 +23,8 @@ SANITIZERS = reliability.sized(["thread", "address,undefined"], ["thread"])
 @pytest.mark.skipif(sys.platform != "linux", reason="of gcc on Linux")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_eight_threads(tmp_path, sanitizer):
-    """Without OpenMP, whose libgomp ThreadSanitizer does not understand: with std::threads."""
+    """Without OpenMP, whose libgomp ThreadSanitizer does not understand: with std::threads. The
+    program is compiled once for the same sources, and runs each time."""
     compiler, program = shutil.which("g++"), tmp_path / "program"
     if compiler is None:
         pytest.skip("no g++")
@@ -28,12 +32,25 @@ def test_eight_threads(tmp_path, sanitizer):
     command = [
         compiler, "-std=c++17", reliability.sized("-O1", "-O0"), "-g", f"-fsanitize={sanitizer}",
         "-fno-sanitize-recover=undefined", "-DFASTPREF_NO_CLONES", *arch, "-pthread",
-        f"-I{ROOT / 'csrc'}", *map(str, SOURCES), "-o", str(program),
+        f"-I{ROOT / 'csrc'}", *map(str, SOURCES),
     ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    if built.returncode and "cannot find" in built.stderr:
+    said = []
+
+    def build(path):
+        done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True)
+        said.append(done.stderr)
+        path.touch()
+        return done.returncode == 0
+
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    headers = [*(ROOT / "csrc").glob("*.h"), *(TESTS / "support").glob("*.h")]
+    inputs = [command, version, read_processor(), *SOURCES, *sorted(headers)]
+    with outcomes.kept(f"sanitized {sanitizer}", "program", inputs, build) as path:
+        shutil.copy(path, program)  # with its permissions
+    failed = program.stat().st_size == 0
+    if failed and "cannot find" in said[0]:
         pytest.skip(f"g++ has no {sanitizer} sanitizer here")
-    assert built.returncode == 0, built.stderr[-3000:]
+    assert not failed, said[0][-3000:]
     # Its shadow memory has fixed places, which random addresses may take.
     fixed = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
     done = subprocess.run([*fixed, str(program)], capture_output=True, text=True)

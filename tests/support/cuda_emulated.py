@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -20,6 +19,8 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import outcomes
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "support" / "cuda_emulate"
@@ -35,17 +36,10 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def _key(command: list[str]) -> str:
-    digest = hashlib.sha256(repr((command, sys.version)).encode())
-    for folder in (CSRC, CSRC / "cuda", HERE):
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".h", ".cu", ".cpp"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def build() -> Path:
-    """The module's file. Raises RuntimeError with the compiler's words."""
+@contextlib.contextmanager
+def build() -> Iterator[Path]:
+    """The module's file, as long as the context lasts. Raises RuntimeError with the compiler's
+    words."""
     import pybind11
 
     folders = [CSRC, CSRC / "cuda", HERE, pybind11.get_include(), sysconfig.get_path("include")]
@@ -53,37 +47,26 @@ def build() -> Path:
     compiler = _compiler()
     assert compiler is not None
     command = [compiler, *FLAGS, "-DFASTPREF_EMULATE", "-DMODULE=_cuda", *include]
-    out = ROOT / "build" / f"cuda_emulated-{_key(command)}.so"
-    if out.exists():
-        return out
-    out.parent.mkdir(exist_ok=True)
-    with _one_at_a_time(out.parent), tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        if out.exists():
-            return out
 
-        def compiled(source: str) -> str:
-            built = f"{scratch}/{source}.o"
-            _run([*command, "-x", "c++", "-c", str(CSRC / "cuda" / source), "-o", built])
-            return built
+    def write(out: Path) -> bool:
+        with tempfile.TemporaryDirectory() as scratch:
 
-        with ThreadPoolExecutor(2) as pool:
-            parts = list(pool.map(compiled, nvcc_build.SOURCES))
-        _run([compiler, "-shared", *parts, "-o", f"{scratch}/module.so"])
-        for old in out.parent.glob("cuda_emulated-*.so"):
-            if old != out:  # of other sources
-                old.unlink(missing_ok=True)
-        os.replace(f"{scratch}/module.so", out)
-    return out
+            def compiled(source: str) -> str:
+                built = f"{scratch}/{source}.o"
+                _run([*command, "-x", "c++", "-c", str(CSRC / "cuda" / source), "-o", built])
+                return built
 
+            with ThreadPoolExecutor(2) as pool:
+                parts = list(pool.map(compiled, nvcc_build.SOURCES))
+            _run([compiler, "-shared", *parts, "-o", str(out)])
+        return True
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Among processes: the workers of one run of the tests wait for the first one's module."""
-    import fcntl
-
-    with open(folder / "cuda_emulated.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    inputs = [command, version, pybind11.__version__, sys.version]
+    for folder in (CSRC, CSRC / "cuda", HERE):
+        inputs += sorted(p for p in folder.iterdir() if p.suffix in (".h", ".cu", ".cpp"))
+    with outcomes.kept("cuda emulated", "so", inputs, write) as path:
+        yield path
 
 
 def _run(command: list[str]) -> None:
@@ -101,10 +84,11 @@ def install() -> str | None:
         return "the emulation of CUDA needs a C++ compiler and pybind11"
     from fastpref.backends import cuda_module
 
-    spec = importlib.util.spec_from_file_location("_cuda", build())
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with build() as path:
+        spec = importlib.util.spec_from_file_location("_cuda", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     cuda_module.MODULE, cuda_module.PROBLEM = module, None
     cuda_module.ready.cache_clear()
     cuda_module.clusters_of.cache_clear()

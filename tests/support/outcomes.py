@@ -1,23 +1,39 @@
-"""Outcomes of compilers, kept in build/outcomes by what they were made from.
+"""Outcomes of compilers, kept in the user's cache by what they were made from.
 
     found = outcomes.once("fold.cu sm_90", [command, *sources], make)
 
 `make()` runs once for the same inputs, whichever process of the tests comes first. The others wait
-for it and read the result.
+for it and read the result. The clones of a user share the outcomes, as they share pip's: those of
+an unchanged source take a compiler a third of the time of all tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "build" / "outcomes"
+
+
+def _folder() -> Path:
+    """Of the user, or of the clone where the user's cache cannot be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref" / "tests"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return ROOT / "build" / "outcomes"
+    return cache if os.access(cache, os.W_OK) else ROOT / "build" / "outcomes"
+
+
+FOLDER = _folder()
+KEPT = 6  # of each name, so that clones with different sources do not undo each other's
 
 
 def once(
@@ -30,25 +46,52 @@ def once(
 
     inputs: all that the outcome depends on; a Path stands for the file's bytes.
     """
-    kept = FOLDER / f"{name}.{_digest(inputs)}.json"
-    with _one_at_a_time(FOLDER / f"{name}.lock"):
-        if kept.exists():
-            return json.loads(kept.read_text())
+
+    def write(path: Path) -> bool:
         found = make()
-        text = json.dumps(found)
-        if not failed(found):
-            for old in FOLDER.glob(f"{name}.*.json"):  # of other inputs
+        path.write_bytes(gzip.compress(json.dumps(found).encode(), 1))
+        return not failed(found)
+
+    with kept(name, "json.gz", inputs, write) as path:
+        return json.loads(gzip.decompress(path.read_bytes()))
+
+
+@contextlib.contextmanager
+def kept(
+    name: str, ending: str, inputs: Sequence[object], write: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """A file that `write(path)` makes once for the same inputs; it stays while the context lasts.
+
+    write: returns whether the file is kept for others.
+    """
+    path = FOLDER / f"{name}.{_digest(inputs)}.{ending}"
+    with _one_at_a_time(FOLDER / f"{name}.lock"):
+        stays = path.exists()
+        if stays:
+            path.touch()  # what was asked for last is the last to go
+        else:
+            part = FOLDER / f"{name}.part"
+            stays = write(part)
+            os.replace(part, path)
+            alike = sorted(FOLDER.glob(f"{name}.*.{ending}"), key=lambda p: p.stat().st_mtime)
+            for old in alike[:-KEPT]:
                 old.unlink()
-            part = kept.with_suffix(".part")
-            part.write_text(text)
-            os.replace(part, kept)
-    return json.loads(text)
+        try:
+            yield path
+        finally:
+            if not stays:
+                path.unlink()
 
 
 def _digest(inputs: Sequence[object]) -> str:
+    """The same in each clone, whose folder and environment are left out of paths."""
     hashed = hashlib.sha256()
     for each in inputs:
-        hashed.update(each.read_bytes() if isinstance(each, Path) else repr(each).encode())
+        if isinstance(each, Path):
+            hashed.update(each.read_bytes())
+        else:
+            text = repr(each).replace(sys.prefix, "").replace(str(ROOT), "")
+            hashed.update(text.encode())
         hashed.update(b"\0")
     return hashed.hexdigest()[:16]
 

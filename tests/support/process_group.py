@@ -17,7 +17,7 @@ from typing import Any
 
 import forked
 
-_SECONDS = 120
+_SECONDS = 600
 
 
 def run(function: Callable[..., Any], processes: int, path: Path, *arguments: Any) -> list[Any]:

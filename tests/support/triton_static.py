@@ -119,7 +119,7 @@ class Built(dict):
 
 def build(name: str, jobs: list[Job], timeout: float = 900.0) -> dict[str, Built]:
     """Compile every job in one subprocess, once for the same kernels and compiler; the results by
-    the jobs' names. name: of the outcome in build/outcomes."""
+    the jobs' names. name: of the outcome that is kept."""
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names), "two jobs of one name"
     given = json.dumps([dataclasses.asdict(job) for job in jobs])

@@ -1,4 +1,4 @@
-"""Run by test_launch.py through `accelerate launch` on CPUs: a training, and one that fails."""
+"""Run by test_launch.py through `accelerate launch` on CPUs: a training, then one that fails."""
 
 from __future__ import annotations
 
@@ -27,24 +27,28 @@ class Failing(PreferenceTrainer):
         return super().training_step(*args, **kwargs)
 
 
+def train(kind: type[PreferenceTrainer], folder: Path, name: str) -> PreferenceTrainer:
+    config = PreferenceConfig(
+        str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
+        logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        prefix_sharing=True,
+    )  # fmt: skip
+    t = kind(
+        str(folder / "model"), args=config, train_dataset=tiny.rows(12),
+        processing_class=tiny.tokenizer(),
+    )  # fmt: skip
+    t.train()
+    t.save_model(str(folder / name))
+    return t
+
+
 def main(folder: Path, fails: bool) -> None:
     faulthandler.dump_traceback_later(120, exit=True)  # says where a process waits for ever
     torch.set_num_threads(1)
     disable_progress_bars()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp_on_cpu.enable_launched()
-    config = PreferenceConfig(
-        str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
-        logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-        prefix_sharing=True,
-    )  # fmt: skip
-    kind = Failing if fails else PreferenceTrainer
-    t = kind(
-        str(folder / "model"), args=config, train_dataset=tiny.rows(12),
-        processing_class=tiny.tokenizer(),
-    )  # fmt: skip
-    t.train()
-    t.save_model(str(folder / "trained"))
+    t = train(PreferenceTrainer, folder, "trained")
     if t.is_world_process_zero():
         found = {
             "losses": [line["loss"] for line in tiny.history(t)],
@@ -52,6 +56,8 @@ def main(folder: Path, fails: bool) -> None:
             "processes": t.args.world_size,
         }
         (folder / "found.json").write_text(json.dumps(found))
+    if fails:
+        train(Failing, folder, "failing")
 
 
 if __name__ == "__main__":

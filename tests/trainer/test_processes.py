@@ -1,31 +1,15 @@
 """Two processes find what one finds: evaluation, references, predictions, and the rows of a resumed
 run."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
+import process_group
 import pytest
-from paths import search_path
 
 pytest.importorskip("transformers")
 
 import torch  # noqa: E402
 import two_processes  # noqa: E402
 from test_evaluation import UNSTABLE, assert_alike  # noqa: E402
-
-HERE = Path(__file__).parent
-
-
-def launch(script, path):
-    """A script of this folder in two processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(HERE / script), str(path)]
-    env = {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +18,7 @@ def found(tmp_path_factory):
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo")
     path = tmp_path_factory.mktemp("two")
-    run = launch("two_processes.py", path)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    return [json.loads((path / f"found-{rank}.json").read_text()) for rank in range(2)]
+    return process_group.run(two_processes.found, 2, path / "group", str(path))
 
 
 def test_an_evaluation_before_the_training_leaves_the_processes_in_step(found):

@@ -44,14 +44,14 @@ LOSSES = {
 
 
 def outcome(tmp_path, name, make=trainer, rows=tiny.rows, **options):
-    """The figures of a run of 20 steps with evaluations, its weights, and predictions.
+    """The figures of a run of 8 steps with evaluations, its weights, and predictions.
 
     With Adam's usual epsilon, weights whose gradient is rounding alone take steps of full length.
     """
     options = {"adam_epsilon": 1e-6, **options}
     t = make(
-        tmp_path / name, max_steps=20, eval_dataset=rows(10, seed=3), eval_strategy="steps",
-        eval_steps=10, **options,
+        tmp_path / name, max_steps=8, eval_dataset=rows(10, seed=3), eval_strategy="steps",
+        eval_steps=4, **options,
     )  # fmt: skip
     t.train()
     figures = [

@@ -1,9 +1,9 @@
 """Signals during an evaluation, and while reference log-probs are computed."""
 
-import json
 import os
 import signal
 
+import process_group
 import pytest
 import tiny
 import torch
@@ -195,13 +195,11 @@ def test_signals_are_left_alone_if_they_are_not_to_be_handled(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no processes")
 def test_two_processes_end_after_the_same_batch(tmp_path):
     """One of them gets the signal; their numbers of batches differ."""
-    from test_processes import launch
+    import ending_together
 
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo")
-    run = launch("ending_together.py", tmp_path)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    one, two = (json.loads((tmp_path / f"ended-{rank}.json").read_text()) for rank in range(2))
+    one, two = process_group.run(ending_together.found, 2, tmp_path / "group", str(tmp_path))
     assert one.keys() == two.keys() and len(one) == 5
     for name, expected in one.items():
         assert two[name]["said"] == expected["said"], name

@@ -135,11 +135,12 @@ def test_options_that_change_no_figure(tmp_path, without_options, kind, options)
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_compiled_model(tmp_path, kind):
+    """Of one layer: the compiler takes seconds for each."""
     runs = []
     for compiled in (False, True):
         torch.compiler.reset()
         t = MAKE[kind](
-            tmp_path, max_steps=2, torch_compile=compiled,
+            tmp_path, tiny.model(num_hidden_layers=1), max_steps=2, torch_compile=compiled,
             torch_compile_backend="eager" if compiled else None,
             eval_dataset=ROWS[kind](5, seed=3),
         )  # fmt: skip

@@ -1,13 +1,10 @@
 """Run by test_processes.py in each of two processes: what a single process must find as well."""
 
-import sys
 from pathlib import Path
 
 import agreeing
 import tiny
-import torch
 from datasets import Dataset, disable_progress_bars
-from ranks import leave
 from test_evaluation import moved
 from test_unpaired_trainer import rows as answers
 from test_unpaired_trainer import trainer as unpaired_trainer
@@ -140,8 +137,8 @@ def predictions(path):
     return found
 
 
-def main(path):
-    torch.set_num_threads(1)
+def found(folder):
+    path = Path(folder)
     disable_progress_bars()
     found = {"evaluations": evaluations(path), "references": references(path)}
     found["stored"] = stored_references(path)
@@ -149,8 +146,4 @@ def main(path):
     found["packed"] = packed_runs(path / "packed")
     found["predictions"] = predictions(path)
     found["agreed"] = agreeing.agreed(path / "agreed")
-    leave(path, "found", found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found
