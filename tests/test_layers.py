@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "planning": {
         "attention", "backends", "data", "heads", "logps", "profiling",
     },
+    "bench": {"validation", "backends", "logps", "profiling"},
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
         "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",

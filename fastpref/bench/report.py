@@ -1,4 +1,4 @@
-"""What head.py prints and draws of its results."""
+"""What benchmarks/head.py prints of its results, and the plot of a result."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .results import table, target_table
-from .targets import fastest, speed, usable
+from fastpref.bench.results import table, target_table
+from fastpref.bench.run import BenchResult
+from fastpref.bench.targets import fastest, speed, usable
 
 Row = dict[str, Any]
 
@@ -73,7 +74,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "sum error": _error("sum_max"),
     "dhidden": _error("dhidden"),
     "dweight": _error("dweight"),
-    "same": lambda r: {True: "yes", False: "no"}.get(r.get("same_bits_twice"), "-"),
+    "same": lambda r: {True: "yes", False: "no"}.get(r.get("same_bits_twice", ""), "-"),
 }
 
 
@@ -134,35 +135,33 @@ def _summary(cells: list[dict[str, Any]]) -> str:
         best = fastest([r for r in rows if r["ours"] and r["precision"] == "exact"])
         fast = fastest([r for r in rows if r["ours"] and r["precision"] == "fast"])
         peer = fastest([r for r in rows if not r["ours"] and not r["other_function"]])
-        fraction = best.get("roofline_fraction") if best else None
         lines.append(
             [
                 cell["id"],
-                _number(best and best["time"]["median_ms"], ".3f"),
-                _number(fast and fast["time"]["median_ms"], ".3f"),
-                _number(fraction, ".2f"),
-                _number(best and best.get("speed_over_eager"), ".2f"),
-                _number(best and best.get("speed_over_trl"), ".2f"),
+                _number(best["time"]["median_ms"] if best else None, ".3f"),
+                _number(fast["time"]["median_ms"] if fast else None, ".3f"),
+                _number(best.get("roofline_fraction") if best else None, ".2f"),
+                _number(best.get("speed_over_eager") if best else None, ".2f"),
+                _number(best.get("speed_over_trl") if best else None, ".2f"),
                 _number(speed(peer, best) if peer and best else None, ".2f"),
                 peer["variant"] if peer else "-",
-                _number(best and _mib(best, "peak_beyond"), ".0f"),
+                _number(_mib(best, "peak_beyond") if best else None, ".0f"),
             ]
         )
     header = ["fastpref, exact", "ms", "fast ms", "roofline", "x eager", "x TRL", "x best peer"]
     return table([*header, "which", "MiB"], lines)
 
 
-def closing(results: dict[str, Any]) -> str:
+def closing(result: BenchResult) -> str:
     """A summary, the targets that are not met, and what is not there. Short: it comes last."""
-    targets = results["targets"]
-    cells = [r for r in results["results"] if r["kind"] == "cell" and "failed" not in r]
-    lines = ["", _summary([*results.get("cells", []), *cells]), ""]
+    targets = [target for r in result.results for target in r["targets"]]
+    lines = ["", _summary(result.cells), ""]
     if any(not t["met"] for t in targets):
         lines.append(target_table([t for t in targets if not t["met"]]))
-    if results["dropped"]:
-        lines.append(f"left out: {', '.join(results['dropped'])}")
-    lines += [f"{r['id']}: {r['failed']}" for r in results["results"] if "failed" in r]
-    lines += [f"stopped: {why}" for why in results["stops"]]
+    if result.dropped:
+        lines.append(f"left out: {', '.join(result.dropped)}")
+    lines += [f"{r['id']}: {r['failed']}" for r in result.results if "failed" in r]
+    lines += [f"stopped: {why}" for why in result.stops]
     met = [t["met"] for t in targets]
     lines.append(
         f"targets: {met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured"

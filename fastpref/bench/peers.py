@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .device import Device
-from .problem import BETA, HeadProblem, capped, dpo_loss
+from fastpref.bench.device import Device
+from fastpref.bench.problem import BETA, HeadProblem, capped, dpo_loss
 
 MODES = ("trainable", "frozen", "forward-only")
 
@@ -193,7 +193,7 @@ def _torch_lce(chunks: bool = True) -> Side:
 
     def logps(p: HeadProblem) -> Tensor:
         rows, labels = _rows(p)
-        options = {"options": few} if chunks and not rows.is_cuda else {}
+        options: dict[str, Any] = {"options": few} if chunks and not rows.is_cuda else {}
         losses = linear_cross_entropy(rows, p.weight, labels, reduction="none", **options)
         return -losses.view(p.labels.shape)
 
