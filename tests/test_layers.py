@@ -47,8 +47,8 @@ MAY_IMPORT = {
     "bench": {"validation", "backends", "logps", "profiling"},
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",
-        "losses", "planning", "profiling", "quality", "trainer",
+        "progress", "storage", "html_report", "backends", "bench", "data", "fused", "heads",
+        "logps", "losses", "planning", "profiling", "quality", "trainer",
         "_cpu",
     },
 }  # fmt: skip

@@ -4,3 +4,9 @@
 """
 
 from __future__ import annotations
+
+from fastpref.bench.bench import run_bench
+from fastpref.bench.compare import Change, compare_results, load_result
+from fastpref.bench.run import BenchResult
+
+__all__ = ["BenchResult", "Change", "compare_results", "load_result", "run_bench"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastpref.bench import device, ours, parts, report, results
+from fastpref.bench import device, ours, parts, plots, report, results
 from fastpref.bench.cases import PARTS, BenchOptions, Case
 from fastpref.bench.peers import MODES
 from fastpref.bench.problem import DTYPES, parse_shape
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None, folder: Path | None = None) -> None:
         run_tasks(options_of(args), hear=hear, changed=keep, loud=True)
     finally:  # also when it is interrupted
         if not args.no_plot:
-            report.plot(found.cells, path.with_suffix(".png"))
+            plots.plot(found.cells, path.with_suffix(".png"))
     plotted = "" if args.no_plot else " and .png"
     last = f"{found.wall_s:.0f} s in all; wrote {path.stem}.json{plotted}"
     print(f"{report.closing(found)}\n{last}")

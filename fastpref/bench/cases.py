@@ -72,6 +72,7 @@ class BenchOptions:
         patience: seconds after which a silent worker is stopped.
         memory: whether a second process measures the memory on a CPU.
         memory_last: whether it does so after all times; otherwise after those of a case.
+        missing_peers: why peers that were asked for are not measured, by name.
     """
 
     cases: list[Case]
@@ -91,6 +92,7 @@ class BenchOptions:
     patience: float = 3600.0
     memory: bool = True
     memory_last: bool = False
+    missing_peers: dict[str, str] = field(default_factory=dict)
 
     def request(self) -> dict[str, Any]:
         """What the worker gets beside its tasks."""

@@ -125,7 +125,7 @@ def run_tasks(
         "deadline": time.time() + budget,
         "least_seconds": min(6.0, budget / 20),
     }
-    result = BenchResult(settings=describe(options))
+    result = BenchResult(settings=describe(options), missing_peers=options.missing_peers)
 
     def update() -> None:
         found = [r for r in supervisor.results if r["kind"] != "memory"]

@@ -67,8 +67,17 @@ class Rounds:
     """Interleaved calls: each round all of them, in an order of its own, so that a slow spell of
     the machine hits every side."""
 
-    def __init__(self, device: Device, repeats: int, seconds: float, seed: int = 0):
-        """repeats: rounds. seconds: what one call may spend in all its rounds."""
+    def __init__(
+        self,
+        device: Device,
+        repeats: int,
+        seconds: float,
+        seed: int = 0,
+        deadline: float = float("inf"),
+    ):
+        """repeats: rounds. seconds: what one call may spend in all its rounds. deadline: in
+        time.time()'s terms; no round begins after it but the first."""
+        self._deadline = deadline
         self._device, self._repeats, self._seconds = device, repeats, seconds
         self._order = random.Random(seed)
         self.device: dict[str, Timing] = {}
@@ -99,6 +108,8 @@ class Rounds:
         gc.disable()
         try:
             for i in range(self._repeats):
+                if i and time.time() > self._deadline:
+                    break
                 for name in due(shares, i, self._repeats, self._order):
                     if name not in self.failed:
                         doing(name)
@@ -107,6 +118,9 @@ class Rounds:
         finally:
             gc.enable()
             gc.unfreeze()
+        for name in calls:
+            if not self.device[name].seconds:
+                self.failed.setdefault(name, "no time left")
 
     def _once(self, name: str, timed: Callable[[], Times]) -> None:
         try:

@@ -98,7 +98,8 @@ class Worker:
         return lambda name: self._say({"doing": task["id"], "entry": name})
 
     def _rounds(self) -> Rounds:
-        return Rounds(self._device, self._request["repeats"], self._request["seconds"])
+        given = self._request["repeats"], self._request["seconds"]
+        return Rounds(self._device, *given, deadline=self._request["deadline"])
 
     def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
         """In the place of the one before."""
