@@ -19,16 +19,16 @@ from fastpref.bench.run import BenchResult, Hear, run_tasks
 from fastpref.logps.plan import check_tolerance
 
 # Small enough for a laptop with two cores; on a GPU the heads of SmolLM2 135M and Llama 3 8B.
-DEFAULT_SHAPES = {"cpu": ("512,576,49152",), "cuda": ("d", "a")}
+DEFAULT_SHAPES = {"cpu": ("512,512,32000",), "cuda": ("d", "a")}
 DEFAULT_BUDGET = 120.0
 
 
 def run_bench(
     shapes: Sequence[str] | None = None,
     *,
-    hear: Hear = lambda message: None,
-    doing: Hear = lambda message: None,
-    changed: Callable[[BenchResult], None] = lambda result: None,
+    hear: Hear | None = None,
+    doing: Hear | None = None,
+    changed: Callable[[BenchResult], None] | None = None,
     **options: Any,
 ) -> BenchResult:
     """Measure the DPO loss of a head, forward and backward: time, memory, and error.
@@ -110,7 +110,7 @@ def bench_options(
     cases = make_cases(
         shapes or DEFAULT_SHAPES[kind],
         tokens=tokens,
-        dtypes=None if dtypes is None else check_names("dtype", dtypes, list(DTYPES)),
+        dtypes=None if dtypes is None else check_names("dtypes", dtypes, list(DTYPES)),
         device=device,
         trust_remote_code=trust_remote_code,
     )
@@ -123,13 +123,13 @@ def bench_options(
     return BenchOptions(
         cases,
         device=device,
-        modes=check_names("mode", modes or chosen, list(MODES)),
+        modes=check_names("modes", modes or chosen, list(MODES)),
         parts=["roofline", "head"],
         precision=check_names("precision", precision, ["exact", "fast"]),
-        backends=None if backends is None else check_names("backend", backends, list(NAMES)),
+        backends=None if backends is None else check_names("backends", backends, list(NAMES)),
         strategies=None
         if strategies is None
-        else check_names("strategy", strategies, list(STRATEGIES)),
+        else check_names("strategies", strategies, list(STRATEGIES)),
         gradient_tolerance=gradient_tolerance,
         peers=names,
         repeats=repeats,

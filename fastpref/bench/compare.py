@@ -129,7 +129,8 @@ def _cells(result: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[st
     """The cells of a file by what they are about: those of a GPU stand among its results."""
     for cell in [*result.get("cells", ()), *result.get("results", ())]:
         if cell.get("kind", "cell") == "cell" and "variants" in cell:
-            key = key_of(cell["size"], cell["dtype"], cell["mode"], cell.get("threads"))
+            size = cell.get("size") or {k.lower(): n for k, n in cell["shape"].items()}
+            key = key_of(size, cell["dtype"], cell["mode"], cell.get("threads"))
             yield key, cell
 
 

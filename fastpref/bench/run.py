@@ -105,9 +105,9 @@ def _by_letters(cell: dict[str, Any]) -> dict[str, Any]:
 def run_tasks(
     options: BenchOptions,
     *,
-    hear: Hear = lambda message: None,
-    doing: Hear = lambda message: None,
-    changed: Callable[[BenchResult], None] = lambda result: None,
+    hear: Hear | None = None,
+    doing: Hear | None = None,
+    changed: Callable[[BenchResult], None] | None = None,
     loud: bool = False,
 ) -> BenchResult:
     """Measure all that the options ask for.
@@ -132,7 +132,8 @@ def run_tasks(
         result.results = [_with_speeds(r) for r in found]
         result.wall_s = round(time.perf_counter() - begun, 1)
         result.dropped, result.stops = list(supervisor.dropped), list(supervisor.stops)
-        changed(result)
+        if changed is not None:
+            changed(result)
 
     def listen(message: dict[str, Any]) -> None:
         if "machine" in message:
@@ -141,13 +142,14 @@ def run_tasks(
             if message["result"]["kind"] == "memory":
                 _add_memory(message["result"], supervisor.results)
             update()
-        hear(message)
+        if hear is not None:
+            hear(message)
 
     supervisor = runner.Supervisor(
         _WORKER,
         request,
         hear=listen,
-        doing=doing,
+        doing=doing or (lambda message: None),
         patience=options.patience,
         env=_ENV,
         loud=loud,

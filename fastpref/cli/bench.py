@@ -30,7 +30,7 @@ def command(
             metavar="[HEAD]...",
             help="Heads to measure: N,H,V (labelled tokens, hidden size, vocabulary), "
             "N,H,V,SOFTCAP, or the name or folder of a model, whose config gives H, V and the "
-            "dtype. By default 512,576,49152.",
+            "dtype. By default 512,512,32000.",
         ),
     ] = None,
     tokens: Annotated[
@@ -298,12 +298,14 @@ def _show(result: Any, scale: str | None, changes: list[Any]) -> None:
     from rich.text import Text
 
     console = Console(soft_wrap=True)
+    if not console.is_terminal:  # a log file has no width
+        console = Console(soft_wrap=True, width=160)
     for title, (header, lines), notes in _parts(result, scale, changes):
         console.print(f"\n{title}", style="bold", highlight=False, markup=False)
         table = Table(*header, box=None)
         texts = 2 if header[0] == "case" else 1
         for i, column in enumerate(table.columns):
-            column.no_wrap = True
+            column.no_wrap = not console.is_terminal
             column.justify = "left" if i < texts else "right"
         for line in lines:
             table.add_row(*map(Text, line))
