@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 
 import torch
-from lib.ours import ours
-from lib.peers import step
-from lib.problem import make_problem, parse_shape
 
 from fastpref import backends
+from fastpref.bench.ours import ours
+from fastpref.bench.peers import step
+from fastpref.bench.problem import make_problem, parse_shape
 
 DTYPE = torch.bfloat16
 

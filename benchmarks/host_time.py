@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lib import peers
-from lib.device import Device
-from lib.ours import entries
-from lib.parts import by_turns
-from lib.peers import TRL
-from lib.problem import HeadProblem, make_problem
 from lib.results import machine, results_path, table, write_json
-from lib.runner import failure
 
 import fastpref
 from fastpref import validation
 from fastpref.backends import native
+from fastpref.bench import peers
+from fastpref.bench.device import Device
+from fastpref.bench.ours import entries
+from fastpref.bench.parts import by_turns
+from fastpref.bench.peers import TRL
+from fastpref.bench.problem import HeadProblem, make_problem
+from fastpref.bench.runner import failure
 
 KERNELS = ("fold", "fold_grad", "grad", "linear", "project", "outer", "scale_rows")
 OURS = "fastpref exact, stash"

@@ -26,8 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib import results, rlhf_report, rlhf_task, runner
+from lib import results, rlhf_report, rlhf_task
 from lib.training import OFFLINE
+
+from fastpref.bench import runner
 
 COMPARED = (
     "One policy of each method from the same labelled pairs, on the same number of prompts: "

@@ -20,8 +20,10 @@ import warnings
 from typing import Any
 
 import torch
-from lib import rates, results, runner
-from lib.device import TIGHT_MALLOC, open_device
+from lib import results
+
+from fastpref.bench import rates, runner
+from fastpref.bench.device import TIGHT_MALLOC, open_device
 
 SIDES = ("TRL", "fastpref")
 

@@ -33,7 +33,7 @@ def pytest_configure(config):
 
 
 def pytest_itemcollected(item):
-    if item.path.parent.name in ("benchmarks", "cli", "reference", "scripts", "trainer"):
+    if item.path.parent.name in ("bench", "benchmarks", "cli", "reference", "scripts", "trainer"):
         item.add_marker("train")
 
 

@@ -19,6 +19,7 @@ import pytest
 GOLDEN = Path(__file__).with_name("golden") / "api.txt"
 FACES = (
     "fastpref",
+    "fastpref.bench",
     "fastpref.data",
     "fastpref.fused",
     "fastpref.heads",

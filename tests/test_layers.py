@@ -44,10 +44,11 @@ MAY_IMPORT = {
     "planning": {
         "attention", "backends", "data", "heads", "logps", "profiling",
     },
+    "bench": {"validation", "backends", "logps", "profiling"},
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
-        "progress", "storage", "html_report", "backends", "data", "fused", "heads", "logps",
-        "losses", "planning", "profiling", "quality", "trainer",
+        "progress", "storage", "html_report", "backends", "bench", "data", "fused", "heads",
+        "logps", "losses", "planning", "profiling", "quality", "trainer",
         "_cpu",
     },
 }  # fmt: skip

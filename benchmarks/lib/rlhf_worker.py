@@ -29,8 +29,9 @@ from torch.utils.flop_counter import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from fastpref.bench.device import peak_resident_bytes, resident_bytes
+
 from . import rlhf_task
-from .device import peak_resident_bytes, resident_bytes
 from .training import write_lines
 
 Settings = dict[str, Any]

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .device import peak_resident_bytes, resident_bytes
+from fastpref.bench.device import peak_resident_bytes, resident_bytes
 
 Say = Callable[[dict[str, Any]], None]
 

@@ -106,7 +106,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _build() -> Any:
-    from fastpref.cli import check_data, demo, plan, precompute, profile, train, verify
+    from fastpref.cli import bench, check_data, demo, plan, precompute, profile, train, verify
 
     application = typer.Typer(
         help="Preference optimisation (DPO, IPO) without logits.",
@@ -120,6 +120,7 @@ def _build() -> Any:
     application.command("precompute", epilog=exit_codes.HELP)(guarded(precompute.command))
     application.command("profile", epilog=exit_codes.HELP)(guarded(profile.command))
     application.command("plan", epilog=exit_codes.HELP)(guarded(plan.command))
+    application.command("bench", epilog=exit_codes.HELP)(guarded(bench.command))
     application.command("demo", epilog=exit_codes.HELP)(guarded(demo.command))
 
     @application.command("doctor")

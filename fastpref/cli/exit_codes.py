@@ -9,7 +9,8 @@ CTRL_C, SIGTERM = 130, 143
 
 HELP = """Exit status: 0 done; 1 a fault of fastpref; 2 the input; 3 a loss, gradient or weight that
 is not finite; 4 the disk; 5 interrupted and resumable, as by a process that was lost; 6 findings
-of check-data or verify, or a plan that does not fit; 130 Ctrl-C; 143 SIGTERM."""
+of check-data or verify, a plan that does not fit, a regression or a wrong result of bench;
+130 Ctrl-C; 143 SIGTERM."""
 
 # From the input, and explained.
 _INPUT_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)

@@ -47,7 +47,7 @@ SHAPES = {
 def parse_shape(text: str) -> Shape:
     """A letter, or N,H,V with or without a softcap; either with another number of tokens, a/1024.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, and for sizes that are not positive.
     """
     name, _, tokens = text.partition("/")
     shape = SHAPES.get(name)
@@ -55,9 +55,20 @@ def parse_shape(text: str) -> Shape:
         sizes = name.split(",")
         if len(sizes) not in (3, 4):
             raise ValueError(f"shape: got {text}, expected a letter, a/1024 or N,H,V")
-        n, h, v = map(int, sizes[:3])
-        shape = Shape(name, n, h, v, float(sizes[3]) if len(sizes) == 4 else None)
-    return shape.with_tokens(int(tokens)) if tokens else shape
+        try:
+            n, h, v = map(int, sizes[:3])
+            softcap = float(sizes[3]) if len(sizes) == 4 else None
+        except ValueError:
+            raise ValueError(f"shape: got {text}, expected whole numbers for N,H,V") from None
+        shape = Shape(name, n, h, v, softcap)
+    if tokens:
+        try:
+            shape = shape.with_tokens(int(tokens))
+        except ValueError:
+            raise ValueError(f"shape: got {text}, expected a number behind the /") from None
+    if min(shape.n, shape.h, shape.v) < 1 or not (shape.softcap is None or shape.softcap > 0):
+        raise ValueError(f"shape: got {text}, expected sizes of at least 1 and a positive softcap")
+    return shape
 
 
 @dataclass
@@ -85,7 +96,8 @@ class HeadProblem:
         return sum(t.numel() * t.element_size() for t in given)
 
 
-def _sequences(n: int) -> int:
+def check_tokens(n: int) -> int:
+    """The number of sequences, which is even, that N tokens make. Raises ValueError."""
     sequences = max(2, n // SENTENCE)
     if n % sequences or sequences % 2:
         raise ValueError(f"N: got {n}, expected an even multiple of {SENTENCE}, or an even number")
@@ -115,7 +127,7 @@ def make_problem(
     """
     generator = torch.Generator(device).manual_seed(seed)
     on: dict[str, Any] = {"generator": generator, "device": device}
-    sequences = _sequences(n)
+    sequences = check_tokens(n)
     weight = torch.empty(v, h, dtype=dtype, device=device)
     for part in weight.split(16384):
         part.copy_(torch.randn(part.shape, **on) / math.sqrt(h))

@@ -3,6 +3,7 @@ back, and what a call costs the host when there is next to nothing to compute.""
 
 from __future__ import annotations
 
+import functools
 import random
 import statistics
 import time
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import Device
-from .peers import EAGER, Entry, step
-from .problem import HeadProblem
-from .runner import Rounds, failure
+from fastpref.bench.device import Device
+from fastpref.bench.peers import EAGER, Entry, step
+from fastpref.bench.problem import HeadProblem
+from fastpref.bench.runner import Rounds, failure
 
 COPY = "copy"
 _SMALL_ROUNDS = 40
@@ -112,7 +113,7 @@ def row_passes(
             for kernel in ("fold", "grad", *["fold_grad"] * (backend == "cuda")):
                 about = {"backend": backend, "precision": precision, "kernel": kernel}
                 name = f"{backend} {precision} {kernel}"
-                makers[name] = about, lambda about=about: _row_pass(problem, about)
+                makers[name] = about, functools.partial(_row_pass, problem, about)
     return makers
 
 
@@ -122,9 +123,11 @@ def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     from fastpref.logps.plan import plan_head, tile_dtype
 
     x, w = problem.hidden.detach().flatten(0, 1), problem.weight.detach()
-    options = {"device": x.device, "precision": about["precision"]}
     module = backends.choose(x.device, x.dtype, about["backend"])
-    n = plan_head(x.shape[0], *reversed(w.shape), x.dtype, **options).block_tokens
+    vocab, hidden = w.shape
+    n = plan_head(
+        x.shape[0], hidden, vocab, x.dtype, device=x.device, precision=about["precision"]
+    ).block_tokens
     labels = problem.labels.flatten()[:n].contiguous()
     transform = Transform(softcap=problem.softcap)
 
@@ -204,13 +207,15 @@ def logits_passes(
     def make(about: dict[str, Any], side: Callable[[], Side]) -> Pass:
         return Pass(about, 6 * n * vocab, _call(side(), source, labels, coef))
 
-    sides = {f"fastpref {name}": (lambda name=name: _ours(name), False) for name in backends}
+    sides: dict[str, tuple[Callable[[], Side], bool]] = {
+        f"fastpref {name}": (functools.partial(_ours, name), False) for name in backends
+    }
     wanted = LOGITS_PEERS if names is None else [EAGER, *names]
     sides |= {name: (side, True) for name, side in LOGITS_PEERS.items() if name in wanted}
     makers: dict[str, Maker] = {}
     for name, (side, peer) in sides.items():
         about = {"backend": name, "precision": "bf16", "kernel": "token_logps", "peer": peer}
-        makers[name] = about, lambda about=about, side=side: make(about, side)
+        makers[name] = about, functools.partial(make, about, side)
     return makers
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .peers import EAGER, LIGER, TRL
-from .results import target
+from fastpref.bench.peers import EAGER, LIGER, TRL
+from fastpref.bench.results import target
 
 Row = dict[str, Any]
 
@@ -53,6 +53,8 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     if "failed" in result:
         return []
     kind = result["kind"]
+    if kind == "roofline":
+        return []
     if kind == "cell" and result["canary"] is not None:
         return _cpu_targets(result)
     made = {"cell": _cell_targets, "overhead": _small_targets}

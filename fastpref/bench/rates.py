@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import fastpref
 from fastpref.backends import native
-
-from .problem import HeadProblem, capped
+from fastpref.bench.device import Device
+from fastpref.bench.problem import HeadProblem, capped
+from fastpref.bench.runner import Rounds
 
 # The products with the fewest FLOPs: 6NHV, 4NHV and 2NHV.
 PRODUCTS = {"trainable": 3, "frozen": 2, "forward-only": 1}
@@ -55,7 +57,8 @@ class Products:
         calls = list(self._calls().items())[: PRODUCTS[mode]]
         out = {name: (len(x), call) for name, call in calls}
         if x.is_cuda and torch.version.hip is None:
-            plan = fastpref.plan_head(*x.shape, len(w), x.dtype, device=x.device)
+            n, h = x.shape
+            plan = fastpref.plan_head(n, h, len(w), x.dtype, device=x.device)
             tile = x[: plan.block_tokens]
             wide = torch.empty(len(tile), len(w), device=x.device)
 
@@ -82,6 +85,49 @@ class Peak:
     def median(self) -> float:
         """FLOP/s."""
         return statistics.median(self._rates)
+
+
+# Rows, columns and depth of the bare product, and bytes of the copy: past every cache.
+_PRODUCT = {"cpu": 1024, "cuda": 8192, "pretend": 64}
+_COPIED = {"cpu": 2**28, "cuda": 2**32, "pretend": 2**16}
+
+
+def machine_rates(
+    device: Device, rounds: Rounds, dtype: torch.dtype, peak: Peak | None
+) -> dict[str, Any]:
+    """The rate of a bare square product in FLOP/s and of a copy in bytes/s, measured by turns.
+
+    peak: of a CPU's own multiply-adds, measured in the same rounds.
+    """
+    size, moved = _PRODUCT[device.kind], _COPIED[device.kind]
+    a, b = (torch.randn(size, size, device=device.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device.device)
+    target = torch.empty_like(source)
+    calls: dict[str, Callable[[], object]] = {
+        "product": lambda: torch.mm(a, b, out=out),
+        "copy": lambda: target.copy_(source),
+    }
+    if peak is not None:
+        calls["peak"] = peak
+    for call in calls.values():
+        device.time(call)
+    cost = {name: device.time(call).device for name, call in calls.items()}
+    rounds.run(calls, cost)
+    seconds = {name: timing.median for name, timing in rounds.device.items()}
+    return {
+        "product": {
+            "size": [size, size, size],
+            "tflop_per_s": round(2 * size**3 / seconds["product"] / 1e12, 4),
+            "time": rounds.device["product"].to_json(),
+        },
+        "copy": {
+            "bytes": moved,  # read and written
+            "gb_per_s": round(moved / seconds["copy"] / 1e9, 2),
+            "time": rounds.device["copy"].to_json(),
+        },
+        "peak_tflop_per_s": None if peak is None else round(peak.median() / 1e12, 4),
+    }
 
 
 def canary(dtype: torch.dtype) -> Callable[[], object]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import peers
-from .device import Device
-from .peers import Entry, Output, Side
-from .problem import BETA, HeadProblem
+from fastpref.bench import peers
+from fastpref.bench.device import Device
+from fastpref.bench.peers import Entry, Output, Side
+from fastpref.bench.problem import BETA, HeadProblem
 
 
 def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
@@ -48,21 +49,28 @@ def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
         return Output(out.loss, (out.chosen_logps, out.rejected_logps))
 
     def logps(p: HeadProblem) -> Tensor:
-        return fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
+        found = fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
+        assert isinstance(found, Tensor)
+        return found
 
     if options.get("fused") and backend == "eager":
         raise RuntimeError(f"the {backend} backend has no pass in one kernel")
     return Side(loss, logps)
 
 
-def _ways(mode: str, backend: str | None, precision: str) -> list[tuple[str, dict[str, Any]]]:
+STRATEGIES = ("stash", "recompute")  # of a trainable head that are measured
+
+
+def _ways(
+    mode: str, backend: str | None, precision: str, strategies: Sequence[str] = STRATEGIES
+) -> list[tuple[str, dict[str, Any]]]:
     """Labels and options of fastpref's strategies for a mode.
 
     The logit-free product of a backend, which is always exact, is measured beside the tiles.
     """
     ways: list[tuple[str, dict[str, Any]]] = [("", {})]
     if mode == "trainable":
-        ways = [(strategy, {"strategy": strategy}) for strategy in ("stash", "recompute")]
+        ways = [(strategy, {"strategy": strategy}) for strategy in strategies]
     if backend is None:
         return ways
     if mode == "forward-only":
@@ -76,25 +84,45 @@ def _ways(mode: str, backend: str | None, precision: str) -> list[tuple[str, dic
         ways = [(label, {**options, "fused": True}) for label, options in ways]
         ways = [ways[0], tiles, *ways[1:]] if precision == "exact" else [tiles]
     if precision == "fast":  # nothing that exact does not show
-        ways = [way for way in ways if way[0] not in ("recompute", "one kernel")]
+        rest = [way for way in ways if way[0] not in ("recompute", "one kernel")]
+        ways = rest or ways
     return ways
 
 
-def ours(mode: str, backends: Sequence[str | None], precisions: list[str]) -> list[Entry]:
-    """fastpref's. A backend that is None is the one that fastpref picks."""
+def _by_columns(ways: list[tuple[str, dict[str, Any]]], tolerance: float) -> Any:
+    """The first way with approximate gradients of the hidden states."""
+    label, options = ways[0]
+    name = f"{label}, tolerance {tolerance:g}".removeprefix(", ")
+    return name, {**options, "gradient_tolerance": tolerance}
+
+
+def ours(
+    mode: str,
+    backends: Sequence[str | None],
+    precisions: list[str],
+    strategies: Sequence[str] | None = None,
+    tolerance: float | None = None,
+) -> list[Entry]:
+    """fastpref's. A backend that is None is the one that fastpref picks.
+
+    tolerance: a `gradient_tolerance` that is measured beside the exact gradients.
+    """
     out = []
     for backend in backends:
         for precision in precisions:
-            for label, options in _ways(mode, backend, precision):
+            ways = _ways(mode, backend, precision, strategies or STRATEGIES)
+            if tolerance is not None and mode != "forward-only":
+                ways = [*ways, _by_columns(ways, tolerance)]
+            for label, options in ways:
                 options = {"precision": precision, **options}
                 name = " ".join(part for part in ("fastpref", backend, precision) if part)
                 entry = Entry(
                     name + (f", {label}" if label else ""),
-                    lambda b=backend, o=options: _fastpref(b, o),
+                    functools.partial(_fastpref, backend, options),
                     ours=True,
                     backend=backend,
                     options=tuple(options.items()),
-                    products=4 if label == "recompute" else 3,
+                    products=4 if options.get("strategy") == "recompute" else 3,
                 )
                 out.append(entry)
     return out
@@ -112,10 +140,14 @@ def entries(
     backends: Sequence[str | None],
     precisions: list[str],
     names: list[str] | None = None,
+    strategies: Sequence[str] | None = None,
+    tolerance: float | None = None,
 ) -> list[Entry]:
     """What is measured in a mode. names: of peers, beside eager; None: the usual ones."""
     narrow = dtype in (torch.bfloat16, torch.float16)
-    out = ours(mode, backends, precisions if narrow else precisions[:1])  # which then are the same
+    if not narrow:  # both precisions are the same
+        precisions = precisions[:1]
+    out = ours(mode, backends, precisions, strategies, tolerance)
     for e in peers.PEERS:
         named = e.by_default if names is None else e.name in [peers.EAGER, *names]
         if named and mode in e.modes and e.runs_on(device) and (narrow or e.name != peers.NARROW):

@@ -1,13 +1,13 @@
-"""What head.py prints and draws of its results."""
+"""What benchmarks/head.py prints of its results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from .results import table, target_table
-from .targets import fastest, speed, usable
+from fastpref.bench.results import table, target_table
+from fastpref.bench.run import BenchResult
+from fastpref.bench.targets import fastest, speed
 
 Row = dict[str, Any]
 
@@ -30,7 +30,7 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-def _label(row: Row) -> str:
+def label_of(row: Row) -> str:
     return row["variant"] + ("*" if row["other_function"] else "")
 
 
@@ -38,7 +38,7 @@ def _missing(rows: list[Row], key: str) -> list[str]:
     return [f"{r[key]} is missing: {r['missing']}" for r in rows if "missing" in r]
 
 
-def _mib(row: Row, key: str) -> float | None:
+def mib(row: Row, key: str) -> float | None:
     found = row.get("memory", {}).get(key)
     return None if found is None else found / 2**20
 
@@ -57,7 +57,7 @@ def _spread(row: Row) -> str:
 
 
 _COLUMNS: dict[str, Callable[[Row], str]] = {
-    "": _label,
+    "": label_of,
     "ms": lambda r: f"{r['time']['median_ms']:.3f}",
     "IQR": _spread,
     "calls": lambda r: str(r["time"]["repeats"]),
@@ -65,15 +65,15 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "x eager": _ratio("speed_over_eager"),
     "x TRL": _ratio("speed_over_trl"),
     "roofline": lambda r: _number(r.get("roofline_fraction"), ".0%"),
-    "MiB": lambda r: _number(_mib(r, "peak_beyond"), ".1f"),
-    "MiB extra": lambda r: _number(_mib(r, "extra"), ".1f"),
+    "MiB": lambda r: _number(mib(r, "peak_beyond"), ".1f"),
+    "MiB extra": lambda r: _number(mib(r, "extra"), ".1f"),
     "of eager's": lambda r: _number(r.get("memory_over_eager"), ".3f"),
     "logp max": _error("logp_max"),
     "logp RMS": _error("logp_rms"),
     "sum error": _error("sum_max"),
     "dhidden": _error("dhidden"),
     "dweight": _error("dweight"),
-    "same": lambda r: {True: "yes", False: "no"}.get(r.get("same_bits_twice"), "-"),
+    "same": lambda r: {True: "yes", False: "no"}.get(r.get("same_bits_twice", ""), "-"),
 }
 
 
@@ -134,92 +134,35 @@ def _summary(cells: list[dict[str, Any]]) -> str:
         best = fastest([r for r in rows if r["ours"] and r["precision"] == "exact"])
         fast = fastest([r for r in rows if r["ours"] and r["precision"] == "fast"])
         peer = fastest([r for r in rows if not r["ours"] and not r["other_function"]])
-        fraction = best.get("roofline_fraction") if best else None
         lines.append(
             [
                 cell["id"],
-                _number(best and best["time"]["median_ms"], ".3f"),
-                _number(fast and fast["time"]["median_ms"], ".3f"),
-                _number(fraction, ".2f"),
-                _number(best and best.get("speed_over_eager"), ".2f"),
-                _number(best and best.get("speed_over_trl"), ".2f"),
+                _number(best["time"]["median_ms"] if best else None, ".3f"),
+                _number(fast["time"]["median_ms"] if fast else None, ".3f"),
+                _number(best.get("roofline_fraction") if best else None, ".2f"),
+                _number(best.get("speed_over_eager") if best else None, ".2f"),
+                _number(best.get("speed_over_trl") if best else None, ".2f"),
                 _number(speed(peer, best) if peer and best else None, ".2f"),
                 peer["variant"] if peer else "-",
-                _number(best and _mib(best, "peak_beyond"), ".0f"),
+                _number(mib(best, "peak_beyond") if best else None, ".0f"),
             ]
         )
     header = ["fastpref, exact", "ms", "fast ms", "roofline", "x eager", "x TRL", "x best peer"]
     return table([*header, "which", "MiB"], lines)
 
 
-def closing(results: dict[str, Any]) -> str:
+def closing(result: BenchResult) -> str:
     """A summary, the targets that are not met, and what is not there. Short: it comes last."""
-    targets = results["targets"]
-    cells = [r for r in results["results"] if r["kind"] == "cell" and "failed" not in r]
-    lines = ["", _summary([*results.get("cells", []), *cells]), ""]
+    targets = [target for r in result.results for target in r["targets"]]
+    lines = ["", _summary(result.cells), ""]
     if any(not t["met"] for t in targets):
         lines.append(target_table([t for t in targets if not t["met"]]))
-    if results["dropped"]:
-        lines.append(f"left out: {', '.join(results['dropped'])}")
-    lines += [f"{r['id']}: {r['failed']}" for r in results["results"] if "failed" in r]
-    lines += [f"stopped: {why}" for why in results["stops"]]
+    if result.dropped:
+        lines.append(f"left out: {', '.join(result.dropped)}")
+    lines += [f"{r['id']}: {r['failed']}" for r in result.results if "failed" in r]
+    lines += [f"stopped: {why}" for why in result.stops]
     met = [t["met"] for t in targets]
     lines.append(
         f"targets: {met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured"
     )
     return "\n".join(lines)
-
-
-_PANELS: tuple[tuple[str, Callable[[Row], float | None]], ...] = (
-    ("speed over eager", lambda r: r.get("speed_over_eager")),
-    ("fraction of the roofline", lambda r: r.get("roofline_fraction")),
-    ("extra memory, MiB", lambda r: None if (mib := _mib(r, "extra")) is None else max(mib, 0.1)),
-)
-
-
-def plot(cells: list[dict[str, Any]], path: Path) -> None:
-    """A line of panels per dtype and mode, full shapes and those with fewer tokens apart."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["dtype"], cell["mode"], "/" in cell["shape"]), []).append(cell)
-    names = {r["variant"]: _label(r) for c in cells for r in c["variants"] if usable(r)}
-    if not names:
-        return
-    names = {n: names[n] for n in sorted(names, key=lambda n: not n.startswith("fastpref"))}
-    ours = [n for n in names if n.startswith("fastpref")]
-    colours = {n: plt.get_cmap("Blues")(0.95 - 0.7 * i / len(ours)) for i, n in enumerate(ours)}
-    theirs = [n for n in names if n not in ours]
-    colours |= {n: plt.get_cmap("Set2")(i % 8) for i, n in enumerate(theirs)}
-    figure, axes = plt.subplots(
-        len(groups), 3, figsize=(21, 3.4 * len(groups)), squeeze=False, layout="constrained"
-    )
-    for line, ((dtype, mode, few), group) in zip(axes, groups.items(), strict=True):
-        found = [{r["variant"]: r for r in c["variants"] if usable(r)} for c in group]
-        here = [n for n in names if any(n in rows for rows in found)]
-        width = 0.85 / max(len(here), 1)
-        for axis, (title, value) in zip(line, _PANELS, strict=True):
-            for i, name in enumerate(here):
-                heights = [value(rows[name]) if name in rows else None for rows in found]
-                left = (i - (len(here) - 1) / 2) * width
-                points = [(at + left, y) for at, y in enumerate(heights) if y is not None]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    axis.bar(x, y, width, color=colours[name], label=names[name])
-            sizes = ["N={n} H={h}\nV={v}".format(**c["size"]) for c in group]
-            axis.set_xticks(range(len(group)), sizes, fontsize=8)
-            about = f"{dtype}, {mode}{', few tokens' if few else ''}"
-            axis.set_title(f"{title}: {about}", fontsize=10)
-            axis.spines[["top", "right"]].set_visible(False)
-        line[0].axhline(1, color="grey", linewidth=0.8, linestyle="--")
-        line[2].set_yscale("log")
-    handles: dict[str, Any] = {}
-    for axis in axes.flat:
-        handles.update(dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True)))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,11 +1,12 @@
 """Running: interleaved calls, workers in processes of their own, and who watches over them.
 
-A worker is a benchmark's script, started with --worker: fastpref.profiling.processes has the two
-ends of its pipe.
+fastpref.profiling.processes has the two ends of a worker's pipe. The worker of `fastpref bench` is
+the module fastpref.bench.worker. That of other benchmarks is their script, started with --worker.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import queue
@@ -17,10 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastpref.bench.device import Device, Times
 from fastpref.profiling import processes
 from fastpref.profiling.processes import failure, serve
-
-from .device import Device, Times
 
 __all__ = ["Child", "Rounds", "Supervisor", "Timing", "failure", "run_worker", "serve"]
 
@@ -67,8 +67,17 @@ class Rounds:
     """Interleaved calls: each round all of them, in an order of its own, so that a slow spell of
     the machine hits every side."""
 
-    def __init__(self, device: Device, repeats: int, seconds: float, seed: int = 0):
-        """repeats: rounds. seconds: what one call may spend in all its rounds."""
+    def __init__(
+        self,
+        device: Device,
+        repeats: int,
+        seconds: float,
+        seed: int = 0,
+        deadline: float = float("inf"),
+    ):
+        """repeats: rounds. seconds: what one call may spend in all its rounds. deadline: in
+        time.time()'s terms; no round begins after it but the first."""
+        self._deadline = deadline
         self._device, self._repeats, self._seconds = device, repeats, seconds
         self._order = random.Random(seed)
         self.device: dict[str, Timing] = {}
@@ -99,14 +108,19 @@ class Rounds:
         gc.disable()
         try:
             for i in range(self._repeats):
+                if i and time.time() > self._deadline:
+                    break
                 for name in due(shares, i, self._repeats, self._order):
                     if name not in self.failed:
                         doing(name)
-                        self._once(name, lambda n=name: clock(calls[n], reset))
+                        self._once(name, functools.partial(clock, calls[name], reset))
                 gc.collect()
         finally:
             gc.enable()
             gc.unfreeze()
+        for name in calls:
+            if not self.device[name].seconds:
+                self.failed.setdefault(name, "no time left")
 
     def _once(self, name: str, timed: Callable[[], Times]) -> None:
         try:
@@ -167,17 +181,23 @@ class Supervisor:
 
     def __init__(
         self,
-        script: str,
+        command: list[str],
         request: dict[str, Any],
         *,
         hear: Callable[[dict[str, Any]], None] = lambda message: None,
+        doing: Callable[[dict[str, Any]], None] = lambda message: None,
         patience: float = 120.0,
         grace: float = 30.0,
+        env: dict[str, str] | None = None,
+        loud: bool = True,
     ):
-        """hear: gets every message but `doing`. patience: seconds of silence that are too many.
-        grace: seconds past request["deadline"], in time.time()'s terms, until the end."""
-        self._script, self._request, self._hear = script, request, hear
+        """command: starts a worker. hear: gets every message but `doing`, which goes to `doing`.
+        patience: seconds of silence that are too many. grace: seconds past request["deadline"], in
+        time.time()'s terms, until the end. env: of all workers. loud: whether their stderr is
+        passed on."""
+        self._command, self._request, self._hear, self._doing = command, request, hear, doing
         self._patience, self._end = patience, request["deadline"] + grace
+        self._env, self._loud = env or {}, loud
         self._tasks = {task["id"]: {**task, "excluded": {}} for task in request["tasks"]}
         self._strikes: dict[str, int] = {}
         self._first = True
@@ -199,7 +219,7 @@ class Supervisor:
         """Run one worker. What it was at last, and why it stopped early; None: it did not."""
         env, tasks = next(itertools.groupby(self._tasks.values(), lambda task: task.get("env")))
         request = {**self._request, "tasks": list(tasks), "first": self._first}
-        child = Child(self._script, request, env)
+        child = processes.Child(self._command, request, {**self._env, **(env or {})}, self._loud)
         at: dict[str, Any] = {}
         why: str | None = None
         try:
@@ -214,6 +234,7 @@ class Supervisor:
                     return at, (why or child.ending())[:300]
                 if "doing" in message:
                     at = message
+                    self._doing(message)
                     continue
                 if "result" in message:
                     self.results.append(message["result"])
@@ -236,7 +257,8 @@ class Supervisor:
         """Leave out the part that did it, or the task where it was no part. moved: it did some."""
         name, entry = at.get("doing", ""), at.get("entry")
         self.stops.append(": ".join(part for part in (name, entry, why) if part))
-        print(f"stopped at {self.stops[-1]}", file=sys.stderr, flush=True)
+        if self._loud:
+            print(f"stopped at {self.stops[-1]}", file=sys.stderr, flush=True)
         if name not in self._tasks:
             if not moved:  # it cannot even start: no task would go better
                 self.dropped += self._tasks

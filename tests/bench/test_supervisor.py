@@ -1,17 +1,14 @@
-"""The supervisor of benchmarks/lib/runner.py: a worker that crashes or hangs costs only the part
+"""The supervisor of fastpref/bench/runner.py: a worker that crashes or hangs costs only the part
 that it was at."""
 
 from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from lib.runner import Supervisor  # noqa: E402
+from fastpref.bench.runner import Supervisor
 
 WORKER = """
 import json, os, sys, time
@@ -47,7 +44,9 @@ def _supervise(tmp_path, fault, faulty=("2",), patience=30.0, seconds=60.0):
         "faulty": list(faulty),
     }
     heard = []
-    s = Supervisor(str(script), request, hear=heard.append, patience=patience, grace=0.0)
+    s = Supervisor(
+        [sys.executable, str(script)], request, hear=heard.append, patience=patience, grace=0.0
+    )
     s.run()
     results = [m["result"] for m in heard if "result" in m]
     assert results == s.results

@@ -1,28 +1,24 @@
-"""The GPU mode of benchmarks/head.py, on a CPU that pretends to be one: nothing that goes wrong on
+"""The measurement of a head, mostly on a CPU that pretends to be a GPU: nothing that goes wrong on
 the way may cost more than its own figure."""
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import machine
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import head  # noqa: E402
-from lib import device as devices  # noqa: E402
-from lib import parts, peers, report  # noqa: E402
-from lib import worker as workers  # noqa: E402
-from lib.problem import SHAPES, dpo_loss, float64_truth, make_problem, parse_shape  # noqa: E402
-from lib.targets import compared  #
-from lib.targets import targets as targets_of  # noqa: E402
+from fastpref.bench import arguments, cases, parts, peers, report
+from fastpref.bench import device as devices
+from fastpref.bench import worker as workers
+from fastpref.bench.problem import SHAPES, dpo_loss, float64_truth, make_problem, parse_shape
+from fastpref.bench.run import BenchResult
+from fastpref.bench.targets import compared
+from fastpref.bench.targets import targets as targets_of
 
 CPU = torch.device("cpu")
 SMALL = "16,8,64"
@@ -46,7 +42,7 @@ def test_shapes():
     assert products == pytest.approx(wanted, abs=0.006)
     assert parse_shape("c/1024").n == 1024 and parse_shape("c/1024").softcap == 30.0
     assert parse_shape("4,5,6,30/8").n == 8
-    for bad in ("z", "1,2", "a/b", "1,2,x"):
+    for bad in ("z", "1,2", "a/b", "1,2,x", "-4,8,64", "4,0,64", "a/-2", "4,8,64,-1"):
         with pytest.raises(ValueError):
             parse_shape(bad)
 
@@ -163,13 +159,13 @@ def test_every_mode(monkeypatch):
     assert sides["absent"]["missing"].startswith("ModuleNotFoundError")
     assert sides["large"]["missing"].startswith("out of memory") and sides["large"]["peer"]
     assert all("gb_per_s" in sides[name] for name in ("fastpref native", "eager"))
-    targets = [t for r in results.values() for t in targets_of(r)]
+    for result in results.values():
+        result["targets"] = targets_of(result)
+    targets = [t for r in results.values() for t in r["targets"]]
     assert [t for t in targets if t["target"].startswith("logits, fastpref native")]
     assert not [t for t in targets if t["target"].startswith(("logits, eager", "logits, absent"))]
     assert any(t["measured"] is not None for t in targets)
-    closing = report.closing(
-        {"targets": targets, "results": list(results.values()), "dropped": ["x"], "stops": ["y"]}
-    )
+    closing = report.closing(BenchResult(results=[*results.values()], dropped=["x"], stops=["y"]))
     assert "left out: x" in closing and "stopped: y" in closing
 
 
@@ -301,16 +297,20 @@ def test_timing_with_events(monkeypatch):
 # ---- the command -------------------------------------------------------------------------------
 
 
+def _tasks(*argv):
+    return cases.tasks(arguments.options_of(arguments.arguments(list(argv))))
+
+
 def test_which_mode_runs(monkeypatch):
     def device(*argv):
-        return head.arguments(list(argv)).device
+        return arguments.arguments(list(argv)).device
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device() == "cpu" and device("--device", "cuda") == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device() == "cuda" and device("--shapes", "a") == "cuda"
     assert device("--device", "cpu") == "cpu"
-    assert head.arguments(["--device", "cpu", "--repeats", "3"]).repeats == 3
+    assert arguments.arguments(["--device", "cpu", "--repeats", "3"]).repeats == 3
 
 
 def test_options_and_the_order_of_tasks(capsys):
@@ -322,20 +322,20 @@ def test_options_and_the_order_of_tasks(capsys):
         ["--backends", "z"],
     ):
         with pytest.raises(SystemExit):
-            head.arguments([*GPU, *bad])
+            arguments.arguments([*GPU, *bad])
         assert bad[0] in capsys.readouterr().err
-    names = [t["id"] for t in head.tasks(head.arguments(GPU))]
+    names = [t["id"] for t in _tasks(*GPU)]
     assert names[:4] == ["a trainable", "a frozen", "a forward-only", "row kernels of a"]
     assert names.index("overhead of d/256") < names.index("a/1024 trainable")
     assert names[-1] == "d/1024 forward-only" and len(names) == len(set(names)) == 42
-    assert head.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
+    assert arguments.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
 
 
 def test_the_whole_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     options = ["--device", "pretend", "--shapes", SMALL, "--small", "", "--modes", "frozen"]
     options += ["--peers", "", "--repeats", "2", "--output", str(tmp_path / "out")]
-    head.main(options)
+    arguments.main(options)
     results = json.loads((tmp_path / "out.json").read_text())
     assert (tmp_path / "out.png").stat().st_size > 1000
     wanted = [f"{SMALL} frozen", f"row kernels of {SMALL}", f"ready logits of {SMALL}"]
@@ -348,7 +348,7 @@ def test_the_whole_command_on_a_cpu(tmp_path):
     """Memory comes from another process and stands in the rows; --only leaves sides out."""
     options = ["--device", "cpu", "--dtype", "fp32", "--shapes", SMALL, "--modes", "frozen"]
     options += ["--only", "fastpref;eager", "--repeats", "2", "--output", str(tmp_path / "out")]
-    head.main(options)
+    arguments.main(options)
     (cell,) = json.loads((tmp_path / "out.json").read_text())["cells"]
     assert cell["shape"] == {"N": 16, "H": 8, "V": 64} and cell["canary"]["median_ms"] > 0
     assert [r["variant"] for r in cell["variants"]] == ["fastpref exact", "eager"]
@@ -360,7 +360,7 @@ def test_the_whole_command_on_a_cpu(tmp_path):
 
 def test_single_parts_are_asked_for():
     def names(*argv):
-        return [t["id"] for t in head.tasks(head.arguments([*GPU, *argv]))]
+        return [t["id"] for t in _tasks(*GPU, *argv)]
 
     assert names("--shapes", "b", "--parts", "logits") == ["ready logits of b"]
     only = ["--shapes", "c d", "--modes", "forward-only", "--parts", "head"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .device import Device
-from .problem import BETA, HeadProblem, capped, dpo_loss
+from fastpref.bench.device import Device
+from fastpref.bench.problem import BETA, HeadProblem, capped, dpo_loss
 
 MODES = ("trainable", "frozen", "forward-only")
 
@@ -50,7 +51,7 @@ class Entry:
     being the fewest. compiled: its second call compiles, too. softcap: whether it has one.
     with_reference: whether its loss uses the reference log-probs. other: it computes another
     function, so it has no errors and no part in any target. on: kinds of devices. by_default:
-    measured unless peers are named.
+    measured unless peers are named. package: the module that it imports.
     """
 
     name: str
@@ -67,6 +68,10 @@ class Entry:
     on: tuple[str, ...] = ("cpu", "cuda")
     by_default: bool = True
     modes: tuple[str, ...] = MODES
+    package: str = "torch"
+
+    def installed(self) -> bool:
+        return find_spec(self.package) is not None
 
     def runs_on(self, device: Device) -> bool:
         return ("cuda" if device.like_gpu else "cpu") in self.on
@@ -193,7 +198,7 @@ def _torch_lce(chunks: bool = True) -> Side:
 
     def logps(p: HeadProblem) -> Tensor:
         rows, labels = _rows(p)
-        options = {"options": few} if chunks and not rows.is_cuda else {}
+        options: dict[str, Any] = {"options": few} if chunks and not rows.is_cuda else {}
         losses = linear_cross_entropy(rows, p.weight, labels, reduction="none", **options)
         return -losses.view(p.labels.shape)
 
@@ -221,6 +226,7 @@ PEERS = (
         _trl,
         "trl.kernels.ChunkedLogProbFunction, log-probs only, TRL's own tile sizes",
         products=4,
+        package="trl",
     ),
     Entry(
         "Liger scaled CE",
@@ -229,6 +235,7 @@ PEERS = (
         products=4,
         softcap=False,
         on=("cuda",),
+        package="liger_kernel",
     ),
     Entry(
         "CCE",
@@ -236,6 +243,7 @@ PEERS = (
         "cut_cross_entropy.linear_cross_entropy, impl='cce', its own filter of small gradients",
         products=4,
         on=("cuda",),
+        package="cut_cross_entropy",
     ),
     Entry(
         "QuACK",
@@ -246,6 +254,7 @@ PEERS = (
         softcap=False,
         other=True,
         on=("cuda",),
+        package="quack",
     ),
     Entry(
         "torch LCE",
@@ -271,6 +280,7 @@ PEERS = (
         products=4,
         compiled=True,
         on=("cpu",),
+        package="cut_cross_entropy",
     ),
     Entry(
         "torch.compile", _compiled, "the eager function, static shapes", products=3, compiled=True
@@ -286,6 +296,7 @@ PEERS = (
         softcap=False,
         with_reference=False,
         modes=("trainable", "frozen"),
+        package="liger_kernel",
     ),
     Entry(
         "CCE, unfiltered",
@@ -294,5 +305,6 @@ PEERS = (
         products=4,
         modes=("trainable", "frozen"),
         on=("cuda",),
+        package="cut_cross_entropy",
     ),
 )

@@ -1,27 +1,27 @@
-"""What head.py measures, task by task, in a process of its own: a peer that takes its process down,
-or hangs, costs its own figure and no other."""
+"""What a benchmark measures, task by task, in a process of its own: a peer that takes its process
+down, or hangs, costs its own figure and no other.
+
+A task is a dictionary of cases.py. Its kind is the name of a method: cell, memory, rows, logits,
+overhead or roofline.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref.backends import native
-from fastpref.logps.forward import HeadTensors
-from fastpref.logps.options import HeadOptions
-from fastpref.logps.prepared import plan_call
-
-from . import parts, peers, rates, results
-from .device import Device, Lost, open_device
-from .ours import entries
-from .peers import Entry, Output, Side, step
-from .problem import (
+from fastpref.bench import parts, peers, rates, results
+from fastpref.bench.device import Device, Lost, open_device
+from fastpref.bench.ours import entries
+from fastpref.bench.peers import Entry, Output, Side, step
+from fastpref.bench.problem import (
     DTYPES,
     HeadProblem,
     Shape,
@@ -32,11 +32,12 @@ from .problem import (
     make_problem,
     parse_shape,
 )
-from .runner import Rounds, Timing, failure
+from fastpref.bench.runner import Rounds, Timing, failure, serve
+from fastpref.bench.verdict import fault
+from fastpref.logps.forward import HeadTensors
+from fastpref.logps.options import HeadOptions
+from fastpref.logps.prepared import plan_call
 
-# Gradients further off than this are wrong, not imprecise; so are log-probs, in nats.
-WRONG_GRADIENT = {"bf16": 0.05, "fp32": 1e-3}
-WRONG_LOGP = 0.2
 # What each task still to come is left, before a peer may be warmed up that is known to be slow.
 _RESERVE_S = 3.0
 _ALWAYS = (peers.EAGER, peers.TRL)  # what the ratios are to
@@ -54,9 +55,11 @@ class Worker:
         self._device, self._request, self._say = device, request, say
         wanted = request.get("backends") or device.backends
         self._backends: list[Any] = [b for b in wanted if b in fastpref.backends.NAMES]
+        self._kept: tuple[HeadProblem, Truth, rates.Products | None] | None = None
         self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
         self._at: tuple[Shape, str] | None = None
         self._after = 0  # tasks still to come
+        self._threads = torch.get_num_threads()
 
     def machine(self) -> dict[str, Any]:
         import fastpref.backends
@@ -78,8 +81,11 @@ class Worker:
                 continue
             self._say({"doing": task["id"]})
             begun = time.perf_counter()
+            torch.set_num_threads(task.get("threads") or self._threads)
             try:
-                result = getattr(self, "_" + task["kind"])(parse_shape(task["shape"]), task)
+                shape = parse_shape(task["shape"])
+                shape = replace(shape, model=task.get("model", shape.model))
+                result = getattr(self, "_" + task["kind"])(shape, task)
             except Lost:
                 raise
             except Exception as error:  # most likely too little memory for the inputs themselves
@@ -92,7 +98,8 @@ class Worker:
         return lambda name: self._say({"doing": task["id"], "entry": name})
 
     def _rounds(self) -> Rounds:
-        return Rounds(self._device, self._request["repeats"], self._request["seconds"])
+        given = self._request["repeats"], self._request["seconds"]
+        return Rounds(self._device, *given, deadline=self._request["deadline"])
 
     def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
         """In the place of the one before."""
@@ -213,6 +220,8 @@ class Worker:
             backends=self._backends or [None],
             precisions=self._request["precision"],
             names=self._request["peers"],
+            strategies=self._request.get("strategies"),
+            tolerance=self._request.get("gradient_tolerance"),
         )
         only = self._request.get("only")
         return [e for e in found if not only or any(part in e.name for part in only)]
@@ -292,7 +301,16 @@ class Worker:
         if entry.compiled:
             seconds = self._device.wall(call, problem.clear).device
         out = outputs.pop()
-        row["errors"], row["wrong"] = self._errors(entry, side, problem, truth, mode, out)
+        found, loss = self._errors(entry, side, problem, truth, mode, out)
+        row["errors"], row["wrong"] = found, False
+        if found is not None:
+            dtype = "bf16" if problem.weight.dtype == torch.bfloat16 else "fp32"
+            tolerance = dict(entry.options).get("gradient_tolerance")
+            tokens = problem.labels.shape[1]
+            why = fault(found, dtype, tokens=tokens, loss=loss, tolerance=tolerance)
+            row["wrong"] = why is not None
+            if why is not None:
+                row["wrong_because"] = why
         if self._device.like_gpu:
             before = _results(problem, out)
             problem.clear()
@@ -304,12 +322,12 @@ class Worker:
 
     def _errors(
         self, entry: Entry, side: Side, problem: HeadProblem, truth: Truth, mode: str, out: Any
-    ) -> tuple[dict[str, float | None] | None, bool]:
+    ) -> tuple[dict[str, float | None] | None, float | None]:
+        """The errors, and the true loss of a call that has one."""
         if entry.other:
-            return None, False
+            return None, None
         if mode == "forward-only":
-            found = logp_errors(problem, truth, out, out.double().sum(1))
-            return found, not (found["logp_rms"] or 0.0) < WRONG_LOGP
+            return logp_errors(problem, truth, out, out.double().sum(1)), None
         assert isinstance(out, Output)
         tokens = out.token_logps
         if tokens is None and side.logps is not None:
@@ -318,8 +336,7 @@ class Worker:
         assert sums is not None
         loss = float(out.loss.detach())
         found = errors(problem, truth, loss, tokens, sums, entry.with_reference)
-        limit = WRONG_GRADIENT["bf16" if problem.weight.dtype == torch.bfloat16 else "fp32"]
-        return found, not max(found["dhidden"] or 0.0, found["dweight"] or 0.0) < limit
+        return found, truth.loss[entry.with_reference]
 
     def _peak(self, dtype: torch.dtype) -> rates.Peak | None:
         """The CPU's own best rate, if the native module, which measures it, is there."""
@@ -385,6 +402,12 @@ class Worker:
         found = parts.measure(self._device, self._rounds(), makers, excluded, tell)
         return {"size": asdict(shape), **found}
 
+    def _roofline(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
+        """What the machine can do, before anything else is measured."""
+        dtype = DTYPES[task["dtype"]]
+        found = rates.machine_rates(self._device, self._rounds(), dtype, self._peak(dtype))
+        return {"size": asdict(shape), **found}
+
     def _overhead(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         """All modes of a small batch. Its inputs need no float64 truth."""
         problem = self._problem(shape, task["dtype"])
@@ -432,3 +455,7 @@ def answer(request: dict[str, Any], say: Say) -> None:
         say({"lost": str(error)})
         raise SystemExit(1) from None
     say({"done": True})
+
+
+if __name__ == "__main__":
+    serve(answer)

@@ -1,0 +1,12 @@
+"""What the loss of a head costs on this machine: fastpref's ways and other libraries'.
+
+`fastpref bench` is the command. docs/bench.md describes the figures.
+"""
+
+from __future__ import annotations
+
+from fastpref.bench.bench import run_bench
+from fastpref.bench.compare import Change, compare_results, load_result
+from fastpref.bench.run import BenchResult
+
+__all__ = ["BenchResult", "Change", "compare_results", "load_result", "run_bench"]

@@ -1,0 +1,210 @@
+"""`run_bench`: the options of a benchmark in the words of a user, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpref.backends import NAMES
+from fastpref.bench import device as devices
+from fastpref.bench.cases import BenchOptions, check_names, make_cases, scaled
+from fastpref.bench.ours import STRATEGIES, entries
+from fastpref.bench.peers import EAGER, MODES, PEERS, Entry
+from fastpref.bench.problem import DTYPES, parse_shape
+from fastpref.bench.run import BenchResult, Hear, run_tasks
+from fastpref.logps.plan import check_tolerance
+
+# Small enough for a laptop with two cores; on a GPU the heads of SmolLM2 135M and Llama 3 8B.
+DEFAULT_SHAPES = {"cpu": ("512,512,32000",), "cuda": ("d", "a")}
+DEFAULT_BUDGET = 120.0
+
+
+def run_bench(
+    shapes: Sequence[str] | None = None,
+    *,
+    hear: Hear | None = None,
+    doing: Hear | None = None,
+    changed: Callable[[BenchResult], None] | None = None,
+    **options: Any,
+) -> BenchResult:
+    """Measure the DPO loss of a head, forward and backward: time, memory, and error.
+
+    fastpref's ways, eager torch and other libraries compute it on the same random data, by turns,
+    in a process of their own. The error is against float64.
+
+    Args:
+        shapes: each "N,H,V" or "N,H,V,softcap", or the name or the folder of a model, whose
+            config gives H, V and the dtype. N is the number of labelled tokens, an even number. By
+            default a small head.
+        hear: gets each message of the workers, such as `{"result": ...}`.
+        doing: gets `{"doing": task, "entry": side}` whenever a side begins.
+        changed: gets the result as far as it is there, after each task.
+        options: those of `bench_options`.
+
+    Raises:
+        ValueError: an unknown name, sizes that make no problem, or that do not fit into memory.
+        RuntimeError: nothing could be measured.
+    """
+    chosen = bench_options(shapes, **options)
+    result = run_tasks(chosen, hear=hear, doing=doing, changed=changed)
+    if not result.measured():
+        why = [r["failed"] for r in result.results if "failed" in r]
+        raise RuntimeError("nothing was measured: " + "; ".join([*why, *result.stops] or ["?"]))
+    return result
+
+
+def bench_options(
+    shapes: Sequence[str] | None = None,
+    *,
+    tokens: int | None = None,
+    modes: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    precision: Sequence[str] = ("exact", "fast"),
+    backends: Sequence[str] | None = None,
+    strategies: Sequence[str] | None = None,
+    gradient_tolerance: float | None = None,
+    peers: Sequence[str] | None = None,
+    scale: str | None = None,
+    device: str | None = None,
+    repeats: int = 5,
+    seconds: float = 1.5,
+    budget: float | None = DEFAULT_BUDGET,
+    memory: bool = True,
+    trust_remote_code: bool = False,
+) -> BenchOptions:
+    """The options of a run, checked.
+
+    Args:
+        tokens: N of models, 1024 by default, and of shapes in place of their own.
+        modes: "trainable", "frozen", "forward-only"; by default the first two, or with `scale` the
+            first one.
+        dtypes: "bf16", "fp32"; by default a model's, and of other heads what the device is fast at.
+        precision: fastpref's, "exact" and "fast".
+        backends: fastpref's; by default the one that it picks, and on a GPU all.
+        strategies: of a trainable head, "stash" and "recompute"; by default both.
+        gradient_tolerance: measured beside the exact gradients.
+        peers: names, or how they begin, such as "trl"; None: all that are installed.
+        scale: "tokens", "vocab" or "threads": each head in several sizes.
+        device: "cpu" or "cuda"; by default a GPU where there is one.
+        repeats: calls of each side.
+        seconds: what one side may spend on its calls.
+        budget: seconds for everything; what does not fit is left out and named. None: no limit.
+        memory: whether the memory is measured on a CPU, in a second process.
+
+    Raises:
+        ValueError: as `run_bench`.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_names("device", [device], ["cpu", "cuda", "pretend"])
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but torch finds no GPU")
+    for name, value in {"repeats": repeats, "seconds": seconds, "budget": budget}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: got {value}, expected a number above 0")
+    check_tolerance("gradient_tolerance", gradient_tolerance)
+    kind = "cpu" if device == "cpu" else "cuda"
+    cases = make_cases(
+        shapes or DEFAULT_SHAPES[kind],
+        tokens=tokens,
+        dtypes=None if dtypes is None else check_names("dtypes", dtypes, list(DTYPES)),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if scale is not None:
+        cases = scaled(cases, scale, torch.get_num_threads())
+    for case in cases:
+        _check_memory(case.shape, device)
+    chosen = ["trainable"] if scale else ["trainable", "frozen"]
+    names, missing = select_peers(peers, kind)
+    return BenchOptions(
+        cases,
+        device=device,
+        modes=check_names("modes", modes or chosen, list(MODES)),
+        parts=["roofline", "head"],
+        precision=check_names("precision", precision, ["exact", "fast"]),
+        backends=None if backends is None else check_names("backends", backends, list(NAMES)),
+        strategies=None
+        if strategies is None
+        else check_names("strategies", strategies, list(STRATEGIES)),
+        gradient_tolerance=gradient_tolerance,
+        peers=names,
+        repeats=repeats,
+        seconds=seconds,
+        budget=budget,
+        patience=120.0,
+        memory=memory and Path("/proc/self/clear_refs").exists(),
+        memory_last=True,
+        missing_peers=missing,
+    )
+
+
+def select_peers(given: Sequence[str] | None, kind: str) -> tuple[list[str], dict[str, str]]:
+    """Names of peers beside eager, and why others are not measured.
+
+    Args:
+        given: names, or how they begin; None: those that are measured by default.
+        kind: of the device, "cpu" or "cuda".
+
+    Raises:
+        ValueError: a name that is nobody's.
+    """
+    there = devices.PretendGpu() if kind == "cuda" else devices.Device()
+    known = [e for e in PEERS if e.runs_on(there) and e.name != EAGER]
+    wanted: list[Entry] = [e for e in known if e.by_default]
+    if given is not None:
+        wanted = []
+        for name in given:
+            exact = [e for e in known if e.name.lower() == name.lower()]
+            found = exact or [e for e in known if e.name.lower().startswith(name.lower())]
+            if not found:
+                names = ", ".join(e.name for e in known)
+                raise ValueError(f"peers: got {name!r}, expected none, all, or some of {names}")
+            wanted += [e for e in found if e not in wanted]
+    missing = {e.name: f"{e.package} is not installed" for e in wanted if not e.installed()}
+    return [e.name for e in wanted if e.name not in missing], missing
+
+
+def side_names(options: BenchOptions) -> list[str]:
+    """What is measured beside each other, in any case and mode."""
+    device = devices.Device() if options.device == "cpu" else devices.PretendGpu()
+    by_default = [None] if options.device == "cpu" else ["cuda", "triton"]
+    found = [
+        entry.name
+        for case in options.cases
+        for dtype in case.dtypes
+        for mode in options.modes
+        for entry in entries(
+            device,
+            mode,
+            DTYPES[dtype],
+            backends=options.backends or by_default,
+            precisions=options.precision,
+            names=options.peers,
+            strategies=options.strategies,
+            tolerance=options.gradient_tolerance,
+        )
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _check_memory(text: str, device: str) -> None:
+    """Refuse a head whose inputs, float64 truth and eager logits do not fit."""
+    shape = parse_shape(text)
+    weights, logits = shape.h * shape.v, shape.n * shape.v
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        try:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return
+    needed = 12 * weights + 12 * logits
+    if needed > free:
+        raise ValueError(
+            f"shape: got {text}, which takes about {needed / 1e9:,.1f} GB with eager logits; "
+            f"this machine has {free / 1e9:,.1f} GB"
+        )

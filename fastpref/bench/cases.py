@@ -1,0 +1,266 @@
+"""What is measured, as a list of tasks for the worker.
+
+shapes, or a model's config -> `Case`s -> scaled over tokens, vocabulary or threads -> tasks, of
+     which each is a dictionary for worker.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastpref.backends.processor import bf16_is_fast
+from fastpref.bench.device import TIGHT_MALLOC
+from fastpref.bench.peers import MODES
+from fastpref.bench.problem import DTYPES, check_tokens, parse_shape
+
+PARTS = {
+    "head": "the loss of a head",
+    "rows": "passes over a tile of logits",
+    "logits": "ready logits to log-probs and back",
+    "overhead": "what a small call costs the host",
+    "roofline": "the rates of a bare product and of a copy",
+}
+SCALES = ("tokens", "vocab", "threads")
+_FACTORS = (0.25, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A head that is measured.
+
+    Attributes:
+        shape: a text that `parse_shape` reads.
+        dtypes: some of `DTYPES`.
+        model: the name of the model whose head it is.
+        threads: of torch and of fastpref; None: as many as torch has.
+    """
+
+    shape: str
+    dtypes: tuple[str, ...] = ("bf16",)
+    model: str = ""
+    threads: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The case in the name of a task."""
+        about = f" with {self.threads} threads" if self.threads else ""
+        return f"{self.shape}{about}"
+
+
+@dataclass
+class BenchOptions:
+    """The options of a run.
+
+    Attributes:
+        cases: what is measured, the most important first.
+        device: "cpu", "cuda", or "pretend" for tests.
+        modes: some of `MODES`.
+        parts: some of `PARTS`.
+        small: shapes of the part overhead.
+        precision: "exact", "fast", or both.
+        backends: of fastpref's; None: all for a GPU, and on a CPU the one that fastpref picks.
+        strategies: of a trainable head, "stash" and "recompute"; None: both.
+        gradient_tolerance: measured beside the exact gradients; None: not measured.
+        peers: names of peers beside eager; None: the usual ones.
+        only: parts of names; of the head's sides only those with one of them are measured.
+        repeats: calls of each side.
+        seconds: what one side may spend on its calls.
+        budget: seconds for everything; None: no limit.
+        patience: seconds after which a silent worker is stopped.
+        memory: whether a second process measures the memory on a CPU.
+        memory_last: whether it does so after all times; otherwise after those of a case.
+        missing_peers: why peers that were asked for are not measured, by name.
+    """
+
+    cases: list[Case]
+    device: str = "cpu"
+    modes: list[str] = field(default_factory=lambda: ["trainable", "frozen"])
+    parts: list[str] = field(default_factory=lambda: ["head"])
+    small: list[str] = field(default_factory=list)
+    precision: list[str] = field(default_factory=lambda: ["exact", "fast"])
+    backends: list[str] | None = None
+    strategies: list[str] | None = None
+    gradient_tolerance: float | None = None
+    peers: list[str] | None = None
+    only: list[str] = field(default_factory=list)
+    repeats: int = 7
+    seconds: float = 4.0
+    budget: float | None = None
+    patience: float = 3600.0
+    memory: bool = True
+    memory_last: bool = False
+    missing_peers: dict[str, str] = field(default_factory=dict)
+
+    def request(self) -> dict[str, Any]:
+        """What the worker gets beside its tasks."""
+        names = ["device", "modes", "precision", "backends", "strategies", "gradient_tolerance"]
+        names += ["peers", "only", "repeats", "seconds"]
+        return {name: getattr(self, name) for name in names}
+
+
+def make_cases(
+    shapes: Sequence[str],
+    *,
+    tokens: int | None = None,
+    dtypes: Sequence[str] | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> list[Case]:
+    """The cases of shapes and of models.
+
+    Args:
+        shapes: each "N,H,V", "N,H,V,softcap", a letter of `SHAPES`, or the name or the folder of a
+            model, whose config gives H, V, the softcap and the dtype. No weights are read.
+        tokens: N of models, and of shapes in place of their own.
+        dtypes: by default that of a model's config; for others what the device is fast at.
+
+    Raises:
+        ValueError: sizes that make no problem, and a config that cannot be read.
+    """
+    fast = "bf16" if device != "cpu" or bf16_is_fast("cpu") else "fp32"
+    cases = []
+    for text in shapes:
+        try:
+            shape, model, own = parse_shape(text), "", fast
+        except ValueError:
+            if _is_shape(text):
+                raise
+            shape, model, own = _shape_of_model(text, tokens, trust_remote_code)
+        if tokens is not None:
+            shape = replace(shape, n=tokens)
+        check_tokens(shape.n)
+        chosen = tuple(dtypes or [own])
+        sizes = [f"{shape.n},{shape.h},{shape.v}"]
+        sizes += [] if shape.softcap is None else [f"{shape.softcap:g}"]
+        cases.append(Case(",".join(sizes), chosen, model or shape.model))
+    return cases
+
+
+def _is_shape(text: str) -> bool:
+    """Whether a text that is no shape was meant to be one: it has nothing but numbers."""
+    return not set(text) - set("0123456789,.+- e/")
+
+
+def _shape_of_model(text: str, tokens: int | None, trust: bool) -> tuple[Any, str, str]:
+    """The shape of a model's head, its name, and its dtype."""
+    from fastpref.bench.problem import Shape
+
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ImportError(
+            f"shape {text}: the config of a model is read by transformers, which is not installed; "
+            "expected N,H,V"
+        ) from error
+    try:
+        config: Any = AutoConfig.from_pretrained(text, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"shape: got {text!r}, expected N,H,V, or the name or folder of a model ({why})"
+        ) from error
+    inner = config.get_text_config()
+    hidden, vocab = (getattr(inner, name, None) for name in ("hidden_size", "vocab_size"))
+    if not (isinstance(hidden, int) and isinstance(vocab, int)):
+        raise ValueError(f"shape: the config of {text} has no hidden_size and vocab_size")
+    dtype = getattr(config, "dtype", None) or getattr(inner, "dtype", None)
+    name = "fp32" if "32" in str(dtype or "float32") else "bf16"
+    cap = getattr(inner, "final_logit_softcapping", None)
+    return Shape(text, tokens or 1024, hidden, vocab, cap), Path(text).name, name
+
+
+def scaled(cases: Sequence[Case], scale: str, most_threads: int) -> list[Case]:
+    """Each case at a quarter, a half, once and twice of its tokens or its vocabulary, or with 1, 2,
+    4, ... threads, up to `most_threads`.
+
+    Raises:
+        ValueError: an unknown scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, expected one of {', '.join(SCALES)}")
+    out = []
+    for case in cases:
+        if scale == "threads":
+            powers = [2**i for i in range(most_threads.bit_length())]
+            for threads in sorted({*(p for p in powers if p <= most_threads), most_threads}):
+                out.append(replace(case, threads=threads))
+            continue
+        shape = parse_shape(case.shape)
+        for factor in _FACTORS:
+            n, v = shape.n, shape.v
+            if scale == "tokens":
+                n = _even_sequences(n * factor)
+            else:
+                v = max(2, round(v * factor))
+            rest = [] if shape.softcap is None else [f"{shape.softcap:g}"]
+            text = ",".join([str(n), str(shape.h), str(v), *rest])
+            if not any(c.shape == text for c in out):
+                out.append(replace(case, shape=text))
+    return out
+
+
+def _even_sequences(tokens: float) -> int:
+    """The nearest number of tokens that makes an even number of sequences."""
+    return max(2, round(tokens / 2) * 2) if tokens < 1024 else round(tokens / 1024) * 1024
+
+
+def tasks(options: BenchOptions) -> list[dict[str, Any]]:
+    """What there is to do, the most important first; the modes of a case share its inputs."""
+    out: list[dict[str, Any]] = []
+    memory: list[dict[str, Any]] = []
+    plain = {dtype for case in options.cases for dtype in case.dtypes} == {"bf16"}
+
+    def task(what: str, kind: str, case: Case, dtype: str = "bf16", **more: Any) -> dict[str, Any]:
+        other = "" if plain or kind not in ("cell", "memory") else f" {dtype}"
+        about: dict[str, Any] = {"model": case.model} if case.model else {}
+        about |= {"threads": case.threads} if case.threads else {}
+        made = {"id": what + other, "kind": kind, "shape": case.shape, "dtype": dtype}
+        return made | about | more
+
+    def small() -> None:
+        if "overhead" in options.parts and not any(t["kind"] == "overhead" for t in out):
+            for shape in options.small:
+                out.append(task(f"overhead of {shape}", "overhead", Case(shape)))
+
+    if "roofline" in options.parts:
+        dtypes = dict.fromkeys(dtype for case in options.cases for dtype in case.dtypes)
+        for dtype in dtypes:
+            out.append(task(f"roofline {dtype}", "roofline", options.cases[0], dtype))
+    for case in options.cases:
+        name = case.name
+        if "/" in name:  # fewer tokens: after what every call costs
+            small()
+        for dtype in case.dtypes if "head" in options.parts else ():
+            for mode in options.modes:
+                out.append(task(f"{name} {mode}", "cell", case, dtype, mode=mode))
+            measured = options.memory and options.device == "cpu" and case.threads is None
+            for mode in options.modes if measured else []:
+                more = {"mode": mode, "env": TIGHT_MALLOC}
+                made = task(f"memory of {name} {mode}", "memory", case, dtype, **more)
+                (memory if options.memory_last else out).append(made)
+        if "/" not in name or set(options.parts) <= {"rows", "logits"}:
+            if "rows" in options.parts:
+                out.append(task(f"row kernels of {name}", "rows", case))
+            if "logits" in options.parts:
+                out.append(task(f"ready logits of {name}", "logits", case))
+    small()
+    return [*out, *memory]
+
+
+def check_names(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names in the order in which they are known.
+
+    Raises:
+        ValueError: an unknown one, or none.
+    """
+    wrong = [name for name in given if name not in known]
+    if wrong or not given:
+        got = ",".join(wrong or ["nothing"])
+        raise ValueError(f"{what}: got {got}, expected some of {', '.join(known)}")
+    return [name for name in known if name in given]
+
+
+__all__ = ["DTYPES", "MODES", "PARTS", "BenchOptions", "Case", "make_cases", "scaled", "tasks"]

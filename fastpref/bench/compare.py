@@ -1,0 +1,188 @@
+"""Two results beside each other: what is slower, larger or less exact than it was.
+
+old and new results -> cells that have the same sizes, dtype, mode and threads -> sides of the same
+     name -> `Change`s
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A sum of log-probs may be off by so many nats more, and a call take so many bytes more, before it
+# counts as worse.
+_NATS = 1e-3
+_BYTES = 8 * 2**20
+_MACHINE = {"cpu": "processor", "threads": "threads", "gpu": "GPU"}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One side of one case, then and now.
+
+    Attributes:
+        case: the name of the case.
+        side: such as "fastpref exact, stash".
+        old_ms: the median time then; None if it was not measured or was wrong.
+        new_ms: the median time now.
+        ratio: new_ms over old_ms; above 1 it is slower.
+        low: the ratio of the new first quartile to the old third one.
+        high: the ratio of the new third quartile to the old first one.
+        canary: the same ratio of a fixed product, which is the machine's own; None on a GPU.
+        verdict: "same", "slower", "faster", "less exact", "more memory", "wrong", or "gone" for a
+            side that was measured then alone.
+        regression: whether it is one of fastpref's sides and worse.
+    """
+
+    case: str
+    side: str
+    old_ms: float | None
+    new_ms: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    canary: float | None
+    verdict: str
+    regression: bool
+
+
+def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A result that `fastpref bench` or benchmarks/head.py wrote.
+
+    Raises:
+        ValueError: a file that cannot be read, is no JSON, or holds something else.
+    """
+    path = Path(path).expanduser()
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise ValueError(f"{path} could not be read as a result of fastpref bench: {why}") from None
+    good = isinstance(found, dict) and isinstance(found.get("machine"), dict)
+    try:
+        cells = list(_cells(found)) if good else []
+    except (AttributeError, KeyError, TypeError):
+        cells = []
+    if not cells:
+        raise ValueError(f"{path} is no result of fastpref bench: it has no cells")
+    return dict(found)
+
+
+def machine_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """How the machines of two results differ, in what makes their times incomparable.
+
+    Args:
+        old: the `machine` of a result.
+        new: that of another one.
+    """
+    return [
+        f"{name} {old.get(key) or 'none'} then, {new.get(key) or 'none'} here"
+        for key, name in _MACHINE.items()
+        if old.get(key) != new.get(key)
+    ]
+
+
+def compare_results(
+    old: Mapping[str, Any], new: Mapping[str, Any], threshold: float = 0.05
+) -> list[Change]:
+    """What changed between two results, case by case.
+
+    A side is slower if its ratio is above 1 + threshold by itself and relative to the canary's, and
+    the quartiles of old and new times do not overlap; faster likewise.
+
+    Args:
+        old: `BenchResult.as_dict()` of then, or `load_result(path)`.
+        new: that of now.
+        threshold: the part by which a time may grow.
+
+    Raises:
+        ValueError: results of two machines, without a case in common, or a bad threshold.
+    """
+    if not 0 <= threshold < 10:
+        raise ValueError(f"threshold: got {threshold}, expected a part such as 0.05")
+    if differences := machine_differences(old["machine"], new["machine"]):
+        raise ValueError(
+            f"the old result is of another machine ({'; '.join(differences)}); the times of two "
+            "machines say nothing of a regression"
+        )
+    before = dict(_cells(old))
+    pairs = [(before[key], cell) for key, cell in _cells(new) if key in before]
+    if not pairs:
+        raise ValueError("the old result has none of these cases")
+    return [change for then, now in pairs for change in _changes(then, now, threshold)]
+
+
+def case_keys(result: Mapping[str, Any]) -> set[tuple[Any, ...]]:
+    """The sizes, dtype, mode and threads of each cell."""
+    return {key for key, _ in _cells(result)}
+
+
+def key_of(size: Mapping[str, Any], dtype: str, mode: str, threads: int | None) -> tuple[Any, ...]:
+    return size["n"], size["h"], size["v"], size.get("softcap"), dtype, mode, threads
+
+
+def _cells(result: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The cells of a file by what they are about: those of a GPU stand among its results."""
+    for cell in [*result.get("cells", ()), *result.get("results", ())]:
+        if cell.get("kind", "cell") == "cell" and "variants" in cell:
+            size = cell.get("size") or {k.lower(): n for k, n in cell["shape"].items()}
+            key = key_of(size, cell["dtype"], cell["mode"], cell.get("threads"))
+            yield key, cell
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any], threshold: float) -> Iterator[Change]:
+    canaries = [cell.get("canary") for cell in (now, then)]
+    canary = None
+    if all(canaries):
+        canary = canaries[0]["median_ms"] / canaries[1]["median_ms"]  # type: ignore[index]
+    olds = {row["variant"]: row for row in then["variants"]}
+    for new in now["variants"]:
+        old = olds.get(new["variant"])
+        if old is None or "time" not in old or old.get("wrong"):
+            continue  # there is nothing to compare with
+        yield _change(now["id"], old, new, canary, threshold)
+
+
+def _change(
+    case: str, old: dict[str, Any], new: dict[str, Any], canary: float | None, threshold: float
+) -> Change:
+    old_ms = old["time"]["median_ms"]
+    if "time" not in new or "missing" in new:
+        gone = "gone", bool(new["ours"]) and not new.get("dropped")
+        return Change(case, new["variant"], old_ms, None, None, None, None, canary, *gone)
+    new_ms = new["time"]["median_ms"]
+    low, high = (
+        new["time"]["quartiles_ms"][i] / old["time"]["quartiles_ms"][1 - i] for i in (0, 1)
+    )
+    ratio, most = new_ms / old_ms, 1 + threshold
+    own = ratio / (canary or 1.0)  # what the machine itself does not explain
+    verdict = "same"
+    if new.get("wrong"):
+        verdict = "wrong"
+    elif min(ratio, own) > most and low > 1:
+        verdict = "slower"
+    elif _worse(old, new, "errors", "sum_max", 2.0, _NATS):
+        verdict = "less exact"
+    elif _worse(old, new, "memory", "extra", 1.1, _BYTES):
+        verdict = "more memory"
+    elif max(ratio, own) < 1 / most and high < 1:
+        verdict = "faster"
+    worse = bool(new["ours"]) and verdict not in ("same", "faster")
+    side = new["variant"]
+    if verdict == "wrong":  # whose time means nothing
+        return Change(case, side, old_ms, None, None, None, None, canary, verdict, worse)
+    ratio, low, high = (round(x, 4) for x in (ratio, low, high))
+    return Change(case, side, old_ms, new_ms, ratio, low, high, canary, verdict, worse)
+
+
+def _worse(
+    old: dict[str, Any], new: dict[str, Any], part: str, key: str, factor: float, slack: float
+) -> bool:
+    before, after = ((row.get(part) or {}).get(key) for row in (old, new))
+    if before is None or after is None:
+        return False
+    return bool(after > max(before, 0) * factor + slack)

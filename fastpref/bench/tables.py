@@ -1,0 +1,141 @@
+"""The tables of `fastpref bench`: headers and rows of texts, for a terminal and for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastpref.bench.compare import Change
+from fastpref.bench.report import label_of, mib
+from fastpref.bench.targets import fastest, usable
+
+Table = tuple[list[str], list[list[str]]]
+_SCALED = {"tokens": "N", "vocab": "V", "threads": "threads"}
+
+
+def rates_table(rates: Sequence[dict[str, Any]]) -> Table:
+    """What the machine can do."""
+    lines = []
+    for found in rates:
+        peak, product, copy = found["peak_tflop_per_s"], found["product"], found["copy"]
+        own = "-" if peak is None else f"{1e3 * peak:,.1f}"
+        rate = f"{1e3 * product['tflop_per_s']:,.1f}"
+        lines.append([found["dtype"], own, rate, f"{copy['gb_per_s']:,.1f}"])
+    return ["", "multiply-adds, GFLOP/s", "bare product, GFLOP/s", "copy, GB/s"], lines
+
+
+def title_of(cell: dict[str, Any]) -> str:
+    """One line on what a cell is about."""
+    size = cell["size"]
+    text = f"N={size['n']:,} H={size['h']:,} V={size['v']:,}"
+    if size["softcap"] is not None:
+        text += f" softcap {size['softcap']:g}"
+    if size["model"]:
+        text += f" ({size['model']})"
+    text += f", {cell['dtype']}, {cell['mode']}"
+    if cell.get("threads"):
+        text += f", {cell['threads']} threads"
+    return text
+
+
+def cell_table(cell: dict[str, Any]) -> Table:
+    """The sides of a cell. A side whose result is wrong has its errors, and no time or speed."""
+    header = ["", "ms", "spread", "x eager", "roofline", "extra MiB"]
+    header += ["error, nat", "of dX", "of dW"]
+    lines = []
+    for row in cell["variants"]:
+        if "time" not in row or "missing" in row:
+            continue
+        low, high = row["time"]["quartiles_ms"]
+        median, good = row["time"]["median_ms"], usable(row)
+        errors = row["errors"] or {}
+        shown = [
+            f"{median:,.2f}",
+            f"{(high - low) / median:.0%}" if row["time"]["repeats"] > 1 else "-",
+            _number(row.get("speed_over_eager"), ".2f"),
+            _number(row.get("roofline_fraction"), ".0%"),
+        ]
+        lines.append(
+            [
+                label_of(row),
+                *(shown if good else ["WRONG", "-", "-", "-"]),
+                _number(mib(row, "extra"), ",.0f"),
+                *(_number(errors.get(k), ".1e") for k in ("sum_max", "dhidden", "dweight")),
+            ]
+        )
+    kept = [i for i in range(len(header)) if i == 0 or {line[i] for line in lines} != {"-"}]
+    return [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
+
+
+def notes_of(cell: dict[str, Any]) -> list[str]:
+    """Sentences on a cell: what is wrong or missing, and whether the machine was quiet."""
+    out = []
+    for row in cell["variants"]:
+        if row.get("wrong"):
+            out.append(f"{row['variant']} is wrong: {row['wrong_because']}")
+        if "missing" in row:
+            out.append(f"{row['variant']} was not measured: {row['missing']}")
+    if any(row["other_function"] and "time" in row for row in cell["variants"]):
+        out.append("* computes another function")
+    canary = cell.get("canary")
+    if canary is not None:
+        low, high = canary["quartiles_ms"]
+        if high > 1.2 * low:
+            out.append(
+                f"the machine was not quiet: a fixed product took {low:,.0f} to {high:,.0f} ms "
+                "(quartiles)"
+            )
+    return out
+
+
+def scaling_points(cells: Sequence[dict[str, Any]], scale: str) -> dict[str, dict[int, float]]:
+    """Milliseconds of each side by the size that was scaled: fastpref's fastest exact way, eager
+    and the fastest peer of each size."""
+    out: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        at = int(cell["threads"] if scale == "threads" else cell["size"][_SCALED[scale].lower()])
+        rows = cell["variants"]
+        mine = [r for r in rows if r["ours"] and r["precision"] == "exact"]
+        groups = {"fastpref": mine, "eager": [r for r in rows if r["variant"] == "eager"]}
+        others = [r for r in rows if not r["ours"] and not r["other_function"]]
+        groups["fastest peer"] = [r for r in others if r["variant"] != "eager"]
+        for name, group in groups.items():
+            if (best := fastest(group)) is not None:
+                key = f"{name}, {cell['dtype']}, {cell['mode']}"
+                out.setdefault(key, {})[at] = best["time"]["median_ms"]
+    return out
+
+
+def scaling_table(cells: Sequence[dict[str, Any]], scale: str) -> Table:
+    """How the time grows: at each size the milliseconds, and in brackets over the first size's."""
+    points = scaling_points(cells, scale)
+    sizes = sorted({at for found in points.values() for at in found})
+    lines = []
+    for name, found in points.items():
+        first = found.get(sizes[0])
+        line = [name]
+        for at in sizes:
+            text = "-" if at not in found else f"{found[at]:,.2f}"
+            if first and at in found and at != sizes[0]:
+                over = first / found[at] if scale == "threads" else found[at] / first
+                text += f" ({over:.2f}x)"
+            line.append(text)
+        lines.append(line)
+    header = ["ms, and speed over 1 thread" if scale == "threads" else "ms, and over the first"]
+    return [*header, *(f"{_SCALED[scale]}={at:,}" for at in sizes)], lines
+
+
+def changes_table(changes: Sequence[Change]) -> Table:
+    """Each side then and now; the spread is that of the ratio between the quartiles."""
+    lines = []
+    for c in changes:
+        spread = "-" if c.low is None else f"{c.low:.2f} to {c.high:.2f}"
+        verdict = c.verdict + (" (regression)" if c.regression else "")
+        old, new, ratio = _number(c.old_ms, ",.2f"), _number(c.new_ms, ",.2f"), c.ratio
+        machine = _number(c.canary, ".2f")
+        lines.append([c.case, c.side, old, new, _number(ratio, ".2f"), spread, machine, verdict])
+    return ["case", "", "then, ms", "now, ms", "ratio", "spread", "machine", ""], lines
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
