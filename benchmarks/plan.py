@@ -8,7 +8,7 @@ With --alone the measurements have the processors to themselves (SCHED_FIFO, a r
 Each configuration is a small model with random weights and random pairs. The worker of
 `fastpref profile` trains it: a step on the longest pairs, which warms up, three rounds of three
 batches, and the longest pairs again. The last step's memory is simulated without weights. The
-seconds of the three batches, medians of the rounds, are predicted by a probe of fewer layers. Each
+seconds of the three batches, the best of the rounds, are predicted by a probe of fewer layers. Each
 training runs twice, which shows how well its seconds can be known. Writes a JSON to
 benchmarks/results/: bytes of tensors measured and predicted, by component, and the seconds.
 """
@@ -191,12 +191,11 @@ def compare(name: str, path: str, setting: tuple[Any, ...], alone: bool) -> list
 
 
 def _phases(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean seconds of each phase: over the batches, of the medians of their rounds."""
+    """The mean seconds of each phase: over the batches, of the best of their rounds."""
     names = dict.fromkeys(name for step in steps for name in step)
     return {
         name: statistics.mean(
-            statistics.median(step.get(name, 0.0) for step in steps[batch::TIMED])
-            for batch in range(TIMED)
+            min(step.get(name, 0.0) for step in steps[batch::TIMED]) for batch in range(TIMED)
         )
         for name in names
     }
@@ -234,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     path = results.results_path(args.output)
     if args.first:
         rows = json.loads(path.read_text())["rows"][: 2 * args.first]
+    machine = results.machine()
     with tempfile.TemporaryDirectory() as folder:
         paths: dict[str, str] = {}
         for name, setting in todo:
@@ -249,13 +249,13 @@ def main(argv: list[str] | None = None) -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-    found = {
-        "benchmark": "plan: a step as fastpref plan predicts it and as it is measured",
-        "machine": results.machine(),
-        **summary(rows),
-        "rows": rows,
-    }
-    results.write_json(path, found)
+            found = {
+                "benchmark": "plan: a step as fastpref plan predicts it and as it is measured",
+                "machine": machine,
+                **summary(rows),
+                "rows": rows,
+            }
+            results.write_json(path, found)
     print(json.dumps(summary(rows)))
 
 

@@ -15,7 +15,6 @@ import contextlib
 import copy
 import logging
 import random
-import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,7 +32,7 @@ from fastpref.progress import silenced
 
 _PHASES = (*PHASES, "other")
 _OF_LAYERS = ("reference", "body forward", "body backward", "optimiser")
-_ROUNDS = 3  # of the micro-batches, after one that warms up
+ROUNDS = 3  # of the micro-batches, after one that warms up
 
 
 def probe_layers(config: Any) -> tuple[int, int] | None:
@@ -103,9 +102,12 @@ def _step_time(phases: dict[str, float]) -> StepTime:
 def _measure(
     config: Any, batches: Sequence[Sequence[Pair]], options: StepOptions
 ) -> list[dict[str, float]]:
-    """For each micro-batch the median seconds of each phase, of real steps."""
+    """For each micro-batch the seconds of each phase, of real steps: the least of the rounds.
+
+    On a busy machine most steps are slower.
+    """
     longest = max(batches, key=lambda batch: batch_tokens(batch, sharing=False))
-    order = [longest, *(batch for _ in range(_ROUNDS) for batch in batches)]
+    order = [longest, *(batch for _ in range(ROUNDS) for batch in batches)]
     rows = _rows([pair for batch in order for pair in batch], config, options)
     from transformers import PrinterCallback
 
@@ -117,7 +119,7 @@ def _measure(
         trainer.train()
     steps = clock.steps[1:]
     return [
-        {p: statistics.median(s.get(p, 0.0) for s in steps[i :: len(batches)]) for p in _PHASES}
+        {p: min(s.get(p, 0.0) for s in steps[i :: len(batches)]) for p in _PHASES}
         for i in range(len(batches))
     ]
 
