@@ -72,6 +72,11 @@ def command(
     chosen = choose_loss(loss, beta, loss_option or [])
     if chosen.unpaired:
         raise ValueError(f"--loss {loss} is of single answers; verify reads pairs")
+    if "nll_on_prompt" in chosen.settings:
+        raise ValueError(
+            "--loss-option nll_on_prompt would do nothing: verify computes the log-probs of answers "
+            "alone; leave it out"
+        )
     device = training_device()
     narrow = bf16_is_fast(device) if bf16 is None else bf16
     dtype = torch.bfloat16 if narrow else torch.float32
@@ -80,8 +85,10 @@ def command(
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {k: v for k, v in chosen.settings.items() if k in LOSS_OPTIONS}
     models = [
-        None if name is None else load_model(name, dtype, trust_remote_code).to(device)
-        for name in (model, ref_model)
+        None
+        if name is None
+        else load_model(name, dtype, trust_remote_code, argument).to(device)
+        for argument, name in (("--model", model), ("--ref-model", ref_model))
     ]
     found = verify(
         models[0],

@@ -75,3 +75,18 @@ def test_single_answers_are_one_sentence(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
     result = invoke("--data", path, "--json")
     assert result.exit_code == 2 and not result.stdout and "chosen" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--ref-model", "./nowhere"), "--ref-model ./nowhere is not a directory"),
+        (
+            ("--loss", "orpo", "--loss-option", "nll_on_prompt=true"),
+            "--loss-option nll_on_prompt would do nothing",
+        ),
+    ],
+)
+def test_options_that_cannot_be_followed_are_one_sentence(options, message):
+    result = invoke("--data", ASSETS / "train.jsonl", *options)
+    assert result.exit_code == 2 and message in result.stderr
