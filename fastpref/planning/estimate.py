@@ -195,18 +195,27 @@ class Planner:
         rates: Rates,
         correction: StepTime | None,
     ) -> StepTime:
-        pairs = self._pairs(self._cut(max_length), max(size, 8), longest=False)
+        batches = self._micro_batches(size, max_length)
+        steps = [step_seconds(self.config, batch, options, rates) for batch in batches]
         by = correction or StepTime(1.0, 1.0, 1.0, 1.0)
-        # The time of a pair of the data, times those of a step.
-        whole = step_seconds(self.config, pairs, options, rates)
-        share = size * accumulation / len(pairs)
+
+        def mean(part: str) -> float:
+            return sum(getattr(step, part) for step in steps) / len(steps)
+
         return StepTime(
-            whole.body_forward * share * by.body_forward,
-            whole.head * share * by.head,
-            whole.body_backward * share * by.body_backward,
-            whole.optimiser * by.optimiser,
+            accumulation * mean("body_forward") * by.body_forward,
+            accumulation * mean("head") * by.head,
+            accumulation * mean("body_backward") * by.body_backward,
+            mean("optimiser") * by.optimiser,
             accumulation * by.other,
         )
+
+    def _micro_batches(self, size: int, max_length: int) -> list[list[Pair]]:
+        """Micro-batches of evenly spread pairs, those of middle length first."""
+        pairs = self._pairs(self._cut(max_length), max(size, 8), longest=False)
+        order = sorted(range(len(pairs)), key=lambda i: abs(i - len(pairs) // 2))
+        pairs = [pairs[i] for i in order]
+        return [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
 
     def correction(
         self, options: StepOptions, size: int, max_length: int, rates: Rates, memory: int
@@ -223,11 +232,7 @@ class Planner:
     def _probed(
         self, options: StepOptions, size: int, max_length: int, rates: Rates, memory: int
     ) -> StepTime | None:
-        pairs = self._pairs(self._cut(max_length), max(size, 8), longest=False)
-        # The middle one first, since it is the only one of a slow model.
-        order = sorted(range(len(pairs)), key=lambda i: abs(i - len(pairs) // 2))
-        pairs = [pairs[i] for i in order]
-        batches = [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
+        batches = self._micro_batches(size, max_length)  # the first is the only one of a slow model
         layers = probe_layers(self.config) or (self._layers,)
         short = [with_layers(self.config, n) for n in layers]
 

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastpref.planning.counts import batch_tokens
@@ -187,6 +188,7 @@ def _undisturbed() -> Iterator[None]:
     import datasets
 
     logger = logging.getLogger("fastpref")
+    drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     before, bars = logger.level, not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -194,6 +196,8 @@ def _undisturbed() -> Iterator[None]:
         with torch.random.fork_rng(devices=[]), silent(), silenced(True):
             yield
     finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_by_numpy)
         logger.setLevel(before)
         if bars:
             datasets.enable_progress_bars()

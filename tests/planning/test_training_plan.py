@@ -159,7 +159,7 @@ def test_bad_memory_sizes(text):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.app, ["plan", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["plan", "--no-probe", *map(str, arguments)])
 
 
 def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatch):
