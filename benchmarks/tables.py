@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib import reliability, rlhf_report
+from lib import plan_report, reliability, rlhf_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -352,6 +352,10 @@ def faults() -> str:
     return _table(["what", "tests/faults/", "found"], rows) + "\n" + reliability.machine(results)
 
 
+def plan() -> str:
+    return plan_report.grid(_results("plan"))
+
+
 BLOCKS = {
     f.__name__: f
     for f in (
@@ -369,6 +373,7 @@ BLOCKS = {
         columns,
         rlhf,
         faults,
+        plan,
     )  # fmt: skip
 }
 

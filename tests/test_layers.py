@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "progress", "backends.processor", "data", "fused", "heads", "logps", "reference", "trainer",
     },
     "planning": {
-        "attention", "backends", "data", "heads", "logps", "profiling",
+        "progress", "attention", "backends", "data", "heads", "logps", "profiling",
     },
     "bench": {"validation", "backends", "logps", "profiling"},
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 
-def adapter_of(name: str) -> dict[str, Any] | None:
-    """The adapter_config.json of a directory or hub name; None if it is not an adapter."""
+def adapter_of(name: str, argument: str = "--model") -> dict[str, Any] | None:
+    """The adapter_config.json of a directory or hub name; None if it is not an adapter.
+
+    argument: what errors call the name.
+    """
     from fastpref.trainer.adapter_loading import find_adapter, is_path
 
     if is_path(name) and not Path(name).expanduser().is_dir():
@@ -17,7 +20,7 @@ def adapter_of(name: str) -> dict[str, Any] | None:
     try:
         return find_adapter(str(Path(name).expanduser()), {})
     except ValueError as error:
-        raise ValueError(f"--model {name}: {error}") from error
+        raise ValueError(f"{argument} {name}: {error}") from error
 
 
 def continues(name: str, options: list[str]) -> bool:
@@ -35,29 +38,32 @@ def continues(name: str, options: list[str]) -> bool:
     return True
 
 
-def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The model of --model; of an adapter a PeftModel that trains it.
+def load_model(
+    name: str, dtype: torch.dtype, trust_remote_code: bool = False, argument: str = "--model"
+) -> Any:
+    """The model of a directory or hub name; of an adapter a PeftModel that trains it.
 
     trust_remote_code: whether code that comes with the model may run.
+    argument: what errors call the name.
     """
     from fastpref.trainer.adapter_loading import load_adapter
 
-    adapter = adapter_of(name)
+    adapter = adapter_of(name, argument)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if adapter is None:
-        return _load_whole(name, options)
+        return _load_whole(name, options, argument)
     path = str(Path(name).expanduser())
     try:
         return load_adapter(path, adapter, options, _load_base, trainable=True)
     except ValueError as error:
-        raise ValueError(f"--model {name}: {error}") from error
+        raise ValueError(f"{argument} {name}: {error}") from error
 
 
 def _load_base(name: str, options: dict[str, Any]) -> Any:
     return _load_whole(name, options, "base")
 
 
-def _load_whole(name: str, options: dict[str, Any], argument: str = "--model") -> Any:
+def _load_whole(name: str, options: dict[str, Any], argument: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     from fastpref.trainer.loading import check_loaded

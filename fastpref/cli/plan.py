@@ -83,6 +83,10 @@ def command(
         typer.Option("--why-oom", help="What to change where --method does not fit, most first."),
     ] = False,
     table: Annotated[bool, typer.Option(help="Plans for common GPUs and CPUs.")] = True,
+    probe: Annotated[
+        bool,
+        typer.Option(help="Measure steps of a few layers on this CPU; without: seconds by rates."),
+    ] = True,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -138,6 +142,7 @@ def command(
         kind=kind,
         table=table,
         why_oom=why_oom,
+        probe=probe and kind == "cpu",
     )
     if report is not None:
         _write_report(plan, model, lengths, report)
@@ -211,7 +216,8 @@ def _changes(plan: Any) -> tuple[list[str], list[list[str]]]:
 
 
 def _sentences(plan: Any, lengths: Any) -> list[str]:
-    from fastpref.planning.plan import MARGIN, MEMORY_UNCERTAINTY, length_facts
+    from fastpref.planning.estimate import MARGIN, MEMORY_UNCERTAINTY
+    from fastpref.planning.plan import length_facts
 
     out = [f"{plan.weights[0] / 1e6:,.0f} million weights; {plan.memory / 1e9:.1f} GB a device"]
     if lengths is not None:

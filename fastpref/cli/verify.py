@@ -72,6 +72,11 @@ def command(
     chosen = choose_loss(loss, beta, loss_option or [])
     if chosen.unpaired:
         raise ValueError(f"--loss {loss} is of single answers; verify reads pairs")
+    if "nll_on_prompt" in chosen.settings:
+        raise ValueError(
+            "--loss-option nll_on_prompt would do nothing: verify computes log-probs of answers "
+            "alone; leave it out"
+        )
     device = training_device()
     narrow = bf16_is_fast(device) if bf16 is None else bf16
     dtype = torch.bfloat16 if narrow else torch.float32
@@ -80,8 +85,8 @@ def command(
     tokenizer = load_tokenizer(model, trust_remote_code)
     options = {k: v for k, v in chosen.settings.items() if k in LOSS_OPTIONS}
     models = [
-        None if name is None else load_model(name, dtype, trust_remote_code).to(device)
-        for name in (model, ref_model)
+        None if name is None else load_model(name, dtype, trust_remote_code, argument).to(device)
+        for argument, name in (("--model", model), ("--ref-model", ref_model))
     ]
     found = verify(
         models[0],
@@ -128,6 +133,9 @@ ERROR_COLUMNS = ("log-probs of", "max nats", "mean nats", "max reward", "mean re
 _MARKS = {True: ("ok", "green"), False: ("fails", "red"), None: ("-", "dim")}
 
 
+SHOWN = 5  # pairs of the ranking by CHES
+
+
 def _show(found: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -149,9 +157,11 @@ def _show(found: Any) -> None:
     figures = found.figures
     console.print(
         f"NLL a token: {figures['nll_chosen']:.3f} chosen, {figures['nll_rejected']:.3f} rejected; "
-        f"ranked as the data: {100 * figures['ranking_accuracy']:.0f} % of the pairs\n",
+        f"ranked as the data: {100 * figures['ranking_accuracy']:.0f} % of the pairs",
         highlight=False,
     )
+    first = ", ".join(f"{pair.row} ({pair.ches:.3g})" for pair in found.displacement[:SHOWN])
+    console.print(f"highest CHES, likelihood displacement: rows {first}\n", highlight=False)
     show_findings(console, found.findings)
 
 
@@ -170,6 +180,12 @@ def html_report(found: Any, model: str, data: str) -> Any:
     rows = [[check.name, _MARKS[check.passed][0], check.found] for check in found.checks]
     page.table(("check", "", "found"), rows, "Before the first step")
     page.facts(found.figures.items(), heading="Figures")
+    scores = [
+        [str(pair.row), f"{pair.ches:.4g}", f"{pair.ches_by_length:.4g}"]
+        for pair in found.displacement
+    ]
+    about = "Training on the first pairs is the likeliest to lower the chosen answer's likelihood."
+    page.table(("row", "CHES", "by length"), scores, "Likelihood displacement", about)
     return page
 
 

@@ -198,6 +198,7 @@ def patch_trl(
     backend: str | None = None,
     gradient_tolerance: float | None = None,
     head_gradient_tolerance: float | None = None,
+    gradient_seed: int = 0,
 ) -> TRLPatch:
     """Run TRL's DPO, KTO, GRPO, RLOO and SFT trainers on `linear_token_logps`.
 
@@ -211,8 +212,8 @@ def patch_trl(
     - LoRA and DoRA on the output layer are trained, while TRL refuses them.
 
     Args:
-        precision, strategy, memory_budget, backend, gradient_tolerance, head_gradient_tolerance: as
-            in `linear_token_logps`.
+        precision, strategy, memory_budget, backend, gradient_tolerance, head_gradient_tolerance,
+            gradient_seed: as in `linear_token_logps`.
 
     Returns:
         A context manager.
@@ -230,6 +231,7 @@ def patch_trl(
         backend=backend,
         gradient_tolerance=gradient_tolerance,
         head_gradient_tolerance=head_gradient_tolerance,
+        gradient_seed=gradient_seed,
     )
     HeadOptions(**options)
     try:

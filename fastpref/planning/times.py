@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from fastpref.backends.rates import product_rates
-from fastpref.logps.plan import plan_head
 from fastpref.planning.counts import batch_tokens, body_flops, trained_share
 from fastpref.planning.model import StepOptions
-from fastpref.planning.simulate import Pair
+from fastpref.planning.simulate import Pair, step_head
 
 # Numbers of `hidden_size` and of `intermediate_size` that a layer's elementwise work reads or
 # writes for a token in a forward pass: norms, rotary embedding, residuals, activation, attention.
@@ -67,11 +66,12 @@ class StepTime:
     head: float
     body_backward: float
     optimiser: float
+    other: float = 0.0  # of the host alone: batches, callbacks
 
     @property
     def total(self) -> float:
         """Of the whole step."""
-        return self.body_forward + self.head + self.body_backward + self.optimiser
+        return self.body_forward + self.head + self.body_backward + self.optimiser + self.other
 
 
 def _best(call: Callable[[], object], seconds: float = 0.2) -> float:
@@ -124,17 +124,7 @@ def step_seconds(
     trains = options.method == "full"
     backward = forward * (2 if trains else 1) + (forward if options.gradient_checkpointing else 0)
     if options.head == "fastpref":
-        dtype = torch.bfloat16 if item == 2 else torch.float32
-        plan = plan_head(
-            labelled,
-            hidden,
-            vocab,
-            dtype,
-            device=options.device if options.memory_budget is not None else "cpu",
-            weight_grad=trains,
-            strategy=options.head_strategy,
-            memory_budget=options.memory_budget,
-        )
+        plan, _ = step_head(labelled, hidden, vocab, trains, options)
         head = plan.flops / rates.head_flops
     else:
         # Logits, their log_softmax and its gradient, in float32.

@@ -87,8 +87,9 @@ def make_trainer(side: str, request: dict[str, Any], rows: list[dict[str, Any]],
     """The trainer of a side.
 
     Args:
-        request: the options of `fastpref.profiling.profile_training`, as JSON has them.
-        rows: raw pairs, in the order in which they are trained on.
+        request: the options of `fastpref.profiling.profile_training`, as JSON has them; the model
+            may be a loaded one.
+        rows: raw or tokenised pairs, in the order in which they are trained on.
         out: its output directory.
     """
     from datasets import Dataset
@@ -96,10 +97,6 @@ def make_trainer(side: str, request: dict[str, Any], rows: list[dict[str, Any]],
     given: dict[str, Any] = {
         **request["loss"],
         "output_dir": out,
-        "model_init_kwargs": {
-            "dtype": request["dtype"],
-            "trust_remote_code": request["trust_remote_code"],
-        },
         "max_length": request["max_length"],
         "max_steps": request["steps"],
         "per_device_train_batch_size": request["batch_size"],
@@ -116,12 +113,17 @@ def make_trainer(side: str, request: dict[str, Any], rows: list[dict[str, Any]],
         "seed": request["seed"],
         "use_cpu": request["device"] == "cpu",
     }
+    if isinstance(request["model"], str):
+        given["model_init_kwargs"] = {
+            "dtype": request["dtype"],
+            "trust_remote_code": request["trust_remote_code"],
+        }
     if request["optim"] is not None:
         given["optim"] = request["optim"]
     if side in ("fastpref", "eager"):
         given["handle_signals"] = False
         given["trust_remote_code"] = request["trust_remote_code"]
-        given["model_init_kwargs"].pop("trust_remote_code")
+        given.get("model_init_kwargs", {}).pop("trust_remote_code", None)
         if side == "fastpref":
             given |= {name: request[name] for name in _OWN if request.get(name) is not None}
         else:

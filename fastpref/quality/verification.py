@@ -3,7 +3,8 @@
 data -> a sample of rows, tokenised and collated as in training
      -> token log-probs of fastpref (logp_paths.py) -> checks before the first step (first_step.py)
      -> of the first pairs: sequence log-probs of fastpref, eager torch and TRL against float64
-     -> the model's structure (structure.py) -> findings, the worst first
+     -> the pairs ranked by how likely they displace the chosen answer (displacement.py)
+     -> the model's structure (model_structure.py) -> findings, the worst first
 
 `fastpref verify` is the command. docs/verify.md describes each finding.
 """
@@ -30,6 +31,7 @@ from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import preference_loss
 from fastpref.progress import watched
 from fastpref.quality import first_step, logp_paths, model_structure
+from fastpref.quality.displacement import Scored
 from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.first_step import Check, PairLogps
 from fastpref.quality.verified import PathError, Verification
@@ -134,7 +136,9 @@ class _Run:
     def check_start(self, out: Verification, max_length: int | None, keep_start: bool) -> None:
         from fastpref.reference import Reference
 
-        self.tokens = self._logps("Log-probs of fastpref", Reference(self.model, False, {}), False)
+        scored = Scored(Reference(self.model, False, {}))
+        self.tokens = self._logps("Log-probs of fastpref", scored, False)
+        out.displacement = scored.ranked([example["row"] for example in self.examples])
         pairs: list[PairLogps] = []
         for batch, logps in zip(self.batches, self.tokens, strict=True):
             size, done = len(batch["input_ids"]) // 2, len(pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastpref.quality.displacement import PairScore
 from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.first_step import Check
 
@@ -39,6 +40,7 @@ class Verification:
         findings: what was found, the worst first.
         figures: loss and expected loss of the first step, NLL per token of both sides, share of
             pairs that the model ranks as the data.
+        displacement: the pairs by CHES, the likeliest to displace their chosen answer first.
     """
 
     dtype: str
@@ -50,6 +52,7 @@ class Verification:
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
+    displacement: list[PairScore] = field(default_factory=list)
 
     def worst(self) -> str | None:
         """The level of the worst finding; None if there is none."""

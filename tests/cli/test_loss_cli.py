@@ -99,3 +99,12 @@ def test_answers(tmp_path, pairs):
         train(tmp_path / "b", "--loss", "kto", "--loss-option", "ld_alpha=1", data=data, code=2)
     )
     assert "NAME one of desirable_weight, undesirable_weight" in text
+
+
+def test_gradients_from_columns(tmp_path):
+    data = write(tmp_path / "pairs.jsonl", demo.read_pairs("train.jsonl")[:12])
+    tolerances = "--gradient-tolerance", 0.3, "--head-gradient-tolerance", 0.2
+    _, log = run(tmp_path, "dpo", *tolerances, data=data)
+    assert log["options"]["gradient_tolerance"] == 0.3
+    assert log["options"]["head_gradient_tolerance"] == 0.2
+    assert 0 < log["history"][0]["head/columns"] < 1

@@ -26,6 +26,7 @@ def test_a_sound_model_passes_and_has_a_page(tmp_path):
     assert result.exit_code == 0, result.output
     assert "(2 pairs in float32, against float64)" in result.stdout
     assert "ok    the first loss (sigmoid): 0.693147" in result.stdout
+    assert "highest CHES, likelihood displacement: rows " in result.stdout
     assert "nothing found" in result.stdout and f"Report: {page}" in result.stdout
     text = page.read_text("utf-8")
     assert "Nothing found." in text and text.count("data:image/png;base64,") == 1
@@ -75,3 +76,18 @@ def test_single_answers_are_one_sentence(tmp_path):
     path.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
     result = invoke("--data", path, "--json")
     assert result.exit_code == 2 and not result.stdout and "chosen" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--ref-model", "./nowhere"), "--ref-model ./nowhere is not a directory"),
+        (
+            ("--loss", "orpo", "--loss-option", "nll_on_prompt=true"),
+            "--loss-option nll_on_prompt would do nothing",
+        ),
+    ],
+)
+def test_options_that_cannot_be_followed_are_one_sentence(options, message):
+    result = invoke("--data", ASSETS / "train.jsonl", *options)
+    assert result.exit_code == 2 and message in result.stderr

@@ -270,6 +270,18 @@ def names():
     return utils._ChunkedLogProbFunction, utils._use_triton
 
 
+def test_a_seed_draws_the_columns():
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        hidden = torch.randn(64, H, requires_grad=True)
+        weight, labels = torch.randn(2048, H), torch.randint(0, 2048, (64,))
+        with fastpref.patch_trl(gradient_tolerance=0.3, gradient_seed=seed):
+            out = utils._ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32)
+        found += torch.autograd.grad(out[0].sum(), hidden)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 def test_unpatch_restores_trl():
     before = names()
     handle = fastpref.patch_trl(precision="fast", memory_budget=2**20)

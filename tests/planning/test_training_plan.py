@@ -22,7 +22,7 @@ from fastpref.planning import StepOptions, devices, plan_training, simulate, sim
 from fastpref.planning import plan as plan_module
 from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, parse_memory
-from fastpref.planning.plan import Planner, default_lengths
+from fastpref.planning.estimate import Planner, default_lengths
 from fastpref.planning.times import Rates, step_seconds
 from fastpref.profiling.account import known_blocks
 from fastpref.profiling.profile import choose_rows
@@ -159,7 +159,7 @@ def test_bad_memory_sizes(text):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.app, ["plan", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["plan", "--no-probe", *map(str, arguments)])
 
 
 def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatch):

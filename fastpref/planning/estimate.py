@@ -1,0 +1,288 @@
+"""The memory and the seconds of one configuration, and the largest micro-batch that fits.
+
+options, pairs of the data -> the longest pairs, simulated -> bytes by component (simulate.py)
+                           -> evenly spread pairs -> seconds by the device's rates (times.py),
+                              times what a probe found here that they are off (probe.py)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastpref.planning.model import StepOptions, with_layers
+from fastpref.planning.probe import ROUNDS, probe_layers, probe_steps
+from fastpref.planning.simulate import (
+    Pair,
+    Parts,
+    extrapolated,
+    highest,
+    simulate_parts,
+    step_head,
+)
+from fastpref.planning.times import Rates, StepTime, step_seconds
+from fastpref.profiling.lengths import Lengths
+
+# Of the predicted tensors. benchmarks/results/plan.json has a grid of real steps, which are closer.
+MEMORY_UNCERTAINTY = 0.10
+# Of all but the libraries, before something is said to fit. On a CPU it is more, since what malloc
+# keeps is an estimate.
+MARGIN = {"cpu": 0.20, "cuda": 0.10}
+# What is resident beside tensors: the interpreter and its libraries, or a GPU's context.
+OUTSIDE = {"cpu": 650 * 2**20, "cuda": 900 * 2**20}
+# What the allocator holds beyond live tensors: shares of the weights, and of the bytes that come
+# and go in a step. A CPU's were chosen after a profile of SmolLM2-135M alone.
+KEPT = {"cpu": (1.0, 0.5), "cuda": (0.0, 0.10)}
+_PASSING = ("gradients", "activations", "head", "reference", "other")
+_SIZES = (1, 2, 4, 8, 16, 32)
+# Predicted seconds of a probe's steps: more micro-batches are added up to the first, and one that
+# takes more than the second is not probed.
+_PROBE_SECONDS, _MOST_SECONDS = 8.0, 60.0
+
+
+@dataclass
+class Estimate:
+    """The memory and the time of one configuration.
+
+    Attributes:
+        options: how it is trained.
+        pairs: of a micro-batch.
+        accumulation: micro-batches of a step.
+        max_length: tokens of prompt and answer.
+        devices: over which weights, gradients and optimiser are sharded.
+        components: bytes of each device at the peak: tensors by component, "allocator" (what it
+            holds beyond them) and "libraries".
+        seconds: of an optimiser step, by part; None without rates.
+    """
+
+    options: StepOptions
+    pairs: int
+    accumulation: int
+    max_length: int
+    devices: int
+    components: dict[str, int]
+    peak_phase: str
+    seconds: StepTime | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of each device at the peak."""
+        return sum(self.components.values())
+
+    def fits(self, memory: int) -> bool:
+        """Whether it fits with the uncertainty of the prediction."""
+        outside = self.components.get("libraries", 0)
+        margin = 1 + MARGIN[self.options.device]
+        return outside + margin * (self.bytes - outside) <= memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """The attributes, as values for JSON."""
+        options = {**asdict(self.options), "dtype": str(self.options.dtype)[6:]}
+        seconds = None
+        if self.seconds is not None:
+            seconds = {**asdict(self.seconds), "total": self.seconds.total}
+        return {
+            "options": options,
+            "pairs": self.pairs,
+            "accumulation": self.accumulation,
+            "max_length": self.max_length,
+            "devices": self.devices,
+            "components": self.components,
+            "bytes": self.bytes,
+            "peak_phase": self.peak_phase,
+            "seconds": seconds,
+        }
+
+
+def default_lengths(max_length: int) -> Lengths:
+    """The lengths of pairs where no data is given: the longest there can be, a quarter prompt."""
+    prompt = np.full(64, max_length // 4)
+    answer = np.full(64, max_length - max_length // 4)
+    return Lengths(prompt, answer, answer, np.arange(64))
+
+
+class Planner:
+    """Estimates of one model on one data set; simulations are kept."""
+
+    def __init__(self, config: Any, lengths: Lengths, kind: str) -> None:
+        self.config, self.lengths, self.kind = config, lengths, kind
+        self._parts: dict[Any, Parts] = {}
+        self._corrections: dict[Any, StepTime | None] = {}
+
+    def _pairs(self, lengths: Lengths, size: int, longest: bool) -> list[Pair]:
+        order = np.argsort(lengths.longest, kind="stable")
+        if longest:
+            index = order[::-1][:size]
+        else:
+            index = order[np.linspace(0, len(order) - 1, size).astype(int)]
+        rows = np.stack([lengths.prompt, lengths.chosen, lengths.rejected], 1)[index]
+        found = [(int(p), int(c), int(r)) for p, c, r in rows]
+        while len(found) < size:  # data of fewer pairs than a batch
+            found.append(found[-1])
+        return found
+
+    def _cut(self, max_length: int) -> Lengths:
+        prompt = np.minimum(self.lengths.prompt, max_length - 1)
+        chosen, rejected = (
+            np.minimum(values, max_length - prompt)
+            for values in (self.lengths.chosen, self.lengths.rejected)
+        )
+        return Lengths(prompt, chosen, rejected, self.lengths.row)
+
+    def parts(self, options: StepOptions, size: int, max_length: int) -> Parts:
+        """The parts of the step on a micro-batch of the longest pairs.
+
+        Bytes are linear in the number of pairs, so that two sizes give the others.
+        """
+        if size > 2:
+            one, two = (self.parts(options, n, max_length) for n in (1, 2))
+            return extrapolated(one, two, size - 1)
+        pairs = self._pairs(self._cut(max_length), size, longest=True)
+        key: Any = options, size, max_length
+        if options.head == "fastpref":  # many budgets give one plan of the head
+            text = self.config.get_text_config()
+            labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
+            head = step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
+            key = replace(options, memory_budget=None), head, size, max_length
+        if key not in self._parts:
+            self._parts[key] = simulate_parts(self.config, pairs, options)
+        return self._parts[key]
+
+    def estimate(
+        self,
+        options: StepOptions,
+        size: int,
+        accumulation: int,
+        max_length: int,
+        devices: int = 1,
+        rates: Rates | None = None,
+        correction: StepTime | None = None,
+    ) -> Estimate:
+        """Memory and time of a configuration.
+
+        correction: for each part of a step what its seconds by rates are multiplied by, but seconds
+            of "other".
+        """
+        account = highest(self.parts(options, size, max_length))
+        components = {name: value for name, value in account.components.items() if value}
+        if devices > 1:  # FSDP: each device keeps its part, and gathers a layer at a time
+            layer = components.get("weights", 0) // max(self._layers, 1)
+            for name in ("weights", "optimiser", "gradients", "reference"):
+                if name in components:
+                    components[name] //= devices
+            components["gathered"] = 2 * layer
+        passing = sum(components.get(name, 0) for name in _PASSING)
+        of_weights, of_passing = KEPT[self.kind]
+        kept = of_weights * components.get("weights", 0) + of_passing * passing
+        components["allocator"] = int(kept)
+        components["libraries"] = OUTSIDE[self.kind]
+        seconds = None
+        if rates is not None:
+            seconds = self._seconds(options, size, accumulation, max_length, rates, correction)
+        return Estimate(
+            options, size, accumulation, max_length, devices, components,
+            account.peak_phase, seconds,
+        )  # fmt: skip
+
+    def _seconds(
+        self,
+        options: StepOptions,
+        size: int,
+        accumulation: int,
+        max_length: int,
+        rates: Rates,
+        correction: StepTime | None,
+    ) -> StepTime:
+        batches = self._micro_batches(size, max_length)
+        steps = [step_seconds(self.config, batch, options, rates) for batch in batches]
+        by = correction or StepTime(1.0, 1.0, 1.0, 1.0)
+
+        def mean(part: str) -> float:
+            return sum(getattr(step, part) for step in steps) / len(steps)
+
+        return StepTime(
+            accumulation * mean("body_forward") * by.body_forward,
+            accumulation * mean("head") * by.head,
+            accumulation * mean("body_backward") * by.body_backward,
+            mean("optimiser") * by.optimiser,
+            accumulation * by.other,
+        )
+
+    def _micro_batches(self, size: int, max_length: int) -> list[list[Pair]]:
+        """Micro-batches of evenly spread pairs, those of middle length first."""
+        pairs = self._pairs(self._cut(max_length), max(size, 8), longest=False)
+        order = sorted(range(len(pairs)), key=lambda i: abs(i - len(pairs) // 2))
+        pairs = [pairs[i] for i in order]
+        return [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
+
+    def correction(
+        self, options: StepOptions, size: int, max_length: int, rates: Rates, memory: int
+    ) -> StepTime | None:
+        """What a probe on this CPU finds that the rates are off; None if it would be too large.
+
+        memory: bytes that the probe may take twice of.
+        """
+        key = options, size, max_length
+        if key not in self._corrections:
+            self._corrections[key] = self._probed(options, size, max_length, rates, memory)
+        return self._corrections[key]
+
+    def _probed(
+        self, options: StepOptions, size: int, max_length: int, rates: Rates, memory: int
+    ) -> StepTime | None:
+        batches = self._micro_batches(size, max_length)  # the first is the only one of a slow model
+        layers = probe_layers(self.config) or (self._layers,)
+        short = [with_layers(self.config, n) for n in layers]
+
+        def cost(batch: list[Pair]) -> float:
+            return (1 + ROUNDS) * sum(
+                step_seconds(config, batch, options, rates).total for config in short
+            )
+
+        if cost(batches[0]) > _MOST_SECONDS:
+            return None
+        account = highest(simulate_parts(short[-1], batches[0], options))
+        if 2 * account.peak_bytes > memory:
+            return None
+        while len(batches) > 1 and sum(map(cost, batches)) > _PROBE_SECONDS:
+            batches.pop()
+        measured = probe_steps(self.config, batches, options)
+        predicted = [step_seconds(self.config, batch, options, rates) for batch in batches]
+
+        def ratio(part: str) -> float:
+            return sum(getattr(s, part) for s in measured) / sum(
+                getattr(s, part) for s in predicted
+            )
+
+        return StepTime(
+            ratio("body_forward"),
+            ratio("head"),
+            ratio("body_backward"),
+            ratio("optimiser"),
+            sum(s.other for s in measured) / len(measured),
+        )
+
+    @property
+    def _layers(self) -> int:
+        return self.config.get_text_config().num_hidden_layers
+
+    def largest(
+        self,
+        options: StepOptions,
+        per_step: int,
+        max_length: int,
+        memory: int,
+        devices: int,
+        rates: Rates | None,
+    ) -> Estimate:
+        """The largest micro-batch that fits, of those that divide a step; else one pair."""
+        found = None
+        for size in (n for n in _SIZES if n <= per_step and per_step % n == 0):
+            tried = self.estimate(options, size, per_step // size, max_length, devices, rates)
+            if found is not None and not tried.fits(memory):
+                break
+            found = tried
+        assert found is not None
+        return found
