@@ -86,7 +86,7 @@ class EndingTrainer(AgreeingTrainer):
         if self._signals.active or not self.args.handle_signals:
             yield
             return
-        self._signals.install(self.args.world_size, "batch")
+        self._signals.install(self.args.world_size, "batch", self.args.ddp_timeout_delta)
         try:
             yield
         except RunEnded as ended:

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import launching
 import tiny
 import torch
 from datasets import disable_progress_bars
@@ -33,6 +34,7 @@ def ended(train, callback):
 
 
 def main(path: Path) -> None:
+    launching.limit()
     torch.set_num_threads(1)
     disable_progress_bars()
     rank = int(os.environ["RANK"])

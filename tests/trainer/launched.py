@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import sys
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import fsdp_on_cpu
+import launching
 import tiny
 import torch
 from datasets import disable_progress_bars
@@ -28,7 +28,7 @@ class Failing(PreferenceTrainer):
 
 
 def main(folder: Path, fails: bool) -> None:
-    faulthandler.dump_traceback_later(120, exit=True)  # says where a process waits for ever
+    launching.limit()
     torch.set_num_threads(1)
     disable_progress_bars()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

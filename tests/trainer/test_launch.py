@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
-from paths import ROOT, search_path
+from paths import ROOT
 
 pytest.importorskip("transformers")
 
@@ -22,12 +20,7 @@ CONFIGURATIONS = ROOT / "examples" / "accelerate"
 
 def launch(configuration, folder, outcome):
     tiny.model().save_pretrained(folder / "model")
-    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(CONFIGURATIONS / configuration), "--num_processes", "2"]
-    command += ["--mixed_precision", "no", "--main_process_port", "0"]  # 0: any that is free
-    command += [str(SCRIPT), str(folder), outcome]
-    env = {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return launching.accelerate(CONFIGURATIONS / configuration, SCRIPT, folder, outcome)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

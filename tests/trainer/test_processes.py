@@ -2,14 +2,11 @@
 run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
-from paths import search_path
 
 pytest.importorskip("transformers")
 
@@ -20,21 +17,13 @@ from test_evaluation import UNSTABLE, assert_alike  # noqa: E402
 HERE = Path(__file__).parent
 
 
-def launch(script, path):
-    """A script of this folder in two processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", str(HERE / script), str(path)]
-    env = {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each of two processes has found."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo")
     path = tmp_path_factory.mktemp("two")
-    run = launch("two_processes.py", path)
+    run = launching.torchrun(HERE / "two_processes.py", path)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     return [json.loads((path / f"found-{rank}.json").read_text()) for rank in range(2)]
 

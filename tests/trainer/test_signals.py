@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+from pathlib import Path
 
+import launching
 import pytest
 import tiny
 import torch
@@ -195,11 +197,9 @@ def test_signals_are_left_alone_if_they_are_not_to_be_handled(tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no processes")
 def test_two_processes_end_after_the_same_batch(tmp_path):
     """One of them gets the signal; their numbers of batches differ."""
-    from test_processes import launch
-
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo")
-    run = launch("ending_together.py", tmp_path)
+    run = launching.torchrun(Path(__file__).with_name("ending_together.py"), tmp_path)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     one, two = (json.loads((tmp_path / f"ended-{rank}.json").read_text()) for rank in range(2))
     assert one.keys() == two.keys() and len(one) == 5

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import agreeing
+import launching
 import tiny
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -141,6 +142,7 @@ def predictions(path):
 
 
 def main(path):
+    launching.limit()
     torch.set_num_threads(1)
     disable_progress_bars()
     found = {"evaluations": evaluations(path), "references": references(path)}
