@@ -29,8 +29,8 @@ ADAPTER_OPTIONS = (
 )
 # Those of an adapter's options that change no log-probability of a given set of weights.
 _WITHOUT_EFFECT = ("target_modules", "layers_to_transform", "inference_mode", "auto_mapping")
-# Keys of a model's config that change no log-probability of a given set of weights: names, the dtype
-# (the weights' own counts), what is returned or trained, and numbers of tokens, which the keys have.
+# Keys of a model's config that change no log-probability of a given set of weights: names, the
+# dtype (the weights' own counts), what is returned, and how it is trained.
 _CONFIG_WITHOUT_EFFECT = {
     "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
     "output_hidden_states", "output_attentions", "output_router_logits", "router_aux_loss_coef",

@@ -103,7 +103,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
             if self.args.handle_signals:
                 timeout = self.args.ddp_timeout_delta
                 self._signals.install(self.args.world_size, timeout=timeout)
-            with self._own_rotation():
+            with self._own_rotation(), self.beside_other_trainings():
                 out = super().train(checkpoint, *args, **kwargs)
         except RunEnded:  # in an evaluation that a callback has started
             self._raise_if_ended()
