@@ -136,7 +136,7 @@ def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> lis
 
 def _config(model: Any) -> dict[str, Any]:
     """What of a model's config its log-probs depend on beside the weights, as JSON values."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     values: dict[str, Any] = as_json(config.to_dict()) if hasattr(config, "to_dict") else {}
     return _with_effect(values)
 

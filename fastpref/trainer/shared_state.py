@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from accelerate.state import AcceleratorState
@@ -70,7 +70,7 @@ class SharingTrainer(Trainer):
             if state._mixed_precision != self._precision:
                 state._mixed_precision = self._precision
 
-    def compute_loss_context_manager(self) -> AbstractContextManager[Any]:
+    def compute_loss_context_manager(self) -> Any:
         """As in `transformers.Trainer`, in the mixed precision that the trainer was made with."""
         self.take_precision()
         return super().compute_loss_context_manager()

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import deepspeed_on_cpu
 import fsdp_on_cpu
 import launching
 import tiny
 import torch
 from datasets import disable_progress_bars
+from transformers import AutoModelForCausalLM
 
 from fastpref import PreferenceConfig, PreferenceTrainer
 
@@ -33,6 +35,10 @@ def main(folder: Path, fails: bool) -> None:
     disable_progress_bars()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp_on_cpu.enable_launched()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        deepspeed_on_cpu.enable_launched()
+    # Whole: once the arguments are there, transformers divides what it loads for ZeRO-3.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     config = PreferenceConfig(
         str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
         logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
@@ -40,7 +46,7 @@ def main(folder: Path, fails: bool) -> None:
     )  # fmt: skip
     kind = Failing if fails else PreferenceTrainer
     t = kind(
-        str(folder / "model"), args=config, train_dataset=tiny.rows(12),
+        model, args=config, train_dataset=tiny.rows(12),
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
     t.train()

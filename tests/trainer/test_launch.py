@@ -23,13 +23,18 @@ def launch(configuration, folder, outcome):
     return launching.accelerate(CONFIGURATIONS / configuration, SCRIPT, folder, outcome)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+KINDS = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_configuration_trains(name, tmp_path):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
     run = launch(f"{name}.yaml", tmp_path, "trains")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["processes"] == 2
-    assert found["kind"].endswith("FSDP" if name == "fsdp2" else "MULTI_CPU")
+    assert found["kind"].endswith(KINDS[name])
     assert math.isclose(found["losses"][0], math.log(2), rel_tol=1e-5)
     assert len(found["losses"]) == 3 and found["losses"][2] != found["losses"][0]
     AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
