@@ -46,11 +46,12 @@ class SegmentMask(NamedTuple):
 class _Active(NamedTuple):
     plan: RowPlan
     checked: bool  # whether the masks of this model are known to be causal
+    thread: int  # that the model is called in
 
 
 # The plans in use, of each config by its id; a mask is asked for with the config. Not a context
 # variable: checkpointed layers may ask again in the backward pass, which runs in autograd's threads
-# on a GPU. Models that train in several threads at once have configs of their own.
+# on a GPU. Models that train in several threads at once need configs of their own.
 _active: dict[int, list[_Active]] = {}
 
 
@@ -245,10 +246,16 @@ class SegmentAttention:
         """The model computes rows of this plan, forward and backward; calls may be nested."""
         if self.way == MASK:
             self._check_dense()  # the user may have changed it since
+        thread = threading.get_ident()
+        if any(_active[id(c)][-1].thread != thread for c in self._configs if id(c) in _active):
+            raise RuntimeError(
+                "two models that share one config train at once in two threads, and each would "
+                "get the other's rows; make each with a copy of the config"
+            )
         before = [config._attn_implementation_internal for config in self._configs]
         with _dense_masks() if self.way == MASK else contextlib.nullcontext():
             for config in self._configs:
-                _active.setdefault(id(config), []).append(_Active(plan, self.checked))
+                _active.setdefault(id(config), []).append(_Active(plan, self.checked, thread))
                 if self.way == FUNCTION:
                     config._attn_implementation_internal = NAME
             try:

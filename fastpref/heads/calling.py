@@ -24,7 +24,7 @@ from fastpref.heads.modes import evaluating
 from fastpref.heads.probe import accepted, verify
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.heads.router import load_balancing_loss
-from fastpref.heads.sharded import gather_head, is_sharded
+from fastpref.heads.sharded import gather_head, is_sharded, within_layer
 
 
 def backbone(model: Any) -> nn.Module:
@@ -113,9 +113,14 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
-        gather_head(self.get_output_embeddings())
-        head = read_head(self, adapters=True)
-        return head_fn(_at_head(outputs[0], head.weight), head, aux_loss, **(head_inputs or {}))
+        layer = self.get_output_embeddings()
+        gather_head(layer)
+
+        def at_head(hidden: Tensor) -> Any:
+            head = read_head(self, adapters=True)
+            return head_fn(_at_head(hidden, head.weight), head, aux_loss, **(head_inputs or {}))
+
+        return within_layer(layer, at_head, outputs[0])
 
     # generate() checks its arguments against the signature. __wrapped__ is deleted because
     # accelerate, to remove its wrapper, follows that attribute down to the innermost function.

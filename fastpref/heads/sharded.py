@@ -11,6 +11,15 @@ The data flow of a training step:
 
 The reference's log-probs of an adapter's base model come from the same gathered W.
 
+DeepSpeed's ZeRO-3 gathers a module's weights in hooks around the module's own forward, and once
+more for its backward pass, after which it takes the gradients and divides them. `within_layer`
+calls the layer, with head_fn in the place of its forward, so that these hooks run:
+
+    layer's hooks        W is gathered
+    head_fn              reads W
+    layer's hooks        W is freed; before the backward pass it is gathered again
+    backward             dW of W's whole shape, which ZeRO-3 reduces and divides
+
 Tensor parallelism divides W for good: `read_head` then returns it as a VocabParallelWeight.
 
 `vocab_parallel_weight` leaves FSDP2's W where it is instead, and moves tokens, as
@@ -20,9 +29,11 @@ tokens than the vocabulary has entries.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpref.logps.forward import TokenStats
 from fastpref.logps.linear import linear_token_logps
@@ -57,6 +68,48 @@ def gather_head(layer: nn.Module) -> None:
     for module in layer.modules():
         if hasattr(module, "unshard") and any(map(is_sharded, module.parameters())):
             module.unshard()  # type: ignore[operator]
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Whether ZeRO-3 divides a parameter among processes, gathered at the moment or not."""
+    return hasattr(parameter, "ds_id")
+
+
+def within_layer(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """function(hidden), as the forward of an output layer whose weights ZeRO-3 divides.
+
+    Another layer is not called.
+
+    Args:
+        layer: what get_output_embeddings() returns.
+        function: returns tensors, also in dicts and tuples.
+
+    Raises:
+        ValueError: the weights are in modules within the layer, as with an adapter on it.
+    """
+    if not any(map(is_partitioned, layer.parameters())):
+        return function(hidden)
+    if any(True for module in layer.children() for _ in module.parameters()):
+        raise ValueError(
+            "the output head is divided by ZeRO-3 and carries an adapter, whose modules ZeRO-3 "
+            "would gather one by one; expected a plain linear layer there, ZeRO-2 or FSDP2"
+        )
+    structure: list[Any] = []
+
+    def forward(x: Tensor) -> tuple[Any, ...]:  # ZeRO-3's hooks know tuples of tensors
+        leaves, spec = tree_flatten(function(x))
+        structure.append(spec)
+        return tuple(leaves)
+
+    own = vars(layer).get("forward")  # where somebody has replaced the class's
+    layer.forward = forward  # type: ignore[method-assign]
+    try:
+        leaves = layer(hidden)
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+    return tree_unflatten(leaves, structure[0])
 
 
 def vocab_parallel_weight(

@@ -29,6 +29,14 @@ ADAPTER_OPTIONS = (
 )
 # Those of an adapter's options that change no log-probability of a given set of weights.
 _WITHOUT_EFFECT = ("target_modules", "layers_to_transform", "inference_mode", "auto_mapping")
+# Keys of a model's config that change no log-probability of a given set of weights: names, the
+# dtype (the weights' own counts), what is returned, and how it is trained.
+_CONFIG_WITHOUT_EFFECT = {
+    "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
+    "output_hidden_states", "output_attentions", "output_router_logits", "router_aux_loss_coef",
+    "id2label", "label2id", "problem_type", "initializer_range", "pretraining_tp", "torchscript",
+    "gradient_checkpointing", "tie_word_embeddings", "task_specific_params", "finetuning_task",
+}  # fmt: skip
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # names that PEFT puts in between
 
 
@@ -88,6 +96,7 @@ def describe_reference(
         ),
         "adapter": [found for name in names if (found := _adapter(model, name))] or None,
         "compute dtype": compute_dtype,
+        "config": _config(unwrap(model)),
         "head": {
             "vocabulary": head.vocab_size,
             "bias": head.bias is not None,
@@ -100,7 +109,11 @@ def describe_reference(
 
 
 def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """What of a reference differs from the stored one, one phrase for each thing."""
+    """What of a reference differs from the stored one, one phrase for each thing.
+
+    A config that one of the two does not have, or a key of it, is not compared: stores of earlier
+    versions have none, and versions of transformers have other keys.
+    """
     found = []
     for name in ("model", "weights' dtype", "compute dtype"):
         if stored.get(name) != present.get(name):
@@ -111,11 +124,41 @@ def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> lis
     if ours != theirs:
         one = "no adapter instead of one" if ours else "an adapter instead of none"
         found.append("the adapter's weights or options are others" if ours and theirs else one)
+    ours, theirs = stored.get("config") or {}, present.get("config") or {}
+    for name in sorted(ours.keys() & theirs.keys()):
+        found += _config_differences(name, ours[name], theirs[name])
     ours, theirs = stored.get("head") or {}, present.get("head") or {}
     for name in sorted({*ours, *theirs}):
         if ours.get(name) != theirs.get(name):
             found.append(f"head's {name} {theirs.get(name)} instead of {ours.get(name)}")
     return found
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """What of a model's config its log-probs depend on beside the weights, as JSON values."""
+    config: Any = getattr(model, "config", None)
+    values: dict[str, Any] = as_json(config.to_dict()) if hasattr(config, "to_dict") else {}
+    return _with_effect(values)
+
+
+def _with_effect(values: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        is_name = key.startswith("_") or key.endswith(("_token_id", "_name_or_path"))
+        if key not in _CONFIG_WITHOUT_EFFECT and not is_name and "drop" not in key:
+            found[key] = _with_effect(value) if isinstance(value, dict) else value
+    return found
+
+
+def _config_differences(name: str, stored: Any, present: Any) -> list[str]:
+    """One phrase for each value that differs, where dicts may be nested."""
+    if stored == present:
+        return []
+    if isinstance(stored, dict) and isinstance(present, dict):
+        keys = sorted({*stored, *present})
+        pairs = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in keys]
+        return [text for pair in pairs for text in _config_differences(*pair)]
+    return [f"config's {name} {present} instead of {stored}"]
 
 
 def _base_weights(model: Any) -> list[tuple[str, Tensor]]:

@@ -52,6 +52,10 @@ def _own_sha256(value: dict[str, Any]) -> str:
     return _sha256(json.dumps(rest, sort_keys=True).encode())
 
 
+def _mark(identity: dict[str, Any]) -> str:
+    return _sha256(json.dumps(identity, sort_keys=True).encode())
+
+
 class ReferenceStore:
     """The token log-probs of one reference in a directory.
 
@@ -67,7 +71,7 @@ class ReferenceStore:
         self.path = Path(os.path.abspath(Path(path).expanduser()))
         self.parts = self.path / "parts"
         self.identity = json.loads(json.dumps(identity))  # with JSON's types, as it is read back
-        self._mark = _sha256(json.dumps(self.identity, sort_keys=True).encode())
+        self._mark = _mark(self.identity)
         self._keys: dict[str, np.ndarray] = {}  # of each part that is whole, by the part's name
         self._sorted = np.empty(0, KEY)
         self._lock: FileLock | None = None
@@ -79,14 +83,16 @@ class ReferenceStore:
 
     # ---- the directory ----
 
-    def check(self) -> bool:
-        """Whether the store exists.
+    def check(self) -> dict[str, Any] | None:
+        """The identity that the store was written with, or None if there is no store.
+
+        It is the present reference's, but may have less of its config; see `adopt`.
 
         Raises:
             ValueError: it is of another reference, damaged, or the directory holds something else.
         """
         if not self.path.exists():
-            return False
+            return None
         if not self.path.is_dir():
             raise ValueError(f"reference store {self.path} is a file; expected a directory")
         file = self.path / STORE_FILE
@@ -97,34 +103,45 @@ class ReferenceStore:
                     f"reference store {self.path} has no {STORE_FILE} and holds {others[0]!r}; "
                     "expected a store, or a directory that is new or empty"
                 )
-            return False
-        stored = _read_store_file(file)
-        differing = identity_differences(stored["identity"], self.identity)
-        if stored["identity"] != self.identity:
+            return None
+        stored: dict[str, Any] = _read_store_file(file)["identity"]
+        differing = identity_differences(stored, self.identity)
+        if differing or {**stored, "config": None} != {**self.identity, "config": None}:
             raise ValueError(
                 f"reference store {self.path} is of another reference: "
                 f"{'; '.join(differing) or 'its identity is another'}; run with the reference that "
                 "it was written with, or choose another directory"
             )
-        return True
+        return stored
 
-    def create(self) -> None:
+    def adopt(self, written: dict[str, Any] | None) -> None:
+        """Read and write parts that have the mark of the identity that `check` has found."""
+        if written is not None:
+            self._mark = _mark(written)
+
+    def create(self) -> dict[str, Any]:
         """Make the directory, unless the store exists. Only the process with the lock calls this.
+
+        Returns:
+            The identity that the store was written with.
 
         Raises:
             StorageError: the directory cannot be written.
             ValueError: as `check`.
         """
-        if self.check():
-            return
+        written = self.check()
+        if written is not None:
+            return written
         with disk_errors(f"reference store {self.path} cannot be written"):
             self.parts.mkdir(parents=True, exist_ok=True)
             value = {"version": VERSION, "identity": self.identity}
             try:
                 write_json(self.path / STORE_FILE, {**value, "sha256": _own_sha256(value)})
             except FileNotFoundError:  # another run has made the same file, without a lock
-                if not self.check():
+                if not (written := self.check()):
                     raise
+                return written
+        return self.identity
 
     def try_lock(self) -> bool:
         """Take the lock of the run that writes; False if another run has it.

@@ -29,8 +29,10 @@ from fastpref.trainer.body import BodyTrainer
 from fastpref.trainer.checkpointing import CheckpointingTrainer
 from fastpref.trainer.checks import (
     check_optimizer,
+    check_parallelism,
     check_sampling,
     check_trains,
+    check_whole,
     warn_about_tolerances,
 )
 from fastpref.trainer.config import BaseConfig
@@ -94,6 +96,8 @@ class BaseTrainer(
         model, ref_model, tokenizer, pad_token_id = load_parts(
             model, ref_model, processing_class, args, quantization_config, peft_config
         )
+        check_whole((model, ref_model))
+        check_parallelism((model, ref_model), getattr(args, "parallelism_config", None))
         self._tokenizer = tokenizer
         self._vocab_size = read_head(model, adapters=True).vocab_size
         self.reports: dict[str, DataReport] = {}
@@ -141,6 +145,8 @@ class BaseTrainer(
         check_optimizer(model, optimizer)
 
     def _set_up_training(self, ref_model: Any) -> None:
+        # accelerate launch may ask for it in the environment.
+        check_parallelism((), getattr(self.accelerator, "parallelism_config", None))
         use_lines(self)
         reference = self.model if ref_model is None and not self._is_own_reference else ref_model
         self.start_checkpoints(reference if self._runs_reference else None)

@@ -101,8 +101,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
             checkpoint = self.on_first(lambda: self._start_of(resume))
             self._signals.reset()
             if self.args.handle_signals:
-                self._signals.install(self.args.world_size)
-            with self._own_rotation():
+                timeout = self.args.ddp_timeout_delta
+                self._signals.install(self.args.world_size, timeout=timeout)
+            with self._own_rotation(), self.beside_other_trainings():
                 out = super().train(checkpoint, *args, **kwargs)
         except RunEnded:  # in an evaluation that a callback has started
             self._raise_if_ended()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
+
+from fastpref.heads.reading import unwrap
+from fastpref.heads.sharded import is_partitioned
 
 logger = logging.getLogger("fastpref")
 
@@ -19,6 +23,46 @@ def check_trains(model: Any) -> None:
         "model: got one whose weights are all frozen, expected at least one with "
         f"requires_grad=True{hint}"
     )
+
+
+def check_whole(models: Iterable[Any]) -> None:
+    """Raise ValueError for models whose weights ZeRO-3 has divided while they were loaded.
+
+    Args:
+        models: the policy, and the reference or None.
+    """
+    loaded = (unwrap(model) for model in models if model is not None)
+    if any(is_partitioned(p) for model in loaded for p in model.parameters()):
+        raise ValueError(
+            "model: ZeRO-3 has divided its weights while they were loaded, and the trainer looks "
+            "at whole ones (the head, an adapter, the reference's copy); expected a model that is "
+            "loaded before the training's arguments are made, and divided when training begins"
+        )
+
+
+def check_parallelism(models: Iterable[Any], config: Any) -> None:
+    """Raise ValueError for models or options whose processes share the rows of a batch.
+
+    The trainers give each process rows of its own, and their metrics, their evaluations and the
+    computation of references count rows so.
+
+    Args:
+        models: the policy, and the reference or None.
+        config: an accelerate `ParallelismConfig`, or None.
+    """
+    divided = any((getattr(unwrap(m), "_tp_size", None) or 1) > 1 for m in models if m is not None)
+    if divided or getattr(config, "tp_size", 1) > 1:
+        raise ValueError(
+            "tensor parallelism gives several processes the same rows, which these trainers would "
+            "count once for each process; expected DDP, FSDP2 or DeepSpeed here, or the linear_* "
+            "functions in a loop of your own (docs/many-processes.md)"
+        )
+    if any(getattr(config, f"{name}_size", 1) > 1 for name in ("cp", "sp")):
+        raise ValueError(
+            "context and sequence parallelism give each process a part of every row, and these "
+            "trainers need whole rows on a process, for a label is read from the token before it "
+            "and an answer's log-prob is a sum over its tokens; expected DDP, FSDP2 or DeepSpeed"
+        )
 
 
 def warn_about_tolerances(model: Any, args: Any) -> None:

@@ -46,9 +46,13 @@ class DueEvaluation(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
-        if not trainer.evaluation_is_due or args.eval_strategy == "no":
+        trainer._evaluated_step = None
+        if args.eval_strategy == "no":
+            trainer.evaluation_is_due = False
+        if not trainer.evaluation_is_due:
             return
         metrics = trainer._evaluate(None, None)
+        trainer._evaluated_step = state.global_step
         ended = trainer._signals.received
         if trainer.evaluation_is_due and ended is not None:
             raise RunEnded(ended)  # the checkpoint is of this step, so there is nothing to save
@@ -63,6 +67,7 @@ class EndingTrainer(AgreeingTrainer):
     _signals: SignalCallback
     resumed_from: str | None = None  # the checkpoint that the run goes on from
     evaluation_is_due = False  # whether a signal has ended the evaluation after the last step
+    _evaluated_step: int | None = None  # of the evaluation that was due when the run began
 
     def end_before_batch(self) -> None:
         """Raise `RunEnded` if a signal has asked for the end; called before each batch."""
@@ -86,7 +91,7 @@ class EndingTrainer(AgreeingTrainer):
         if self._signals.active or not self.args.handle_signals:
             yield
             return
-        self._signals.install(self.args.world_size, "batch")
+        self._signals.install(self.args.world_size, "batch", self.args.ddp_timeout_delta)
         try:
             yield
         except RunEnded as ended:
@@ -97,22 +102,33 @@ class EndingTrainer(AgreeingTrainer):
         finally:
             self._signals.remove()
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False
+    ) -> dict[str, float]:
         """As in `transformers.Trainer`; no metrics if a signal has ended the evaluation.
 
-        It is then due when the run is continued.
+        It is then due when the run is continued. With eval_on_start, which is what skip_scheduler
+        tells here, each run evaluates when it begins: one that a signal has ended is not due.
+
+        Raises:
+            RunEnded: a signal has ended an evaluation of eval_on_start, before any step.
         """
         metrics: dict[str, float] = {}
-        self.evaluation_is_due = True
+        if skip_scheduler and self._evaluated_step == self.state.global_step:
+            return metrics
+        self.evaluation_is_due = not skip_scheduler
         if self._signals.active and self._signals.received is not None:
             return metrics
         try:
             with self._signals.within("batch"):
-                metrics = super()._evaluate(*args, **kwargs)
+                metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
             self.evaluation_is_due = False
         except RunEnded:
-            pass
+            if skip_scheduler:  # the last checkpoint, if any, is of this step
+                raise
         self._signals.end_or_save(self.control)
+        if skip_scheduler and self._signals.received is not None:  # in its last batch
+            raise RunEnded(self._signals.received)
         return metrics
 
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:

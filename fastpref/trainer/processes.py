@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import Trainer
+
+from fastpref.trainer.shared_state import SharingTrainer
 
 T = TypeVar("T")
 
 
-class AgreeingTrainer(Trainer):
+class AgreeingTrainer(SharingTrainer):
     """A trainer whose processes train the same weights, or say that they do not."""
 
     def on_first(self, function: Callable[[], T] | None) -> T:

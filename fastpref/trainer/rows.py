@@ -126,7 +126,6 @@ class RowsTrainer(AgreeingTrainer):
     def _reason(self) -> str | None:
         """Why these options do not go with rows of segments; None: they do."""
         args, model = self.args, cast(nn.Module, self.model)
-        parallel = getattr(self.accelerator, "parallelism_config", None)
         if type(self.data_collator) is not self.padded_collator_class:
             self._quiet_reason = True
             return "data_collator is one of your own"
@@ -142,8 +141,6 @@ class RowsTrainer(AgreeingTrainer):
             return "torch_compile would compile the model for every batch's segments"
         if noise := next(filter(None, map(_jitter_of, model.modules())), None):
             return f"{noise} would treat a shared token as one token"
-        if any(getattr(parallel, f"{name}_size", 1) > 1 for name in ("cp", "sp")):
-            return "context and sequence parallelism replace the model's masks"
         if not self._has_length:
             return "the data is a stream, whose rows are not known before the training"
         return self._parts_reason() if args.tokens_per_batch else None

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -65,7 +66,9 @@ class SignalCallback(TrainerCallback):
         self.received = self._asked = None
         self._save = False
 
-    def install(self, world_size: int = 1, unit: str = "step") -> None:
+    def install(
+        self, world_size: int = 1, unit: str = "step", timeout: timedelta | None = None
+    ) -> None:
         """Take the signals over, except for those that are ignored, as under nohup.
 
         Only the main thread can; in another one they stay as they are.
@@ -73,13 +76,14 @@ class SignalCallback(TrainerCallback):
         Args:
             world_size: the number of processes, all of which must call this.
             unit: what is finished before the end, for people: "step" or "batch".
+            timeout: how long a process waits for the others; None is torch's default.
         """
         self.reset()
         self.active, self._unit = True, unit
         self._trains = unit == "step"
         if world_size > 1 and self._group is None:
             # Of the CPU: agreeing must not wait for the GPU.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(timeout=timeout, backend="gloo")
         if threading.current_thread() is not threading.main_thread():
             return
         for names, handler in ((_ENDS, self._end), (_SAVES, self._save_soon)):

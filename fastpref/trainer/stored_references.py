@@ -59,10 +59,9 @@ class StoringTrainer(EndingTrainer):
             )
 
         self._describe = describe
-        self.reference_store = ReferenceStore(
-            str(args.reference_store), self.on_first(self._describe)
-        )
-        self.on_first(self.reference_store.check)
+        store = ReferenceStore(str(args.reference_store), self.on_first(self._describe))
+        store.adopt(self.on_first(store.check))
+        self.reference_store = store
         self._damaged: dict[str, str] = {}
 
     @property
@@ -206,15 +205,16 @@ class StoringTrainer(EndingTrainer):
             self.end_before_batch()
             time.sleep(WAIT_SECONDS)
         try:
-            self.on_first(self._begin_writing)
+            store.adopt(self.on_first(self._begin_writing))
             yield
         finally:
             store.release()
 
-    def _begin_writing(self) -> None:
+    def _begin_writing(self) -> dict[str, Any]:
         assert self.reference_store is not None
-        self.reference_store.create()
+        written = self.reference_store.create()
         self.reference_store.tidy(list(self._damaged))
+        return written
 
     # ---- whether it fits ----
 
@@ -264,9 +264,9 @@ class StoringTrainer(EndingTrainer):
             raise ValueError(
                 f"reference store {store.path} does not fit this run: rows {numbers}, computed "
                 f"again, differ by {difference:.3g} nats a token, and rounding explains "
-                f"{allowed:g}. The reference's weights are those of the store, so that its code or "
-                "configuration has changed (positions, attention, precision); choose another "
-                "directory"
+                f"{allowed:g}. The reference's weights and config are those of the store, so that "
+                "its code has changed (positions, attention, precision), or its config and the "
+                "store is of a version that kept none; choose another directory"
             )
         self._spot_checked = True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_two_models_compute_rows_at_once(way):
         first.close()
         assert torch.equal(logits(1), expected[1])
     assert all(ALL_MASK_ATTENTION_FUNCTIONS[name] is masks[name] for name in masks)
+
+
+def test_two_threads_whose_models_share_a_config_are_refused():
+    model, batch, errors = make("llama", torch.float32), BATCH(pairs()), []
+
+    def second():
+        try:
+            with SegmentAttention(model).rows_of(batch):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with SegmentAttention(model).rows_of(batch):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        assert model.config._attn_implementation == NAME
+    assert len(errors) == 1 and "share one config train at once in two threads" in errors[0]
+    second()
+    assert len(errors) == 1
 
 
 def test_other_batches_are_left_alone():

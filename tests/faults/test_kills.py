@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import launching
 import pytest
 import reliability
 import runs
@@ -67,9 +67,7 @@ class Runs:
 
     def start(self, output: Path) -> list[BaseProcess]:
         arguments = runs.command(self.data, output, "--resume", "auto")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = launching.free_port()
         started = []
         for rank in range(self.processes):
             marks = self.marks(rank)

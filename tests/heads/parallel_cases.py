@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import tiny
@@ -106,6 +107,8 @@ def tp_plan(folder):
     for name, p in model.named_parameters():
         grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         torch.testing.assert_close(grad, truth[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="^tensor parallelism gives several processes the same"):
+        tiny.trainer(Path(folder).parent / "out", model)
     return type(model.lm_head.weight).__name__
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -200,9 +201,10 @@ def test_a_sequence_has_the_same_key_however_it_is_padded():
         (lambda: (tiny.model(seed=1), {}), "of another reference: the model's weights are others"),
         (lambda: (tiny.model().half(), {}), "weights' dtype float16 instead of float32"),
         (lambda: (tiny.model(rope_parameters={"rope_type": "default", "rope_theta": 7.0}), {}),
-         "does not fit this run: rows .* differ by .* nats a token"),
+         "another reference: config's rope_parameters.rope_theta 7.0 instead of 10000.0; run"),
+        (lambda: (tiny.model(rms_norm_eps=1e-5), {}), "rms_norm_eps 1e-05 instead of 1e-06"),
     ],
-    ids=["weights", "dtype", "code"],
+    ids=["weights", "dtype", "positions", "norm"],
 )  # fmt: skip
 def test_another_model(tmp_path, change, message):
     stored(tmp_path)
@@ -259,6 +261,47 @@ def test_what_else_a_reference_depends_on():
     assert described(off) == described(tiny.model())
 
 
+def without_config(path):
+    """Give the store the form that earlier versions have written."""
+    file = path / "store" / "store.json"
+    value = json.loads(file.read_text())
+    del value["sha256"], value["identity"]["config"]
+    file.write_text(json.dumps({**value, "sha256": stores._own_sha256(value)}))
+    for part in (path / "store" / "parts").iterdir():
+        table = stores.pq.read_table(part)
+        meta = {**table.schema.metadata, b"reference": stores._mark(value["identity"]).encode()}
+        stores.pq.write_table(table.replace_schema_metadata(meta), part)
+        digest = hashlib.sha256(part.read_bytes()).hexdigest()
+        part.rename(part.with_name(f"{digest}.parquet"))
+
+
+def test_a_store_that_has_no_config(tmp_path, calls):
+    """It is read and extended; the rows that are computed again show another config."""
+    t = stored(tmp_path)
+    expected, number = values(t), t.reference_store.sequences
+    without_config(tmp_path)
+    calls.clear()
+    t = stored(tmp_path)
+    assert (values(t) == expected).all() and calls == [6]
+    t.evaluate(tiny.rows(2, seed=5))
+    assert stored(tmp_path).reference_store.sequences == number + 4
+    other = tiny.model(rope_parameters={"rope_type": "default", "rope_theta": 7.0})
+    with pytest.raises(ValueError, match="does not fit this run: rows .* differ by .* a token"):
+        stored(tmp_path, other)
+
+
+def test_a_config_without_effect():
+    def described(**options):
+        model = tiny.model(**options)
+        return describe_reference(model, adapter=False, compute_dtype="none", precision="exact")
+
+    same = described(use_cache=False, attention_dropout=0.5, eos_token_id=3, name_or_path="other")
+    assert same == described()
+    newer = described()
+    newer["config"]["a_key_of_another_version"] = 3
+    assert not identity_differences(described(), newer)
+
+
 def test_the_longest_row_is_checked(tmp_path):
     """A narrower window changes the log-probs of long rows alone."""
     from transformers import MistralConfig, MistralForCausalLM
@@ -275,6 +318,7 @@ def test_the_longest_row_is_checked(tmp_path):
     rows = tiny.rows(longest=4)
     rows[17]["chosen"] = " ".join(tiny.WORDS[:40])
     stored(tmp_path, policy(64), train=rows)
+    without_config(tmp_path)
     with pytest.raises(ValueError, match="does not fit this run: rows .*17.* differ"):
         stored(tmp_path, policy(20), train=rows)
 

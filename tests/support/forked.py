@@ -6,6 +6,7 @@ tests/support/failing_files.c in it, where that compiles.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -34,6 +35,15 @@ MODULES = (
 )
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(MODULES))
+_started: list[BaseProcess] = []
+
+
+@atexit.register  # before multiprocessing's own, which waits for them
+def kill_all() -> None:
+    """End the processes that still run, as where a test has failed."""
+    for process in _started:
+        if process.pid is not None and process.exitcode is None:
+            process.kill()
 
 
 def start(
@@ -56,6 +66,7 @@ def start(
 def start_call(function: Callable[..., None], arguments: tuple) -> BaseProcess:
     """Start a process that calls a function of a module."""
     process = _context.Process(target=_call, args=(function, arguments))
+    _started.append(process)
     preloaded, _ = failing_files.library()
     with pytest.MonkeyPatch.context() as patch:  # for the fork server, which starts with the first
         patch.setenv("OMP_NUM_THREADS", "1")

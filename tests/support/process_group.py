@@ -33,11 +33,14 @@ def run(function: Callable[..., Any], processes: int, path: Path, *arguments: An
         for rank in range(processes)
     ]
     end = time.monotonic() + _SECONDS
-    for process in started:
-        process.join(max(0.1, end - time.monotonic()))
-    for process in started:
-        if process.is_alive():
-            process.kill()
+    try:
+        for process in started:
+            process.join(max(0.1, end - time.monotonic()))
+    finally:
+        for process in started:
+            if process.is_alive():
+                process.kill()
+                process.join()
     outcomes = []
     for rank, process in enumerate(started):
         file = path / f"outcome-{rank}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+import deepspeed_on_cpu
 import fsdp_on_cpu
+import launching
 import tiny
 import torch
 from datasets import disable_progress_bars
+from transformers import AutoModelForCausalLM
 
 from fastpref import PreferenceConfig, PreferenceTrainer
 
@@ -28,13 +30,15 @@ class Failing(PreferenceTrainer):
 
 
 def train(kind: type[PreferenceTrainer], folder: Path, name: str) -> PreferenceTrainer:
+    # Whole: once the arguments are there, transformers divides what it loads for ZeRO-3.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     config = PreferenceConfig(
         str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
         logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
         prefix_sharing=True,
     )  # fmt: skip
     t = kind(
-        str(folder / "model"), args=config, train_dataset=tiny.rows(12),
+        model, args=config, train_dataset=tiny.rows(12),
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
     t.train()
@@ -43,11 +47,13 @@ def train(kind: type[PreferenceTrainer], folder: Path, name: str) -> PreferenceT
 
 
 def main(folder: Path, fails: bool) -> None:
-    faulthandler.dump_traceback_later(120, exit=True)  # says where a process waits for ever
+    launching.limit()
     torch.set_num_threads(1)
     disable_progress_bars()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         fsdp_on_cpu.enable_launched()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        deepspeed_on_cpu.enable_launched()
     t = train(PreferenceTrainer, folder, "trained")
     if t.is_world_process_zero():
         found = {

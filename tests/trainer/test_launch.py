@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
-from paths import ROOT, search_path
+from paths import ROOT
 
 pytest.importorskip("transformers")
 
@@ -22,12 +20,7 @@ CONFIGURATIONS = ROOT / "examples" / "accelerate"
 
 def launch(configuration, folder, end):
     tiny.model().save_pretrained(folder / "model")
-    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(CONFIGURATIONS / configuration), "--num_processes", "2"]
-    command += ["--mixed_precision", "no", "--main_process_port", "0"]  # 0: any that is free
-    command += [str(SCRIPT), str(folder), end]
-    env = {**os.environ, "PYTHONPATH": search_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return launching.accelerate(CONFIGURATIONS / configuration, SCRIPT, folder, end)
 
 
 def check_training(folder, kind):
@@ -39,10 +32,13 @@ def check_training(folder, kind):
     AutoModelForCausalLM.from_pretrained(folder / "trained")
 
 
-def test_fsdp2(tmp_path):
-    run = launch("fsdp2.yaml", tmp_path, "trains")
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+def test_a_configuration_trains(name, tmp_path):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    run = launch(f"{name}.yaml", tmp_path, "trains")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    check_training(tmp_path, "FSDP")
+    check_training(tmp_path, "FSDP" if name == "fsdp2" else "DEEPSPEED")
 
 
 def test_ddp_and_a_process_that_fails_ends_the_others_with_its_message(tmp_path):

@@ -1,7 +1,9 @@
 """Signals during an evaluation, and while reference log-probs are computed."""
 
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import process_group
 import pytest
@@ -119,6 +121,39 @@ def test_a_signal_in_the_step_before_an_evaluation_leaves_it_out(tmp_path):
     last = start(tmp_path, **best)
     last.train(resume_from_checkpoint=True)
     assert [line["step"] for line in tiny.history(last, EVAL)] == [2, 4]
+
+
+def test_an_evaluation_on_start_is_not_due_later(tmp_path):
+    """The run ends before its first step; each run makes its own evaluation on start."""
+    start_options = {"eval_on_start": True, "eval_strategy": "no", "save_steps": 2}
+    for rows in (8, 2):  # in one of several batches, and in the only one
+        data = tiny.rows(rows, seed=3)
+        t = start(tmp_path, InEvaluation(signal.SIGTERM), eval_dataset=data, **start_options)
+        with pytest.raises(Terminated, match="0 of 4 steps are done$"):
+            t.train()
+        assert not t.evaluation_is_due
+    start(tmp_path, max_steps=2, **start_options).train()
+    t = start(tmp_path, InEvaluation(signal.SIGTERM), **start_options)
+    with pytest.raises(Terminated, match="2 of 4 steps are done and .*checkpoint-2 is saved"):
+        t.train(resume_from_checkpoint=True)
+    t = start(tmp_path, **start_options)
+    t.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in tiny.history(t, EVAL)] == [0, 2]
+
+
+def test_a_due_evaluation_is_made_once_or_forgotten(tmp_path):
+    with pytest.raises(Terminated):
+        start(tmp_path, InEvaluation(signal.SIGTERM)).train()
+    for name in ("both", "no"):
+        shutil.copytree(tmp_path / "out", tmp_path / name / "out")
+    t = start(tmp_path / "both", eval_on_start=True)
+    t.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in tiny.history(t, EVAL)] == [2, 4]
+    options = {"eval_strategy": "no", "save_steps": 1, "max_steps": 3, "resume_anyway": True}
+    start(tmp_path / "no", **options).train(resume_from_checkpoint=True)
+    t = start(tmp_path / "no", resume_anyway=True)
+    t.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in tiny.history(t, EVAL)] == [4]
 
 
 def test_sigusr1_in_an_evaluation_saves_and_goes_on(tmp_path):

@@ -22,6 +22,7 @@ from fastpref import (  # noqa: E402
     UnpairedPreferenceConfig,
     UnpairedPreferenceTrainer,
 )
+from fastpref.trainer.checks import check_parallelism  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 PAGE = Path(__file__).parents[2] / "docs" / "migration.md"
@@ -72,6 +73,18 @@ def test_the_arguments_are_trls_in_their_order(ours, theirs):
     trl = pytest.importorskip("trl")
     names = list(inspect.signature(getattr(trl, theirs).__init__).parameters)
     assert list(inspect.signature(ours.__init__).parameters)[: len(names)] == names
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"tp_size": 2}, "^tensor parallelism gives"), ({"cp_size": 2}, "^context and sequence para")],
+)
+def test_rows_that_processes_share_are_refused(tmp_path, options, message):
+    from accelerate.parallelism_config import ParallelismConfig
+
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, parallelism_config=ParallelismConfig(**options))
+    assert check_parallelism((tiny.model(), None), ParallelismConfig()) is None
 
 
 def test_padding_lengths(tmp_path):
