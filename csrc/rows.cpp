@@ -2,6 +2,7 @@
 // one order, so results do not depend on the number of threads.
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "parallel.h"
 #include "row.h"
@@ -124,8 +125,16 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
         bool hit = 0 <= y && y < t.cols;
         float at_label = hit ? entry(load(x + y), true) : 0.f;  // before its cell is overwritten
         auto write = [&](O* to, int64_t first, int64_t last) FP_INLINE_LAMBDA {
+            int64_t j = first;
+            if constexpr (!std::is_same_v<T, float>)  // fewer instructions than to widen as many as fit
+                for (; j + LANES <= last; j += LANES) {
+                    float raw[LANES];
+                    for (int k = 0; k < LANES; ++k) raw[k] = load(x + j + k);
+                    for (int k = 0; k < LANES; ++k) raw[k] = entry(raw[k], false);
+                    for (int k = 0; k < LANES; ++k) store(to + (j - first) + k, raw[k]);
+                }
             FP_IVDEP
-            for (int64_t j = first; j < last; ++j) store(to + (j - first), entry(load(x + j), false));
+            for (; j < last; ++j) store(to + (j - first), entry(load(x + j), false));
         };
         if (past_caches) {
             O part[PART];

@@ -24,7 +24,7 @@ from fastpref.heads.modes import evaluating
 from fastpref.heads.probe import accepted, verify
 from fastpref.heads.reading import Head, read_head, unwrap
 from fastpref.heads.router import load_balancing_loss
-from fastpref.heads.sharded import gather_head, is_sharded, within_layer
+from fastpref.heads.sharded import gather_head, is_sharded, needs_hooks, within_layer
 
 
 def backbone(model: Any) -> nn.Module:
@@ -115,12 +115,10 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
             aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
         layer = self.get_output_embeddings()
         gather_head(layer)
-
-        def at_head(hidden: Tensor) -> Any:
-            head = read_head(self, adapters=True)
-            return head_fn(_at_head(hidden, head.weight), head, aux_loss, **(head_inputs or {}))
-
-        return within_layer(layer, at_head, outputs[0])
+        rest = head_fn, aux_loss, head_inputs or {}
+        if needs_hooks(layer):
+            return within_layer(layer, lambda hidden: _call_head(self, hidden, *rest), outputs[0])
+        return _call_head(self, outputs[0], *rest)  # a new function would be compiled anew
 
     # generate() checks its arguments against the signature. __wrapped__ is deleted because
     # accelerate, to remove its wrapper, follows that attribute down to the innermost function.
@@ -131,6 +129,17 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
     model._head_arguments = _names(type(model).forward)[0], _names(type(base).forward)
     model._forward_with_head_fn = MethodType(forward, model)
     _replace_forward(outer, original, model._forward_with_head_fn)
+
+
+def _call_head(
+    model: Any,
+    hidden: Tensor,
+    head_fn: HeadFunction,
+    aux_loss: Any,
+    inputs: Mapping[str, Any],
+) -> Any:
+    head = read_head(model, adapters=True)
+    return head_fn(_at_head(hidden, head.weight), head, aux_loss, **inputs)
 
 
 def _replace_forward(outer: Any, old: Any, new: Any) -> None:

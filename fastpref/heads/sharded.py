@@ -75,10 +75,13 @@ def is_partitioned(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def needs_hooks(layer: nn.Module) -> bool:
+    """Whether an output layer has weights that ZeRO-3's hooks gather; then see `within_layer`."""
+    return any(is_partitioned(parameter) for parameter in layer.parameters())
+
+
 def within_layer(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """function(hidden), as the forward of an output layer whose weights ZeRO-3 divides.
-
-    Another layer is not called.
 
     Args:
         layer: what get_output_embeddings() returns.
@@ -87,8 +90,6 @@ def within_layer(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Te
     Raises:
         ValueError: the weights are in modules within the layer, as with an adapter on it.
     """
-    if not any(map(is_partitioned, layer.parameters())):
-        return function(hidden)
     if any(True for module in layer.children() for _ in module.parameters()):
         raise ValueError(
             "the output head is divided by ZeRO-3 and carries an adapter, whose modules ZeRO-3 "

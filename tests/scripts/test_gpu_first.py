@@ -218,8 +218,7 @@ def test_end_to_end_in_emulation(tmp_path):
 
 def test_the_plan_on_a_gpu(tmp_path, monkeypatch):
     """Its commands are ones that the benchmark takes, and the important ones come first."""
-    sys.path.append(str(ROOT / "benchmarks"))
-    import head
+    from fastpref.bench.arguments import arguments
 
     monkeypatch.setenv("SANITIZER", "/opt/compute-sanitizer")
     monkeypatch.setenv("PYTHONPATH", "/own")
@@ -238,7 +237,7 @@ def test_the_plan_on_a_gpu(tmp_path, monkeypatch):
     for step in steps:
         if step.name.startswith("head "):
             options = [part.replace("{seconds-10}", "50") for part in step.command[2:]]
-            parsed.append(head.arguments(options))
+            parsed.append(arguments(options))
             assert parsed[-1].device == "cuda" and parsed[-1].budget == 50
     assert [" ".join(given.shapes) for given in parsed[:2]] == ["a", "b"] and len(parsed) == 7
     site = str(tmp_path / "work" / "site")
