@@ -23,7 +23,7 @@ bool sort_columns(const ColumnChoice& s, std::vector<uint32_t>& order, int64_t& 
         const float square = s.squares[j] + 0.f;  // -0 has other bits than 0
         uint32_t bits;
         std::memcpy(&bits, &square, sizeof bits);
-        keys[j] = ~bits;  // the larger the square, the smaller; 0 is none's
+        keys[j] = ~bits;  // the larger the square, the smaller the key; labels get 0, which no square has
         order[j] = uint32_t(j);
     }
     labelled = 0;

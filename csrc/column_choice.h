@@ -1,5 +1,5 @@
 // Which columns of a block of D are kept and which are drawn: fastpref/backends/column_choice.py in one
-// thread, bit for bit.
+// thread, bit for bit where all squares are finite; otherwise all columns are needed.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +11,8 @@ struct ColumnChoice {
     int64_t cols;
     const int64_t* labels;  // [rows]
     int64_t rows;
-    // Of u and of dW: what t times the variance may be in squares of the tolerance; the tolerance, NaN for
-    // none.
+    // Of u and of dW: the size whose square the error is relative to, and the tolerance, NaN for none. With t
+    // drawn columns the variance may be tolerance^2 wanted.
     double wanted[2], tolerance[2];
     uint64_t state;
     int64_t* index;  // [cols], of which `count` are written; kept columns first, each part ascending

@@ -95,7 +95,7 @@ FP_INLINE void fold_rows(const Tile& t, const Affine& a, const Stats& st, int64_
     }
 }
 
-// out may lie over the tile: an entry is written no earlier than it is read, and no later one is read there.
+// out may be the tile itself, with entries as wide or narrower: no entry is overwritten before it is read.
 template <class T, class O, bool CAP, bool ENTROPY>
 FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t out_stride,
                          int64_t r0, int64_t r1) {

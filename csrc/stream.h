@@ -1,5 +1,5 @@
-// Writing past the caches. A store to a line that is not cached reads the line first, and takes the place of
-// others.
+// Non-temporal stores: writing past the caches. An ordinary store to a line that is not cached reads that line
+// from memory first, and evicts another one.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -29,7 +29,8 @@ template <class T> FP_INLINE void stream(T* to, const T* from, int64_t count) {
     for (; j < count; ++j) to[j] = from[j];
 }
 
-// What was streamed comes before what this thread writes from here on.
+// A fence (sfence): streamed data are visible to other threads before anything that this thread writes
+// afterwards, such as the barrier at the end of a parallel region.
 inline void streamed() {
 #if defined(__SSE2__)
     _mm_sfence();

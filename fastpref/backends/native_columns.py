@@ -25,14 +25,14 @@ def choose_columns(
     if count is not None:
         arguments = squares, labels, distance, norm, tolerances, state
         return column_choice.choose_columns(*arguments, count)
-    vocab = squares.shape[0]
+    vocab, labels = squares.shape[0], labels.contiguous()
     index, factor = torch.empty(vocab, dtype=torch.int64), torch.empty(vocab)
     wanted = float(norm), float(squares.double().sum() / HEAD_MARGIN**2)
     number, first, variance, head_variance = MODULE.choose_columns(
         vector(squares),
         vector(distance),
         vocab,
-        vector(labels.contiguous(), torch.int64),
+        vector(labels, torch.int64),
         labels.shape[0],
         *wanted,
         *(math.nan if t is None else t for t in tolerances),

@@ -51,9 +51,8 @@ def run_bench(
     """
     chosen = bench_options(shapes, **options)
     result = run_tasks(chosen, hear=hear, doing=doing, changed=changed)
-    if not result.measured():
-        why = [r["failed"] for r in result.results if "failed" in r]
-        raise RuntimeError("nothing was measured: " + "; ".join([*why, *result.stops] or ["?"]))
+    if (why := result.why_nothing()) is not None:
+        raise RuntimeError(f"nothing was measured: {why}")
     return result
 
 
@@ -169,7 +168,7 @@ def select_peers(given: Sequence[str] | None, kind: str) -> tuple[list[str], dic
 
 
 def side_names(options: BenchOptions) -> list[str]:
-    """What is measured beside each other, in any case and mode."""
+    """What is measured beside each other, over all cases and modes."""
     device = devices.Device() if options.device == "cpu" else devices.PretendGpu()
     by_default = [None] if options.device == "cpu" else ["cuda", "triton"]
     found = [

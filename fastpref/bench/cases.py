@@ -6,6 +6,7 @@ shapes, or a model's config -> `Case`s -> scaled over tokens, vocabulary or thre
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,12 +137,20 @@ def make_cases(
         sizes = [f"{shape.n},{shape.h},{shape.v}"]
         sizes += [] if shape.softcap is None else [f"{shape.softcap:g}"]
         cases.append(Case(",".join(sizes), chosen, model or shape.model))
-    return cases
+    return _joined(cases)
+
+
+def _joined(cases: list[Case]) -> list[Case]:
+    """Each head once, with the names of all models that have it."""
+    names: dict[Case, dict[str, None]] = {}
+    for case in cases:
+        names.setdefault(replace(case, model=""), {})[case.model] = None
+    return [replace(case, model=", ".join(filter(None, found))) for case, found in names.items()]
 
 
 def _is_shape(text: str) -> bool:
-    """Whether a text that is no shape was meant to be one: it has nothing but numbers."""
-    return not set(text) - set("0123456789,.+- e/")
+    """Whether a text that is no shape was meant to be one: numbers, or a letter and a number."""
+    return "," in text or re.fullmatch(r"[a-z](/.*)?", text) is not None
 
 
 def _shape_of_model(text: str, tokens: int | None, trust: bool) -> tuple[Any, str, str]:
@@ -197,9 +206,8 @@ def scaled(cases: Sequence[Case], scale: str, most_threads: int) -> list[Case]:
                 v = max(2, round(v * factor))
             rest = [] if shape.softcap is None else [f"{shape.softcap:g}"]
             text = ",".join([str(n), str(shape.h), str(v), *rest])
-            if not any(c.shape == text for c in out):
-                out.append(replace(case, shape=text))
-    return out
+            out.append(replace(case, shape=text))
+    return _joined(out)
 
 
 def _even_sequences(tokens: float) -> int:

@@ -64,11 +64,12 @@ def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} could not be read as a result of fastpref bench: {why}") from None
     good = isinstance(found, dict) and isinstance(found.get("machine"), dict)
     try:
-        cells = list(_cells(found)) if good else []
-    except (AttributeError, KeyError, TypeError):
-        cells = []
-    if not cells:
-        raise ValueError(f"{path} is no result of fastpref bench: it has no cells")
+        cells = dict(_cells(found)) if good else {}
+        measured = [c for cell in cells.values() for c in _changes(cell, {"id": "", **cell}, 0.0)]
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
+        cells, measured = {}, []
+    if not cells or not measured:
+        raise ValueError(f"{path} is no result of fastpref bench: it has no measured cells")
     return dict(found)
 
 
@@ -102,8 +103,7 @@ def compare_results(
     Raises:
         ValueError: results of two machines, without a case in common, or a bad threshold.
     """
-    if not 0 <= threshold < 10:
-        raise ValueError(f"threshold: got {threshold}, expected a part such as 0.05")
+    check_threshold(threshold)
     if differences := machine_differences(old["machine"], new["machine"]):
         raise ValueError(
             f"the old result is of another machine ({'; '.join(differences)}); the times of two "
@@ -116,9 +116,17 @@ def compare_results(
     return [change for then, now in pairs for change in _changes(then, now, threshold)]
 
 
-def case_keys(result: Mapping[str, Any]) -> set[tuple[Any, ...]]:
-    """The sizes, dtype, mode and threads of each cell."""
-    return {key for key, _ in _cells(result)}
+def check_threshold(threshold: float) -> None:
+    if not 0 <= threshold < 10:
+        raise ValueError(f"threshold: got {threshold}, expected a part such as 0.05")
+
+
+def sides_of(result: Mapping[str, Any]) -> dict[tuple[Any, ...], set[str]]:
+    """By sizes, dtype, mode and threads: fastpref's sides that were measured and right."""
+    return {
+        key: {v["variant"] for v in cell["variants"] if v["ours"] and _is_measured(v)}
+        for key, cell in _cells(result)
+    }
 
 
 def key_of(size: Mapping[str, Any], dtype: str, mode: str, threads: int | None) -> tuple[Any, ...]:
@@ -141,10 +149,18 @@ def _changes(then: dict[str, Any], now: dict[str, Any], threshold: float) -> Ite
         canary = canaries[0]["median_ms"] / canaries[1]["median_ms"]  # type: ignore[index]
     olds = {row["variant"]: row for row in then["variants"]}
     for new in now["variants"]:
-        old = olds.get(new["variant"])
-        if old is None or "time" not in old or old.get("wrong"):
+        old = olds.pop(new["variant"], None)
+        if old is None or not _is_measured(old):
             continue  # there is nothing to compare with
         yield _change(now["id"], old, new, canary, threshold)
+    for name, old in olds.items():  # not asked for now, or no longer there
+        if _is_measured(old):
+            was = old["time"]["median_ms"]
+            yield Change(now["id"], name, was, None, None, None, None, canary, "gone", False)
+
+
+def _is_measured(row: Mapping[str, Any]) -> bool:
+    return "time" in row and not row.get("wrong")
 
 
 def _change(

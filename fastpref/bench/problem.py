@@ -66,8 +66,9 @@ def parse_shape(text: str) -> Shape:
             shape = shape.with_tokens(int(tokens))
         except ValueError:
             raise ValueError(f"shape: got {text}, expected a number behind the /") from None
-    if min(shape.n, shape.h, shape.v) < 1 or not (shape.softcap is None or shape.softcap > 0):
-        raise ValueError(f"shape: got {text}, expected sizes of at least 1 and a positive softcap")
+    cap = shape.softcap
+    if min(shape.n, shape.h, shape.v) < 1 or not (cap is None or 0 < cap < math.inf):
+        raise ValueError(f"shape: got {text}, expected sizes of at least 1, and a softcap above 0")
     return shape
 
 

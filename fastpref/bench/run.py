@@ -70,6 +70,17 @@ class BenchResult:
         """Whether any side of any case has a time that counts."""
         return any(usable(row) for cell in self.cells for row in cell["variants"])
 
+    def why_nothing(self) -> str | None:
+        """Why no side of any case has a time that counts; None: some side has one."""
+        if self.measured():
+            return None
+        why = [r["failed"] for r in self.results if "failed" in r] + self.stops
+        for cell in self.cells:
+            for row in cell["variants"]:
+                reason = row.get("wrong_because") or row.get("missing")
+                why += [f"{row['variant']}: {reason}"] if reason else []
+        return "; ".join(dict.fromkeys(why)) or "no time was left"
+
     def as_dict(self) -> dict[str, Any]:
         """The attributes, as values for JSON, in the form of the files of benchmarks/results."""
         on, also = "" if self.settings["device"] == "cpu" else " on a GPU", ""

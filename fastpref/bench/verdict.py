@@ -27,8 +27,8 @@ def fault(
         dtype: "bf16" or "fp32".
         tokens: of a sequence.
         loss: the true loss, of a call that has one.
-        tolerance: `gradient_tolerance`, an error that was asked for. A block may have twice as
-            much, since it is an average.
+        tolerance: `gradient_tolerance`, an error that was asked for. It is an average over a block
+            of tokens, so that twice as much is allowed.
     """
     gradient = WRONG_GRADIENT[dtype] + 2 * (tolerance or 0.0)
     bounds = {

@@ -14,6 +14,8 @@ from fastpref.cli import exit_codes
 from fastpref.cli.outputs import check_plot, check_report, print_json
 from fastpref.cli.shared_options import AsJson, Debug, TrustRemoteCode
 
+THRESHOLD = 0.05
+
 
 class Scale(str, enum.Enum):
     """What is scaled."""
@@ -84,7 +86,7 @@ def command(
     ] = None,
     threshold: Annotated[
         float, typer.Option(help="The part by which a time may grow before it is a regression.")
-    ] = 0.05,
+    ] = THRESHOLD,
     save: Annotated[
         Path | None, typer.Option(help="Write the result here, for a later --compare.")
     ] = None,
@@ -100,12 +102,17 @@ def command(
     """
     from fastpref.bench.bench import bench_options
     from fastpref.bench.cases import tasks
-    from fastpref.bench.compare import compare_results
+    from fastpref.bench.compare import check_threshold, compare_results
     from fastpref.bench.run import run_tasks
 
     check_plot(plot)
     check_report(report)
     _check_save(save)
+    check_threshold(threshold)
+    if compare is None and threshold != THRESHOLD:
+        raise ValueError("--threshold is for --compare, which is not given")
+    if strategy is not None and (frozen or forward) and not trained:
+        raise ValueError("--strategy is of a head that trains; --trained is not given")
     chosen = {"trainable": trained, "frozen": frozen, "forward-only": forward}
     options = bench_options(
         heads or None,
@@ -130,9 +137,8 @@ def command(
         _announce(options)
     with _progress(len(tasks(options)), as_json) as (hear, doing):
         result = run_tasks(options, hear=hear, doing=doing)
-    if not result.measured():
-        why = [r["failed"] for r in result.results if "failed" in r] + result.stops
-        raise RuntimeError(f"nothing was measured: {'; '.join(why) or 'no time was left'}")
+    if (why := result.why_nothing()) is not None:
+        raise RuntimeError(f"nothing was measured: {why}")
     found = result.as_dict()
     changes = [] if old is None else compare_results(old, found, threshold)
     if save is not None:
@@ -187,7 +193,8 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
     """The earlier result, if its times can be compared with what will be measured."""
     import torch
 
-    from fastpref.bench.compare import case_keys, key_of, load_result, machine_differences
+    from fastpref.bench.bench import side_names
+    from fastpref.bench.compare import key_of, load_result, machine_differences, sides_of
     from fastpref.bench.problem import parse_shape
     from fastpref.bench.results import machine
 
@@ -206,8 +213,11 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
         for dtype in case.dtypes
         for mode in options.modes
     }
-    if not wanted & case_keys(old):
+    before, sides = sides_of(old), set(side_names(options))
+    if not wanted & before.keys():
         raise ValueError(f"--compare {path} has none of the cases that would be measured")
+    if not any(before[key] & sides for key in wanted & before.keys()):
+        raise ValueError(f"--compare {path} has none of fastpref's ways that would be measured")
     return old
 
 
@@ -333,7 +343,10 @@ def _write_plot(result: Any, scale: str | None, path: Path) -> None:
     path = path.expanduser()
     with disk_errors(f"--plot {path} could not be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _figures(result, scale)[0][0].savefig(path, dpi=110)
+        figure = next((figure for figure, _ in _figures(result, scale) if figure), None)
+        if figure is None:
+            raise ValueError(f"--plot {path}: nothing was measured that can be drawn")
+        figure.savefig(path, dpi=110)
 
 
 def _write_report(result: Any, scale: str | None, changes: list[Any], path: Path) -> None:

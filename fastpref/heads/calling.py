@@ -118,7 +118,8 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
         rest = head_fn, aux_loss, head_inputs or {}
         if needs_hooks(layer):
             return within_layer(layer, lambda hidden: _call_head(self, hidden, *rest), outputs[0])
-        return _call_head(self, outputs[0], *rest)  # a new function would be compiled anew
+        # Without a new function, for which torch.compile would trace each call anew.
+        return _call_head(self, outputs[0], *rest)
 
     # generate() checks its arguments against the signature. __wrapped__ is deleted because
     # accelerate, to remove its wrapper, follows that attribute down to the innermost function.

@@ -37,11 +37,17 @@ ROUNDS = 3  # of the micro-batches, after one that warms up
 
 
 def probe_layers(config: Any) -> tuple[int, int] | None:
-    """How many layers the two models have; None where that would be no less than all of them.
+    """How many layers the two models have; None: two such models would not show what a layer costs.
 
-    They differ by a whole period of the kinds of layers.
+    They differ by a whole period of the kinds of attention. None if that takes all layers, or if
+    experts and dense layers alternate beyond a first dense layer.
     """
     text = config.get_text_config()
+    mlp = list(getattr(text, "mlp_layer_types", None) or [])
+    dense = getattr(text, "first_k_dense_replace", None) or 0
+    step = getattr(text, "decoder_sparse_step", None) or 1
+    if len(set(mlp[1:])) > 1 or (not mlp and (dense > 1 or step > 1)):
+        return None
     kinds = list(getattr(text, "layer_types", None) or [])
     period = 1
     while kinds[period:] != kinds[: max(len(kinds) - period, 0)]:

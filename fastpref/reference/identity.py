@@ -155,8 +155,8 @@ def _config_differences(name: str, stored: Any, present: Any) -> list[str]:
     if stored == present:
         return []
     if isinstance(stored, dict) and isinstance(present, dict):
-        keys = sorted({*stored, *present})
-        pairs = [(f"{name}.{key}", stored.get(key), present.get(key)) for key in keys]
+        keys = sorted(stored.keys() & present.keys())  # others come and go with versions
+        pairs = [(f"{name}.{key}", stored[key], present[key]) for key in keys]
         return [text for pair in pairs for text in _config_differences(*pair)]
     return [f"config's {name} {present} instead of {stored}"]
 

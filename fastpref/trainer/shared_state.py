@@ -83,6 +83,6 @@ class SharingTrainer(Trainer):
 
 def _refuse(why: str) -> None:
     raise RuntimeError(
-        f"another thread of this process trains, {why}, which accelerate has one of for all "
-        "trainers of a process; train in a process each, or one after the other"
+        f"another thread of this process trains, {why}; accelerate has one such setting for all "
+        "trainers of a process, so train in a process each, or one after the other"
     )

@@ -93,6 +93,18 @@ def test_scaling():
     assert all("threads" in name for name in names) and len(set(names)) == len(names)
 
 
+def test_equal_heads_are_one_case():
+    cases = make_cases(["64,16,256", "64,16,256", "64,16,512"], dtypes=["fp32"])
+    assert [case.shape for case in cases] == ["64,16,256", "64,16,512"]
+    named = [Case("64,16,256", ("bf16",), name) for name in ("one", "two", "one")]
+    named.append(Case("64,16,256", ("fp32",), "one"))
+    found = scaled(named, "vocab", 2)
+    assert [(c.shape, c.dtypes, c.model) for c in found[::4]] == [
+        ("64,16,64", ("bf16",), "one, two"), ("64,16,64", ("fp32",), "one"),
+    ]  # fmt: skip
+    assert len(found) == 8
+
+
 def test_a_scaled_result_as_a_table():
     def cell(n, ms):
         row = {"variant": "eager", "ours": False, "other_function": False, "wrong": False}

@@ -97,6 +97,33 @@ def test_a_missing_peer_is_one_line(monkeypatch):
     assert "TRL chunked is left out: trl is not installed" in result.stdout
 
 
+def test_an_old_result_without_the_ways_that_are_measured(monkeypatch, tmp_path):
+    """Nothing of fastpref could be compared, which is not "no regression"."""
+    _plant(monkeypatch, _row("fastpref fast", 2.0), _row("eager", 4.0))
+    old = tmp_path / "old.json"
+    assert invoke("--precision", "fast", "--save", old).exit_code == 0
+    result = invoke("--precision", "exact", "--compare", old)
+    assert result.exit_code == 2 and "none of fastpref's ways" in result.stderr.replace("\n", " ")
+    found = json.loads(old.read_text())
+    found["cells"][0]["variants"][1]["time"]["median_ms"] = 0
+    old.write_text(json.dumps(found))
+    result = invoke("--precision", "fast", "--compare", old)
+    assert result.exit_code == 2 and "no measured cells" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("--threshold", "-3"), "threshold"),
+        (("--threshold", "0.1"), "--compare"),
+        (("--strategy", "stash"), "--trained"),
+    ],
+)
+def test_options_without_effect(given, message):
+    result = invoke(*given)
+    assert result.exit_code == 2 and message in result.stderr and not result.stdout
+
+
 def test_an_old_result_of_another_machine(monkeypatch, tmp_path):
     _plant(monkeypatch, _row("fastpref exact", 2.0))
     old = tmp_path / "old.json"
@@ -121,7 +148,7 @@ def test_odd_input_is_one_sentence(tmp_path):
         (("--compare", data), "is no result of fastpref bench"),
         (("--save", data), "so it stays"),
         (("--save", tmp_path), "expected a file"),
-        (("--strategy", "x"), "strategies"),
+        (("--trained", "--strategy", "x"), "strategies"),
         (("--seconds", -1), "seconds"),
         (("--", "-4,8,64"), "sizes of at least 1"),
     ):

@@ -31,6 +31,11 @@ def test_models_differ_by_a_period_of_the_kinds_of_layers():
     changed = config(9)
     changed.layer_types = kinds
     assert probe_layers(changed) == (1, 4)
+    experts = config(9)
+    experts.mlp_layer_types = ["dense"] + ["sparse"] * 8
+    assert probe_layers(experts) == (1, 2)
+    experts.mlp_layer_types = ["dense"] * 3 + ["sparse"] * 6  # two models of dense layers alone
+    assert probe_layers(experts) is None
 
 
 def test_phases_are_linear_in_layers_but_the_head(monkeypatch):

@@ -299,6 +299,7 @@ def test_a_config_without_effect():
     assert same == described()
     newer = described()
     newer["config"]["a_key_of_another_version"] = 3
+    newer["config"]["rope_parameters"]["a_key_of_another_version"] = 3
     assert not identity_differences(described(), newer)
 
 
