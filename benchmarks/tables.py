@@ -318,8 +318,9 @@ def rlhf() -> str:
 
 def step() -> str:
     results = _results("step")
+    lengths = results["lengths"] | _results("step_dialogues")["lengths"]
     rows = []
-    for kind, cells in results["lengths"].items():
+    for kind, cells in lengths.items():
         for other, cell in cells.items():
             if "runs" not in cell:
                 continue
