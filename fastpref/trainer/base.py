@@ -32,7 +32,6 @@ from fastpref.trainer.checks import (
     check_parallelism,
     check_sampling,
     check_trains,
-    check_whole,
     warn_about_tolerances,
 )
 from fastpref.trainer.config import BaseConfig
@@ -96,8 +95,6 @@ class BaseTrainer(
         model, ref_model, tokenizer, pad_token_id = load_parts(
             model, ref_model, processing_class, args, quantization_config, peft_config
         )
-        check_whole((model, ref_model))
-        check_parallelism((model, ref_model), getattr(args, "parallelism_config", None))
         self._tokenizer = tokenizer
         self._vocab_size = read_head(model, adapters=True).vocab_size
         self.reports: dict[str, DataReport] = {}

@@ -28,6 +28,7 @@ from fastpref.trainer.adapter_loading import (
     quiet_peft,
     tokenizer_of,
 )
+from fastpref.trainer.checks import check_parallelism, check_whole
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.pickles import readable_weights
 
@@ -61,6 +62,8 @@ def load_parts(
     model = load_model(model, args, quantization_config)
     if ref_model is not None:
         ref_model = load_model(ref_model, args, quantization_config, trainable=False)
+    check_whole((model, ref_model))
+    check_parallelism((model, ref_model), getattr(args, "parallelism_config", None))
     tokenizer, pad_token_id = load_tokenizer(model, tokenizer, args, name)
     model = add_adapter(model, peft_config, ref_model is not None)
     return Parts(model, ref_model, tokenizer, pad_token_id)
