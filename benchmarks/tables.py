@@ -318,12 +318,14 @@ def rlhf() -> str:
 
 def step() -> str:
     results = _results("step")
-    lengths = results["lengths"] | _results("step_dialogues")["lengths"]
-    rows = []
-    for kind, cells in lengths.items():
-        for other, cell in cells.items():
-            if "runs" not in cell:
+    rows, seen = [], set()
+    for name in ("step", "step_features", "step_dialogues"):
+        lengths = _results(name)["lengths"]
+        for kind, other in ((kind, other) for kind, cells in lengths.items() for other in cells):
+            cell = lengths[kind][other]
+            if "runs" not in cell or (kind, other) in seen:  # what an earlier file has, too
                 continue
+            seen.add((kind, other))
             ours, theirs = cell["runs"]["fastpref"], cell["runs"][other]
             rows.append(
                 [
