@@ -104,16 +104,21 @@ def compare_results(
         ValueError: results of two machines, without a case in common, or a bad threshold.
     """
     check_threshold(threshold)
-    if differences := machine_differences(old["machine"], new["machine"]):
-        raise ValueError(
-            f"the old result is of another machine ({'; '.join(differences)}); the times of two "
-            "machines say nothing of a regression"
-        )
+    check_machines(old["machine"], new["machine"], "the old result")
     before = dict(_cells(old))
     pairs = [(before[key], cell) for key, cell in _cells(new) if key in before]
     if not pairs:
         raise ValueError("the old result has none of these cases")
     return [change for then, now in pairs for change in _changes(then, now, threshold)]
+
+
+def check_machines(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, with the old result's name, if the two are of different machines."""
+    if differences := machine_differences(old, new):
+        raise ValueError(
+            f"{name} is of another machine ({'; '.join(differences)}); the times of two machines "
+            "say nothing of a regression"
+        )
 
 
 def check_threshold(threshold: float) -> None:

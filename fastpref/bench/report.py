@@ -18,15 +18,17 @@ def report(result: dict[str, Any]) -> str:
         return f"\n{result['id']}: {result['failed']}"
     made = {"cell": _cell_table, "overhead": _small_table}.get(result["kind"], _row_table)
     size = result["size"]
-    head = f"\n{result['id']}: N={size['n']} H={size['h']} V={size['v']}"
-    if size["softcap"] is not None:
-        head += f" softcap {size['softcap']:g}"
-    if size["model"]:
-        head += f" ({size['model']})"
+    head = f"\n{result['id']}: N={size['n']} H={size['h']} V={size['v']}{size_notes(size)}"
     return f"{head}, {result['seconds']:.0f} s\n{made(result)}"
 
 
-def _number(value: float | None, spec: str) -> str:
+def size_notes(size: dict[str, Any]) -> str:
+    """The softcap and the model of a head, to stand behind its sizes."""
+    cap = "" if size["softcap"] is None else f" softcap {size['softcap']:g}"
+    return cap + (f" ({size['model']})" if size["model"] else "")
+
+
+def number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
@@ -44,14 +46,14 @@ def mib(row: Row, key: str) -> float | None:
 
 
 def _ratio(key: str) -> Callable[[Row], str]:
-    return lambda r: "WRONG" if r["wrong"] else _number(r.get(key), ".2f")
+    return lambda r: "WRONG" if r["wrong"] else number(r.get(key), ".2f")
 
 
 def _error(key: str) -> Callable[[Row], str]:
-    return lambda r: _number((r["errors"] or {}).get(key), ".1e")
+    return lambda r: number((r["errors"] or {}).get(key), ".1e")
 
 
-def _spread(row: Row) -> str:
+def spread_of(row: Row) -> str:
     low, high = row["time"]["quartiles_ms"]
     return f"{(high - low) / row['time']['median_ms']:.0%}"
 
@@ -59,15 +61,15 @@ def _spread(row: Row) -> str:
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "": label_of,
     "ms": lambda r: f"{r['time']['median_ms']:.3f}",
-    "IQR": _spread,
+    "IQR": spread_of,
     "calls": lambda r: str(r["time"]["repeats"]),
-    "host ms": lambda r: _number(r.get("host_ms"), ".3f"),
+    "host ms": lambda r: number(r.get("host_ms"), ".3f"),
     "x eager": _ratio("speed_over_eager"),
     "x TRL": _ratio("speed_over_trl"),
-    "roofline": lambda r: _number(r.get("roofline_fraction"), ".0%"),
-    "MiB": lambda r: _number(mib(r, "peak_beyond"), ".1f"),
-    "MiB extra": lambda r: _number(mib(r, "extra"), ".1f"),
-    "of eager's": lambda r: _number(r.get("memory_over_eager"), ".3f"),
+    "roofline": lambda r: number(r.get("roofline_fraction"), ".0%"),
+    "MiB": lambda r: number(mib(r, "peak_beyond"), ".1f"),
+    "MiB extra": lambda r: number(mib(r, "extra"), ".1f"),
+    "of eager's": lambda r: number(r.get("memory_over_eager"), ".3f"),
     "logp max": _error("logp_max"),
     "logp RMS": _error("logp_rms"),
     "sum error": _error("sum_max"),
@@ -81,7 +83,7 @@ def _cell_table(result: dict[str, Any]) -> str:
     rows = [r for r in result["variants"] if "time" in r and "missing" not in r]
     columns = {title: [text(r) for r in rows] for title, text in _COLUMNS.items()}
     columns = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
-    about = f"roofline {_number(result['roofline_ms'], '.3f')} ms"
+    about = f"roofline {number(result['roofline_ms'], '.3f')} ms"
     if result.get("peak_tflop_per_s"):
         about += f" at {result['peak_tflop_per_s']:.4g} TFLOP/s"
     if result["products"]:
@@ -119,7 +121,7 @@ def _small_table(result: dict[str, Any]) -> str:
         for row in rows:
             name = f"{mode}: {row['variant']}"
             if "wall_us" in row:
-                lines.append([name, *(_number(row.get(k), ".0f") for k in keys)])
+                lines.append([name, *(number(row.get(k), ".0f") for k in keys)])
             else:
                 missing.append(f"{name} is missing: {row['missing']}")
     header = ["", "host forward, us", "host backward", "until done"]
@@ -137,14 +139,14 @@ def _summary(cells: list[dict[str, Any]]) -> str:
         lines.append(
             [
                 cell["id"],
-                _number(best["time"]["median_ms"] if best else None, ".3f"),
-                _number(fast["time"]["median_ms"] if fast else None, ".3f"),
-                _number(best.get("roofline_fraction") if best else None, ".2f"),
-                _number(best.get("speed_over_eager") if best else None, ".2f"),
-                _number(best.get("speed_over_trl") if best else None, ".2f"),
-                _number(speed(peer, best) if peer and best else None, ".2f"),
+                number(best["time"]["median_ms"] if best else None, ".3f"),
+                number(fast["time"]["median_ms"] if fast else None, ".3f"),
+                number(best.get("roofline_fraction") if best else None, ".2f"),
+                number(best.get("speed_over_eager") if best else None, ".2f"),
+                number(best.get("speed_over_trl") if best else None, ".2f"),
+                number(speed(peer, best) if peer and best else None, ".2f"),
                 peer["variant"] if peer else "-",
-                _number(mib(best, "peak_beyond") if best else None, ".0f"),
+                number(mib(best, "peak_beyond") if best else None, ".0f"),
             ]
         )
     header = ["fastpref, exact", "ms", "fast ms", "roofline", "x eager", "x TRL", "x best peer"]

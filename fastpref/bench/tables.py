@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpref.bench.compare import Change
-from fastpref.bench.report import label_of, mib
+from fastpref.bench.report import label_of, mib, number, size_notes, spread_of
 from fastpref.bench.targets import fastest, usable
 
 Table = tuple[list[str], list[list[str]]]
@@ -27,11 +27,7 @@ def rates_table(rates: Sequence[dict[str, Any]]) -> Table:
 def title_of(cell: dict[str, Any]) -> str:
     """One line on what a cell is about."""
     size = cell["size"]
-    text = f"N={size['n']:,} H={size['h']:,} V={size['v']:,}"
-    if size["softcap"] is not None:
-        text += f" softcap {size['softcap']:g}"
-    if size["model"]:
-        text += f" ({size['model']})"
+    text = f"N={size['n']:,} H={size['h']:,} V={size['v']:,}{size_notes(size)}"
     text += f", {cell['dtype']}, {cell['mode']}"
     if cell.get("threads"):
         text += f", {cell['threads']} threads"
@@ -46,21 +42,20 @@ def cell_table(cell: dict[str, Any]) -> Table:
     for row in cell["variants"]:
         if "time" not in row or "missing" in row:
             continue
-        low, high = row["time"]["quartiles_ms"]
         median, good = row["time"]["median_ms"], usable(row)
         errors = row["errors"] or {}
         shown = [
             f"{median:,.2f}",
-            f"{(high - low) / median:.0%}" if row["time"]["repeats"] > 1 else "-",
-            _number(row.get("speed_over_eager"), ".2f"),
-            _number(row.get("roofline_fraction"), ".0%"),
+            spread_of(row) if row["time"]["repeats"] > 1 else "-",
+            number(row.get("speed_over_eager"), ".2f"),
+            number(row.get("roofline_fraction"), ".0%"),
         ]
         lines.append(
             [
                 label_of(row),
                 *(shown if good else ["WRONG", "-", "-", "-"]),
-                _number(mib(row, "extra"), ",.0f"),
-                *(_number(errors.get(k), ".1e") for k in ("sum_max", "dhidden", "dweight")),
+                number(mib(row, "extra"), ",.0f"),
+                *(number(errors.get(k), ".1e") for k in ("sum_max", "dhidden", "dweight")),
             ]
         )
     kept = [i for i in range(len(header)) if i == 0 or {line[i] for line in lines} != {"-"}]
@@ -131,11 +126,7 @@ def changes_table(changes: Sequence[Change]) -> Table:
     for c in changes:
         spread = "-" if c.low is None else f"{c.low:.2f} to {c.high:.2f}"
         verdict = c.verdict + (" (regression)" if c.regression else "")
-        old, new, ratio = _number(c.old_ms, ",.2f"), _number(c.new_ms, ",.2f"), c.ratio
-        machine = _number(c.canary, ".2f")
-        lines.append([c.case, c.side, old, new, _number(ratio, ".2f"), spread, machine, verdict])
+        old, new, ratio = number(c.old_ms, ",.2f"), number(c.new_ms, ",.2f"), c.ratio
+        machine = number(c.canary, ".2f")
+        lines.append([c.case, c.side, old, new, number(ratio, ".2f"), spread, machine, verdict])
     return ["case", "", "then, ms", "now, ms", "ratio", "spread", "machine", ""], lines
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

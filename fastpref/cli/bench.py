@@ -194,7 +194,7 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
     import torch
 
     from fastpref.bench.bench import side_names
-    from fastpref.bench.compare import key_of, load_result, machine_differences, sides_of
+    from fastpref.bench.compare import check_machines, key_of, load_result, sides_of
     from fastpref.bench.problem import parse_shape
     from fastpref.bench.results import machine
 
@@ -202,11 +202,7 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
     here = machine()
     if options.device == "cuda":
         here["gpu"] = torch.cuda.get_device_name()
-    if differences := machine_differences(old["machine"], here):
-        raise ValueError(
-            f"--compare {path} is of another machine ({'; '.join(differences)}); the times of two "
-            "machines say nothing of a regression"
-        )
+    check_machines(old["machine"], here, f"--compare {path}")
     wanted = {
         key_of(vars(parse_shape(case.shape)), dtype, mode, case.threads)
         for case in options.cases
