@@ -78,6 +78,25 @@ def rows(path: str) -> Any:
     return Dataset.from_list([json.loads(line) for line in Path(path).read_text().splitlines()])
 
 
+def adapter(rank: int) -> Any:
+    """LoRA on all linear layers of the body; None for rank 0."""
+    if not rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
+def round_derivatives() -> str:
+    """The name of a backend whose derivatives of the logits are rounded to bf16."""
+    from fastpref.backends import eager
+
+    project, outer = eager.project, eager.outer
+    eager.project = lambda d, weight, out: project(d.bfloat16().to(d.dtype), weight, out)
+    eager.outer = lambda d, x, out: outer(d.bfloat16().to(d.dtype), x, out)
+    return eager.NAME
+
+
 def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tuple[Any, float, int]:
     """The trainer, the seconds that it spent on the reference's log-probs, and the bytes of the
     libraries, the policy's weights and the optimiser's states."""
@@ -100,6 +119,8 @@ def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tupl
 
         fastpref.reference.precompute = watched(fastpref.reference.precompute)
         given |= {"precision": request["precision"], **request["fastpref_options"]}
+        if request["rounded_d"]:
+            given["backend"] = round_derivatives()
         config = PreferenceConfig(**given)
         make: Any = PreferenceTrainer
     else:
@@ -115,6 +136,7 @@ def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tupl
         train_dataset=rows(request["train"]),
         eval_dataset=rows(request["held_out"]) if request["held_out"] else None,
         callbacks=[turns],
+        peft_config=adapter(request["lora"]),
     )
     floor = libraries
     for parameter in trainer.model.parameters():
@@ -122,6 +144,14 @@ def make_trainer(request: dict[str, Any], output_dir: str, turns: Turns) -> tupl
             (3 if parameter.requires_grad else 1) * parameter.numel() * parameter.element_size()
         )
     return trainer, spent[0], floor
+
+
+def keep_weights(model: Any, path: str) -> None:
+    """Save the trained weights by name; one that two layers share, once."""
+    from safetensors.torch import save_file
+
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    save_file({name: p.contiguous() for name, p in trained.items()}, path)
 
 
 def evaluate(trainer: Any) -> dict[str, float]:
@@ -149,9 +179,11 @@ def answer(request: dict[str, Any], say: Say) -> None:
                 ("held_out", trainer.eval_dataset),
             ):
                 dataset.save_to_disk(os.path.join(request["keep_data"], name))
-        if request["held_out"]:
+        if request["held_out"] and request["before"]:
             say({"stage": "held-out pairs before training"})
             found["held_out_before"] = evaluate(trainer)
+        if request["keep_weights"]:
+            keep_weights(trainer.model, request["keep_weights"] + ".before")
         say({"stage": "training"})
         trainer.train()
         found["step_s"] = [round(s, 4) for s in turns.seconds]
@@ -159,6 +191,8 @@ def answer(request: dict[str, Any], say: Say) -> None:
         if request["held_out"]:
             say({"stage": "held-out pairs after training"})
             found["held_out_after"] = evaluate(trainer)
+        if request["keep_weights"]:
+            keep_weights(trainer.model, request["keep_weights"])
         keys = ("step", "loss", "rewards/margins", "rewards/accuracies", "grad_norm", "num_tokens")
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         found["log"] = [{k: entry[k] for k in keys if k in entry} for entry in log]

@@ -77,6 +77,7 @@ def request(args: argparse.Namespace, **changes: Any) -> dict[str, Any]:
     """What a worker is told: the options, and what is said of this run."""
     asked = vars(args) | {"trainer": "fastpref", "loss": "sigmoid", "precompute": True}
     asked |= {"segment": None, "held_out": None, "keep_data": None, "fastpref_options": {}}
+    asked |= {"lora": 0, "rounded_d": False, "keep_weights": None, "before": True}
     asked |= changes
     return asked | {"warmup_steps": math.ceil(asked["steps"] / 10)}
 
