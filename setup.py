@@ -9,8 +9,8 @@ is.
 """
 
 import os
-import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import pybind11
@@ -27,23 +27,24 @@ if sys.platform != "win32":
     # Without these two gcc keeps the scalar errno and trap semantics and does not vectorise exp.
     # Never -ffast-math: it deletes the rounding by a magic number that exp is built on.
     FLAGS += ["-O3", "-fno-math-errno", "-fno-trapping-math"]
-    # gcc follows exp's bounds into branches, which cost ten masks and blends once vectorised.
-    FLAGS += ["-fno-thread-jumps"]
+# What gcc alone gets. It follows exp's bounds into branches, which cost ten masks and blends once
+# vectorised; clang does not, nor does it know the flag.
+GCC_FLAGS, GCC_LINK = ["-fno-thread-jumps"], []
 if sys.platform == "linux":
     # Linked plainly: the loader binds to the libgomp that torch has loaded, one pool for both.
-    FLAGS += ["-fopenmp"]
-    LINK += ["-fopenmp"]
+    # clang's own library would be a second pool; without OpenMP the kernels start threads.
+    GCC_FLAGS += ["-fopenmp"]
+    GCC_LINK += ["-fopenmp"]
 SANITIZE = os.environ.get("FASTPREF_SANITIZE")
 if SANITIZE == "1":
     FLAGS += ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     FLAGS += ["-fno-omit-frame-pointer"]
     LINK += ["-fsanitize=address,undefined"]
 elif SANITIZE == "thread":
-    # ThreadSanitizer does not see how libgomp synchronises; without OpenMP the kernels start
-    # threads of their own. The instruction set is fixed, as the clones of vec.h are left out.
-    FLAGS += ["-g", "-O1", "-fsanitize=thread", "-fno-openmp"]
-    FLAGS += ["-march=x86-64-v3"] * (platform.machine() == "x86_64")
-    LINK += ["-fsanitize=thread", "-fno-openmp"]
+    # ThreadSanitizer does not see how libgomp synchronises.
+    FLAGS += ["-g", "-O1", "-fsanitize=thread"]
+    LINK += ["-fsanitize=thread"]
+    GCC_FLAGS, GCC_LINK = GCC_FLAGS[:1], []
 
 
 def native(module: str, sources: list[str]) -> Pybind11Extension:
@@ -61,11 +62,28 @@ def native(module: str, sources: list[str]) -> Pybind11Extension:
     )
 
 
+def is_gcc(compiler) -> bool:
+    """Whether a compiler of setuptools is gcc, and not clang under any name or another one."""
+    if compiler.compiler_type != "unix":
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "is_gcc.cpp"
+        source.write_text("#if !defined(__GNUC__) || defined(__clang__)\n#error\n#endif\n")
+        try:
+            compiler.compile([str(source)], output_dir=folder)
+        except CompileError:
+            return False
+    return True
+
+
 class BuildExt(build_ext):
-    """Hands fastpref._cuda to nvcc."""
+    """Gives gcc its flags, and hands fastpref._cuda to nvcc."""
 
     def build_extension(self, ext):
         if ext.name != "fastpref._cuda":
+            if is_gcc(self.compiler):
+                ext.extra_compile_args = [*ext.extra_compile_args, *GCC_FLAGS]
+                ext.extra_link_args = [*ext.extra_link_args, *GCC_LINK]
             super().build_extension(ext)
             return
         out = Path(self.get_ext_fullpath(ext.name))

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "clones.h"
 #include "parallel.h"
 #include "row.h"
 
@@ -61,10 +62,11 @@ template <class T> FP_INLINE void gather_block(const GatherColumns& s, int64_t f
     }
 }
 
-template <class T>
-FP_CLONES void sum_clone(const ColumnSums& s, int64_t first, int64_t last, double* part, int64_t parts) {
-    sum_columns<T>(s, first, last, part, parts);
-}
+template <class T> struct SumColumns {
+    FP_INLINE void run(const ColumnSums& s, int64_t first, int64_t last, double* part, int64_t parts) {
+        sum_columns<T>(s, first, last, part, parts);
+    }
+};
 
 template <class T> FP_INLINE void add_rows(const WeightedRows& s, int64_t first, int64_t last, float* out) {
     for (int64_t j = 0; j < s.cols; ++j) out[j] = 0;
@@ -76,10 +78,11 @@ template <class T> FP_INLINE void add_rows(const WeightedRows& s, int64_t first,
     }
 }
 
-template <class T>
-FP_CLONES void add_clone(const WeightedRows& s, int64_t first, int64_t last, float* out) {
-    add_rows<T>(s, first, last, out);
-}
+template <class T> struct AddRows {
+    FP_INLINE void run(const WeightedRows& s, int64_t first, int64_t last, float* out) {
+        add_rows<T>(s, first, last, out);
+    }
+};
 
 template <class T> void copy_rows(const GatherRows& s, int threads) {
     T* out = static_cast<T*>(s.out);
@@ -103,9 +106,9 @@ template <class T> void copy_rows(const GatherRows& s, int threads) {
 void column_sums(const ColumnSums& s, int threads) {
     const int64_t parts = (s.cols + WIDTH - 1) / WIDTH;
     std::vector<double> part(size_t(s.rows * parts));
-    auto f = s.dtype == Dtype::bf16  ? sum_clone<bf16>
-             : s.dtype == Dtype::f16 ? sum_clone<f16>
-                                     : sum_clone<float>;
+    auto f = s.dtype == Dtype::bf16  ? clone_of<SumColumns<bf16>>()
+             : s.dtype == Dtype::f16 ? clone_of<SumColumns<f16>>()
+                                     : clone_of<SumColumns<float>>();
     parallel_ranges(parts, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
             f(s, i * WIDTH, std::min((i + 1) * WIDTH, s.cols), part.data() + i, parts);
@@ -129,9 +132,9 @@ void gather_columns(const GatherColumns& s, int threads) {
 
 void weighted_rows(const WeightedRows& s, int threads) {
     std::vector<float> part(size_t(PARTS * s.cols));
-    auto f = s.dtype == Dtype::bf16  ? add_clone<bf16>
-             : s.dtype == Dtype::f16 ? add_clone<f16>
-                                     : add_clone<float>;
+    auto f = s.dtype == Dtype::bf16  ? clone_of<AddRows<bf16>>()
+             : s.dtype == Dtype::f16 ? clone_of<AddRows<f16>>()
+                                     : clone_of<AddRows<float>>();
     parallel_ranges(PARTS, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
             f(s, s.rows * i / PARTS, s.rows * (i + 1) / PARTS, part.data() + i * s.cols);

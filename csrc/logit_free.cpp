@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "clones.h"
 #include "parallel.h"
 #include "product.h"
 #include "row.h"
@@ -251,23 +252,28 @@ template <class T, bool CAP> FP_INLINE void finish_u(const Pass& pass, int64_t r
     for (int64_t j = 0; j < h.hidden; ++j) store(u + j, scale * sums[j] + label * load(w + j));
 }
 
-template <class T, bool CAP> FP_CLONES void bases_clone(Pass& pass, int64_t first, int64_t last) {
-    find_bases<T, CAP>(pass, first, last);
-}
-template <class O, bool CAP, bool EXTRAS>
-FP_CLONES void block_clone(Pass& pass, int64_t row, int64_t rows, int64_t col, int64_t cols, float* sums,
-                           int64_t stride) {
-    for (int64_t i = 0; i < rows; ++i)
-        finish_row<O, CAP, EXTRAS>(pass, row + i, col, cols, sums + i * stride);
-    if (pass.past_caches) streamed();
-}
-template <class O, bool CAP> FP_CLONES void d_clone(const Pass& pass, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) finish_d<O, CAP>(pass, row);
-}
-template <class T, bool CAP>
-FP_CLONES void u_clone(const Pass& pass, int64_t first, int64_t last, const float* sums) {
-    for (int64_t row = first; row < last; ++row) finish_u<T, CAP>(pass, row, sums + row * pass.head.hidden);
-}
+template <class T, bool CAP> struct FindBases {
+    FP_INLINE void run(Pass& pass, int64_t first, int64_t last) { find_bases<T, CAP>(pass, first, last); }
+};
+template <class O, bool CAP, bool EXTRAS> struct FinishRows {
+    FP_INLINE void run(Pass& pass, int64_t row, int64_t rows, int64_t col, int64_t cols, float* sums,
+                       int64_t stride) {
+        for (int64_t i = 0; i < rows; ++i)
+            finish_row<O, CAP, EXTRAS>(pass, row + i, col, cols, sums + i * stride);
+        if (pass.past_caches) streamed();
+    }
+};
+template <class O, bool CAP> struct FinishD {
+    FP_INLINE void run(const Pass& pass, int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) finish_d<O, CAP>(pass, row);
+    }
+};
+template <class T, bool CAP> struct FinishU {
+    FP_INLINE void run(const Pass& pass, int64_t first, int64_t last, const float* sums) {
+        for (int64_t row = first; row < last; ++row)
+            finish_u<T, CAP>(pass, row, sums + row * pass.head.hidden);
+    }
+};
 
 template <class T> Operand part_of(const Operand& weight, int64_t first) {
     return {static_cast<const T*>(weight.data) + first * weight.row, weight.dtype, weight.row, weight.k};
@@ -295,15 +301,17 @@ void project(Pass& pass, const Finish& finish, const MicroKernel& kernel, int th
         product({left, right, h.tokens, h.hidden, cols, sums.data(), Dtype::f32, h.hidden, nullptr, true},
                 kernel, threads);
     }
+    auto u_rows = clone_of<FinishU<T, CAP>>();
     parallel_ranges(h.tokens, threads,
-                    [&](int64_t first, int64_t last) { u_clone<T, CAP>(pass, first, last, sums.data()); });
+                    [&](int64_t first, int64_t last) { u_rows(pass, first, last, sums.data()); });
 }
 
 template <class T, bool CAP> void run(const LogitFree& head, const MicroKernel& kernel, int threads) {
     Pass pass(head);
-    parallel_ranges(head.tokens, threads,
-                    [&](int64_t first, int64_t last) { bases_clone<T, CAP>(pass, first, last); });
-    auto block = pass.extras.empty() ? block_clone<T, CAP, false> : block_clone<T, CAP, true>;
+    auto bases = clone_of<FindBases<T, CAP>>();
+    parallel_ranges(head.tokens, threads, [&](int64_t first, int64_t last) { bases(pass, first, last); });
+    auto block =
+        pass.extras.empty() ? clone_of<FinishRows<T, CAP, false>>() : clone_of<FinishRows<T, CAP, true>>();
     const Finish finish = [&](int64_t row, int64_t rows, int64_t col, int64_t cols, float* sums,
                               int64_t stride) {
         block(pass, row, rows, pass.first + col, cols, sums, stride);
@@ -312,8 +320,8 @@ template <class T, bool CAP> void run(const LogitFree& head, const MicroKernel& 
     pass.past_caches = head.d && head.tokens * head.vocab * int64_t(sizeof(T)) >= PAST_CACHES;
     product({head.x, head.weight, head.tokens, head.vocab, head.hidden, nullptr, Dtype::f32, 0, &finish},
             kernel, threads);
-    parallel_ranges(head.tokens, threads,
-                    [&](int64_t first, int64_t last) { d_clone<T, CAP>(pass, first, last); });
+    auto d_rows = clone_of<FinishD<T, CAP>>();
+    parallel_ranges(head.tokens, threads, [&](int64_t first, int64_t last) { d_rows(pass, first, last); });
 }
 
 }  // namespace

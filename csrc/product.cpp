@@ -10,8 +10,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "clones.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace fastpref {
 namespace {
@@ -76,16 +76,17 @@ struct Packed {
     }
 };
 
-template <class T> FP_INLINE void round_rows(const float* from, int64_t from_stride, T* to,
-                                             int64_t to_stride, int64_t rows, int64_t cols) {
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; ++j) store(to + i * to_stride + j, from[i * from_stride + j]);
-}
-FP_CLONES void round_bf16(const float* from, int64_t fs, bf16* to, int64_t ts, int64_t rows, int64_t cols) {
-    round_rows(from, fs, to, ts, rows, cols);
-}
-FP_CLONES void round_f16(const float* from, int64_t fs, f16* to, int64_t ts, int64_t rows, int64_t cols) {
-    round_rows(from, fs, to, ts, rows, cols);
+template <class T> struct RoundRows {
+    FP_INLINE void run(const float* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+                       int64_t cols) {
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < cols; ++j) store(to + i * to_stride + j, from[i * from_stride + j]);
+    }
+};
+template <class T>
+void round_rows(const float* from, int64_t from_stride, T* to, int64_t to_stride, int64_t rows,
+                int64_t cols) {
+    clone_of<RoundRows<T>>()(from, from_stride, to, to_stride, rows, cols);
 }
 
 class Run {
@@ -223,8 +224,9 @@ class Run {
             }
             int64_t at = row * p.out_stride + col + from;
             if (p.out_dtype == Dtype::bf16)
-                round_bf16(out, stride, static_cast<bf16*>(p.out) + at, p.out_stride, rows, to - from);
-            else round_f16(out, stride, static_cast<f16*>(p.out) + at, p.out_stride, rows, to - from);
+                round_rows<bf16>(out, stride, static_cast<bf16*>(p.out) + at, p.out_stride, rows,
+                                 to - from);
+            else round_rows<f16>(out, stride, static_cast<f16*>(p.out) + at, p.out_stride, rows, to - from);
         }
 
         void multiply(int64_t row, int64_t rows, int64_t from, int64_t to, int64_t w, float* out,

@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "clones.h"
 #include "parallel.h"
 #include "row.h"
 #include "stream.h"
@@ -154,23 +155,25 @@ FP_INLINE void grad_rows(const Tile& t, const Affine& a, const GradRows& g, void
 using FoldRows = void (*)(const Tile&, const Affine&, const Stats&, int64_t, int64_t);
 using GradRowsFn = void (*)(const Tile&, const Affine&, const GradRows&, void*, int64_t, int64_t, int64_t);
 
-template <class T, bool CAP, bool EXTRAS>
-FP_CLONES void fold_clone(const Tile& t, const Affine& a, const Stats& s, int64_t r0, int64_t r1) {
-    fold_rows<T, CAP, EXTRAS>(t, a, s, r0, r1);
-}
-template <class T, class O, bool CAP, bool ENTROPY>
-FP_CLONES void grad_clone(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t os,
-                          int64_t r0, int64_t r1) {
-    grad_rows<T, O, CAP, ENTROPY>(t, a, g, out, os, r0, r1);
-}
+template <class T, bool CAP, bool EXTRAS> struct Fold {
+    FP_INLINE void run(const Tile& t, const Affine& a, const Stats& s, int64_t r0, int64_t r1) {
+        fold_rows<T, CAP, EXTRAS>(t, a, s, r0, r1);
+    }
+};
+template <class T, class O, bool CAP, bool ENTROPY> struct Grad {
+    FP_INLINE void run(const Tile& t, const Affine& a, const GradRows& g, void* out, int64_t os, int64_t r0,
+                       int64_t r1) {
+        grad_rows<T, O, CAP, ENTROPY>(t, a, g, out, os, r0, r1);
+    }
+};
 
 template <class T> FoldRows pick_fold(bool cap, bool extras) {
-    if (cap) return extras ? fold_clone<T, true, true> : fold_clone<T, true, false>;
-    return extras ? fold_clone<T, false, true> : fold_clone<T, false, false>;
+    if (cap) return extras ? clone_of<Fold<T, true, true>>() : clone_of<Fold<T, true, false>>();
+    return extras ? clone_of<Fold<T, false, true>>() : clone_of<Fold<T, false, false>>();
 }
 template <class T, class O> GradRowsFn pick_grad(bool cap, bool entropy) {
-    if (cap) return entropy ? grad_clone<T, O, true, true> : grad_clone<T, O, true, false>;
-    return entropy ? grad_clone<T, O, false, true> : grad_clone<T, O, false, false>;
+    if (cap) return entropy ? clone_of<Grad<T, O, true, true>>() : clone_of<Grad<T, O, true, false>>();
+    return entropy ? clone_of<Grad<T, O, false, true>>() : clone_of<Grad<T, O, false, false>>();
 }
 template <class T> GradRowsFn pick_grad(Dtype out, bool cap, bool entropy) {
     switch (out) {
@@ -208,17 +211,11 @@ void grad(const Tile& t, const Transform& transform, const GradRows& rows, void*
 }
 
 const char* isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
-#if defined(FASTPREF_NO_CLONES) || defined(__clang__)
-    return "baseline";
-#else
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return "avx512";
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
-    return "baseline";
-#endif
-#else
-    return "baseline";
-#endif
+    switch (processor_isa()) {
+        case Isa::avx512: return "avx512";
+        case Isa::avx2: return "avx2";
+        default: return "baseline";
+    }
 }
 
 bool is_amd() {

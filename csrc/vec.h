@@ -22,15 +22,6 @@
 #define FP_IVDEP
 #endif
 
-// One function body, compiled for each instruction set and chosen by the loader. It crashes under
-// ThreadSanitizer and is untried with clang; they get the body for the compiler's default target.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(__SANITIZE_THREAD__) && !defined(FASTPREF_NO_CLONES)
-#define FP_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FP_CLONES
-#endif
-
 namespace fastpref {
 
 FP_INLINE float as_float(uint32_t bits) {
