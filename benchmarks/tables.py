@@ -297,6 +297,12 @@ def columns() -> str:
     )
 
 
+def block_filter() -> str:
+    found = _results("columns")["block filter"]
+    rows = [[f["threshold"], f"{f['kept']:.0%}", f"{f['error of u']:.1e}"] for f in found]
+    return _table(["threshold", "share of D multiplied", "error of dX"], rows)
+
+
 def rlhf() -> str:
     found = _results("rlhf")
     options, machine = found["settings"], found["machine"]
@@ -374,6 +380,7 @@ BLOCKS = {
         cpu_linear,
         host_time,
         columns,
+        block_filter,
         rlhf,
         faults,
         plan,
