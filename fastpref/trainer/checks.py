@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastpref.heads.reading import unwrap
-from fastpref.heads.sharded import is_partitioned
 
 logger = logging.getLogger("fastpref")
 
@@ -23,21 +22,6 @@ def check_trains(model: Any) -> None:
         "model: got one whose weights are all frozen, expected at least one with "
         f"requires_grad=True{hint}"
     )
-
-
-def check_whole(models: Iterable[Any]) -> None:
-    """Raise ValueError for models whose weights ZeRO-3 has divided while they were loaded.
-
-    Args:
-        models: the policy, and the reference or None.
-    """
-    loaded = (unwrap(model) for model in models if model is not None)
-    if any(is_partitioned(p) for model in loaded for p in model.parameters()):
-        raise ValueError(
-            "model: ZeRO-3 has divided its weights while they were loaded, and the trainer looks "
-            "at whole ones (the head, an adapter, the reference's copy); expected a model that is "
-            "loaded before the training's arguments are made, and divided when training begins"
-        )
 
 
 def check_parallelism(models: Iterable[Any], config: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,6 +30,15 @@ class LoadingTrainer(Trainer):
     args: BaseConfig
     _dispatches: bool  # whether the first process reads the data for all
     _train_loader: Any
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As in `transformers.Trainer`, which rounds floats to 16 bits for DeepSpeed's models.
+
+        Numbers of rows keep their dtype: a reference's log-prob has hundreds of nats.
+        """
+        if isinstance(data, torch.Tensor) and data.dim() < 2:
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def _loader(self, dataset: Any, collator: Any, batch_size: int, **options: Any) -> Any:
         args = self.args

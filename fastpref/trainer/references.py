@@ -14,6 +14,7 @@ from fastpref.attention import SegmentAttention
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.reading import unwrap
 from fastpref.trainer.checks import check_trains
+from fastpref.trainer.division import convert_weights, engine_dtype, trained_form
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns
 from fastpref.trainer.step_zero import StepZeroProbe
@@ -119,6 +120,8 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
             check_head(model)
         if self.args.disable_dropout:
             disable_dropout(model)
+        if (dtype := engine_dtype(self.accelerator)) is not None:  # as the policy will have it
+            convert_weights(model, dtype)
         model = model.eval().requires_grad_(False)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
@@ -165,7 +168,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
         size = args.precompute_ref_batch_size or size
-        reference = self.reference or self._policy_reference
+        source = self.reference or self._policy_reference
 
         def logps(batch: dict[str, Any]) -> Tensor:
             self.end_before_batch()
@@ -175,7 +178,12 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         fate = "which are not kept: the same command starts again"
         if self.reference_store is not None:
             fate = f"which {self.reference_store.path} keeps: the same command goes on"
-        with self.ending_computation(what, fate), self.accelerator.autocast():
+        with (
+            self.ending_computation(what, fate),
+            self.accelerator.autocast(),
+            trained_form(source.model, self.accelerator) as model,
+        ):
+            reference = source.of(model)
             if self.reference_store is not None:
                 return self.with_stored(dataset, name, reference if can_compute else None, size)
             return refs.precompute(
