@@ -59,7 +59,18 @@ class LoadingTrainer(Trainer):
         self._train_loader = self._dispatching_loader() if self._dispatches else None
         if self._train_loader is None:
             self._train_loader = super().get_train_dataloader()
+        self._check_has_batches(self._train_loader)
         return self._train_loader
+
+    def _check_has_batches(self, loader: Any) -> None:
+        """Raise ValueError for a loader without a batch, with which training would end at once."""
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__") and hasattr(loader, "__len__") and len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last leaves out the only batch: the data has {len(rows)} rows, "
+                f"and {self.args.world_size} processes read {self._train_batch_size} each; "
+                "expected smaller batches, or dataloader_drop_last=False"
+            )
 
     def _dispatching_loader(self) -> Any:
         dataset: Any = self.train_dataset

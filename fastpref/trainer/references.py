@@ -13,7 +13,7 @@ from fastpref import reference as refs
 from fastpref.attention import SegmentAttention
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.reading import unwrap
-from fastpref.trainer.checks import check_trains
+from fastpref.trainer.checks import check_positions, check_trains
 from fastpref.trainer.division import convert_weights, engine_dtype, trained_form
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns
@@ -41,6 +41,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         Returns:
             The second model: ref_model or a frozen copy of the policy; None if none is needed.
         """
+        check_positions(model, datasets, self.args.max_length)
         in_data = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
         self._probes = self.needs_reference and ref_model is None
         check_sync_columns(self.args, in_data)
@@ -152,6 +153,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
 
         The policy is its own reference only before the first step.
         """
+        check_positions(self.model, [dataset], self.args.max_length)
         check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
         can_compute = self.reference is not None or self.state.global_step == 0
         if self.precompute and (can_compute or self.reference_store is not None):
