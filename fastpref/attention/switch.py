@@ -231,6 +231,10 @@ class SegmentAttention:
         if way == MASK:
             self._check_dense()
 
+    def of(self, model: Any) -> SegmentAttention:
+        """The same for a copy of the model."""
+        return SegmentAttention(model, self.way, self.checked)
+
     def _check_dense(self) -> None:
         """Raise `UnsupportedAttention` if the model's own attention would not get a dense mask."""
         own = {config._attn_implementation_internal for config in self._configs}

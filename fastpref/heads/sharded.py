@@ -30,6 +30,7 @@ tokens than the vocabulary has entries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,18 +84,20 @@ def needs_hooks(layer: nn.Module) -> bool:
 def within_layer(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     """function(hidden), as the forward of an output layer whose weights ZeRO-3 divides.
 
+    With an adapter on it, the forward of each module that holds weights calls the next one's, so
+    that all of them are gathered while the function runs.
+
     Args:
         layer: what get_output_embeddings() returns.
         function: returns tensors, also in dicts and tuples.
-
-    Raises:
-        ValueError: the weights are in modules within the layer, as with an adapter on it.
     """
-    if any(True for module in layer.children() for _ in module.parameters()):
-        raise ValueError(
-            "the output head is divided by ZeRO-3 and carries an adapter, whose modules ZeRO-3 "
-            "would gather one by one; expected a plain linear layer there, ZeRO-2 or FSDP2"
-        )
+    for module in layer.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            function = partial(_within, module, function)
+    return function(hidden)
+
+
+def _within(module: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
     structure: list[Any] = []
 
     def forward(x: Tensor) -> tuple[Any, ...]:  # ZeRO-3's hooks know tuples of tensors
@@ -102,14 +105,14 @@ def within_layer(layer: nn.Module, function: Callable[[Tensor], Any], hidden: Te
         structure.append(spec)
         return tuple(leaves)
 
-    own = vars(layer).get("forward")  # where somebody has replaced the class's
-    layer.forward = forward  # type: ignore[method-assign]
+    own = vars(module).get("forward")  # where somebody has replaced the class's
+    module.forward = forward  # type: ignore[method-assign]
     try:
-        leaves = layer(hidden)
+        leaves = module(hidden)
     finally:
-        del layer.forward
+        del module.forward
         if own is not None:
-            layer.forward = own
+            module.forward = own
     return tree_unflatten(leaves, structure[0])
 
 

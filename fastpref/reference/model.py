@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +135,13 @@ class Reference:
     ld_alpha: float | None = None
     own_mode: bool = False
     attention: SegmentAttention | None = None
+
+    def of(self, model: Any) -> Reference:
+        """The reference with a copy of its model in the place of the model."""
+        if model is self.model:
+            return self
+        attention = None if self.attention is None else self.attention.of(model)
+        return replace(self, model=model, attention=attention)
 
     def logps(self, batch: dict[str, Any]) -> Tensor:
         """The log-probability of each sequence's completion in nats, [B], without a gradient.

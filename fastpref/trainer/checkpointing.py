@@ -337,8 +337,11 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
             with self._staged(run / _STAGING), self._not_pushed():
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                is_best = self.state.best_model_checkpoint != best
+                if is_best:  # on every process, by the name that it will have
+                    self.state.best_model_checkpoint = str(run / name)
                 if self.args.should_save:
-                    self._finish(run, name, best)
+                    self._finish(run, name, is_best)
         except Exception as error:
             problem = disk_problem(error)
             shutil.rmtree(run / _STAGING, ignore_errors=True)
@@ -362,10 +365,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         finally:
             self._staging = None
 
-    def _finish(self, run: Path, name: str, best: str | None) -> None:
+    def _finish(self, run: Path, name: str, is_best: bool) -> None:
         staged, final = run / _STAGING / name, run / name
-        if self.state.best_model_checkpoint != best:  # it is this one, by the name it will have
-            self.state.best_model_checkpoint = str(final)
+        if is_best:
             self.state.save_to_json(str(staged / "trainer_state.json"))
         assert self._run is not None
         run_facts = {**self._run, "processes": self.args.world_size}

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
+
+from fastpref.data.loaders import row_lengths
 from fastpref.heads.reading import unwrap
-from fastpref.heads.sharded import is_partitioned
 
 logger = logging.getLogger("fastpref")
 
@@ -23,21 +25,6 @@ def check_trains(model: Any) -> None:
         "model: got one whose weights are all frozen, expected at least one with "
         f"requires_grad=True{hint}"
     )
-
-
-def check_whole(models: Iterable[Any]) -> None:
-    """Raise ValueError for models whose weights ZeRO-3 has divided while they were loaded.
-
-    Args:
-        models: the policy, and the reference or None.
-    """
-    loaded = (unwrap(model) for model in models if model is not None)
-    if any(is_partitioned(p) for model in loaded for p in model.parameters()):
-        raise ValueError(
-            "model: ZeRO-3 has divided its weights while they were loaded, and the trainer looks "
-            "at whole ones (the head, an adapter, the reference's copy); expected a model that is "
-            "loaded before the training's arguments are made, and divided when training begins"
-        )
 
 
 def check_parallelism(models: Iterable[Any], config: Any) -> None:
@@ -63,6 +50,32 @@ def check_parallelism(models: Iterable[Any], config: Any) -> None:
             "trainers need whole rows on a process, for a label is read from the token before it "
             "and an answer's log-prob is a sum over its tokens; expected DDP, FSDP2 or DeepSpeed"
         )
+
+
+def check_positions(model: Any, datasets: Iterable[Any], max_length: int | None) -> None:
+    """Raise ValueError for rows that are longer than a model's table of learned positions.
+
+    Args:
+        model: a causal language model, wrapped or not.
+        datasets: tokenised data; streams are not looked at.
+        max_length: the number of tokens at which rows are cut, or None.
+    """
+    model = unwrap(model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or (max_length is not None and max_length <= limit):
+        return
+    tokens = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    if not any(table.num_embeddings - limit in (0, 2) for table in tables):  # OPT's has two more
+        return
+    for dataset in datasets:
+        lengths = row_lengths(dataset) if hasattr(dataset, "__len__") else []
+        if lengths and (longest := max(lengths)) > limit:
+            raise ValueError(
+                f"max_length is {max_length}, the longest row has {longest} tokens, and "
+                f"{type(model).__name__} has positions for {limit}; expected max_length={limit} or "
+                "less"
+            )
 
 
 def warn_about_tolerances(model: Any, args: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,6 +31,15 @@ class LoadingTrainer(Trainer):
     _dispatches: bool  # whether the first process reads the data for all
     _train_loader: Any
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As in `transformers.Trainer`, which rounds floats to 16 bits for DeepSpeed's models.
+
+        Numbers of rows keep their dtype: a reference's log-prob has hundreds of nats.
+        """
+        if isinstance(data, torch.Tensor) and data.dim() < 2:
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def _loader(self, dataset: Any, collator: Any, batch_size: int, **options: Any) -> Any:
         args = self.args
         names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context")
@@ -49,7 +59,18 @@ class LoadingTrainer(Trainer):
         self._train_loader = self._dispatching_loader() if self._dispatches else None
         if self._train_loader is None:
             self._train_loader = super().get_train_dataloader()
+        self._check_has_batches(self._train_loader)
         return self._train_loader
+
+    def _check_has_batches(self, loader: Any) -> None:
+        """Raise ValueError for a loader without a batch, with which training would end at once."""
+        rows: Any = self.train_dataset
+        if hasattr(rows, "__len__") and hasattr(loader, "__len__") and len(loader) == 0:
+            raise ValueError(
+                f"dataloader_drop_last leaves out the only batch: the data has {len(rows)} rows, "
+                f"and {self.args.world_size} processes read {self._train_batch_size} each; "
+                "expected smaller batches, or dataloader_drop_last=False"
+            )
 
     def _dispatching_loader(self) -> Any:
         dataset: Any = self.train_dataset

@@ -28,8 +28,9 @@ from fastpref.trainer.adapter_loading import (
     quiet_peft,
     tokenizer_of,
 )
-from fastpref.trainer.checks import check_parallelism, check_whole
+from fastpref.trainer.checks import check_parallelism
 from fastpref.trainer.config import BaseConfig
+from fastpref.trainer.division import loads_whole, make_whole
 from fastpref.trainer.pickles import readable_weights
 
 logger = logging.getLogger("fastpref")
@@ -59,10 +60,13 @@ def load_parts(
     model, ref_model = _as_name(model), _as_name(ref_model)
     check_models(model, ref_model, args, quantization_config, peft_config)
     name = model if isinstance(model, str) else None
-    model = load_model(model, args, quantization_config)
-    if ref_model is not None:
-        ref_model = load_model(ref_model, args, quantization_config, trainable=False)
-    check_whole((model, ref_model))
+    with loads_whole():
+        model = load_model(model, args, quantization_config)
+        if ref_model is not None:
+            ref_model = load_model(ref_model, args, quantization_config, trainable=False)
+    for given in (model, ref_model):
+        if given is not None:
+            make_whole(given)
     check_parallelism((model, ref_model), getattr(args, "parallelism_config", None))
     tokenizer, pad_token_id = load_tokenizer(model, tokenizer, args, name)
     model = add_adapter(model, peft_config, ref_model is not None)

@@ -13,7 +13,8 @@ from fastpref import reference as refs
 from fastpref.attention import SegmentAttention
 from fastpref.heads.calling import check_head, disable_dropout, install_head_forward
 from fastpref.heads.reading import unwrap
-from fastpref.trainer.checks import check_trains
+from fastpref.trainer.checks import check_positions, check_trains
+from fastpref.trainer.division import convert_weights, engine_dtype, trained_form
 from fastpref.trainer.metrics import MetricWindow
 from fastpref.trainer.reference_sync import SyncingTrainer, check_sync_columns
 from fastpref.trainer.step_zero import StepZeroProbe
@@ -40,6 +41,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         Returns:
             The second model: ref_model or a frozen copy of the policy; None if none is needed.
         """
+        check_positions(model, datasets, self.args.max_length)
         in_data = [refs.has_reference(dataset, self.reference_columns()) for dataset in datasets]
         self._probes = self.needs_reference and ref_model is None
         check_sync_columns(self.args, in_data)
@@ -119,6 +121,8 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
             check_head(model)
         if self.args.disable_dropout:
             disable_dropout(model)
+        if (dtype := engine_dtype(self.accelerator)) is not None:  # as the policy will have it
+            convert_weights(model, dtype)
         model = model.eval().requires_grad_(False)
         return self.accelerator.prepare_model(model, evaluation_mode=True)
 
@@ -149,6 +153,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
 
         The policy is its own reference only before the first step.
         """
+        check_positions(self.model, [dataset], self.args.max_length)
         check_sync_columns(self.args, [refs.has_reference(dataset, self.reference_columns())])
         can_compute = self.reference is not None or self.state.global_step == 0
         if self.precompute and (can_compute or self.reference_store is not None):
@@ -165,7 +170,7 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         args = self.args
         size = args.train_batch_size if name == "train" else args.eval_batch_size
         size = args.precompute_ref_batch_size or size
-        reference = self.reference or self._policy_reference
+        source = self.reference or self._policy_reference
 
         def logps(batch: dict[str, Any]) -> Tensor:
             self.end_before_batch()
@@ -175,7 +180,12 @@ class ReferencingTrainer(StoringTrainer, SyncingTrainer):
         fate = "which are not kept: the same command starts again"
         if self.reference_store is not None:
             fate = f"which {self.reference_store.path} keeps: the same command goes on"
-        with self.ending_computation(what, fate), self.accelerator.autocast():
+        with (
+            self.ending_computation(what, fate),
+            self.accelerator.autocast(),
+            trained_form(source.model, self.accelerator) as model,
+        ):
+            reference = source.of(model)
             if self.reference_store is not None:
                 return self.with_stored(dataset, name, reference if can_compute else None, size)
             return refs.precompute(

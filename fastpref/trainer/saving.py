@@ -27,7 +27,7 @@ class SavingTrainer(AgreeingTrainer):
             StorageError: the disk is full or fails; what was there is still there.
         """
         if _internal_call:
-            super().save_model(output_dir, _internal_call)
+            self._write_model(str(output_dir), _internal_call)
             return
         directory = self.output_directory if output_dir is None else OutputDirectory(output_dir)
         target = directory.path
@@ -39,10 +39,7 @@ class SavingTrainer(AgreeingTrainer):
                 if (target / "README.md").is_file():  # whose text the model card keeps
                     shutil.copy2(target / "README.md", beside)
             with self._not_pushed():
-                if self.is_fsdp_enabled:
-                    self._save(str(beside), self._whole_weights())
-                else:
-                    super().save_model(str(beside), _internal_call)
+                self._write_model(str(beside), _internal_call)
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -59,6 +56,28 @@ class SavingTrainer(AgreeingTrainer):
             ) from error
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, folder: str, in_checkpoint: bool) -> None:
+        if self.is_fsdp_enabled and not in_checkpoint:
+            self._save(folder, self._whole_weights())
+        elif self._divides_adapters():
+            # transformers leaves frozen weights out, and PEFT then writes the trained adapter's
+            # under the name of the reference's.
+            weights = self.accelerator.get_state_dict(self.deepspeed)
+            if self.args.should_save:
+                self._save(folder, weights)
+        else:
+            super().save_model(folder, in_checkpoint)
+
+    def _divides_adapters(self) -> bool:
+        """Whether ZeRO-3 has divided a PeftModel, and may gather it to save it."""
+        engine: Any = self.deepspeed
+        return (
+            engine is not None
+            and hasattr(self.model, "peft_config")
+            and engine.zero_optimization_partition_weights()
+            and engine.zero_gather_16bit_weights_on_model_save()
+        )
 
     def _whole_weights(self) -> dict[str, Any]:
         """The weights of a model that FSDP shards, on the first process, and tied ones once.

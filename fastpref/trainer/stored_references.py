@@ -17,6 +17,7 @@ from fastpref.reference.keys import DataKeys, data_keys, labelled, sequence_keys
 from fastpref.reference.model import Reference
 from fastpref.reference.precompute import check_has_length, extend_store
 from fastpref.reference.store import ReferenceStore
+from fastpref.trainer.division import engine_dtype, trained_form
 from fastpref.trainer.ending import EndingTrainer
 
 logger = logging.getLogger("fastpref")
@@ -52,11 +53,14 @@ class StoringTrainer(EndingTrainer):
         """
         args = self.args
         dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
+        if engine_dtype(self.accelerator) is not None:
+            dtype = "none"  # the weights have it, and there is no autocast
 
         def describe() -> dict[str, Any]:
-            return describe_reference(
-                model, adapter=adapter, compute_dtype=dtype, precision=args.precision
-            )
+            with trained_form(model, self.accelerator) as trained:
+                return describe_reference(
+                    trained, adapter=adapter, compute_dtype=dtype, precision=args.precision
+                )
 
         self._describe = describe
         store = ReferenceStore(str(args.reference_store), self.on_first(self._describe))

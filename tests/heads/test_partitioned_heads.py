@@ -99,12 +99,18 @@ def test_a_frozen_head_and_a_step_without_gradients():
     assert step(model, "auto") == expected and there.log == ["forward"]
 
 
-def test_an_adapter_on_the_head_is_refused():
+def test_an_adapter_on_the_head():
     from peft import get_peft_model
 
-    model = get_peft_model(tiny.model(), tiny.lora(target_modules=["lm_head"]))
-    install_head_forward(model)
-    base = model.get_base_model().lm_head.base_layer
-    base.weight.ds_id = 0
-    with pytest.raises(ValueError, match="^the output head is divided by ZeRO-3 and carries an ad"):
-        step(model, "auto")
+    lora = tiny.lora(target_modules=["lm_head"], init_lora_weights=False)
+    one, model = (get_peft_model(tiny.model(), lora) for _ in range(2))
+    model.load_state_dict(copy.deepcopy(one.state_dict()))
+    for each in (one, model):
+        install_head_forward(each)
+    head, whole = model.get_base_model().lm_head, one.get_base_model().lm_head
+    names = "base_layer", "lora_A.default", "lora_B.default"
+    divided = {name: Partitioned(head.get_submodule(name)) for name in names}
+    assert step(model, "auto") == step(one, "auto")
+    for name, there in divided.items():
+        expected = whole.get_submodule(name).weight.grad
+        assert expected is None if name == names[0] else torch.equal(expected, there.gradient)

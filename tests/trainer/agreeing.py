@@ -9,7 +9,11 @@ WAYS = {
     "precomputed": {"precompute_ref_log_probs": True},
     "model": {"ref_model": "a model"},
     "adapter": {"peft_config": "an adapter"},
-}
+    "best checkpoint loaded": {
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "load_best_model_at_end": True,
+    },
+}  # fmt: skip
 
 
 def agreed(path: Path) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import deepspeed_cases
 import deepspeed_on_cpu
 import fsdp_on_cpu
 import launching
@@ -30,13 +31,13 @@ class Failing(PreferenceTrainer):
 
 
 def train(kind: type[PreferenceTrainer], folder: Path, name: str) -> PreferenceTrainer:
-    # Whole: once the arguments are there, transformers divides what it loads for ZeRO-3.
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     config = PreferenceConfig(
         str(folder / "out"), max_steps=3, per_device_train_batch_size=2, bf16=False, use_cpu=True,
         logging_steps=1, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
         prefix_sharing=True,
     )  # fmt: skip
+    # transformers divides what it loads for ZeRO-3, as the arguments are there.
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
     t = kind(
         model, args=config, train_dataset=tiny.rows(12),
         processing_class=tiny.tokenizer(),
@@ -55,11 +56,16 @@ def main(folder: Path, fails: bool) -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         deepspeed_on_cpu.enable_launched()
     t = train(PreferenceTrainer, folder, "trained")
+    more = {}
+    if t.is_deepspeed_enabled:
+        more["adapter"] = deepspeed_cases.adapter(folder, t.args.world_size)
+        more["half"] = deepspeed_cases.half(folder)
     if t.is_world_process_zero():
         found = {
             "losses": [line["loss"] for line in tiny.history(t)],
             "kind": str(t.accelerator.distributed_type),
             "processes": t.args.world_size,
+            **more,
         }
         (folder / "found.json").write_text(json.dumps(found))
     if fails:

@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import launching
+import numpy as np
 import pytest
 from paths import ROOT
 
 pytest.importorskip("transformers")
 
+import deepspeed_cases  # noqa: E402
 import tiny  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -32,13 +35,31 @@ def check_training(folder, kind):
     AutoModelForCausalLM.from_pretrained(folder / "trained")
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
-def test_a_configuration_trains(name, tmp_path):
-    if name.startswith("zero"):
-        pytest.importorskip("deepspeed")
+def test_fsdp2s_configuration_trains(tmp_path):
+    run = launch("fsdp2.yaml", tmp_path, "trains")
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
+    check_training(tmp_path, "FSDP")
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeeds_configurations_train_as_one_process_does(name, tmp_path):
+    """A full training; an adapter with accumulation and a checkpoint; and bf16."""
+    pytest.importorskip("deepspeed")
     run = launch(f"{name}.yaml", tmp_path, "trains")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    check_training(tmp_path, "FSDP" if name == "fsdp2" else "DEEPSPEED")
+    check_training(tmp_path, "DEEPSPEED")
+    one = tmp_path / "one"
+    shutil.copytree(tmp_path / "model", one / "model")
+    expected, found = (
+        deepspeed_cases.adapter(one, 1),
+        json.loads((tmp_path / "found.json").read_text()),
+    )
+    for key, rows in expected.items():
+        assert np.allclose(found["adapter"][key], rows, rtol=1e-4, atol=1e-5), key
+    adapters = deepspeed_cases.saved_adapters(one), deepspeed_cases.saved_adapters(tmp_path)
+    for whole, divided in zip(*adapters, strict=True):
+        assert divided == pytest.approx(whole, abs=1e-5)
+    assert found["half"] == [[0.0], [0.0]]
 
 
 def test_ddp_and_a_process_that_fails_ends_the_others_with_its_message(tmp_path):

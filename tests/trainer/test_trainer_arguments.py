@@ -248,3 +248,32 @@ def test_a_hub_name_is_the_base_and_a_directory_is_not(tmp_path):
     model.name_or_path = model.config._name_or_path = str(tmp_path)
     trainer(tmp_path, model, peft_config=lora()).save_model(str(tmp_path / "card"))
     assert str(tmp_path) not in (tmp_path / "card" / "README.md").read_text()
+
+
+# ---- data that does not fit the model or the batches ----
+
+
+def test_rows_longer_than_learned_positions(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 200, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    rows = [{**row, "chosen": " ".join(["w3"] * 60)} for row in tiny.rows(4)]
+    with pytest.raises(
+        ValueError, match="^max_length is None, .* GPT2LMHeadModel has positions .*32"
+    ):
+        trainer(tmp_path, GPT2LMHeadModel(GPT2Config(**sizes)), train=rows, max_length=None)
+    t = trainer(tmp_path, GPT2LMHeadModel(GPT2Config(**sizes)), train=rows, max_length=32)
+    with pytest.raises(ValueError, match="^max_length is 64, the longest row has"):
+        t.args.max_length = 64
+        t.evaluate(rows)
+    trainer(tmp_path, tiny.model(max_position_embeddings=32), train=rows, max_length=None)  # RoPE
+
+
+def test_batches_of_which_none_is_whole(tmp_path):
+    t = trainer(
+        tmp_path, train=tiny.rows(3), per_device_train_batch_size=8, dataloader_drop_last=True
+    )
+    with pytest.raises(
+        ValueError, match="^dataloader_drop_last leaves out the only batch: .* 3 rows"
+    ):
+        t.train()

@@ -110,6 +110,7 @@ def packed_runs(path, processes=2):
     for name, kind, size, options in (
         ("whole", "pairs", 8 // processes, {}),
         ("parts", "pairs", 8 // processes, parts),
+        ("accumulated", "pairs", 4 // processes, {"gradient_accumulation_steps": 2}),
         ("split", "pairs", 8, split),
         # The KL term's mismatched answers depend on per_device_train_batch_size.
         ("answers", "answers", 8, {**parts, **split}),
