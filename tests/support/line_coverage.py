@@ -6,9 +6,9 @@ Here each statement of fastpref is compiled behind an assignment that notes its 
     _reached_17 = 1  # a global of the module, in functions and classes too
 
 A note costs nanoseconds. torch.compile, which would trace each note like any assignment to a global
-and take half as long again, notes the line itself. Import this module before fastpref. It does nothing unless
-FASTPREF_LINES is 1, as `make test` sets it. Triton compiles kernels from their source, so their
-lines are not counted.
+and take half as long again, notes the line itself. Import this module before fastpref. It does
+nothing unless FASTPREF_LINES is 1, as `make test` sets it. Triton compiles kernels from their
+source, so their lines are not counted.
 """
 
 from __future__ import annotations
