@@ -1,5 +1,6 @@
-"""What a benchmark measures, task by task, in a process of its own: a peer that takes its process
-down, or hangs, costs its own figure and no other.
+"""The worker of a benchmark, which measures one task after another in a process of its own.
+
+A peer that crashes or hangs then costs its own figure and no other.
 
 A task is a dictionary of cases.py. Its kind is the name of a method: cell, memory, rows, logits,
 overhead or roofline.
@@ -35,7 +36,7 @@ from fastpref.bench.runner import Rounds, Timing, failure, serve
 from fastpref.bench.sides import Sides
 from fastpref.bench.verdict import fault
 
-# What each task still to come is left, before a peer may be warmed up that is known to be slow.
+# Seconds that are kept for each remaining task. A peer whose warm-up would use them is left out.
 _RESERVE_S = 3.0
 ROOFLINE, PEAK, CANARY = "products", "peak", "canary"
 Say = Callable[[dict[str, Any]], None]
@@ -99,7 +100,7 @@ class Worker:
         return Rounds(self._device, *given, deadline=self._request["deadline"])
 
     def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
-        """In the place of the one before."""
+        """New inputs. The previous ones are freed first, as both may not fit the memory."""
         self._at = self._kept = None
         self._device.free()
         size = shape.n, shape.h, shape.v, DTYPES[dtype], self._device.device, shape.softcap
@@ -108,7 +109,7 @@ class Worker:
     def _prepare(
         self, shape: Shape, dtype: str
     ) -> tuple[HeadProblem, Truth, rates.Products | None]:
-        """Made once for all tasks in a row that are about it."""
+        """Inputs, their float64 truth and bare GEMMs. Consecutive tasks of a shape share them."""
         if (shape, dtype) != self._at:
             problem = self._problem(shape, dtype)
             truth = float64_truth(problem)
@@ -134,7 +135,7 @@ class Worker:
             call, seconds = self._warm_up(entry, row, problem, truth, mode)
             if self._device.like_gpu:
                 seconds = self._device.time(call, problem.clear).device
-            elif seconds > self._request["seconds"]:  # so slow that this call has to do
+            elif seconds > self._request["seconds"]:  # of a side so slow, one run is enough
                 once[entry.name] = Timing([seconds], limited=True)
                 return
             calls[entry.name], cost[entry.name] = call, seconds
@@ -217,8 +218,10 @@ class Worker:
     def _warm_up(
         self, entry: Entry, row: dict[str, Any], problem: HeadProblem, truth: Truth, mode: str
     ) -> tuple[Callable[[], object], float]:
-        """The call, warm, and its seconds at last; its errors go into the row. On a GPU its memory
-        as well, and whether it gives the same bits twice."""
+        """Run a side until it is warm. Returns the call, and the seconds of its last run.
+
+        The row gets the errors and, on a GPU, the memory and whether two runs give the same bits.
+        """
         begun = time.perf_counter()
         side = entry.make()
         run = step(side, mode)
@@ -281,8 +284,10 @@ class Worker:
         mode: str,
         dtype: torch.dtype,
     ) -> dict[str, tuple[int, Callable[[], object]]]:
-        """Bare products, each with its number of rows; 0 for all of them together, for the CPU's
-        best rate and for the canary."""
+        """Calls that others are compared with, each with the number of its rows: single GEMMs.
+
+        All GEMMs together, the CPU's best rate and the canary have 0 rows.
+        """
         out: dict[str, tuple[int, Callable[[], object]]] = {}
         if peak is not None:
             out[PEAK] = 0, peak
