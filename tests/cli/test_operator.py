@@ -203,39 +203,6 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path, pairs):
     assert "runs only with --trust-remote-code" in said and not mark.exists()
 
 
-class Malicious:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return open, (str(self.mark), "w")
-
-
-@pytest.mark.parametrize(
-    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "scaler.pt"]
-)
-def test_no_pickle_of_a_checkpoint_is_run(tmp_path, pairs, file):
-    """Not even of one whose manifest is right."""
-    from fastpref.trainer.manifest import read_manifest, write_manifest
-
-    out, mark = tmp_path / "out", tmp_path / "it ran"
-    train(out, *STEPS, data=pairs)
-    checkpoint = out / "checkpoint-2"
-    torch.save(Malicious(mark), checkpoint / file)
-    write_manifest(checkpoint, 2, read_manifest(checkpoint)["run"])
-    harmless = file in ("training_args.bin", "scaler.pt")  # which are not read
-    from test_cli import invoke
-
-    result = invoke(
-        "train", "--model", ASSETS, "--data", pairs, "--output", out, "--fp32", "--batch-size", 4,
-        "--no-gradient-checkpointing", "--max-steps", 3, "--resume", checkpoint,
-        code=0 if harmless else 2,
-    )  # fmt: skip
-    assert not mark.exists(), "code of a checkpoint ran"
-    if not harmless:
-        assert file in complaint(result)
-
-
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
