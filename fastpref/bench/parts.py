@@ -37,7 +37,7 @@ Maker = tuple[dict[str, Any], Callable[[], Pass]]
 
 
 def copy_pass(device: Device, numbers: int) -> Pass:
-    """A copy of so many bf16 numbers, which is what the memory can do."""
+    """A copy of this many bf16 numbers: it runs at the rate of the memory."""
     source = torch.ones(numbers, dtype=torch.bfloat16, device=device.device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
@@ -220,8 +220,10 @@ def logits_passes(
 
 
 def _call(side: Side, source: Tensor, labels: Tensor, coef: Tensor) -> Callable[[], object]:
-    """Several sides write their gradient over the logits, so each has a copy of its own. A call
-    goes on from what the one before left, which takes as long."""
+    """Forward and backward on a copy of the logits, because several sides overwrite the logits.
+
+    Later calls read the gradient of the call before as their logits, which takes the same time.
+    """
     leaf = source.clone().requires_grad_()
 
     def run() -> None:
@@ -271,7 +273,7 @@ def by_turns(
     warm_up: int = 0,
     reset: Callable[[], object] = lambda: None,
 ) -> dict[str, list[tuple[float, ...]]]:
-    """What each call says that it took, of interleaved calls."""
+    """The times that each call reports. The calls take turns, in random order."""
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     order, names = random.Random(0), list(calls)
     for i in range(rounds + warm_up):

@@ -47,8 +47,8 @@ class Side:
 class Entry:
     """One line of the table. make: imports what it needs; raises where it cannot run.
 
-    options: of fastpref's. products: how many of the head's products it computes to train it, 3
-    being the fewest. compiled: its second call compiles, too. softcap: whether it has one.
+    options: of fastpref's call. products: GEMMs with the head in a step that trains it, at least 3.
+    compiled: its second call compiles, too. softcap: whether it has one.
     with_reference: whether its loss uses the reference log-probs. other: it computes another
     function, so it has no errors and no part in any target. on: kinds of devices. by_default:
     measured unless peers are named. package: the module that it imports.
@@ -157,7 +157,7 @@ def _liger_dpo() -> Side:
     head = LigerFusedLinearDPOLoss(beta=BETA, compiled=True, use_ref_model=False)
 
     def loss(p: HeadProblem) -> Output:
-        # It marks the labels it is given as dynamic, for which others would compile again.
+        # Liger marks its labels as dynamic. With a tensor of its own, no other peer compiles again.
         value, (chosen, rejected, *_) = head(p.weight, p.hidden, p.labels.detach())
         return Output(value, (chosen, rejected))
 

@@ -1,5 +1,6 @@
-"""What a benchmark measures, task by task, in a process of its own: a peer that takes its process
-down, or hangs, costs its own figure and no other.
+"""The worker of a benchmark, which measures one task after another in a process of its own.
+
+A peer that crashes or hangs then costs its own figure and no other.
 
 A task is a dictionary of cases.py. Its kind is the name of a method: cell, memory, rows, logits,
 overhead or roofline.
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import native
-from fastpref.bench import parts, peers, rates, results
+from fastpref.bench import parts, rates, results
 from fastpref.bench.device import Device, Lost, open_device
-from fastpref.bench.ours import entries
 from fastpref.bench.peers import Entry, Output, Side, step
 from fastpref.bench.problem import (
     DTYPES,
@@ -33,14 +33,11 @@ from fastpref.bench.problem import (
     parse_shape,
 )
 from fastpref.bench.runner import Rounds, Timing, failure, serve
+from fastpref.bench.sides import Sides
 from fastpref.bench.verdict import fault
-from fastpref.logps.forward import HeadTensors
-from fastpref.logps.options import HeadOptions
-from fastpref.logps.prepared import plan_call
 
-# What each task still to come is left, before a peer may be warmed up that is known to be slow.
+# Seconds that are kept for each remaining task. A peer whose warm-up would use them is left out.
 _RESERVE_S = 3.0
-_ALWAYS = (peers.EAGER, peers.TRL)  # what the ratios are to
 ROOFLINE, PEAK, CANARY = "products", "peak", "canary"
 Say = Callable[[dict[str, Any]], None]
 
@@ -55,6 +52,7 @@ class Worker:
         self._device, self._request, self._say = device, request, say
         wanted = request.get("backends") or device.backends
         self._backends: list[Any] = [b for b in wanted if b in fastpref.backends.NAMES]
+        self._sides = Sides(device, request, self._backends)
         self._kept: tuple[HeadProblem, Truth, rates.Products | None] | None = None
         self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
         self._at: tuple[Shape, str] | None = None
@@ -102,7 +100,7 @@ class Worker:
         return Rounds(self._device, *given, deadline=self._request["deadline"])
 
     def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
-        """In the place of the one before."""
+        """New inputs. The previous ones are freed first, as both may not fit the memory."""
         self._at = self._kept = None
         self._device.free()
         size = shape.n, shape.h, shape.v, DTYPES[dtype], self._device.device, shape.softcap
@@ -111,7 +109,7 @@ class Worker:
     def _prepare(
         self, shape: Shape, dtype: str
     ) -> tuple[HeadProblem, Truth, rates.Products | None]:
-        """Made once for all tasks in a row that are about it."""
+        """Inputs, their float64 truth and bare GEMMs. Consecutive tasks of a shape share them."""
         if (shape, dtype) != self._at:
             problem = self._problem(shape, dtype)
             truth = float64_truth(problem)
@@ -137,7 +135,7 @@ class Worker:
             call, seconds = self._warm_up(entry, row, problem, truth, mode)
             if self._device.like_gpu:
                 seconds = self._device.time(call, problem.clear).device
-            elif seconds > self._request["seconds"]:  # so slow that this call has to do
+            elif seconds > self._request["seconds"]:  # of a side so slow, one run is enough
                 once[entry.name] = Timing([seconds], limited=True)
                 return
             calls[entry.name], cost[entry.name] = call, seconds
@@ -179,7 +177,7 @@ class Worker:
             "products": products_row,
             "peak_tflop_per_s": None if peak is None else round(peak.median() / 1e12, 4),
             "roofline_ms": None if roofline is None else round(1e3 * roofline, 4),
-            "plan_fuses": self._fuses(shape, dtype),
+            "plan_fuses": self._sides.fuses(shape, dtype),
             "canary": timings[CANARY].to_json() if CANARY in timings else None,
             "variants": list(rows.values()),
         }
@@ -193,7 +191,7 @@ class Worker:
     ) -> dict[str, dict[str, Any]]:
         """A row for each side; one that fails, or is not there, has the reason in its row."""
         rows = {}
-        for entry, row in self._entries(shape, task):
+        for entry, row in self._sides.rows(shape, task, self._short):
             rows[entry.name] = row
             if "missing" in row:
                 continue
@@ -212,82 +210,18 @@ class Worker:
                 self._warm[entry.name] = max(took, self._warm.get(entry.name, 0.0))
         return rows
 
-    def _listed(self, mode: str, dtype: str) -> list[Entry]:
-        found = entries(
-            self._device,
-            mode,
-            DTYPES[dtype],
-            backends=self._backends or [None],
-            precisions=self._request["precision"],
-            names=self._request["peers"],
-            strategies=self._request.get("strategies"),
-            tolerance=self._request.get("gradient_tolerance"),
-        )
-        only = self._request.get("only")
-        return [e for e in found if not only or any(part in e.name for part in only)]
-
-    def _entries(
-        self, shape: Shape, task: dict[str, Any]
-    ) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        """Each side with its row, which says where it is missing and why."""
-        mode, excluded = task["mode"], task.get("excluded", {})
-        for entry in self._listed(mode, task["dtype"]):
-            options = dict(entry.options)
-            row: dict[str, Any] = {
-                "variant": entry.name,
-                "ours": entry.ours,
-                "backend": entry.backend,
-                "strategy": options.get("strategy", mode) if entry.ours else None,
-                "precision": options.get("precision"),
-                "products": entry.products,
-                "other_function": entry.other,
-                "note": entry.note,
-            }
-            slow = self._warm.get(entry.name, 0.0)
-            if entry.name in excluded:
-                row["missing"] = excluded[entry.name]
-            elif shape.softcap is not None and not entry.softcap:
-                row["missing"] = "it has no softcap"
-            elif entry.name not in _ALWAYS and not entry.ours and self._short(slow):
-                row["missing"] = "left out: no time left"
-                row["dropped"] = True
-            elif entry.ours:
-                try:
-                    made = self._plan(shape, mode, task["dtype"], options, entry.backend)
-                    row["plan"] = made
-                except (ValueError, RuntimeError) as error:  # which the call itself would raise
-                    row["missing"] = failure(error)
-            yield entry, row
-
-    def _short(self, seconds: float) -> bool:
-        """Whether so many would be missing for the tasks to come."""
+    def _short(self, name: str) -> bool:
+        """Whether warming up a side again would take the time of the tasks to come."""
+        seconds = self._warm.get(name, 0.0)
         return self.left() - seconds < _RESERVE_S * self._after
-
-    def _plan(
-        self,
-        shape: Shape,
-        mode: str,
-        dtype: str,
-        options: dict[str, Any],
-        backend: str | None = None,
-    ) -> dict[str, Any]:
-        """The plan of a call with these options, which has what its backend does by default."""
-        row = torch.empty(1, shape.h, dtype=DTYPES[dtype], device=self._device.device)
-        head = HeadTensors(row.expand(shape.v, -1))
-        given = HeadOptions(softcap=shape.softcap, backend=backend, **options)
-        grads = mode != "forward-only", mode == "trainable"
-        return asdict(plan_call(row, head, shape.n, given, (), grads).plan)
-
-    def _fuses(self, shape: Shape, dtype: str) -> bool:
-        """Whether a pass without gradients runs without logits if it is left to the package."""
-        fastest = {"strategy": "forward-only"} if self._device.like_gpu else {}
-        return self._plan(shape, "forward-only", dtype, fastest)["logit_free"]
 
     def _warm_up(
         self, entry: Entry, row: dict[str, Any], problem: HeadProblem, truth: Truth, mode: str
     ) -> tuple[Callable[[], object], float]:
-        """The call, warm, and its seconds at last; its errors go into the row. On a GPU its memory
-        as well, and whether it gives the same bits twice."""
+        """Run a side until it is warm. Returns the call, and the seconds of its last run.
+
+        The row gets the errors and, on a GPU, the memory and whether two runs give the same bits.
+        """
         begun = time.perf_counter()
         side = entry.make()
         run = step(side, mode)
@@ -350,8 +284,10 @@ class Worker:
         mode: str,
         dtype: torch.dtype,
     ) -> dict[str, tuple[int, Callable[[], object]]]:
-        """Bare products, each with its number of rows; 0 for all of them together, for the CPU's
-        best rate and for the canary."""
+        """Calls that others are compared with, each with the number of its rows: single GEMMs.
+
+        All GEMMs together, the CPU's best rate and the canary have 0 rows.
+        """
         out: dict[str, tuple[int, Callable[[], object]]] = {}
         if peak is not None:
             out[PEAK] = 0, peak

@@ -12,9 +12,9 @@ is not finite; 4 the disk; 5 interrupted and resumable, as by a process that was
 of check-data or verify, a plan that does not fit, a regression or a wrong result of bench;
 130 Ctrl-C; 143 SIGTERM."""
 
-# From the input, and explained.
+# Errors of the input: their message explains them.
 _INPUT_ERRORS = (ValueError, OSError, ImportError, ArithmeticError)
-# What a process says whose partner died.
+# Parts of the message of a process that waited for another one which died.
 _LOST = ("connection closed by peer", "connection reset by peer", "nccl", "gloo", "socket timeout")
 
 

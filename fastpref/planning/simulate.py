@@ -48,7 +48,8 @@ LAYERS = 4, 8  # of the two simulations of a deeper model
 
 
 def _adds_gradients(args: Any) -> bool:
-    """Whether an addition is autograd's own: recomputed activations are added with gradients on."""
+    """Whether an addition sums two gradients. Other additions of the backward pass recompute
+    activations, and do so with gradients enabled."""
     if torch.is_grad_enabled() or len(args) != 2:
         return False
     a, b = args

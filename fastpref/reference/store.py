@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +26,11 @@ from filelock import FileLock, Timeout
 
 from fastpref.reference.identity import identity_differences
 from fastpref.reference.keys import KEY, KEY_BYTES, among
+from fastpref.reference.part_writer import PartWriter
 from fastpref.storage import disk_errors, sync_directory, write_json
 
 STORE_FILE = "store.json"
 VERSION = 1
-FLUSH_SECONDS = 60.0  # at most so much work is lost when a run is killed
-FLUSH_TOKENS = 4_000_000  # 16 MB
 READ_ROWS = 4096  # sequences that are in memory at a time
 _OWN = {STORE_FILE, f".{STORE_FILE}.new", "parts", "damaged", ".lock"}
 _SCHEMA = pa.schema(
@@ -300,7 +298,7 @@ class ReferenceStore:
 
     def writer(self) -> PartWriter:
         """A writer of new sequences, for one process of the run that has the lock."""
-        return PartWriter(self)
+        return PartWriter(self.write)
 
     def write(self, keys: list[np.ndarray], counts: list[np.ndarray], values: list) -> None:
         """Write a part: keys, labelled tokens per sequence, and their log-probs."""
@@ -335,45 +333,6 @@ class ReferenceStore:
                 beside.unlink(missing_ok=True)
                 raise
             sync_directory(self.parts)
-
-
-class PartWriter:
-    """Collects sequences and writes a part every `FLUSH_SECONDS`, and at the end of a `with` block.
-
-    A block that ends with an error writes as well: what is computed is kept.
-    """
-
-    def __init__(self, store: ReferenceStore) -> None:
-        self.store = store
-        self._clear()
-
-    def _clear(self) -> None:
-        self._keys: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = []
-        self._values: list[np.ndarray] = []
-        self._tokens, self._began = 0, time.monotonic()
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.flush()
-
-    def add(self, keys: np.ndarray, counts: np.ndarray, values: np.ndarray) -> None:
-        """Add sequences: keys [S], labelled tokens [S], and their log-probs one after the other."""
-        self._keys.append(keys)
-        self._counts.append(counts)
-        self._values.append(values)
-        self._tokens += len(values)
-        due = time.monotonic() - self._began >= FLUSH_SECONDS
-        if due or self._tokens >= FLUSH_TOKENS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what was added."""
-        if self._keys:
-            self.store.write(self._keys, self._counts, self._values)
-        self._clear()
 
 
 def _read_store_file(file: Path) -> dict[str, Any]:

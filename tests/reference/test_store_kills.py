@@ -20,9 +20,9 @@ SEED, KILLS, PAIRS, LIMIT_S = 5, 3, 16, 240
 
 
 def part_of_each_batch() -> None:
-    from fastpref.reference import store
+    from fastpref.reference import part_writer
 
-    store.FLUSH_SECONDS = 0.0
+    part_writer.FLUSH_SECONDS = 0.0
 
 
 def start(data: Path, store: Path, log: Path):

@@ -5,18 +5,20 @@ Here each statement of fastpref is compiled behind an assignment that notes its 
 
     _reached_17 = 1  # a global of the module, in functions and classes too
 
-A note costs nanoseconds. torch.compile follows it as it follows any assignment, and takes half as
-long again. Import this module before fastpref. It does nothing unless
-FASTPREF_LINES is 1, as `make test` sets it. Triton compiles kernels from their source, so their
-lines are not counted.
+A note costs nanoseconds. torch.compile, which would trace each note like any assignment to a global
+and take half as long again, notes the line itself. Import this module before fastpref. It does
+nothing unless FASTPREF_LINES is 1, as `make test` sets it. Triton compiles kernels from their
+source, so their lines are not counted.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -115,14 +117,42 @@ class _Loader(SourceFileLoader):
         exec(code, module.__dict__)
 
 
+class _CompilerLoader(SourceFileLoader):
+    """Of the module of torch.compile that traces bytecode. An assignment that is a note is not
+    traced: the line counts as reached when it is compiled."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        store_global = dis.opmap["STORE_GLOBAL"]
+        tracers = [module.InstructionTranslatorBase]
+        for tracer in tracers:  # which grows
+            tracers += tracer.__subclasses__()
+            tracer.dispatch_table[store_global] = _untraced(tracer.dispatch_table[store_global])
+
+
+def _untraced(store_global: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def store(tracer: Any, instruction: Any) -> None:
+        if instruction.argval.startswith(_PREFIX):
+            tracer.pop()
+            tracer.f_globals[instruction.argval] = 1
+        else:
+            store_global(tracer, instruction)
+
+    return store
+
+
 class _Finder(MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name.split(".")[0] != "fastpref":
+        if name.split(".")[0] == "fastpref":
+            loader: type[SourceFileLoader] = _Loader
+        elif name == "torch._dynamo.symbolic_convert":
+            loader = _CompilerLoader
+        else:
             return None
         others = (f.find_spec(name, path, target) for f in sys.meta_path if f is not self)
         spec = next((found for found in others if found is not None), None)
         if spec is not None and type(spec.loader) is SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+            spec.loader = loader(spec.loader.name, spec.loader.path)
         return spec
 
 

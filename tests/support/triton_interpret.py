@@ -95,9 +95,57 @@ def _fewer_look_ups() -> None:
         interpreter._patch_lang = patch_lang
 
 
+def _fewer_types() -> None:
+    """The interpreter makes a type of a block, with its shape and its name, several times for each
+    operation, and the shape of a tensor for each tensor: a third of its time. Equal types are one
+    object here, which keeps what a tensor of it has."""
+    import triton.language as tl
+
+    block_type, tensor = tl.block_type, tl.tensor
+    make_type, make_tensor = block_type.__init__, tensor.__init__
+    types_equal, tuples_equal = block_type.__eq__, tl.tuple.__eq__
+    types: dict[object, object] = {}
+
+    def shared_type(cls, element_ty=None, shape=()):
+        if cls is not block_type or type(element_ty) is not tl.dtype:  # a pointer has more parts
+            return object.__new__(cls)
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            made = object.__new__(cls)
+            make_type(made, element_ty, shape)
+            types[key] = made
+        return types[key]
+
+    def type_init(self, element_ty, shape):
+        if "name" not in vars(self):
+            make_type(self, element_ty, shape)
+
+    def tensor_init(self, handle, type):
+        parts = vars(type).get("parts_of_tensors")
+        if parts is None:
+            make_tensor(self, handle, type)
+            type.parts_of_tensors = {k: v for k, v in vars(self).items() if k != "handle"}
+        else:
+            self.handle = handle
+            vars(self).update(parts)
+
+    def type_eq(self, other):
+        return self is other or types_equal(self, other)
+
+    def tuple_eq(self, other):
+        if type(other) is tl.tuple:  # without a copy whose numbers are no longer constexpr
+            return tl.constexpr(self.values == other.values)
+        return tuples_equal(self, other)
+
+    block_type.__new__, block_type.__init__, block_type.__eq__ = shared_type, type_init, type_eq
+    tensor.__init__ = tensor_init
+    tl.tuple.__eq__ = tuple_eq
+
+
 if INTERPRETED:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("triton was imported before triton_interpret could set TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     _exact_bf16()
     _fewer_look_ups()
+    _fewer_types()

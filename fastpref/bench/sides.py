@@ -1,0 +1,104 @@
+"""Which sides a task compares: the package's own calls, other libraries and plain torch.
+
+A side that cannot take part has the reason in its row: a table says why a figure is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from fastpref.bench import peers
+from fastpref.bench.device import Device
+from fastpref.bench.ours import entries
+from fastpref.bench.peers import Entry
+from fastpref.bench.problem import DTYPES, Shape
+from fastpref.bench.runner import failure
+from fastpref.logps.forward import HeadTensors
+from fastpref.logps.options import HeadOptions
+from fastpref.logps.prepared import plan_call
+
+_ALWAYS = (peers.EAGER, peers.TRL)  # what the ratios are to
+
+
+class Sides:
+    """The sides that a request asks for, on one device.
+
+    Args:
+        backends: those of the package to compare; none for the one that the package picks.
+    """
+
+    def __init__(self, device: Device, request: dict[str, Any], backends: list[Any]):
+        self._device, self._request, self._backends = device, request, backends
+
+    def rows(
+        self, shape: Shape, task: dict[str, Any], no_time: Callable[[str], bool]
+    ) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """Each side with its row, which says where it is missing and why.
+
+        no_time: says of another library's side, by name, that no time is left for it.
+        """
+        mode, excluded = task["mode"], task.get("excluded", {})
+        for entry in self._listed(mode, task["dtype"]):
+            options = dict(entry.options)
+            row: dict[str, Any] = {
+                "variant": entry.name,
+                "ours": entry.ours,
+                "backend": entry.backend,
+                "strategy": options.get("strategy", mode) if entry.ours else None,
+                "precision": options.get("precision"),
+                "products": entry.products,
+                "other_function": entry.other,
+                "note": entry.note,
+            }
+            if entry.name in excluded:
+                row["missing"] = excluded[entry.name]
+            elif shape.softcap is not None and not entry.softcap:
+                row["missing"] = "it has no softcap"
+            elif entry.name not in _ALWAYS and not entry.ours and no_time(entry.name):
+                row["missing"] = "left out: no time left"
+                row["dropped"] = True
+            elif entry.ours:
+                try:
+                    made = self._plan(shape, mode, task["dtype"], options, entry.backend)
+                    row["plan"] = made
+                except (ValueError, RuntimeError) as error:  # which the call itself would raise
+                    row["missing"] = failure(error)
+            yield entry, row
+
+    def fuses(self, shape: Shape, dtype: str) -> bool:
+        """Whether a pass without gradients runs without logits if it is left to the package."""
+        fastest = {"strategy": "forward-only"} if self._device.like_gpu else {}
+        return self._plan(shape, "forward-only", dtype, fastest)["logit_free"]
+
+    def _listed(self, mode: str, dtype: str) -> list[Entry]:
+        found = entries(
+            self._device,
+            mode,
+            DTYPES[dtype],
+            backends=self._backends or [None],
+            precisions=self._request["precision"],
+            names=self._request["peers"],
+            strategies=self._request.get("strategies"),
+            tolerance=self._request.get("gradient_tolerance"),
+        )
+        only = self._request.get("only")
+        return [e for e in found if not only or any(part in e.name for part in only)]
+
+    def _plan(
+        self,
+        shape: Shape,
+        mode: str,
+        dtype: str,
+        options: dict[str, Any],
+        backend: str | None = None,
+    ) -> dict[str, Any]:
+        """The plan of a call with these options, which has what its backend does by default."""
+        row = torch.empty(1, shape.h, dtype=DTYPES[dtype], device=self._device.device)
+        head = HeadTensors(row.expand(shape.v, -1))
+        given = HeadOptions(softcap=shape.softcap, backend=backend, **options)
+        grads = mode != "forward-only", mode == "trainable"
+        return asdict(plan_call(row, head, shape.n, given, (), grads).plan)
