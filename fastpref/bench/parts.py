@@ -202,10 +202,10 @@ def logits_passes(
     n = max(1, min(labels.shape[0], _MOST_BYTES // (2 * vocab)))
     labels = labels[:n].contiguous()
     source = (2 * torch.randn(n, vocab, device=device.device)).bfloat16()
-    coef = torch.rand(n, device=device.device)
+    dlogp = torch.rand(n, device=device.device)
 
     def make(about: dict[str, Any], side: Callable[[], Side]) -> Pass:
-        return Pass(about, 6 * n * vocab, _call(side(), source, labels, coef))
+        return Pass(about, 6 * n * vocab, _call(side(), source, labels, dlogp))
 
     sides: dict[str, tuple[Callable[[], Side], bool]] = {
         f"fastpref {name}": (functools.partial(_ours, name), False) for name in backends
@@ -219,7 +219,7 @@ def logits_passes(
     return makers
 
 
-def _call(side: Side, source: Tensor, labels: Tensor, coef: Tensor) -> Callable[[], object]:
+def _call(side: Side, source: Tensor, labels: Tensor, dlogp: Tensor) -> Callable[[], object]:
     """Forward and backward on a copy of the logits, because several sides overwrite the logits.
 
     Later calls read the gradient of the call before as their logits, which takes the same time.
@@ -228,7 +228,7 @@ def _call(side: Side, source: Tensor, labels: Tensor, coef: Tensor) -> Callable[
 
     def run() -> None:
         losses = side(leaf, labels)
-        torch.autograd.grad(losses, leaf, coef.to(losses.dtype))
+        torch.autograd.grad(losses, leaf, dlogp.to(losses.dtype))
 
     return run
 
