@@ -124,7 +124,9 @@ class _CompilerLoader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         store_global = dis.opmap["STORE_GLOBAL"]
-        tracers = [module.InstructionTranslatorBase]
+        tracers = [getattr(module, "InstructionTranslatorBase", None)]
+        if not hasattr(tracers[0], "dispatch_table"):
+            return  # another version of torch, which traces the notes
         for tracer in tracers:  # which grows
             tracers += tracer.__subclasses__()
             tracer.dispatch_table[store_global] = _untraced(tracer.dispatch_table[store_global])
