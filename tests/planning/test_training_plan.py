@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from fastpref import cli
-from fastpref.planning import StepOptions, devices, plan_training, simulate, simulate_step
+from fastpref.planning import StepOptions, plan_training, simulate, simulate_step
 from fastpref.planning import plan as plan_module
 from fastpref.planning.counts import count_weights
 from fastpref.planning.devices import DEVICES, parse_memory
@@ -229,15 +229,6 @@ def test_of_experts_memory_counts_all_and_time_those_of_a_token():
     account = simulate_step(config, PAIRS, StepOptions())
     assert account.components["weights"] == pytest.approx(4 * total, rel=0.01)
     assert account.components["activations"] > 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is planned for")
-def test_a_containers_limit_is_its_memory(tmp_path, monkeypatch):
-    whole = devices.own_memory()
-    (tmp_path / "limit").write_text(f"{whole // 2}\n")
-    (tmp_path / "none").write_text("max\n")
-    monkeypatch.setattr(devices, "_LIMITS", [tmp_path / n for n in ("limit", "none", "absent")])
-    assert devices.own_memory() == whole // 2
 
 
 def test_devices_have_no_more_memory_than_their_names_say():
