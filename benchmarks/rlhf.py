@@ -173,9 +173,7 @@ def measure(args: argparse.Namespace, folder: Path, found: dict[str, Any], path:
     else:
         model = args.model
         # The first seed's split is everybody's, as the demo's is.
-        tasks = rlhf_task.text_tasks(
-            args.data, args.prompts, args.held_out, 0, args.prompt_words
-        )
+        tasks = rlhf_task.text_tasks(args.data, args.prompts, args.held_out, 0, args.prompt_words)
     settings = vars(args) | {"model": model}
     for name, some in zip(("train", "held_out"), tasks, strict=True):
         settings[name] = rlhf_task.write_tasks(folder / f"{name}_tasks.jsonl", some)
