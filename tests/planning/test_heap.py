@@ -68,7 +68,7 @@ def test_malloc_takes_as_much(seed):
         check=True, env=env,
     )  # fmt: skip
     # Small blocks of the interpreter, which are not followed, stand between the others.
-    assert heap.highest == pytest.approx(int(done.stdout), rel=0.06)
+    assert heap.highest == pytest.approx(int(done.stdout), rel=0.1)
 
 
 def test_holes_join_and_the_smallest_one_is_taken():
