@@ -118,8 +118,9 @@ def bench_options(
         cases = scaled(cases, scale, torch.get_num_threads())
     for case in cases:
         _check_memory(case.shape, device)
-    if backends is not None:
-        _check_backends(check_names("backends", backends, list(NAMES)), cases, device)
+    ours = None if backends is None else check_names("backends", backends, list(NAMES))
+    if ours is not None:
+        _check_backends(ours, cases, device)
     chosen = ["trainable"] if scale else ["trainable", "frozen"]
     names, missing = select_peers(peers, kind)
     return BenchOptions(
@@ -128,7 +129,7 @@ def bench_options(
         modes=check_names("modes", modes or chosen, list(MODES)),
         parts=["roofline", "head"],
         precision=check_names("precision", precision, ["exact", "fast"]),
-        backends=backends,
+        backends=ours,
         strategies=None
         if strategies is None
         else check_names("strategies", strategies, list(STRATEGIES)),

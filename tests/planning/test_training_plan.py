@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -167,8 +168,12 @@ def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatc
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(12)))
     given = ["--model", model, "--max-length", 64, "--batch-size", 1]
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 100_000.0, 0.0), raising=False)
     result = invoke(*given, "--data", data, "--memory", "64GB", "--report", tmp_path / "p.html")
     assert result.exit_code == 0, result.output
+    if not torch.cuda.is_available():
+        assert "seconds follow from rates of this CPU" in result.stdout
+        assert "this machine is busy (a load of 100000.0 on" in result.stdout
     assert "take: all weights, 1 pair a micro-batch" in result.stdout
     assert "H100 80GB" in result.stdout
     assert "Common devices" in (tmp_path / "p.html").read_text()
