@@ -32,13 +32,13 @@ MEMORY_UNCERTAINTY = 0.10
 # keeps is an estimate.
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # What is resident beside tensors: the interpreter and its libraries, or a GPU's context.
-OUTSIDE = {"cpu": 570 * 2**20, "cuda": 900 * 2**20}
+OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
 # Of what comes and goes in a step, what a GPU's allocator holds beyond live tensors.
 _KEPT_ON_GPU = 0.10
 _PASSING = ("gradients", "activations", "head", "reference", "other")
 # On a CPU malloc's heap is simulated. Beside it are the holes that loading has left, and what the
-# native products and MKL take for themselves: 50 to 220 MB in the trainings that were watched.
-_BESIDE_HEAP = 128 * 2**20
+# native products and MKL take for themselves: 25 to 220 MB in the trainings that were watched.
+_BESIDE_HEAP = 76 * 2**20
 _SIZES = (1, 2, 4, 8, 16, 32)
 # Predicted seconds of a probe's steps: more micro-batches are added up to the first, and one that
 # takes more than the second is not probed.
