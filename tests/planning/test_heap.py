@@ -52,23 +52,32 @@ def random_moves(seed, count=3000):
     return moves
 
 
-@pytest.mark.skipif(unkept_reason() is not None, reason="malloc is not glibc's own")
-@pytest.mark.parametrize("seed", [0, 1])
-def test_malloc_takes_as_much(seed):
-    moves = random_moves(seed)
+def simulated(moves):
     heap, live = Heap(), {}
     for block, size in moves:
         if size:
             live[block] = heap.take(size)
         else:
             heap.give(*live.pop(block))
+    return heap.highest
+
+
+def played(moves):
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", PLAYER]
     done = subprocess.run(
-        [sys.executable, "-c", PLAYER], input=json.dumps(moves), capture_output=True, text=True,
-        check=True, env=env,
-    )  # fmt: skip
-    # Small blocks of the interpreter, which are not followed, stand between the others.
-    assert heap.highest == pytest.approx(int(done.stdout), rel=0.1)
+        command, input=json.dumps(moves), capture_output=True, text=True, check=True, env=env
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(unkept_reason() is not None, reason="malloc is not glibc's own")
+def test_malloc_takes_as_much():
+    # The interpreter's own small blocks, which are not followed, stand between the others. A single
+    # order of births and deaths may take a tenth more or less for them; several together do not.
+    several = [random_moves(seed) for seed in range(6)]
+    total = sum(played(moves) for moves in several)
+    assert sum(map(simulated, several)) == pytest.approx(total, rel=0.08)
 
 
 def test_holes_join_and_the_smallest_one_is_taken():
