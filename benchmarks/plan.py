@@ -1,23 +1,24 @@
 """How close `fastpref plan` comes to what `fastpref profile` measures, over a grid of trainings.
 
-    python benchmarks/plan.py [--first I] [--only N] [--alone] [--output plan]
+    python benchmarks/plan.py [--first I] [--only N] [--alone] [--memory-only] [--output plan]
 
 With --first the rows before I are taken from the file, so that a busy machine measures in parts.
 With --alone the measurements have the processors to themselves (SCHED_FIFO, a right of root).
+With --memory-only each training has one round and runs once, and no seconds are compared.
 
-Each configuration is a small model with random weights and random pairs. The worker of
+Each configuration is a small model with random weights and random pairs. The worker process of
 `fastpref profile` trains it: a step on the longest pairs, which warms up, three rounds of three
-batches, and the longest pairs again. The last step's memory is simulated without weights. The
-seconds of the three batches, the best of the rounds, are predicted by a probe of fewer layers. Each
-training runs twice, which shows how well its seconds can be known. Writes a JSON to
-benchmarks/results/: bytes of tensors measured and predicted, by component, and the seconds.
+batches, and the longest pairs again. The last step's memory is simulated without weights: that of
+its tensors, and what is resident in the process. The seconds of the three batches, the best of the
+rounds, are predicted by a probe of fewer layers. Each training runs twice, which shows how well its
+seconds can be known. Writes a JSON to benchmarks/results/: bytes measured and predicted, of tensors
+by component and of the process, and the seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import random
@@ -32,11 +33,12 @@ from typing import Any
 import torch
 from lib import results
 
+from fastpref.planning.estimate import OUTSIDE, kept_on_cpu
 from fastpref.planning.probe import probe_steps
-from fastpref.planning.simulate import StepOptions, simulate_step
+from fastpref.planning.simulate import StepOptions, highest, simulate_parts
 from fastpref.profiling.account import COMPONENTS
+from fastpref.profiling.processes import Child
 from fastpref.profiling.profile import choose_rows
-from fastpref.profiling.worker import profile_side
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama, V 32000, H 128": {
@@ -116,11 +118,32 @@ def processors(alone: bool) -> Iterator[None]:
         schedule(os.SCHED_OTHER, 0)
 
 
-def compare(name: str, path: str, setting: tuple[Any, ...], alone: bool) -> list[dict[str, Any]]:
-    """Both heads of one configuration, trained in this process."""
+_WORKER = [sys.executable, "-m", "fastpref.profiling.worker"]
+_QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "5"}
+
+
+def train(request: dict[str, Any]) -> dict[str, Any]:
+    """What the worker of `fastpref profile` finds, in a process of its own."""
+    child = Child(_WORKER, request, _QUIET, loud=False)
+    try:
+        while (message := child.hear()) is not None:
+            if "result" in message:
+                return message["result"]
+            if "failed" in message:
+                raise RuntimeError(message["failed"])
+        raise RuntimeError(child.ending())
+    finally:
+        child.stop()
+
+
+def compare(
+    name: str, path: str, setting: tuple[Any, ...], alone: bool, memory_only: bool
+) -> list[dict[str, Any]]:
+    """Both heads of one configuration."""
     from transformers import AutoConfig
 
     size, length, checkpointing, method, reference = setting
+    rounds = 1 if memory_only else ROUNDS
     lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} if method == "lora" else None
     request: dict[str, Any] = {
         "model": path,
@@ -139,54 +162,60 @@ def compare(name: str, path: str, setting: tuple[Any, ...], alone: bool) -> list
         "trust_remote_code": False,
         "device": "cpu",
         "prefix_sharing": True,
-        "steps": TIMED * ROUNDS + 2,
+        "steps": TIMED * rounds + 2,
     }
     rows, batches = choose_rows(path, make_pairs(len(name) + size), request, TIMED)
     first, last = rows[size:-size], rows[-size:]
-    rows = [*last, *first * ROUNDS, *last]
+    rows = [*last, *first * rounds, *last]
     config = AutoConfig.from_pretrained(path)
     longest = [tuple(pair) for pair in batches["longest"][0]["lengths"]]
     timed = [[tuple(pair) for pair in batch["lengths"]] for batch in batches["timed"]]
     out = []
     for side in ("fastpref", "eager"):
-        gc.collect()
         options = StepOptions(
             method=method, head=side, gradient_checkpointing=checkpointing, reference=reference
         )
-        account = simulate_step(config, longest, options)
+        simulated = simulate_parts(config, longest, options)
+        account = highest(simulated.parts)
+        resident = OUTSIDE["cpu"] + account.peak_bytes + kept_on_cpu(simulated)
         given = {**request, "side": side, "rows": rows}
         with processors(alone):
-            found = profile_side(given, lambda message: None)
-        with processors(alone):
-            predicted = probe_steps(config, timed, options)
-        with processors(alone):
-            again = profile_side(given, lambda message: None)
-        phases = [_phases(f["steps"]) for f in (found, again)]
-        runs = [sum(step.values()) for step in phases]
-        sizes = {k: found["components"][k] for k in COMPONENTS}
-        out.append(
-            {
-                "model": name,
-                "head": side,
-                "pairs": size,
-                "max_length": length,
-                "gradient_checkpointing": checkpointing,
-                "method": method,
-                "reference": reference,
-                "measured_bytes": found["tensor_bytes"],
-                "predicted_bytes": account.peak_bytes,
-                "error": account.peak_bytes / found["tensor_bytes"] - 1,
-                "measured": {k: v for k, v in sizes.items() if v},
-                "predicted": {k: v for k, v in account.components.items() if v},
-                "measured_phase": found["peak_phase"],
-                "predicted_phase": account.peak_phase,
+            found = train(given)
+        sizes = {k: found["components"].get(k, 0) for k in (*COMPONENTS, "malloc", "libraries")}
+        row = {
+            "model": name,
+            "head": side,
+            "pairs": size,
+            "max_length": length,
+            "gradient_checkpointing": checkpointing,
+            "method": method,
+            "reference": reference,
+            "measured_bytes": found["tensor_bytes"],
+            "predicted_bytes": account.peak_bytes,
+            "error": account.peak_bytes / found["tensor_bytes"] - 1,
+            "resident_bytes": found["peak_bytes"],
+            "predicted_resident_bytes": resident,
+            "resident_error": resident / found["peak_bytes"] - 1,
+            "measured": {k: v for k, v in sizes.items() if v},
+            "predicted": {k: v for k, v in account.components.items() if v},
+            "measured_phase": found["peak_phase"],
+            "predicted_phase": account.peak_phase,
+        }
+        if not memory_only:
+            with processors(alone):
+                predicted = probe_steps(config, timed, options)
+            with processors(alone):
+                again = train(given)
+            phases = [_phases(f["steps"]) for f in (found, again)]
+            runs = [sum(step.values()) for step in phases]
+            row |= {
                 "runs_seconds": runs,
                 "step_seconds": statistics.mean(runs),
                 "predicted_seconds": statistics.mean(step.total for step in predicted),
                 "measured_phases": phases[0],
                 "predicted_phases": _phases([asdict(step) for step in predicted]),
             }
-        )
+        out.append(row)
     return out
 
 
@@ -204,13 +233,22 @@ def _phases(steps: list[dict[str, float]]) -> dict[str, float]:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How close the predictions are, and how close a second run of the same training is."""
     errors = sorted(abs(row["error"]) for row in rows)
-    ratios = [row["predicted_seconds"] / row["step_seconds"] for row in rows]
-    of_seconds = sorted(abs(ratio - 1) for ratio in ratios)
-    again = sorted(abs(b / a - 1) for a, b in (row["runs_seconds"] for row in rows))
-    return {
+    resident = sorted(abs(row["resident_error"]) for row in rows)
+    out = {
         "configurations": len(rows),
         "median_error": statistics.median(errors),
         "largest_error": errors[-1],
+        "median_error_of_resident": statistics.median(resident),
+        "largest_error_of_resident": resident[-1],
+        "resident_within_10_percent": sum(error <= 0.1 for error in resident),
+    }
+    rows = [row for row in rows if "step_seconds" in row]
+    if not rows:
+        return out
+    ratios = [row["predicted_seconds"] / row["step_seconds"] for row in rows]
+    of_seconds = sorted(abs(ratio - 1) for ratio in ratios)
+    again = sorted(abs(b / a - 1) for a, b in (row["runs_seconds"] for row in rows))
+    return out | {
         "median_ratio_of_seconds": statistics.median(ratios),
         "median_error_of_seconds": statistics.median(of_seconds),
         "largest_error_of_seconds": of_seconds[-1],
@@ -220,11 +258,29 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def line(row: dict[str, Any]) -> str:
+    """A row in words."""
+    text = (
+        f"{row['head']}: tensors {row['measured_bytes'] / 1e6:.0f} MB, predicted "
+        f"{row['predicted_bytes'] / 1e6:.0f} ({100 * row['error']:+.1f} %); resident "
+        f"{row['resident_bytes'] / 1e6:.0f} MB, predicted "
+        f"{row['predicted_resident_bytes'] / 1e6:.0f} ({100 * row['resident_error']:+.1f} %)"
+    )
+    if "step_seconds" not in row:
+        return text
+    again = row["runs_seconds"][1] / row["runs_seconds"][0]
+    return text + (
+        f"; {row['step_seconds']:.3f} s, predicted {row['predicted_seconds']:.3f} "
+        f"({again:.2f} again)"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=0, help="the first configuration to measure")
     parser.add_argument("--only", type=int, help="so many of the configurations")
     parser.add_argument("--alone", action="store_true", help="have the processors alone")
+    parser.add_argument("--memory-only", action="store_true", help="compare no seconds")
     parser.add_argument("--output", default="plan", help="name of the file in results/, or a path")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
@@ -239,16 +295,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, setting in todo:
             if name not in paths:
                 paths[name] = make_model(name, Path(folder) / str(len(paths)))
-            rows += compare(name, paths[name], setting, args.alone)
+            rows += compare(name, paths[name], setting, args.alone, args.memory_only)
             for row in rows[-2:]:
-                print(
-                    f"{name}, {setting}, {row['head']}: {row['measured_bytes'] / 1e6:.0f} MB, "
-                    f"predicted {row['predicted_bytes'] / 1e6:.0f} ({100 * row['error']:+.1f} %); "
-                    f"{row['step_seconds']:.3f} s, predicted {row['predicted_seconds']:.3f} "
-                    f"({row['runs_seconds'][1] / row['runs_seconds'][0]:.2f} again)",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                print(f"{name}, {setting}, {line(row)}", file=sys.stderr, flush=True)
             found = {
                 "benchmark": "plan: a step as fastpref plan predicts it and as it is measured",
                 "machine": machine,

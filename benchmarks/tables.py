@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib import plan_report, reliability, rlhf_report
+from lib import plan_report, profile_report, reliability, rlhf_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -365,6 +365,12 @@ def plan() -> str:
     return plan_report.grid(_results("plan"))
 
 
+def profile() -> str | None:
+    if not (RESULTS / "profile.json").exists():
+        return None
+    return profile_report.tables(_results("profile"))
+
+
 BLOCKS = {
     f.__name__: f
     for f in (
@@ -384,13 +390,22 @@ BLOCKS = {
         rlhf,
         faults,
         plan,
+        profile,
     )  # fmt: skip
 }
 
 
 def fill(text: str) -> str:
-    """A page with its blocks' figures from the results. KeyError for an unknown block."""
-    return _BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], text)
+    """A page with its blocks' figures from the results. KeyError for an unknown block.
+
+    A block whose results are not there, which is None, keeps what it has.
+    """
+
+    def filled(found: re.Match[str]) -> str:
+        figures = BLOCKS[found[2]]()
+        return found[0] if figures is None else found[1] + figures + found[3]
+
+    return _BLOCK.sub(filled, text)
 
 
 def pages() -> list[Path]:

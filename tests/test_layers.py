@@ -30,8 +30,8 @@ MAY_IMPORT = {
     "data": {"progress"},
     "attention": {"data", "heads", "logps.linear"},
     "quality": {
-        "progress", "storage", "data", "heads", "logps", "losses", "reference", "trainer.loading",
-        "trainer.step_zero",
+        "progress", "storage", "backends.host_memory", "data", "heads", "logps", "losses",
+        "reference", "trainer.loading", "trainer.step_zero",
     },
     "reference": {"progress", "storage", "attention", "data", "heads", "logps", "losses.tokens"},
     "trainer": {

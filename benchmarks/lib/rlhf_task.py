@@ -79,17 +79,31 @@ def demo_tasks(prompts: int, held_out: int) -> tuple[list[Task], list[Task]]:
     return [demo_task(row) for row in rows[0]], [demo_task(row) for row in rows[1]]
 
 
-def text_tasks(path: str, prompts: int, held_out: int, seed: int) -> tuple[list[Task], list[Task]]:
-    """Prompts of a file of pairs to train on, and others to judge."""
+def text_tasks(
+    path: str, prompts: int, held_out: int, seed: int, most_words: int | None = None
+) -> tuple[list[Task], list[Task]]:
+    """Prompts of a file of pairs to train on, and others to judge.
+
+    most_words: of a prompt; None: any number.
+    """
     from .training import read_pairs
 
     seen = {json.dumps(row["prompt"]): row["prompt"] for row in read_pairs(path)}
     tasks = [text_task(prompt) for prompt in seen.values()]
-    tasks = [task for task in tasks if task.wanted]
+    tasks = [
+        task
+        for task in tasks
+        if task.wanted and (most_words is None or _prompt_words(task) <= most_words)
+    ]
     random.Random(seed).shuffle(tasks)
     if len(tasks) < prompts + held_out:
-        raise SystemExit(f"{path} has {len(tasks)} prompts; {prompts + held_out} are needed")
+        short = "" if most_words is None else f" of at most {most_words} words"
+        raise SystemExit(f"{path} has {len(tasks)} prompts{short}; {prompts + held_out} are needed")
     return tasks[:prompts], tasks[prompts : prompts + held_out]
+
+
+def _prompt_words(task: Task) -> int:
+    return sum(len(message["content"].split()) for message in task.prompt)
 
 
 def write_tasks(path: Path, tasks: list[Task]) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastpref.backends import NAMES
+from fastpref.backends import NAMES, choose
+from fastpref.backends.host_memory import free_memory
 from fastpref.bench import device as devices
-from fastpref.bench.cases import BenchOptions, check_names, make_cases, scaled
+from fastpref.bench.cases import BenchOptions, Case, check_names, make_cases, scaled
 from fastpref.bench.ours import STRATEGIES, entries
 from fastpref.bench.peers import EAGER, MODES, PEERS, Entry
 from fastpref.bench.problem import DTYPES, parse_shape
@@ -21,6 +21,7 @@ from fastpref.logps.plan import check_tolerance
 # Small enough for a laptop with two cores; on a GPU the heads of SmolLM2 135M and Llama 3 8B.
 DEFAULT_SHAPES = {"cpu": ("512,512,32000",), "cuda": ("d", "a")}
 DEFAULT_BUDGET = 120.0
+_PATIENCE = 120.0
 
 
 def run_bench(
@@ -117,6 +118,9 @@ def bench_options(
         cases = scaled(cases, scale, torch.get_num_threads())
     for case in cases:
         _check_memory(case.shape, device)
+    ours = None if backends is None else check_names("backends", backends, list(NAMES))
+    if ours is not None:
+        _check_backends(ours, cases, device)
     chosen = ["trainable"] if scale else ["trainable", "frozen"]
     names, missing = select_peers(peers, kind)
     return BenchOptions(
@@ -125,7 +129,7 @@ def bench_options(
         modes=check_names("modes", modes or chosen, list(MODES)),
         parts=["roofline", "head"],
         precision=check_names("precision", precision, ["exact", "fast"]),
-        backends=None if backends is None else check_names("backends", backends, list(NAMES)),
+        backends=ours,
         strategies=None
         if strategies is None
         else check_names("strategies", strategies, list(STRATEGIES)),
@@ -134,7 +138,7 @@ def bench_options(
         repeats=repeats,
         seconds=seconds,
         budget=budget,
-        patience=120.0,
+        patience=_patience(cases, device),
         memory=memory and Path("/proc/self/clear_refs").exists(),
         memory_last=True,
         missing_peers=missing,
@@ -190,20 +194,46 @@ def side_names(options: BenchOptions) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _check_backends(names: Sequence[str], cases: Sequence[Case], device: str) -> None:
+    """Refuse backends none of which can run any of the cases."""
+    kind = torch.device("cuda" if device == "cuda" else "cpu")
+    reasons: dict[str, str] = {}
+    for name in names:
+        for dtype in dict.fromkeys(dtype for case in cases for dtype in case.dtypes):
+            try:
+                choose(kind, DTYPES[dtype], name)
+            except RuntimeError as error:
+                reasons[name] = str(error)
+            else:
+                return
+    raise ValueError(f"backends: none of them can run here: {'; '.join(reasons.values())}")
+
+
+def _patience(cases: Sequence[Case], device: str) -> float:
+    """Seconds of silence after which a worker is taken to hang.
+
+    A call on a CPU is silent for as long as it lasts. Five GFLOP a second and thread are less than
+    any of its sides reaches.
+    """
+    if device != "cpu":
+        return _PATIENCE
+    sizes = [(parse_shape(case.shape), case.threads or torch.get_num_threads()) for case in cases]
+    slowest = max(8 * s.n * s.h * s.v / (5e9 * threads) for s, threads in sizes)
+    return max(_PATIENCE, slowest)
+
+
 def _check_memory(text: str, device: str) -> None:
     """Refuse a head whose inputs, float64 truth and eager logits do not fit."""
     shape = parse_shape(text)
     weights, logits = shape.h * shape.v, shape.n * shape.v
+    free: int | None
     if device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return
+        free = free_memory()
     needed = 12 * weights + 12 * logits
-    if needed > free:
+    if free is not None and needed > free:
         raise ValueError(
             f"shape: got {text}, which takes about {needed / 1e9:,.1f} GB with eager logits; "
-            f"this machine has {free / 1e9:,.1f} GB"
+            f"{free / 1e9:,.1f} GB are free"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,8 +188,8 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def float64_truth(problem: HeadProblem) -> Truth:
-    """One pass over blocks of tokens in float64."""
+def float64_truth(problem: HeadProblem, alive: Callable[[], None] = lambda: None) -> Truth:
+    """One pass over blocks of tokens in float64. alive: is called after each block."""
     x = problem.hidden.detach().flatten(0, 1).double()
     w, y = problem.weight.detach().double(), problem.labels.flatten()
     n, cap = x.shape[0], problem.softcap
@@ -217,6 +218,7 @@ def float64_truth(problem: HeadProblem) -> Truth:
         here = ((tokens >= start) & (tokens < start + size)).nonzero()[:, 0]
         if len(here):
             u[here] = z[tokens[here] - start] @ w
+        alive()
     loss, dhidden, dweight = {}, {}, {}
     for with_reference in (True, False):
         leaf = logps.detach().clone().requires_grad_()

@@ -57,6 +57,7 @@ class Worker:
         self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
         self._at: tuple[Shape, str] | None = None
         self._after = 0  # tasks still to come
+        self._doing = ""
         self._threads = torch.get_num_threads()
 
     def machine(self) -> dict[str, Any]:
@@ -77,7 +78,8 @@ class Worker:
             if self.left() < self._request["least_seconds"]:
                 self._say({"dropped": task["id"]})
                 continue
-            self._say({"doing": task["id"]})
+            self._doing = task["id"]
+            self._alive()
             begun = time.perf_counter()
             torch.set_num_threads(task.get("threads") or self._threads)
             try:
@@ -91,6 +93,10 @@ class Worker:
                 self._device.check(result["failed"])
             seconds = round(time.perf_counter() - begun, 1)
             self._say({"result": {**task, **result, "seconds": seconds}})
+
+    def _alive(self) -> None:
+        """Say that the present task goes on."""
+        self._say({"doing": self._doing})
 
     def _teller(self, task: dict[str, Any]) -> Callable[[str], None]:
         return lambda name: self._say({"doing": task["id"], "entry": name})
@@ -112,7 +118,7 @@ class Worker:
         """Inputs, their float64 truth and bare GEMMs. Consecutive tasks of a shape share them."""
         if (shape, dtype) != self._at:
             problem = self._problem(shape, dtype)
-            truth = float64_truth(problem)
+            truth = float64_truth(problem, self._alive)
             self._device.free()
             try:
                 products = rates.Products(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,7 +165,10 @@ def _pairs(count: int) -> str:
 
 
 def _seconds(estimate: Any) -> str:
-    return "-" if estimate.seconds is None else f"{estimate.seconds.total:.3g}"
+    if estimate.seconds is None:
+        return "-"
+    total = estimate.seconds.total
+    return f"{total:,.0f}" if total >= 100 else f"{total:.3g}"
 
 
 def _ways(plan: Any) -> tuple[list[str], list[list[str]]]:
@@ -233,6 +237,14 @@ def _sentences(plan: Any, lengths: Any) -> list[str]:
             f"head {way.options.head_strategy}"
             + (f", sharded over {way.devices} devices" if way.devices > 1 else "")
         )
+    if plan.asked.options.device == "cpu" and plan.asked.seconds is not None:
+        out.append(
+            "seconds follow from steps of a few layers, measured here"
+            if plan.probed
+            else "seconds follow from rates of this CPU; steps take between half of them and twice"
+        )
+        if (busy := _load()) is not None:
+            out.append(f"this machine is busy ({busy}): alone on it, steps take less")
     out.append(
         f"tensors are predicted within {100 * MEMORY_UNCERTAINTY:.0f} %; "
         f"{100 * MARGIN[plan.asked.options.device]:.0f} % are added before something is said to "
@@ -241,11 +253,23 @@ def _sentences(plan: Any, lengths: Any) -> list[str]:
     return out
 
 
+def _load() -> str | None:
+    """The load of this machine's processors, if others than this process take part of them."""
+    try:
+        load = os.getloadavg()[1]  # of five minutes
+    except (AttributeError, OSError):  # Windows
+        return None
+    cores = os.cpu_count() or 1
+    return f"a load of {load:.1f} on {cores} processors" if load > 1.5 * cores else None
+
+
 def _show(plan: Any, lengths: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(soft_wrap=True)
+    if not console.is_terminal:  # a log file has no width
+        console = Console(soft_wrap=True, width=120)
     for sentence in _sentences(plan, lengths):
         console.print(sentence, highlight=False, markup=False)
     for header, rows in (_ways(plan), _changes(plan), _table(plan)):

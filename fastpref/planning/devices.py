@@ -7,12 +7,10 @@ time is counted apart.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
+from fastpref.backends.host_memory import memory_limit
 from fastpref.planning.times import Rates
 
 REACHED = {"gpu": 0.5, "cpu": 0.6}
@@ -77,10 +75,6 @@ def parse_memory(text: str) -> int:
     return size
 
 
-# What a container may take: of the two versions of Linux's control groups.
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
 def own_memory() -> int:
     """The bytes of memory of this machine or container, or of its first GPU.
 
@@ -91,10 +85,7 @@ def own_memory() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    if not hasattr(os, "sysconf"):
+    limit = memory_limit()
+    if limit is None:
         raise ValueError("memory: this system does not tell; pass it, such as 24GB")
-    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max": there is no limit
-            sizes.append(int(Path(path).read_text()))
-    return min(size for size in sizes if size > 0)
+    return limit

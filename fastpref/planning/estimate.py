@@ -15,8 +15,9 @@ import numpy as np
 from fastpref.planning.model import StepOptions, with_layers
 from fastpref.planning.probe import ROUNDS, probe_layers, probe_steps
 from fastpref.planning.simulate import (
+    BEFORE_TRAINING,
     Pair,
-    Parts,
+    Simulated,
     extrapolated,
     highest,
     simulate_parts,
@@ -31,15 +32,24 @@ MEMORY_UNCERTAINTY = 0.10
 # keeps is an estimate.
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # What is resident beside tensors: the interpreter and its libraries, or a GPU's context.
-OUTSIDE = {"cpu": 650 * 2**20, "cuda": 900 * 2**20}
-# What the allocator holds beyond live tensors: shares of the weights, and of the bytes that come
-# and go in a step. A CPU's were chosen after a profile of SmolLM2-135M alone.
-KEPT = {"cpu": (1.0, 0.5), "cuda": (0.0, 0.10)}
+OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
+# Of what comes and goes in a step, what a GPU's allocator holds beyond live tensors.
+_KEPT_ON_GPU = 0.10
 _PASSING = ("gradients", "activations", "head", "reference", "other")
+# On a CPU malloc's heap is simulated. Beside it are the holes that loading has left, and what the
+# native products and MKL take for themselves: 25 to 220 MB in the trainings that were watched.
+_BESIDE_HEAP = 76 * 2**20
 _SIZES = (1, 2, 4, 8, 16, 32)
 # Predicted seconds of a probe's steps: more micro-batches are added up to the first, and one that
 # takes more than the second is not probed.
 _PROBE_SECONDS, _MOST_SECONDS = 8.0, 60.0
+
+
+def kept_on_cpu(simulated: Simulated) -> int:
+    """The bytes that malloc and the products hold beyond the tensors of the peak."""
+    components = highest(simulated.parts).components
+    in_heap = sum(size for name, size in components.items() if name not in BEFORE_TRAINING)
+    return max(simulated.heap - in_heap, 0) + _BESIDE_HEAP
 
 
 @dataclass
@@ -108,7 +118,7 @@ class Planner:
 
     def __init__(self, config: Any, lengths: Lengths, kind: str) -> None:
         self.config, self.lengths, self.kind = config, lengths, kind
-        self._parts: dict[Any, Parts] = {}
+        self._simulated: dict[Any, Simulated] = {}
         self._corrections: dict[Any, StepTime | None] = {}
 
     def _pairs(self, lengths: Lengths, size: int, longest: bool) -> list[Pair]:
@@ -131,14 +141,15 @@ class Planner:
         )
         return Lengths(prompt, chosen, rejected, self.lengths.row)
 
-    def parts(self, options: StepOptions, size: int, max_length: int) -> Parts:
-        """The parts of the step on a micro-batch of the longest pairs.
+    def simulated(self, options: StepOptions, size: int, max_length: int) -> Simulated:
+        """The step on a micro-batch of the longest pairs.
 
         Bytes are linear in the number of pairs, so that two sizes give the others.
         """
         if size > 2:
-            one, two = (self.parts(options, n, max_length) for n in (1, 2))
-            return extrapolated(one, two, size - 1)
+            one, two = (self.simulated(options, n, max_length) for n in (1, 2))
+            heap = one.heap + (size - 1) * max(two.heap - one.heap, 0)
+            return Simulated(extrapolated(one.parts, two.parts, size - 1), heap)
         pairs = self._pairs(self._cut(max_length), size, longest=True)
         key: Any = options, size, max_length
         if options.head == "fastpref":  # many budgets give one plan of the head
@@ -146,9 +157,9 @@ class Planner:
             labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
             head = step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
             key = replace(options, memory_budget=None), head, size, max_length
-        if key not in self._parts:
-            self._parts[key] = simulate_parts(self.config, pairs, options)
-        return self._parts[key]
+        if key not in self._simulated:
+            self._simulated[key] = simulate_parts(self.config, pairs, options)
+        return self._simulated[key]
 
     def estimate(
         self,
@@ -165,7 +176,8 @@ class Planner:
         correction: for each part of a step what its seconds by rates are multiplied by, but seconds
             of "other".
         """
-        account = highest(self.parts(options, size, max_length))
+        simulated = self.simulated(options, size, max_length)
+        account = highest(simulated.parts)
         components = {name: value for name, value in account.components.items() if value}
         if devices > 1:  # FSDP: each device keeps its part, and gathers a layer at a time
             layer = components.get("weights", 0) // max(self._layers, 1)
@@ -173,10 +185,11 @@ class Planner:
                 if name in components:
                     components[name] //= devices
             components["gathered"] = 2 * layer
-        passing = sum(components.get(name, 0) for name in _PASSING)
-        of_weights, of_passing = KEPT[self.kind]
-        kept = of_weights * components.get("weights", 0) + of_passing * passing
-        components["allocator"] = int(kept)
+        if self.kind == "cpu":
+            components["allocator"] = kept_on_cpu(simulated) // devices
+        else:
+            passing = sum(components.get(name, 0) for name in _PASSING)
+            components["allocator"] = int(_KEPT_ON_GPU * passing)
         components["libraries"] = OUTSIDE[self.kind]
         seconds = None
         if rates is not None:
@@ -243,7 +256,7 @@ class Planner:
 
         if cost(batches[0]) > _MOST_SECONDS:
             return None
-        account = highest(simulate_parts(short[-1], batches[0], options))
+        account = highest(simulate_parts(short[-1], batches[0], options).parts)
         if 2 * account.peak_bytes > memory:
             return None
         while len(batches) > 1 and sum(map(cost, batches)) > _PROBE_SECONDS:

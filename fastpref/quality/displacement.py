@@ -6,7 +6,8 @@ hidden states of a forward pass [2P, T, H], labels [2P, T]
 
 The score is the centred hidden embedding similarity of Razin et al., "Unintentional Unalignment:
 Likelihood Displacement in Direct Preference Optimization" (arXiv:2410.08847), and the second one is
-its form that is normalised by length. The paper gives an order of pairs and no threshold.
+its form that is normalised by length. The paper gives an order of pairs and no threshold: its
+filter keeps the 5 % of the pairs with the lowest score of means.
 """
 
 from __future__ import annotations

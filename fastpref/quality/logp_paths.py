@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastpref.backends.host_memory import free_memory
 from fastpref.data.batches import batch_labels
 from fastpref.heads.modes import evaluating
 from fastpref.heads.reading import unwrap
@@ -99,14 +100,7 @@ def widened(model: Any, widest: torch.dtype = torch.float64) -> tuple[Any, str]:
 
 def _free_memory(device: torch.device) -> int | None:
     """Free bytes of a device, or None if they are not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from fastpref.bench import compare_results, load_result, ours, peers, run_bench, tables
+from fastpref.bench import bench, compare_results, load_result, ours, peers, run_bench, tables
 from fastpref.bench import device as devices
 from fastpref.bench import worker as workers
 from fastpref.bench.bench import bench_options, select_peers
@@ -49,6 +49,29 @@ def test_sizes_that_make_no_problem():
             bench_options([bad], device="cpu")
     with pytest.raises(ValueError, match="GB"):
         bench_options(["512,100000,9000000"], device="cpu")
+
+
+def test_a_head_that_does_not_fit_what_is_free(monkeypatch):
+    monkeypatch.setattr(bench, "free_memory", lambda: 10**5)
+    with pytest.raises(ValueError, match="takes about 0.0 GB with eager logits; 0.0 GB are free"):
+        bench_options(["16,64,2048"], device="cpu")
+    monkeypatch.setattr(bench, "free_memory", lambda: None)  # a system that does not tell
+    bench_options(["16,64,2048"], device="cpu")
+
+
+def test_backends_that_cannot_run_are_refused_before_anything_is_measured(monkeypatch):
+    given = {"device": "cpu", "dtypes": ["fp32"]}
+    with pytest.raises(ValueError, match="backends: none of them can run here: backend='cuda'"):
+        bench_options([SMALL], backends=["cuda"], **given)
+    # One that can run is enough: the other one's row has its reason.
+    options = bench_options([SMALL], backends=["cuda", "eager"], **given)
+    assert options.backends == ["cuda", "eager"]
+
+
+def test_a_long_call_is_waited_for():
+    assert bench_options([SMALL], device="cpu").patience == 120
+    large = Case("8192,4096,128000", dtypes=("fp32",), threads=2)
+    assert bench._patience([large], "cpu") > 1000
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ def test_shapes():
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_zipf_problem_and_its_truth(softcap):
     p = make_problem(256, 64, 4000, torch.bfloat16, CPU, softcap, zipf=True)
-    truth = float64_truth(p)
+    blocks: list[None] = []
+    truth = float64_truth(p, lambda: blocks.append(None))
+    assert blocks  # the supervisor hears that it goes on
     assert 0.25 < truth.median_probability < 0.75
     x, w = (t.detach().double().requires_grad_() for t in (p.hidden, p.weight))
     z = x @ w.t()

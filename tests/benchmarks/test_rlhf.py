@@ -40,6 +40,17 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_prompts_of_a_file_with_few_words(task, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    texts = ["Name three rivers", "Explain in great detail why winter mornings are cold", "Hi you"]
+    rows = [{"prompt": chat(text), "chosen": [], "rejected": []} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = task.text_tasks(str(path), 1, 0, 0, most_words=5)
+    assert [made.wanted for made in train] == [["rivers", "three"]] and held_out == []
+    with pytest.raises(SystemExit, match="1 prompts of at most 5 words; 2 are needed"):
+        task.text_tasks(str(path), 1, 1, 0, most_words=5)
+
+
 def chat(text):
     return [{"role": "user", "content": text}]
 

@@ -38,6 +38,35 @@ def test_a_stale_figure_is_replaced_and_nothing_else(tables):
     assert new == "before " + block.format(tables.fp32()) + " after"
 
 
+def test_a_profile_as_tables(tables, monkeypatch, tmp_path):
+    side = {
+        "name": "fastpref", "missing": None, "step_seconds": 1.5, "peak_bytes": 4_000_000,
+        "tensor_bytes": 3_000_000, "unaccounted_bytes": 0, "phases": {"head": 1.25, "data": 0.01},
+        "components": {"weights": 2_000_000, "head": 1_000_000, "malloc": 1_000_000, "other": 3},
+    }  # fmt: skip
+    found = {
+        "settings": {"model": "small", "batch_size": 2, "max_length": 64},
+        "machine": {"cpu": "a CPU", "threads": 2},
+        "wall_s": 90.0,
+        "sides": [side, {"name": "liger", "missing": "not installed"}],
+    }
+    text = tables.profile_report.tables(found)
+    for line in (
+        "| weights | 2 |",
+        "| measured peak | 4 |",
+        "| head | 1.250 |",
+        "| step | 1.500 |",
+    ):
+        assert line in text
+    assert "other" not in text and "data" not in text and "Liger" not in text
+    # A page keeps its figures where there are no results.
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    block = "<!-- benchmarks/tables.py profile -->\nold\n<!-- end -->"
+    assert tables.fill(block) == block
+    (tmp_path / "profile.json").write_text(json.dumps(found))
+    assert tables.fill(block) == block.replace("old\n", text)
+
+
 def test_host_time_runs(tables, tmp_path):
     import host_time
 

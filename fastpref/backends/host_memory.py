@@ -1,0 +1,53 @@
+"""The memory that this process may take beside its GPUs': of the machine, or of its container."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+# The folders of control groups of both versions, and their files of the limit and of what is taken.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+
+
+def memory_limit() -> int | None:
+    """Bytes of the machine, or of its container if those are fewer; None if they are not known."""
+    try:
+        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError, OSError):
+        return None
+    sizes += [limit for limit, _ in _limits()]
+    return min((size for size in sizes if size > 0), default=None)
+
+
+def free_memory() -> int | None:
+    """Bytes that are free on the machine and in its container; None if they are not known."""
+    sizes = [limit - taken for limit, taken in _limits()]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        sizes.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    return max(min(sizes), 0) if sizes else None
+
+
+def _limits() -> list[tuple[int, int]]:
+    """The limit of each control group that has one, and what is taken of it."""
+    found = []
+    for folder, limit, current, cached in _GROUPS:
+        # "max" is no number: there is no limit.
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            most = int(Path(folder, limit).read_text())
+            taken = int(Path(folder, current).read_text())
+            stat = dict(
+                line.split() for line in Path(folder, "memory.stat").read_text().split("\n") if line
+            )
+            found.append((most, max(taken - int(stat[cached]), 0)))
+    return found

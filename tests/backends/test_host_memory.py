@@ -1,0 +1,33 @@
+"""What a process may take: of the machine, or of a container with less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpref.backends import host_memory
+from fastpref.planning.devices import own_memory
+
+FILES = "memory.max", "memory.current", "inactive_file"
+
+
+def group(folder, limit, taken, cached):
+    folder.mkdir()
+    for name, text in zip(FILES, (limit, taken, f"anon 1\ninactive_file {cached}"), strict=True):
+        (folder / {"inactive_file": "memory.stat"}.get(name, name)).write_text(f"{text}\n")
+    return (str(folder), *FILES)
+
+
+def test_a_containers_limit_counts_and_its_cache_is_free(tmp_path, monkeypatch):
+    whole, free = host_memory.memory_limit(), host_memory.free_memory()
+    if whole is None or free is None:
+        pytest.skip("this system does not tell")
+    unlimited = group(tmp_path / "none", "max", 100, 10)
+    absent = (str(tmp_path / "absent"), *FILES)
+    monkeypatch.setattr(host_memory, "_GROUPS", [unlimited, absent])
+    assert host_memory.memory_limit() == whole and host_memory.free_memory() > 0
+    small = group(tmp_path / "small", 5000, 3000, 1000)
+    monkeypatch.setattr(host_memory, "_GROUPS", [unlimited, small])
+    assert host_memory.memory_limit() == 5000 and host_memory.free_memory() == 3000
+    if not torch.cuda.is_available():
+        assert own_memory() == 5000
