@@ -325,7 +325,7 @@ def rlhf() -> str:
 def step() -> str:
     results = _results("step")
     rows, seen = [], set()
-    for name in ("step", "step_features", "step_dialogues"):
+    for name in ("step", "step_features", "step_off", "step_dialogues"):
         lengths = _results(name)["lengths"]
         for kind, other in ((kind, other) for kind, cells in lengths.items() for other in cells):
             cell = lengths[kind][other]
