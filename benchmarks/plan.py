@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from lib import results
 
-from fastpref.planning.estimate import OUTSIDE, kept_on_cpu
+from fastpref.planning.estimate import OUTSIDE, kept_bytes
 from fastpref.planning.probe import probe_steps
 from fastpref.planning.simulate import StepOptions, highest, simulate_parts
 from fastpref.profiling.account import COMPONENTS
@@ -175,9 +175,8 @@ def compare(
         options = StepOptions(
             method=method, head=side, gradient_checkpointing=checkpointing, reference=reference
         )
-        simulated = simulate_parts(config, longest, options)
-        account = highest(simulated.parts)
-        resident = OUTSIDE["cpu"] + account.peak_bytes + kept_on_cpu(simulated)
+        account = highest(simulate_parts(config, longest, options))
+        resident = OUTSIDE["cpu"] + account.peak_bytes + kept_bytes("cpu", account.components)
         given = {**request, "side": side, "rows": rows}
         with processors(alone):
             found = train(given)

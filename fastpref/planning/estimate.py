@@ -15,9 +15,8 @@ import numpy as np
 from fastpref.planning.model import StepOptions, with_layers
 from fastpref.planning.probe import ROUNDS, probe_layers, probe_steps
 from fastpref.planning.simulate import (
-    BEFORE_TRAINING,
     Pair,
-    Simulated,
+    Parts,
     extrapolated,
     highest,
     simulate_parts,
@@ -32,24 +31,15 @@ MEMORY_UNCERTAINTY = 0.10
 # keeps is an estimate.
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # What is resident beside tensors: the interpreter and its libraries, or a GPU's context.
-OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
-# Of what comes and goes in a step, what a GPU's allocator holds beyond live tensors.
-_KEPT_ON_GPU = 0.10
+OUTSIDE = {"cpu": 650 * 2**20, "cuda": 900 * 2**20}
+# What the allocator holds beyond live tensors: shares of the weights, and of the bytes that come
+# and go in a step. A CPU's were chosen after a profile of SmolLM2-135M alone.
+KEPT = {"cpu": (1.5, 0.95), "cuda": (0.0, 0.10)}
 _PASSING = ("gradients", "activations", "head", "reference", "other")
-# On a CPU malloc's heap is simulated. Beside it are the holes that loading has left, and what the
-# native products and MKL take for themselves: 25 to 220 MB in the trainings that were watched.
-_BESIDE_HEAP = 76 * 2**20
 _SIZES = (1, 2, 4, 8, 16, 32)
 # Predicted seconds of a probe's steps: more micro-batches are added up to the first, and one that
 # takes more than the second is not probed.
 _PROBE_SECONDS, _MOST_SECONDS = 8.0, 60.0
-
-
-def kept_on_cpu(simulated: Simulated) -> int:
-    """The bytes that malloc and the products hold beyond the tensors of the peak."""
-    components = highest(simulated.parts).components
-    in_heap = sum(size for name, size in components.items() if name not in BEFORE_TRAINING)
-    return max(simulated.heap - in_heap, 0) + _BESIDE_HEAP
 
 
 @dataclass
@@ -106,6 +96,13 @@ class Estimate:
         }
 
 
+def kept_bytes(kind: str, components: dict[str, int]) -> int:
+    """The bytes that the allocator of "cpu" or "cuda" holds beyond live tensors at a peak."""
+    of_weights, of_passing = KEPT[kind]
+    passing = sum(components.get(name, 0) for name in _PASSING)
+    return int(of_weights * components.get("weights", 0) + of_passing * passing)
+
+
 def default_lengths(max_length: int) -> Lengths:
     """The lengths of pairs where no data is given: the longest there can be, a quarter prompt."""
     prompt = np.full(64, max_length // 4)
@@ -118,7 +115,7 @@ class Planner:
 
     def __init__(self, config: Any, lengths: Lengths, kind: str) -> None:
         self.config, self.lengths, self.kind = config, lengths, kind
-        self._simulated: dict[Any, Simulated] = {}
+        self._parts: dict[Any, Parts] = {}
         self._corrections: dict[Any, StepTime | None] = {}
 
     def _pairs(self, lengths: Lengths, size: int, longest: bool) -> list[Pair]:
@@ -141,15 +138,14 @@ class Planner:
         )
         return Lengths(prompt, chosen, rejected, self.lengths.row)
 
-    def simulated(self, options: StepOptions, size: int, max_length: int) -> Simulated:
-        """The step on a micro-batch of the longest pairs.
+    def parts(self, options: StepOptions, size: int, max_length: int) -> Parts:
+        """The parts of the step on a micro-batch of the longest pairs.
 
         Bytes are linear in the number of pairs, so that two sizes give the others.
         """
         if size > 2:
-            one, two = (self.simulated(options, n, max_length) for n in (1, 2))
-            heap = one.heap + (size - 1) * max(two.heap - one.heap, 0)
-            return Simulated(extrapolated(one.parts, two.parts, size - 1), heap)
+            one, two = (self.parts(options, n, max_length) for n in (1, 2))
+            return extrapolated(one, two, size - 1)
         pairs = self._pairs(self._cut(max_length), size, longest=True)
         key: Any = options, size, max_length
         if options.head == "fastpref":  # many budgets give one plan of the head
@@ -157,9 +153,9 @@ class Planner:
             labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
             head = step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
             key = replace(options, memory_budget=None), head, size, max_length
-        if key not in self._simulated:
-            self._simulated[key] = simulate_parts(self.config, pairs, options)
-        return self._simulated[key]
+        if key not in self._parts:
+            self._parts[key] = simulate_parts(self.config, pairs, options)
+        return self._parts[key]
 
     def estimate(
         self,
@@ -176,8 +172,7 @@ class Planner:
         correction: for each part of a step what its seconds by rates are multiplied by, but seconds
             of "other".
         """
-        simulated = self.simulated(options, size, max_length)
-        account = highest(simulated.parts)
+        account = highest(self.parts(options, size, max_length))
         components = {name: value for name, value in account.components.items() if value}
         if devices > 1:  # FSDP: each device keeps its part, and gathers a layer at a time
             layer = components.get("weights", 0) // max(self._layers, 1)
@@ -185,11 +180,7 @@ class Planner:
                 if name in components:
                     components[name] //= devices
             components["gathered"] = 2 * layer
-        if self.kind == "cpu":
-            components["allocator"] = kept_on_cpu(simulated) // devices
-        else:
-            passing = sum(components.get(name, 0) for name in _PASSING)
-            components["allocator"] = int(_KEPT_ON_GPU * passing)
+        components["allocator"] = kept_bytes(self.kind, components)
         components["libraries"] = OUTSIDE[self.kind]
         seconds = None
         if rates is not None:
@@ -256,7 +247,7 @@ class Planner:
 
         if cost(batches[0]) > _MOST_SECONDS:
             return None
-        account = highest(simulate_parts(short[-1], batches[0], options).parts)
+        account = highest(simulate_parts(short[-1], batches[0], options))
         if 2 * account.peak_bytes > memory:
             return None
         while len(batches) > 1 and sum(map(cost, batches)) > _PROBE_SECONDS:

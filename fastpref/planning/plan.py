@@ -163,7 +163,7 @@ def _for_device(
 ) -> Estimate | None:
     """The first way that fits a device, the most thorough first."""
     own = Planner(planner.config, planner.lengths, "cuda" if device.kind == "gpu" else "cpu")
-    own._simulated = planner._simulated
+    own._parts = planner._parts
     half = device.kind == "gpu"
     for method in ("full", "lora", "qlora"):
         if method == "qlora" and device.kind == "cpu":

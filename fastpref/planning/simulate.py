@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from fastpref.data.segments import SegmentCollator
 from fastpref.heads.calling import backbone
 from fastpref.heads.reading import unwrap
 from fastpref.logps.plan import HeadPlan, plan_head, tile_dtype
-from fastpref.planning.heap import heap_of_steps
 from fastpref.planning.model import (
     METHODS,
     StepOptions,
@@ -45,7 +44,6 @@ from fastpref.planning.model import (
 from fastpref.profiling.account import GRADIENTS, Account, Event, Known, part_peaks
 
 Pair = tuple[int, int, int]  # tokens of prompt, chosen and rejected answer
-BEFORE_TRAINING = "weights", "reference"  # the components that are there when it begins
 LAYERS = 4, 8  # of the two simulations of a deeper model
 
 
@@ -247,41 +245,19 @@ def highest(parts: Parts) -> Account:
     return Account(sum(parts[part].values()), part[0], parts[part])
 
 
-class Simulated(NamedTuple):
-    """parts: as `part_peaks` has them. heap: bytes of malloc's heap, which weights are not in."""
-
-    parts: Parts
-    heap: int
-
-
-def simulate_parts(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Simulated:
+def simulate_parts(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Parts:
     """The components at the peak of each part of a step; arguments as in `simulate_step`.
 
-    Many equal layers cost the same each, so that a deep model is simulated with few. Its heap grows
-    with each layer by what the layer's tensors take: with a few layers the holes of the head's
-    buffers have been filled already.
+    Many equal layers cost the same each, so that a deep model is simulated with few.
     """
     layers = config.get_text_config().num_hidden_layers
     few, more = LAYERS
     if layers <= more:
-        return _simulated(config, pairs, options)
-    small, large = (_simulated(with_layers(config, n), pairs, options) for n in (few, more))
-    parts = extrapolated(small.parts, large.parts, (layers - few) / (more - few))
-    growth = max(
-        _in_heap(components) - _in_heap(small.parts[part])
-        for part, components in large.parts.items()
-        if part in small.parts
+        return part_peaks(*_events(config, pairs, options))
+    small, large = (
+        part_peaks(*_events(with_layers(config, n), pairs, options)) for n in (few, more)
     )
-    return Simulated(parts, large.heap + growth * (layers - more) // (more - few))
-
-
-def _simulated(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Simulated:
-    known, events, gradients = _events(config, pairs, options)
-    return Simulated(part_peaks(known, events, gradients), heap_of_steps(known, events))
-
-
-def _in_heap(components: dict[str, int]) -> int:
-    return sum(size for name, size in components.items() if name not in BEFORE_TRAINING)
+    return extrapolated(small, large, (layers - few) / (more - few))
 
 
 def simulate_step(config: Any, pairs: Sequence[Pair], options: StepOptions) -> Account:
@@ -301,7 +277,7 @@ def simulate_step(config: Any, pairs: Sequence[Pair], options: StepOptions) -> A
     if options.method not in METHODS:
         raise ValueError(f"method: got {options.method!r}, expected {', '.join(METHODS)}")
     check_config(config)
-    return highest(simulate_parts(config, pairs, options).parts)
+    return highest(simulate_parts(config, pairs, options))
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def test_deep_models_are_extrapolated_exactly(config, monkeypatch):
     totals = []
     for layers in ((2, 4), (7, 8)):
         monkeypatch.setattr(simulate, "LAYERS", layers)
-        parts = simulate.simulate_parts(deep, PAIRS, StepOptions()).parts
+        parts = simulate.simulate_parts(deep, PAIRS, StepOptions())
         totals.append({part: sum(sizes.values()) for part, sizes in parts.items()})
     assert max(totals[0].values()) == pytest.approx(max(totals[1].values()), rel=0.01)
     assert totals[0].keys() == totals[1].keys()
