@@ -68,7 +68,9 @@ def is_gcc(compiler) -> bool:
         return False
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "is_gcc.cpp"
-        source.write_text("#if !defined(__GNUC__) || defined(__clang__)\n#error\n#endif\n")
+        source.write_text(
+            "#if !defined(__GNUC__) || defined(__clang__)\n#error not gcc, which is fine\n#endif\n"
+        )
         try:
             compiler.compile([str(source)], output_dir=folder)
         except CompileError:

@@ -7,7 +7,7 @@ exact gradients, with `gradient_tolerance`, and with D rounded to bf16, the erro
 implementation with 16-bit logits has. A run is judged by its training losses, by held-out
 pairs, and by the distance of its trained weights from those of the exact run, over the distance
 that the exact run moved them. The head's own gradient stays exact, as is the default. Writes a JSON
-and a PNG to benchmarks/results/, after each run; runs that the file has are not repeated.
+and a PNG to benchmarks/results/, after each run; cases that the file has whole are not repeated.
 """
 
 from __future__ import annotations

@@ -232,15 +232,18 @@ def _phases(steps: list[dict[str, float]]) -> dict[str, float]:
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """How close the predictions are, and how close a second run of the same training is."""
     errors = sorted(abs(row["error"]) for row in rows)
-    resident = sorted(abs(row["resident_error"]) for row in rows)
     out = {
         "configurations": len(rows),
         "median_error": statistics.median(errors),
         "largest_error": errors[-1],
-        "median_error_of_resident": statistics.median(resident),
-        "largest_error_of_resident": resident[-1],
-        "resident_within_10_percent": sum(error <= 0.1 for error in resident),
     }
+    # Files from before the resident memory was predicted have none.
+    if resident := sorted(abs(row["resident_error"]) for row in rows if "resident_error" in row):
+        out |= {
+            "median_error_of_resident": statistics.median(resident),
+            "largest_error_of_resident": resident[-1],
+            "resident_within_10_percent": sum(error <= 0.1 for error in resident),
+        }
     rows = [row for row in rows if "step_seconds" in row]
     if not rows:
         return out
@@ -282,6 +285,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory-only", action="store_true", help="compare no seconds")
     parser.add_argument("--output", default="plan", help="name of the file in results/, or a path")
     args = parser.parse_args(argv)
+    if args.memory_only and args.output == "plan":
+        parser.error("--memory-only needs an --output of its own: the table has seconds")
     rows: list[dict[str, Any]] = []
     todo = [(name, setting) for name in MODELS for setting in SETTINGS]
     todo = todo[args.first :][: args.only]

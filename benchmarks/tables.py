@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib import plan_report, profile_report, reliability, rlhf_report
+from lib import columns_report, plan_report, profile_report, reliability, rlhf_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -272,35 +272,21 @@ def cpu_linear() -> str:
 
 def columns() -> str:
     results = _results("columns")
-    rows = []
-    for name, case in results["cases"].items():
-        seconds, head = case["seconds"], case["error of dW"]
-        rows.append(
-            [
-                name,
-                f"{seconds['exact']:.2f} s",
-                f"{seconds['columns']:.2f} s",
-                f"{case['ratio']:.2f}x",
-                f"{case['columns']:.0%}",
-                f"{case['error of dX']:.1e}",
-                f"{head:.1e}" if head else "exact",
-            ]
-        )
-    options, machine = results["options"], results["machine"]
-    head = ["", "exact", "columns", "ratio", "columns taken", "error of dX", "error of dW"]
-    return (
-        _table(head, rows) + "\n"
-        f"Forward and backward of {options['tokens']} tokens, tolerance {options['tolerance']}, "
-        f"fp32, {machine['threads']} threads of {machine['cpu']}; medians of "
-        f"{options['repeats']} calls.\nErrors are relative root mean squares; rounding D to bf16 "
-        f"costs {results['bf16 D, error of u']:.1e} in dX.\n"
-    )
+    return _table(*columns_report.gains(results)) + "\n" + columns_report.about_gains(results)
+
+
+def columns_large_vocabulary() -> str:
+    results = _results("columns_large_vocabulary")
+    return _table(*columns_report.gains(results)) + "\n" + columns_report.about_gains(results)
 
 
 def block_filter() -> str:
-    found = _results("columns")["block filter"]
-    rows = [[f["threshold"], f"{f['kept']:.0%}", f"{f['error of u']:.1e}"] for f in found]
-    return _table(["threshold", "share of D multiplied", "error of dX"], rows)
+    return _table(*columns_report.block_filter(_results("columns")))
+
+
+def columns_training() -> str:
+    results = _results("columns_training")
+    return _table(*columns_report.training(results)) + "\n" + columns_report.about_training(results)
 
 
 def rlhf() -> str:
@@ -387,6 +373,8 @@ BLOCKS = {
         host_time,
         columns,
         block_filter,
+        columns_large_vocabulary,
+        columns_training,
         rlhf,
         faults,
         plan,

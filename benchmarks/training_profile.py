@@ -23,6 +23,7 @@ from fastpref.profiling import profile_training
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="directory of a model with its tokenizer")
+    parser.add_argument("--name", help="the model's name on the page; the directory's by default")
     parser.add_argument("--data", required=True, help="pairs, as fastpref profile reads them")
     parser.add_argument("--sides", default="fastpref,eager,trl", help="what is measured")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer")
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     found = profile.as_dict()
     for side in found["sides"]:
         del side["timeline"]
-    found["settings"]["model"] = Path(args.model).name
+    found["settings"]["model"] = args.name or Path(args.model).name
     for batches in (found["batches"]["timed"], found["batches"]["longest"]):
         for batch in batches:
             del batch["lengths"]

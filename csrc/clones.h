@@ -8,7 +8,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FP_HAVE_CLONES 1
 // The features of x86-64-v3 and x86-64-v4 that code of loops over floats can use.
-#define FP_V3 "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
+#define FP_V3 "avx,avx2,fma,bmi,bmi2"
 #define FP_V4 FP_V3 ",avx512f,avx512bw,avx512cd,avx512dq,avx512vl"
 #endif
 

@@ -15,21 +15,17 @@ def _percent(share: float) -> str:
 def grid(found: Result) -> str:
     """How far the predictions of the grid are off, by head."""
     lines = [
-        "| head | runs | tensors, at most | resident, at most | seconds, median | "
-        "seconds, at most | within 10 % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| head | runs | tensors, at most | seconds, median | seconds, at most | within 10 % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for head in ("fastpref", "eager"):
         rows = [row for row in found["rows"] if row["head"] == head]
         off = [abs(row["predicted_seconds"] / row["step_seconds"] - 1) for row in rows]
         memory = max(abs(row["error"]) for row in rows)
-        # Files from before the resident memory was predicted have none.
-        resident = [abs(row["resident_error"]) for row in rows if "resident_error" in row]
-        of_process = _percent(max(resident)) if resident else "-"
         within = sum(error <= 0.1 for error in off)
         lines.append(
-            f"| {head} | {len(rows)} | {_percent(memory)} | {of_process} | "
-            f"{_percent(statistics.median(off))} | {_percent(max(off))} | {within} of {len(rows)} |"
+            f"| {head} | {len(rows)} | {_percent(memory)} | {_percent(statistics.median(off))} | "
+            f"{_percent(max(off))} | {within} of {len(rows)} |"
         )
     machine = found["machine"]
     return "\n".join(lines) + (

@@ -43,11 +43,18 @@ def _limits() -> list[tuple[int, int]]:
     found = []
     for folder, limit, current, cached in _GROUPS:
         # "max" is no number: there is no limit.
-        with contextlib.suppress(OSError, KeyError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             most = int(Path(folder, limit).read_text())
-            taken = int(Path(folder, current).read_text())
-            stat = dict(
-                line.split() for line in Path(folder, "memory.stat").read_text().split("\n") if line
-            )
-            found.append((most, max(taken - int(stat[cached]), 0)))
+            found.append((most, _taken(folder, current, cached)))
     return found
+
+
+def _taken(folder: str, current: str, cached: str) -> int:
+    """What is taken of a group's limit, without what Linux can drop; 0 if it is not known."""
+    taken = dropped = 0
+    with contextlib.suppress(OSError, ValueError):
+        taken = int(Path(folder, current).read_text())
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = Path(folder, "memory.stat").read_text().splitlines()
+        dropped = int(dict(line.split() for line in lines)[cached])
+    return max(taken - dropped, 0)

@@ -241,7 +241,7 @@ def _sentences(plan: Any, lengths: Any) -> list[str]:
         out.append(
             "seconds follow from steps of a few layers, measured here"
             if plan.probed
-            else "seconds follow from rates of this CPU; steps take between half of them and twice"
+            else "seconds follow from rates of this CPU; the real ones were half to twice these"
         )
         if (busy := _load()) is not None:
             out.append(f"this machine is busy ({busy}): alone on it, steps take less")

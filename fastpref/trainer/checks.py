@@ -52,6 +52,10 @@ def check_parallelism(models: Iterable[Any], config: Any) -> None:
         )
 
 
+# What models call the table of their learned positions.
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+
+
 def check_positions(model: Any, datasets: Iterable[Any], max_length: int | None) -> None:
     """Raise ValueError for rows that are longer than a model's table of learned positions.
 
@@ -64,8 +68,12 @@ def check_positions(model: Any, datasets: Iterable[Any], max_length: int | None)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or (max_length is not None and max_length <= limit):
         return
-    tokens = model.get_input_embeddings()
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    text = model.get_decoder() if hasattr(model, "get_decoder") else model
+    tables = [
+        module
+        for name, module in text.named_modules()
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in _POSITIONS
+    ]
     if not any(table.num_embeddings - limit in (0, 2) for table in tables):  # OPT's has two more
         return
     for dataset in datasets:

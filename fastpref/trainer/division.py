@@ -45,7 +45,8 @@ def make_whole(model: nn.Module) -> None:
     All processes call it. Tied weights stay tied.
 
     Raises:
-        ValueError: DeepSpeed has trained the model, and its hooks are still there.
+        ValueError: DeepSpeed has trained the model, and its hooks are still there; or the weights
+            are quantised.
     """
     whole: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -57,6 +58,11 @@ def make_whole(model: nn.Module) -> None:
         for name, weight in list(module._parameters.items()):
             if weight is None or not is_partitioned(weight):
                 continue
+            if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):  # of bitsandbytes
+                raise ValueError(
+                    "model: ZeRO-3 has divided its quantised weights while they were loaded; "
+                    "expected a model that is loaded before the training's arguments are made"
+                )
             if id(weight) not in whole:
                 whole[id(weight)] = _gathered(weight)
             module._parameters[name] = whole[id(weight)]
@@ -98,9 +104,9 @@ def trained_form(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
     floats = [p for p in model.parameters() if p.is_floating_point()]
     places = {p.device for p in model.parameters()} - {torch.device(device)}
     if dtype is not None and any(p.dtype != dtype for p in floats):
-        copied = copy.deepcopy(model).to(device)
+        copied = copy.deepcopy(model)
         convert_weights(copied, dtype)
-        yield copied
+        yield copied.to(device)
     elif places == {torch.device("cpu")}:
         model.to(device)
         try:

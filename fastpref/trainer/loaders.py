@@ -65,7 +65,9 @@ class LoadingTrainer(Trainer):
     def _check_has_batches(self, loader: Any) -> None:
         """Raise ValueError for a loader without a batch, with which training would end at once."""
         rows: Any = self.train_dataset
-        if hasattr(rows, "__len__") and hasattr(loader, "__len__") and len(loader) == 0:
+        if not self.args.dataloader_drop_last or not hasattr(rows, "__len__"):
+            return
+        if hasattr(loader, "__len__") and len(loader) == 0:
             raise ValueError(
                 f"dataloader_drop_last leaves out the only batch: the data has {len(rows)} rows, "
                 f"and {self.args.world_size} processes read {self._train_batch_size} each; "

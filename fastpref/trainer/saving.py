@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastpref.reference.model import REF_ADAPTER
 from fastpref.storage import StorageError, disk_problem, move_into
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.output_directory import ADAPTER_FILES, WEIGHT_FILES, OutputDirectory
@@ -27,7 +28,8 @@ class SavingTrainer(AgreeingTrainer):
             StorageError: the disk is full or fails; what was there is still there.
         """
         if _internal_call:
-            self._write_model(str(output_dir), _internal_call)
+            folder = self.args.output_dir if output_dir is None else output_dir
+            self._write_model(str(folder), _internal_call)
             return
         directory = self.output_directory if output_dir is None else OutputDirectory(output_dir)
         target = directory.path
@@ -70,11 +72,11 @@ class SavingTrainer(AgreeingTrainer):
             super().save_model(folder, in_checkpoint)
 
     def _divides_adapters(self) -> bool:
-        """Whether ZeRO-3 has divided a PeftModel, and may gather it to save it."""
+        """Whether ZeRO-3 has divided a model with a frozen adapter, and may gather it."""
         engine: Any = self.deepspeed
         return (
             engine is not None
-            and hasattr(self.model, "peft_config")
+            and REF_ADAPTER in getattr(self.model, "peft_config", {})
             and engine.zero_optimization_partition_weights()
             and engine.zero_gather_16bit_weights_on_model_save()
         )

@@ -31,3 +31,14 @@ def test_a_containers_limit_counts_and_its_cache_is_free(tmp_path, monkeypatch):
     assert host_memory.memory_limit() == 5000 and host_memory.free_memory() == 3000
     if not torch.cuda.is_available():
         assert own_memory() == 5000
+
+
+def test_a_container_that_tells_only_its_limit(tmp_path, monkeypatch):
+    if host_memory.memory_limit() is None:
+        pytest.skip("this system does not tell")
+    told = group(tmp_path / "told", 5000, 3000, 1000)
+    (tmp_path / "told" / "memory.stat").unlink()
+    monkeypatch.setattr(host_memory, "_GROUPS", [told])
+    assert host_memory.memory_limit() == 5000 and host_memory.free_memory() == 2000
+    (tmp_path / "told" / "memory.current").unlink()
+    assert host_memory.memory_limit() == host_memory.free_memory() == 5000

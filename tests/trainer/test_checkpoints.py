@@ -253,6 +253,13 @@ def test_weights_of_a_model_in_parts_do_not_stay_beside_one_in_a_file(tmp_path):
     assert [p.name for p in out(tmp_path).glob("model*")] == ["model.safetensors"]
 
 
+def test_push_to_hub_finds_the_model_in_the_output_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    t = start(tmp_path)
+    t.save_model(_internal_call=True)  # as push_to_hub calls it
+    assert (out(tmp_path) / "model.safetensors").exists() and not Path("None").exists()
+
+
 def test_the_best_checkpoint_is_known_by_its_name(tmp_path):
     t = start(
         tmp_path, eval_dataset=tiny.rows(4, seed=3), eval_strategy="steps", eval_steps=2,

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -266,7 +267,11 @@ def test_rows_longer_than_learned_positions(tmp_path):
     with pytest.raises(ValueError, match="^max_length is 64, the longest row has"):
         t.args.max_length = 64
         t.evaluate(rows)
-    trainer(tmp_path, tiny.model(max_position_embeddings=32), train=rows, max_length=None)  # RoPE
+    # RoPE, even where a table of embeddings has as many rows, as LoRA's copy of a vocabulary.
+    trainer(tmp_path, tiny.model(max_position_embeddings=32), train=rows, max_length=None)
+    model = tiny.model(max_position_embeddings=32)
+    model.model.other = torch.nn.Embedding(32, 4)
+    trainer(tmp_path, model, train=rows, max_length=None)
 
 
 def test_batches_of_which_none_is_whole(tmp_path):
