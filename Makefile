@@ -57,10 +57,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*.* csrc/c
 demo: $(VENV)/.demo ## Train a small model and show what the fused head saves
 	$(BIN)/fastpref demo
 
-# A test process computes with one thread. There is one process more than cores, as some tests wait for
-# other processes and for time limits, and four at most. A worker keeps to its own end of the list, so
-# fixtures of a module are seldom made twice.
-TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n + 1 : 4)))
+# One process per core, up to four; each test process computes with one thread, as a core has one to give.
+# A worker keeps to its own end of the list, so fixtures of a module are seldom made twice.
+TEST_PROCESSES ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test: install ## Run all tests and print which lines of the package none of them reached
