@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lib import columns_report
 from lib.results import machine, results_path, table, target, target_table, write_json
 from torch import Tensor
 
@@ -211,26 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     targets.append(target("share of the columns", 0.25, share, most=True))
     results = {"machine": machine(), "options": options, **measured, "targets": targets}
     write_json(path, results)
-    rows = [
-        [
-            name,
-            f"{case['seconds']['exact']:.2f} s",
-            f"{case['seconds']['columns']:.2f} s",
-            f"{case['ratio']:.2f}x",
-            f"{case['columns']:.0%}",
-            f"{case['error of dX']:.1e}",
-            "-" if case["error of dW"] is None else f"{case['error of dW']:.1e}",
-        ]
-        for name, case in cases.items()
-    ]
-    head = ["", "exact", "columns", "ratio", "share", "error of dX", "error of dW"]
-    print(table(head, rows))
+    print(table(*columns_report.gains(results)))
     print(target_table(targets))
-    filters = [
-        [f["threshold"], f"{f['kept']:.0%}", f"{f['error of u']:.1e}"]
-        for f in measured["block filter"]
-    ]
-    print(table(["filter of blocks", "kept", "error of u"], filters))
+    print(table(*columns_report.block_filter(results)))
 
 
 if __name__ == "__main__":

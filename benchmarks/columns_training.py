@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lib import results
-from lib.training import Run, is_worker, request, write_lines
+from lib import columns_report, results
+from lib.training import Run, is_worker, parser_of, request, write_lines
 from train import split
 
 LOSSES = {"dpo": "sigmoid", "ipo": "ipo"}
@@ -29,12 +29,8 @@ KINDS = ("exact", "columns", "bf16 D")
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="directory of a causal model with its tokenizer")
-    add("--data", required=True, help="preference pairs, JSON lines; .gz is fine")
     add("--losses", nargs="*", default=list(LOSSES), choices=list(LOSSES))
     add("--trained", nargs="*", default=["all weights", "LoRA"], choices=["all weights", "LoRA"])
     add("--tolerance", type=float, default=1.5e-3)
@@ -123,22 +119,6 @@ def plot(runs: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def report(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    rows = [
-        [
-            f"{case}, {kind}",
-            f"{r['largest difference of a training loss']:.1e}",
-            f"{r['held-out accuracy, exact']:.3f} / {r['held-out accuracy']:.3f}",
-            f"{r['held-out margin, exact']:.4f} / {r['held-out margin']:.4f}",
-            *(f"{r['weights'][p]:.1e}" if p in r["weights"] else "-" for p in ("body", "head")),
-        ]
-        for case, judged in found.items()
-        for kind, r in judged.items()
-    ]
-    head = ["", "loss", "accuracy, exact / run", "margin, exact / run", "body", "head"]
-    return results.table(head, rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     if is_worker(argv):
         return
@@ -198,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
                     },
                 )
                 plot(runs, path.with_suffix(".png"))
-    print(report(found))
+    print(results.table(*columns_report.training({"against exact": found})))
     print(results.target_table(targets(found)))
 
 

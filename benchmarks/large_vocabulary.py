@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from lib.training import read_pairs
+from lib.training import parser_of, read_pairs
 from torch import Tensor
 
 import fastpref
@@ -106,12 +106,8 @@ def train_head(weight: Tensor, hidden: Tensor, labels: Tensor, args: argparse.Na
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="directory of a causal model with its tokenizer")
-    add("--data", required=True, help="preference pairs, JSON lines; .gz is fine")
     add("--states", required=True, help="file to write")
     add("--texts", nargs="+", required=True, help="folders whose text files make the vocabulary")
     add("--megabytes", type=int, default=40, help="of text for the vocabulary")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import results
-from lib.training import is_worker, read_pairs, request, take_turns, write_lines
+from lib.training import is_worker, parser_of, read_pairs, request, take_turns, write_lines
 
 # Medians and spreads of the logarithm of the tokens, and the limits, of a prompt and of an answer.
 LENGTHS = {
@@ -39,12 +39,8 @@ OFF: dict[str, dict[str, Any]] = {
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="directory of a causal model with its tokenizer")
-    add("--data", required=True, help="preference pairs, JSON lines; .gz is fine")
     add("--lengths", default=",".join(LENGTHS), help="kinds of length")
     add("--off", default=",".join(OFF), help="features that are left out in turn; may be empty")
     add("--steps", type=int, default=4, help="optimiser steps of a run; the first does not count")

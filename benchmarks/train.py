@@ -21,16 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from lib import results
-from lib.training import Run, is_worker, read_pairs, request, take_turns, write_lines
+from lib.training import Run, is_worker, parser_of, read_pairs, request, take_turns, write_lines
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--model", required=True, help="directory of a causal model with its tokenizer")
-    add("--data", required=True, help="preference pairs, JSON lines; .gz is fine")
     add("--losses", default="dpo,ipo", help="dpo, ipo or both")
     add("--steps", type=int, default=60, help="optimiser steps of each loss")
     add("--held-out", type=int, default=100, help="pairs judged before and after")

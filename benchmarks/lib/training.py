@@ -17,6 +17,17 @@ from fastpref.bench import runner
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that name a model and its data."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="directory of a causal model with its tokenizer")
+    add("--data", required=True, help="preference pairs, JSON lines; .gz is fine")
+    return parser
+
+
 def is_worker(argv: list[str] | None) -> bool:
     """Whether a script was started as a worker, whose requests have then been answered."""
     if "--worker" not in (sys.argv[1:] if argv is None else argv):
