@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.backends.huge_pages import in_huge_pages
 from fastpref.backends.tile import Backend, Stats, Transform
 from fastpref.logps.columns import ColumnBlock, ColumnOptions, Sampler
 from fastpref.logps.plan import HeadPlan, tile_dtype
@@ -163,7 +164,7 @@ def padded_rows(n: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
     shape = padded_rows(n, columns, dtype)
-    rows = x.new_empty(shape, dtype=dtype)
+    rows = in_huge_pages(x.new_empty(shape, dtype=dtype))
     return rows if shape[1] == columns else rows[:, :columns]
 
 
