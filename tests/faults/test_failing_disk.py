@@ -72,8 +72,8 @@ def fail_each_call(
             shutil.copytree(folder, results / "before")
         child = os.fork()
         if child == 0:
-            # After a fork torch makes its pool of threads anew at the first use. Two threads at once,
-            # such as those that load a model, find none there: "Invalid thread pool" (torch 2.13).
+            # After a fork torch makes its pool of threads anew at its first use. Two threads at
+            # once, as those that load a model, find none there: "Invalid thread pool" (2.13).
             torch.set_num_threads(1)
             log = os.open(results / f"log-{first}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
