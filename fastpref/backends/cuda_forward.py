@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import cuda_module
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 from fastpref.kernels.forward_config import (
     DTYPES,
     Config,

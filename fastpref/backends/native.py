@@ -30,7 +30,8 @@ from fastpref.backends.native_module import rows_of as _rows
 from fastpref.backends.native_module import threads as _threads
 from fastpref.backends.native_module import vector as _vector
 from fastpref.backends.processor import bf16_is_fast
-from fastpref.backends.tile import PAIR_FORMS, Stats, Transform, fold_then_grad
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import PAIR_FORMS, Transform, fold_then_grad
 
 NAME = "native"
 LOGIT_FREE_BY_DEFAULT = True

@@ -24,7 +24,8 @@ from fastpref.backends.columns import (
     weighted_rows,
 )
 from fastpref.backends.gemm import linear, outer, project, scale_rows
-from fastpref.backends.tile import Stats, Transform, fold_then_grad
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform, fold_then_grad
 
 NAME = "triton"
 CLOSED_FORMS = frozenset({"sigmoid", "ipo"})

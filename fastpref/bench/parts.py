@@ -119,7 +119,8 @@ def row_passes(
 
 def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     from fastpref import backends
-    from fastpref.backends.tile import Stats, Transform
+    from fastpref.backends.stats import Stats
+    from fastpref.backends.tile import Transform
     from fastpref.logps.plan import plan_head, tile_dtype
 
     x, w = problem.hidden.detach().flatten(0, 1), problem.weight.detach()

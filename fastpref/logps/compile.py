@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import choose
-from fastpref.backends.tile import EXTRAS, Transform
+from fastpref.backends.stats import EXTRAS
+from fastpref.backends.tile import Transform
 from fastpref.logps.autograd import gradients, pick_rows, unpick
 from fastpref.logps.first_order import check_first_order
 from fastpref.logps.forward import HeadTensors, Saved, TokenStats, forward_pass, padded_rows

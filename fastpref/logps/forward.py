@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.backends.tile import Backend, Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Backend, Transform
 from fastpref.logps.columns import ColumnBlock, ColumnOptions, Sampler
 from fastpref.logps.plan import HeadPlan, tile_dtype
 from fastpref.logps.vocab_parallel import VocabShard

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 from fastpref.validation import check_float, check_integer, may_synchronise
 
 if TYPE_CHECKING:

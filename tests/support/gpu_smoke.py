@@ -308,8 +308,9 @@ def other_device(device: torch.device, backend: str) -> None:
 
 def filters() -> str:
     """Options that make compute-sanitizer look at fastpref's kernels and at no library's."""
-    import fastpref.kernels
     import triton
+
+    import fastpref.kernels
 
     sources = {}
     for module in pkgutil.iter_modules(fastpref.kernels.__path__):
