@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli.outputs import check_plot, check_report, print_json
+from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
@@ -181,10 +181,9 @@ def _rows(profile: Any) -> tuple[list[str], list[list[Any]], list[list[Any]]]:
 
 
 def _show(profile: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = table_console()
     header, memory, time = _rows(profile)
     longest = profile.batches["longest"][0]
     console.print(

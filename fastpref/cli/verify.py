@@ -9,7 +9,7 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
-from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.outputs import check_report, print_json, table_console
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
@@ -137,10 +137,9 @@ SHOWN = 5  # pairs of the ranking by CHES
 
 
 def _show(found: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = table_console()
     table = Table(*ERROR_COLUMNS, box=None, title="Error of an answer's log-prob and of a margin")
     table.title_justify, table.title_style = "left", "bold"
     for row in _error_rows(found):
