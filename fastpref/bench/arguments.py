@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastpref.bench import device, ours, parts, plots, report, results
-from fastpref.bench.cases import PARTS, BenchOptions, Case
+from fastpref.bench.cases import PARTS, BenchOptions, Case, split_names
 from fastpref.bench.peers import MODES
 from fastpref.bench.problem import DTYPES, parse_shape
 from fastpref.bench.run import BenchResult, cell_of, run_tasks
@@ -117,11 +117,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     }
     for name, names in known.items():
         if (text := getattr(args, name)) is not None:
-            given = [part for part in text.split(",") if part]
-            if not set(given) <= set(names):
+            chosen = split_names(text, names if name in ("precision", "dtype") else ())
+            if not set(chosen) <= set(names):
                 parser.error(f"--{name}: got {text}, expected some of {','.join(names)}")
-            ordered = [n for n in names if n in given]
-            setattr(args, name, given if name in ("backends", "peers") else ordered)
+            ordered = [n for n in names if n in chosen]
+            setattr(args, name, chosen if name in ("backends", "peers") else ordered)
     args.only = [part for part in (args.only or "").split(";") if part]
     for name in ("shapes", "small"):
         setattr(args, name, getattr(args, name).split())

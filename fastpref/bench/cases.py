@@ -258,6 +258,16 @@ def tasks(options: BenchOptions) -> list[dict[str, Any]]:
     return [*out, *memory]
 
 
+def split_names(text: str, pair: Sequence[str] = ()) -> list[str]:
+    """The names in a text, separated by commas.
+
+    Args:
+        pair: the two names that the word "both" stands for.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(pair) if pair and names == ["both"] else names
+
+
 def check_names(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
     """Names in the order in which they are known.
 

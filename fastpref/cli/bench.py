@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.outputs import check_plot, check_report, print_json
+from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
 from fastpref.cli.shared_options import AsJson, Debug, TrustRemoteCode
 
 THRESHOLD = 0.05
+LOG_WIDTH = 160  # characters, in which the widest table stays whole
 
 
 class Scale(str, enum.Enum):
@@ -46,8 +47,8 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bf16, fp32 or both, joined by a comma; by default a model's own, and otherwise "
-            "what the machine is fast at."
+            help="bf16, fp32 or both; by default a model's own, and otherwise what the machine is "
+            "fast at."
         ),
     ] = None,
     backend: Annotated[
@@ -100,10 +101,11 @@ def command(
 
     fastpref, eager torch and other libraries take turns on the same random data.
     """
-    from fastpref.bench.bench import bench_options
-    from fastpref.bench.cases import tasks
+    from fastpref.bench.bench import STRATEGIES, bench_options
+    from fastpref.bench.cases import DTYPES, split_names, tasks
     from fastpref.bench.compare import check_threshold, compare_results
     from fastpref.bench.run import run_tasks
+    from fastpref.logps.plan import PRECISIONS
 
     check_plot(plot)
     check_report(report)
@@ -113,17 +115,17 @@ def command(
         raise ValueError("--threshold is for --compare, which is not given")
     if strategy is not None and (frozen or forward) and not trained:
         raise ValueError("--strategy is of a head that trains; --trained is not given")
-    chosen = {"trainable": trained, "frozen": frozen, "forward-only": forward}
+    modes = {"trainable": trained, "frozen": frozen, "forward-only": forward}
     options = bench_options(
         heads or None,
         tokens=tokens,
-        modes=[name for name, wanted in chosen.items() if wanted] or None,
-        dtypes=_names(dtype),
-        precision=_names(precision) or [],
-        backends=_names(backend),
-        strategies=_names(strategy),
+        modes=[name for name, is_chosen in modes.items() if is_chosen] or None,
+        dtypes=None if dtype is None else split_names(dtype, list(DTYPES)),
+        precision=split_names(precision, PRECISIONS),
+        backends=None if backend is None else split_names(backend),
+        strategies=None if strategy is None else split_names(strategy, list(STRATEGIES)),
         gradient_tolerance=gradient_tolerance,
-        peers=None if peers == "all" else [] if peers == "none" else _names(peers),
+        peers=None if peers == "all" else [] if peers == "none" else split_names(peers),
         scale=None if scale is None else scale.value,
         device=device,
         repeats=repeats,
@@ -158,10 +160,6 @@ def command(
                 typer.echo(f"{kind}: {path}")
     if result.wrong() or any(change.regression for change in changes):
         raise typer.Exit(exit_codes.FINDINGS)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _check_save(path: Path | None) -> None:
@@ -299,19 +297,16 @@ def _left_out(result: Any) -> list[str]:
 
 
 def _show(result: Any, scale: str | None, changes: list[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:  # a log file has no width
-        console = Console(soft_wrap=True, width=160)
+    console = table_console(LOG_WIDTH)
     for title, (header, lines), notes in _parts(result, scale, changes):
         console.print(f"\n{title}", style="bold", highlight=False, markup=False)
         table = Table(*header, box=None)
         texts = 2 if header[0] == "case" else 1
         for i, column in enumerate(table.columns):
-            column.no_wrap = not console.is_terminal
+            column.no_wrap = console.width >= LOG_WIDTH
             column.justify = "left" if i < texts else "right"
         for line in lines:
             table.add_row(*map(Text, line))
