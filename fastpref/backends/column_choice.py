@@ -88,13 +88,13 @@ def choose_columns(
     sorted_s = s[order]
     total, spread_total = _tails(sorted_s), _tails(sorted_s * distance.double()[order].square())
     # By how much t times the variance is above what is asked for.
-    wanted = norm.double(), squares.double().sum() / HEAD_MARGIN**2
+    squared_norms = norm.double(), squares.double().sum() / HEAD_MARGIN**2
     variances = total * spread_total, total.square()
     places = torch.arange(vocab + 1, device=device)
     too_few = places < forced.sum()
     if count is None:
         draws = torch.zeros_like(total)
-        for tolerance, size, variance in zip(tolerances, wanted, variances, strict=True):
+        for tolerance, size, variance in zip(tolerances, squared_norms, variances, strict=True):
             if tolerance is not None:
                 draws = torch.maximum(draws, variance / (tolerance**2 * size))
         cost = (places + draws.ceil()).masked_fill(too_few, math.inf)
@@ -110,14 +110,14 @@ def choose_columns(
     place = torch.arange(count, device=device)
     kept, t = place < k, (count - k).clamp_min(1)
     # One draw from each of t equal parts of the sum over R: a column is drawn pi times on average.
-    before = sorted_s.cumsum(0)
-    rest = total.gather(0, k[None])
-    start = before[-1] - rest
-    at = start + (place - k + uniforms(state, count)) / t * rest
-    drawn = torch.searchsorted(before, at, right=True).clamp(max=vocab - 1).maximum(k)
+    cumulative = sorted_s.cumsum(0)
+    tail = total.gather(0, k[None])
+    start = cumulative[-1] - tail
+    points = start + (place - k + uniforms(state, count)) / t * tail
+    drawn = torch.searchsorted(cumulative, points, right=True).clamp(max=vocab - 1).maximum(k)
     column = torch.where(kept, place, drawn)
     weights = sorted_s[column] * t
-    factor = torch.where(kept, 1.0, torch.where(weights > 0, rest / weights, 0.0))
+    factor = torch.where(kept, 1.0, torch.where(weights > 0, tail / weights, 0.0))
     variance, head_variance = (v.gather(0, k[None])[0] / t for v in variances)
     index = order[column]
     if device.type == "cpu":  # in the order of memory

@@ -26,7 +26,7 @@ def logit_free_reason(
     transform: Transform,
     extras: tuple[str, ...] = (),
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """As `Backend.logit_free_reason`; the kernel has the statistics of all extras."""
     if weight.dtype not in DTYPES:

@@ -215,12 +215,12 @@ def logit_free_reason(
     transform: Transform,
     extras: tuple[str, ...] = (),
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """As `Backend.logit_free_reason`; the pass has the statistics of all extras."""
     if weight.dtype == torch.float16 and with_d:
         return "the weight is float16, whose exponents are too few for an unnormalised D"
-    if product_kernel(weight.dtype, torch.float32) is None and not asked:
+    if product_kernel(weight.dtype, torch.float32) is None and not required:
         return "torch's products are faster on this processor"
     if weight.shape[1] > _cpu.finish_words:
         return f"the hidden size is more than {_cpu.finish_words}"

@@ -36,14 +36,14 @@ class Stats(NamedTuple):
     def empty(cls, n: int, device: torch.device, dtype: torch.dtype, extras=()) -> Stats:
         sums = any(name in extras for name in ("entropy", "mean_logit", "log_sum_sq_probs"))
         # lse and logps leave the call, so they are tensors of their own. The others share one
-        # allocation: on a GPU each takes longer than what it is for.
+        # allocation: on a GPU an allocation takes longer than a kernel on so few numbers.
         shared = torch.empty((6 if sums else 3, n), device=device, dtype=dtype)
-        high, total, target, *rest = shared.unbind()
+        maximum, exp_sum, target, *extra_sums = shared.unbind()
         lse = torch.empty((n,), device=device, dtype=dtype)
         argmax = torch.empty_like(lse, dtype=torch.int64) if "is_top1" in extras else None
-        weighted, both, squared = rest if sums else (None, None, None)
+        weighted, total, squared = extra_sums if sums else (None, None, None)
         logps = torch.empty_like(lse)
-        return cls(high, total, target, lse, logps, weighted, both, squared, argmax)
+        return cls(maximum, exp_sum, target, lse, logps, weighted, total, squared, argmax)
 
     def rows(self, start: int, stop: int) -> Stats:
         """A view of the rows [start, stop)."""

@@ -199,12 +199,13 @@ class Backend(Protocol):
         transform: Transform,
         extras: tuple[str, ...] = (),
         with_d: bool = True,
-        asked: bool = False,
+        required: bool = False,
     ) -> str | None:
         """Why this head does not go through the logit-free product; None: it does.
 
-        with_d: whether D is written. asked: whether the caller insists, so that a product that is
-        possible but slow is no reason.
+        with_d: whether D is written.
+        required: whether the caller insists on this product. It is then refused only where it is
+        impossible, and not where it is slow.
         """
 
     def logit_free_forward(
@@ -258,10 +259,11 @@ class Backend(Protocol):
         row_sums: Tensor,  # [n], of d
         out: Tensor,  # [n, K + 1]
     ) -> Tensor:
-        """Columns of d, as `fastpref.logps.columns` has them; returns the rows' rest r [n].
+        """Write columns of d as `fastpref.logps.columns` needs them; returns r [n].
 
-        r = row_sums less the row's kept entries; out[:, :K] = (d[:, index] - r mean) factor; the
-        last column is r less the row's sum of the columns that are not kept.
+        r, the remainder of a row, is its sum without its kept entries. out[:, :K] is
+        (d[:, index] - r mean) factor. The last column of out is r less the row's sum over the
+        columns of index that are not kept.
         """
 
     def weighted_rows(

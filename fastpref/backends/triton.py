@@ -342,12 +342,12 @@ def logit_free_reason(
     transform: Transform,
     extras: tuple[str, ...] = (),
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """As `Backend.logit_free_reason`."""
     if extras:
         return "the triton backend's logit-free product has no extras"
-    return _kernels().forward.logit_free_reason(weight, transform, with_d, asked)
+    return _kernels().forward.logit_free_reason(weight, transform, with_d, required)
 
 
 def logit_free_forward(

@@ -57,10 +57,10 @@ def measure(
     cost: dict[str, float] = {}
     missing = []
 
-    def warm(name: str, made: Pass) -> None:
-        passes[name] = made
-        device.time(made.call)
-        cost[name] = device.time(made.call).device
+    def warm(name: str, measured: Pass) -> None:
+        passes[name] = measured
+        device.time(measured.call)
+        cost[name] = device.time(measured.call).device
 
     for name, (about, make) in makers.items():
         if name in excluded:
@@ -290,7 +290,7 @@ def by_turns(
 def small_rows(calls: dict[str, Callable[[], tuple[float, ...]]]) -> dict[str, dict[str, float]]:
     """Medians in microseconds."""
     out = {}
-    for name, taken in by_turns(calls, _SMALL_ROUNDS).items():
-        *host, wall = (round(1e6 * statistics.median(s), 1) for s in zip(*taken, strict=True))
+    for name, times in by_turns(calls, _SMALL_ROUNDS).items():
+        *host, wall = (round(1e6 * statistics.median(s), 1) for s in zip(*times, strict=True))
         out[name] = dict(zip(("forward_us", "backward_us"), host, strict=False)) | {"wall_us": wall}
     return out

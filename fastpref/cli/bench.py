@@ -141,10 +141,10 @@ def command(
         result = run_tasks(options, hear=hear, doing=doing)
     if (why := result.why_nothing()) is not None:
         raise RuntimeError(f"nothing was measured: {why}")
-    found = result.as_dict()
-    changes = [] if old is None else compare_results(old, found, threshold)
+    record = result.as_dict()
+    changes = [] if old is None else compare_results(old, record, threshold)
     if save is not None:
-        _save(save, found)
+        _save(save, record)
     scaled = None if scale is None else scale.value
     if plot is not None:
         _write_plot(result, scaled, plot)
@@ -152,7 +152,7 @@ def command(
         _write_report(result, scaled, changes, report)
     if as_json:
         more = {} if old is None else {"changes": [vars(change) for change in changes]}
-        print_json(found | more)
+        print_json(record | more)
     else:
         _show(result, scaled, changes)
         for kind, path in (("Saved", save), ("Plot", plot), ("Report", report)):
@@ -178,13 +178,13 @@ def _check_save(path: Path | None) -> None:
             raise ValueError(f"--save {path} is no earlier result, so it stays") from None
 
 
-def _save(path: Path, found: dict[str, Any]) -> None:
+def _save(path: Path, record: dict[str, Any]) -> None:
     from fastpref.bench.results import write_json
     from fastpref.cli.report import jsonable
     from fastpref.storage import disk_errors
 
     with disk_errors(f"--save {path} could not be written"):
-        write_json(path.expanduser(), jsonable(found))
+        write_json(path.expanduser(), jsonable(record))
 
 
 def _old_result(path: Path, options: Any) -> dict[str, Any]:
@@ -197,20 +197,20 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
     from fastpref.bench.results import machine
 
     old = load_result(path)
-    here = machine()
+    present = machine()
     if options.device == "cuda":
-        here["gpu"] = torch.cuda.get_device_name()
-    check_machines(old["machine"], here, f"--compare {path}")
-    wanted = {
+        present["gpu"] = torch.cuda.get_device_name()
+    check_machines(old["machine"], present, f"--compare {path}")
+    keys = {
         key_of(vars(parse_shape(case.shape)), dtype, mode, case.threads)
         for case in options.cases
         for dtype in case.dtypes
         for mode in options.modes
     }
     before, sides = sides_of(old), set(side_names(options))
-    if not wanted & before.keys():
+    if not keys & before.keys():
         raise ValueError(f"--compare {path} has none of the cases that would be measured")
-    if not any(before[key] & sides for key in wanted & before.keys()):
+    if not any(before[key] & sides for key in keys & before.keys()):
         raise ValueError(f"--compare {path} has none of fastpref's ways that would be measured")
     return old
 

@@ -38,12 +38,12 @@ def balanced(
 def divide(sizes: Sequence[int], most: int) -> list[list[int]]:
     """As few groups as `balanced` fits into `most` each; a larger item is a group of its own."""
     alone = [[i] for i, size in enumerate(sizes) if size >= most]
-    rest = [i for i, size in enumerate(sizes) if size < most]
-    bins = max(1, -(-sum(sizes[i] for i in rest) // most))
-    while rest:
-        groups, largest = balanced([sizes[i] for i in rest], bins)
+    smaller = [i for i, size in enumerate(sizes) if size < most]
+    bins = max(1, -(-sum(sizes[i] for i in smaller) // most))
+    while smaller:
+        groups, largest = balanced([sizes[i] for i in smaller], bins)
         if largest <= most:
-            alone += [[rest[i] for i in group] for group in groups if group]
+            alone += [[smaller[i] for i in group] for group in groups if group]
             break
         bins += 1
     return sorted(alone)

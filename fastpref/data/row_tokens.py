@@ -121,8 +121,8 @@ class RowTokenizer:
         for marked in _marked(prompt[-1]):
             messages = _continued([*prompt[:-1], marked], answer)
             text = self._apply(messages, options, where, tokenize=False)
-            before, found, _ = text.partition(_MARK)
-            if found:
+            before, mark, _ = text.partition(_MARK)
+            if mark:
                 return list(self.tokenizer(text=before, add_special_tokens=False)["input_ids"])
         return self._apply(prompt[:-1], {"add_generation_prompt": True, **options}, where)
 

@@ -101,8 +101,8 @@ def head_grads(
     for a, b, tile, part in _recomputed_logits(call, inputs, head, stashed):
         d = in_place(tile, inputs.x.dtype)
         lse, rest_logps = saved.lse[stashed:], logps[stashed:]
-        rest = tile[stashed:], labels[stashed:], a, lse, rest_logps, d[stashed:]
-        call.backend.grad(*rest, call.transform)
+        recomputed = tile[stashed:], labels[stashed:], a, lse, rest_logps, d[stashed:]
+        call.backend.grad(*recomputed, call.transform)
         if part.dora_scale is not None:
             d[stashed:] *= part.dora_scale
         d[:stashed].copy_(stash[:, a:b])

@@ -120,7 +120,7 @@ class Sampler:
         self.scale = None if dora_scale is None else dora_scale.to(dtype)
         self.spread = spread(backend, weight, self.scale, dtype)
         self.blocks: list[ColumnBlock] = []
-        self.rest: list[Tensor] = []  # |r| of the rows
+        self.remainders: list[Tensor] = []  # |r| of the rows
         self.bounds: list[Tensor] = []  # on the error of the rows of u
         self.sums: list[Tensor] = []  # [4] of each block: |u|^2, variance, |D|^2, variance of D
         self.multiplied = 0  # columns times tokens
@@ -246,17 +246,17 @@ class Sampler:
         variance: Tensor,  # []
         head_variance: Tensor,  # []
     ) -> None:
-        left = r.abs() if row_scale is None else (r * row_scale).abs()
+        remainder = r.abs() if row_scale is None else (r * row_scale).abs()
         if u is not None:
             norm = self._squared(u, row_scale, r.dtype)
-        self.rest.append(left)
-        self.bounds.append(left * farthest)
+        self.remainders.append(remainder)
+        self.bounds.append(remainder * farthest)
         sums = norm, variance, squares.sum(), head_variance
         self.sums.append(torch.stack([t.double() for t in sums]))
 
     def finish(self) -> tuple[ColumnBlock, ...]:
         """The kept blocks, after the report is left for `last_gradient_report`."""
-        n = sum(t.shape[0] for t in self.rest)
+        n = sum(t.shape[0] for t in self.remainders)
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
             by_u = self.tolerances[0] is not None
@@ -265,12 +265,12 @@ class Sampler:
                 if by_u
                 else _quotient(head_variance, size) * HEAD_MARGIN**2
             )
-            left, bounds = torch.cat(self.rest), torch.cat(self.bounds).double()
+            remainders, bounds = torch.cat(self.remainders), torch.cat(self.bounds).double()
             unit = (norm / n).sqrt()
             # Filled on the device: a copy of a number from the host would wait for it.
             columns = norm.new_full((), self.multiplied / (n * self.weight.shape[0]))
             bound = (_quotient(t, unit) for t in (bounds.mean(), bounds.max()))
-            _last.report = GradientReport(n, columns, error.sqrt(), left.mean(), *bound)
+            _last.report = GradientReport(n, columns, error.sqrt(), remainders.mean(), *bound)
         return tuple(self.blocks)
 
 

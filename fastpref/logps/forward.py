@@ -203,8 +203,8 @@ def _project_at_once(
     if stashed == n:
         return
     row_scale[stashed:] = 1.0  # u of the other tokens is whole
-    rest = x[stashed:], weight, labels[stashed:], head.bias, stats.rows(stashed, n), transform
-    backend.logit_free_forward(*rest, u=None if saved.u is None else saved.u[stashed:])
+    others = x[stashed:], weight, labels[stashed:], head.bias, stats.rows(stashed, n), transform
+    backend.logit_free_forward(*others, u=None if saved.u is None else saved.u[stashed:])
 
 
 def _write_d(
@@ -289,7 +289,7 @@ def forward_pass(
     plan, extras, backend, transform = call.plan, call.extras, call.backend, call.transform
     x, lora_hidden = inputs
     n, vocab = x.shape[0], head.weight.shape[0]
-    every = vocab if call.shard is None else call.shard.vocab_size
+    vocab_size = vocab if call.shard is None else call.shard.vocab_size
     head = head.to(x.dtype)
     with_grads = call.hidden_grad or call.weight_grad
     # The logit-free product writes D at once, but for a factor of each row.
@@ -304,13 +304,13 @@ def forward_pass(
     saved = Saved(u, v, stash, stats.lse, row_scale)
     if plan.logit_free and not with_grads:
         backend.logit_free_forward(x, head.weight, labels, head.bias, stats, transform)
-        return _outputs(stats, labels, every, extras), saved
+        return _outputs(stats, labels, vocab_size, extras), saved
     if call.columns is not None:
         saved = _by_columns(call, inputs, head, labels, stats, saved)
-        return _outputs(stats, labels, every, extras), saved
+        return _outputs(stats, labels, vocab_size, extras), saved
     if row_scale is not None and backend.PROJECTS_AT_ONCE:
         _project_at_once(call, x, head, labels, stats, saved, row_scale)
-        return _outputs(stats, labels, every, extras), saved
+        return _outputs(stats, labels, vocab_size, extras), saved
     all_stashed = plan.stash_tokens == n
 
     def project(d: Tensor, start: int, stop: int) -> None:
@@ -364,4 +364,4 @@ def forward_pass(
     del buffer
     if all_stashed:
         project(stash, 0, n)  # one tall product is faster than many flat ones
-    return _outputs(stats, labels, every, extras), saved
+    return _outputs(stats, labels, vocab_size, extras), saved

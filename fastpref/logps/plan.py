@@ -175,10 +175,10 @@ def stash_room(
     return _room(vocab_size * dtype.itemsize, strategy, budget - tile)
 
 
-def _room(row_bytes: int, strategy: str, left: int) -> int:
+def _room(row_bytes: int, strategy: str, budget: int) -> int:
     if strategy in ("stash", "recompute"):
         return 2**62 if strategy == "stash" else 0
-    return max(left, 0) // max(row_bytes, 1)
+    return max(budget, 0) // max(row_bytes, 1)
 
 
 def plan_head(

@@ -84,8 +84,8 @@ def _logit_free_reason(
     if weight.dtype != dtype:
         # Under autocast a copy is multiplied, whose rows lie like this.
         weight = weight.new_empty((0, weight.shape[1]), dtype=dtype)
-    asked = options.fused is True
-    return backend.logit_free_reason(weight, transform, extras, with_d, asked)
+    required = options.fused is True
+    return backend.logit_free_reason(weight, transform, extras, with_d, required)
 
 
 def plan_call(

@@ -193,10 +193,10 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
                 f"{path} was saved by another run: {'; '.join(never)}; what it holds does not fit "
                 "this run, not even with resume_anyway"
             )
-        found = differences(saved, self._run)
-        if not found:
+        changes = differences(saved, self._run)
+        if not changes:
             return
-        text = f"{path} was saved by another run: {'; '.join(found)}"
+        text = f"{path} was saved by another run: {'; '.join(changes)}"
         if not self.args.resume_anyway:
             raise ValueError(
                 f"{text}. Continue with what it was saved with, or say resume_anyway=True "
@@ -267,9 +267,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
             return
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.best_model_checkpoint:
-            here = Path(checkpoint).parent / Path(state.best_model_checkpoint).name
-            if here.is_dir():
-                self.state.best_model_checkpoint = str(here)
+            moved = Path(checkpoint).parent / Path(state.best_model_checkpoint).name
+            if moved.is_dir():
+                self.state.best_model_checkpoint = str(moved)
 
     STATE_KEY = "fastpref"  # in trainer_state.json, under stateful_callbacks
 
@@ -277,9 +277,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         """As in `transformers.Trainer`; train_loss is the mean over all steps of a resumed run."""
         steps = self.state.global_step
         if "train_loss" in logs and steps:
-            here = steps - getattr(self, "_initial_global_step", 0)
+            steps_here = steps - getattr(self, "_initial_global_step", 0)
             logs["train_loss"] = (
-                self._earlier_loss + logs["train_loss"] * max(here, 0.001)
+                self._earlier_loss + logs["train_loss"] * max(steps_here, 0.001)
             ) / steps
         super().log(logs, start_time)
 
@@ -317,9 +317,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
             return str(self._staging)
-        found = super()._get_output_dir(trial)
-        is_own = found == self.args.output_dir  # not that of a trial of a search
-        return str(self.output_directory.path) if is_own else found
+        directory = super()._get_output_dir(trial)
+        is_own = directory == self.args.output_dir  # not that of a trial of a search
+        return str(self.output_directory.path) if is_own else directory
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside the others and give it its name when it is complete."""
