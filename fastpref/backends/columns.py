@@ -13,7 +13,7 @@ from torch import Tensor
 # Rows of D that are widened at a time: few stay in a CPU's cache, many keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 256}
 
-_WEIGHT_ROWS = 2048  # the same of the weight
+_WEIGHT_ROWS = 2048  # rows of the weight that are widened at a time
 
 
 def _wide(d: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The memory that this process may take beside its GPUs': of the machine, or of its container."""
+"""The host memory that this process may use: the machine's, or its container's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-# The folders of control groups of both versions, and their files of the limit and of what is taken.
+# The folders of control groups of both versions, with their files of the limit and of the use.
 _GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -39,18 +39,18 @@ def free_memory() -> int | None:
 
 
 def _limits() -> list[tuple[int, int]]:
-    """The limit of each control group that has one, and what is taken of it."""
+    """The limit of each control group that has one, and its use, in bytes."""
     limits = []
     for folder, limit, current, cached in _GROUPS:
         # "max" is no number: there is no limit.
         with contextlib.suppress(OSError, ValueError):
             size = int(Path(folder, limit).read_text())
-            limits.append((size, _taken(folder, current, cached)))
+            limits.append((size, _bytes_used(folder, current, cached)))
     return limits
 
 
-def _taken(folder: str, current: str, cached: str) -> int:
-    """What is taken of a group's limit, without what Linux can drop; 0 if it is not known."""
+def _bytes_used(folder: str, current: str, cached: str) -> int:
+    """The bytes that a group uses, without caches that Linux can drop; 0 if it is not known."""
     used = dropped = 0
     with contextlib.suppress(OSError, ValueError):
         used = int(Path(folder, current).read_text())

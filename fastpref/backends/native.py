@@ -229,10 +229,10 @@ def logit_free_reason(
     return None
 
 
-# What a logit-free pass keeps in scratch memory at most, if it keeps more than 512 tokens' part.
+# The most scratch memory of a logit-free pass. Where 512 tokens need more, it takes more.
 SCRATCH_BYTES = 2**25
 # COLUMN_BLOCK and SLICE of csrc/product.h: entries of the vocabulary that are folded together, and
-# those whose D stands in memory where it is multiplied at once.
+# entries whose D is in memory at a time where D is multiplied at once.
 COLUMN_BLOCK, SLICE = 512, 2048
 
 

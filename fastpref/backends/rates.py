@@ -17,7 +17,7 @@ _DTYPES = torch.float32, torch.bfloat16
 
 
 def _best_rate(product: Callable[..., object], *operands: Tensor) -> float:
-    """GFLOP/s of the fastest run of a tenth of a second; on a busy machine most are slower."""
+    """GFLOP/s of the fastest run within a tenth of a second: other processes slow some runs."""
     m, n, k = _SHAPE
     product(*operands)
     best, end = math.inf, time.perf_counter() + 0.1

@@ -78,7 +78,9 @@ class Backend(Protocol):
 
     NAME: str
     CLOSED_FORMS: frozenset[str]  # the losses that `pair_loss` has
-    LOGIT_FREE_BY_DEFAULT: bool  # whether passes with gradients take the logit-free product unasked
+    LOGIT_FREE_BY_DEFAULT: (
+        bool  # whether passes with gradients take the logit-free product by default
+    )
     PROJECTS_AT_ONCE: bool  # whether the logit-free product can multiply D while it makes it
 
     def problem(self) -> str | None:
@@ -220,11 +222,11 @@ class Backend(Protocol):
         row_scale: Tensor | None = None,  # [N]
         u: Tensor | None = None,  # [N, H]
     ) -> None:
-        """Statistics, and D where d and row_scale are given, without logits in memory.
+        """Write the statistics, and D where d and row_scale are given, without logits in memory.
 
-        D is row_scale d, row by row. With u, which needs `PROJECTS_AT_ONCE`, u = D weight and D
-        stands nowhere. Writes stats.lse and stats.logps, and with extras what they
-        need. Only where `logit_free_reason` gives none.
+        D is row_scale d, row by row. With u, which needs `PROJECTS_AT_ONCE`, u = D weight is
+        written and D is never whole in memory. Of stats lse and logps are written, and what the
+        extras need. Called only where `logit_free_reason` is None.
         """
 
     def column_sums(

@@ -41,7 +41,7 @@ _NOWHERE = nullcontext()
 # rows are few; short rows would leave them idle.
 _LANES = ((65536, 512), (16384, 256), (4096, 128), (0, 64))
 # Columns that a lane takes per block of fold: always the same, for a row's sum must not depend on
-# what else is asked for.
+# which extras are computed.
 _FOLD_COLUMNS = 16
 # Rows and columns that a program adds up at a time: 256 bytes of a 16-bit row, in 4 warps.
 _SUM_ROWS, _SUM_COLUMNS = 16, 128

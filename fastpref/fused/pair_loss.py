@@ -64,9 +64,9 @@ class PairInputs(NamedTuple):
 
 
 class _PairLoss(FirstOrderFunction):
-    """Token log-probs [N] to the results of `Backend.pair_loss` but its derivative.
+    """Token log-probs [N] to the results of `Backend.pair_loss`, without its derivative.
 
-    The derivative is kept, so that the backward pass is one scaling.
+    The derivative is saved, so that the backward pass is one scaling.
     """
 
     @staticmethod

@@ -130,7 +130,7 @@ def _own(t: Tensor | None) -> Tensor | None:
 
 
 def as_vector(dout: Tensor) -> Tensor:
-    """A gradient [N] as the kernels read it: contiguous, with its sign in its values."""
+    """A gradient [N] as the kernels read it: contiguous, without torch's lazy negation."""
     return dout.resolve_neg().contiguous()
 
 

@@ -32,15 +32,15 @@ _NORM_SHARE = 128  # one column in so many is enough for that
 
 
 class ColumnOptions(NamedTuple):
-    """What is asked of the gradients of one call. None: exact."""
+    """The tolerances of one call's gradients; None: exact."""
 
     tolerance: float | None  # relative root mean square error of u
-    head_tolerance: float | None  # the same of the gradients of the head's matrices
+    head_tolerance: float | None  # of the gradients of the head's matrices
     seed: int
 
 
 class GradientReport(NamedTuple):
-    """What columns left out in a call: tensors [], on its device, and one number.
+    """The error of one call's gradients by columns. All fields but tokens are tensors [].
 
     columns: multiplied columns over V, the mean over the call's blocks.
     error: the expected relative root mean square error of u, or of dW where u takes no columns.
@@ -80,7 +80,7 @@ def last_gradient_report() -> GradientReport | None:
 
 
 class Spread(NamedTuple):
-    """The rows of W around their mean."""
+    """How far the rows of W are from their mean."""
 
     mean: Tensor  # [H]
     distance: Tensor  # [V], |W_v - mean|
@@ -185,7 +185,7 @@ class Sampler:
         self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
 
     def _memory(self, name: str, rows: int, cols: int) -> Tensor:
-        """Memory that the last block has used: fresh pages cost as much as a pass over them."""
+        """The memory of the last block once more: fresh pages cost as much as a pass over them."""
         flat = self._memories.get(name)
         if flat is None or flat.numel() < rows * cols:
             flat = self._memories[name] = self.weight.new_empty(rows * cols)
@@ -196,7 +196,7 @@ class Sampler:
     ) -> Tensor:
         """An estimate of |u|^2 of a block, from some of its rows and its largest columns.
 
-        D's rows sum up to nothing but for a softcap, so that W's mean leaves them unchanged.
+        Without a softcap each row of D sums to 0, so that u does not depend on W's mean row.
         """
         vocab = squares.shape[0]
         step = max(1, d.shape[0] // _NORM_TOKENS)
@@ -305,7 +305,7 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add each row to total[its index]; the rows of one index are added in one order."""
     if total.device.type == "cpu":
         total.index_add_(0, index, rows)
-    else:  # where index_add_ is atomic; on a CPU it is this that is
+    else:  # index_add_ is atomic on GPUs, index_put_ on CPUs
         total.index_put_((index,), rows, accumulate=True)
 
 

@@ -342,7 +342,7 @@ class CompiledLogps:
 
     @property
     def logit_free(self) -> bool:
-        """Whether the call may be: the backend is not known yet."""
+        """Whether the call may be logit-free; the backend, which decides, is not known yet."""
         adapter = self.head.lora_B is not None or self.head.dora_scale is not None
         return self.options.fused is not False and not adapter
 

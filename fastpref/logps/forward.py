@@ -28,7 +28,7 @@ class TokenStats(NamedTuple):
 
     logps: log-probability of the label. entropy: of the distribution, in nats (differentiable).
     mean_logit: mean over the vocabulary of the transformed logits. is_top1: the label is the first
-    argmax. log_sum_sq_probs: log of the sum of squared probabilities. None: not asked for.
+    argmax. log_sum_sq_probs: log of the sum of squared probabilities. None: not requested.
     """
 
     logps: Tensor
@@ -58,7 +58,7 @@ class HeadInputs(NamedTuple):
     lora_hidden: Tensor | None = None  # [N, r], with an adapter
 
     def rows(self, start: int, stop: int) -> HeadInputs:
-        """Those of the tokens [start, stop)."""
+        """The inputs of the tokens [start, stop)."""
         lora = self.lora_hidden
         return HeadInputs(
             _block(self.x, start, stop), None if lora is None else _block(lora, start, stop)
@@ -66,7 +66,7 @@ class HeadInputs(NamedTuple):
 
 
 class HeadTensors(NamedTuple):
-    """The head: its weight, and what else there is of it."""
+    """The tensors of the head: its weight, and a bias or an adapter if it has one."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -74,11 +74,11 @@ class HeadTensors(NamedTuple):
     dora_scale: Tensor | None = None  # [V]
 
     def part(self, a: int, b: int) -> HeadTensors:
-        """The vocabulary entries [a, b)."""
+        """The head of the vocabulary entries [a, b)."""
         return HeadTensors(*(None if t is None else t[a:b] for t in self))  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> HeadTensors:
-        """With its matrices in the compute dtype: a copy only under autocast."""
+        """The head with its matrices in the compute dtype; they are copied only under autocast."""
         if self.weight.dtype == dtype and self.lora_B is None:
             return self
         lora_B = None if self.lora_B is None else self.lora_B.to(dtype)

@@ -132,7 +132,7 @@ class VocabShard(NamedTuple):
         return cls(weight.vocab_start, weight.local.shape[0], size, group)
 
     def count_tokens(self, tokens: int, weight: VocabParallelWeight) -> VocabShard:
-        """With the token counts of all processes, where their tokens are gathered."""
+        """The shard with the token counts of all processes, if their tokens are gathered."""
         if not weight.gathers_tokens:
             return self
         count = torch.tensor([tokens], device=weight.device)
@@ -197,7 +197,10 @@ class VocabShard(NamedTuple):
     # ---- labels and statistics ----
 
     def local_labels(self, labels: Tensor) -> Tensor:  # [N]
-        """Labels as columns of this process: `rows` for those before them, more for those after."""
+        """Labels as column indices of this process.
+
+        A label of earlier columns becomes `rows`, and one of later columns a larger number.
+        """
         column = labels - self.start
         after = torch.where(column < self.rows, column, column + 1)
         return torch.where(column < 0, self.rows, after)
@@ -242,7 +245,7 @@ class VocabShard(NamedTuple):
         stats.sum.copy_(total)
         stats.target.copy_(torch.where(owners == 1, target, math.nan))
         if stats.argmax is not None:
-            # Compared with the label, which is all that the argmax is for.
+            # The argmax serves is_top1 alone, which compares it with the label.
             stats.argmax.copy_(torch.where(extras.pop() == 1, labels, -1))
         for t, value in zip((stats.weighted, stats.total, stats.squared), extras, strict=False):
             if t is not None:
