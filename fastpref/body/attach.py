@@ -1,4 +1,4 @@
-"""Which linear layers of a model run on the native product, and while what runs they do.
+"""Which linear layers of a model run on the native product, and the context in which they do.
 
 A layer is an instance of another class while it is on the native product, and of its own class
 again afterwards. Its parameters, names, hooks and place in the model stay, so that saved, copied

@@ -259,9 +259,9 @@ def _continued(prompt: list, answer: list) -> list:
 
 
 def _marked(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Versions of the message with a mark at its end: of its thoughts, then of its content.
+    """Copies of the message with a mark at the end of its thoughts, then of its content.
 
-    Those of its thoughts come first, and only for a message without content.
+    A message with content has the last of these alone.
     """
     if not message.get("content"):
         for key in (key for key in _THOUGHTS if message.get(key)):

@@ -109,9 +109,9 @@ def describe_reference(
 
 
 def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """What of a reference differs from the stored one, one phrase for each thing.
+    """The differences of a reference from the stored one, a phrase each.
 
-    A config that one of the two does not have, or a key of it, is not compared: stores of earlier
+    A config, or a key of it, that one of the two lacks is not compared: stores of earlier
     versions have none, and versions of transformers have other keys.
     """
     differences = []

@@ -72,7 +72,7 @@ class Alarms(TrainerCallback):
         self._first_step = step
 
     def observe(self, sums: Mapping[str, float]) -> None:
-        """Keep the sums of a micro-step over all processes; those of single answers are not."""
+        """Keep the sums of a micro-step over all processes; sums of single answers are ignored."""
         if "pairs" not in sums:
             return
         self._last.append(sums)

@@ -1,4 +1,4 @@
-"""What of a trainer makes a step on a CPU faster: the body's product, and memory that is kept."""
+"""The part of a trainer that makes steps on a CPU faster: the body's product, and kept memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fastpref.trainer.config import BaseConfig
 
 
 class BodyTrainer(Trainer):
-    """A trainer whose steps have the layers that `cpu_linear` asks for on the native product.
+    """A trainer whose steps run the body's linear layers on the native product.
 
-    Between steps they are as they were.
+    `cpu_linear` says which layers. Between steps they are those of the model's own classes.
     """
 
     args: BaseConfig

@@ -1,4 +1,4 @@
-"""What of a trainer saves, and resumes: complete checkpoints, one run for a directory, signals."""
+"""The part of a trainer that saves and resumes: complete checkpoints, and one run per directory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _STAGING = ".saving"  # where a checkpoint is written before it takes its name
 
 
 class CheckpointingTrainer(SavingTrainer, EndingTrainer):
-    """A trainer whose checkpoints are complete or not there, in a directory of its own.
+    """A trainer whose checkpoints are complete or absent. Its output directory belongs to one run.
 
     Attributes:
         output_directory: the directory of `args.output_dir`, which a run holds while it trains.
@@ -205,7 +205,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         logger.warning(f"{text}; continuing all the same")
 
     def checkpoint_bytes(self) -> int:
-        """About how many bytes a checkpoint takes: weights and, of those trained, AdamW's two."""
+        """The approximate bytes of a checkpoint: weights, and AdamW's two states of trained ones."""
         model: Any = self.model
         weights = trained = 0
         for p in model.parameters():
@@ -221,7 +221,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         return describe_run(self.args, self.model, data, self._loss_options, self._weights)
 
     def _identity_data(self) -> Any:
-        """The training data without what may differ between two runs that are the same."""
+        """The training data without log-probs of the reference that the run has computed itself."""
         data: Any = self.train_dataset
         columns = getattr(data, "column_names", None) or []
         computed = [name for name in self.reference_columns() if name in columns]
@@ -258,10 +258,11 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         return passes, batches
 
     def _find_best(self, checkpoint: str | None) -> None:
-        """Take the best checkpoint from beside the one resumed from.
+        """Look for the best checkpoint beside the one that is resumed.
 
-        A checkpoint's state has the best one's path of then; the directory may have been moved, or
-        the path may be relative to another working directory.
+        A checkpoint's state has the path that the best one had when the state was saved. The
+        directory may have been moved since, or the path may be relative to another working
+        directory.
         """
         if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
             return

@@ -129,7 +129,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """What of a run differs from the one that a checkpoint is of, one phrase for each thing."""
+    """The differences of a run from the one that wrote a checkpoint, a phrase each."""
     trained, trains = _trained(saved), _trained(present)
     if trained != trains:
         return [f"the checkpoint is of a run that trains {trained}, and this one trains {trains}"]
@@ -168,7 +168,7 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
 
 
 def why_never(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """Those differences with which no run can go on: files that do not fit the model or optimiser.
+    """The `differences` that forbid to resume: files that do not fit the model or the optimiser.
 
     Arguments and phrases: those of `differences`.
     """

@@ -51,7 +51,7 @@ class OutputDirectory:
         return self.path / _BESIDE / self.path.resolve().name  # a model card's title is the name
 
     def clear(self) -> None:
-        """Remove what a save or a deletion that did not come to its end has left."""
+        """Remove the remains of a save or a deletion that was interrupted."""
         shutil.rmtree(self.path / _BESIDE, ignore_errors=True)
         clear_removed(self.path)
 

@@ -1,4 +1,4 @@
-"""Files of torch.save: torch refuses code in them, and the error here names the file."""
+"""Files of torch.save that contain code: torch refuses them, and the error here names the file."""
 
 from __future__ import annotations
 

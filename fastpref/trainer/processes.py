@@ -1,4 +1,4 @@
-"""What of a trainer makes several processes act as one."""
+"""The part of a trainer that keeps several processes alike."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class AgreeingTrainer(SharingTrainer):
-    """A trainer whose processes train the same weights, or say that they do not."""
+    """A trainer that checks that all of its processes train the same weights."""
 
     def on_first(self, function: Callable[[], T] | None) -> T:
-        """What a function gives on the first process, on all of them; and its error, likewise."""
+        """Call a function on the first process; all processes get its result, or its error."""
         outcome: list[Any] = [None, None]
         if self.args.process_index == 0 and function is not None:
             try:
