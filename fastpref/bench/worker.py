@@ -377,8 +377,8 @@ def _results(problem: HeadProblem, out: Any) -> list[Tensor]:
     """What has to be the same in every run."""
     if isinstance(out, Tensor):
         return [out]
-    given = out.loss.detach(), problem.hidden.grad, problem.weight.grad
-    return [t for t in given if t is not None]
+    results = out.loss.detach(), problem.hidden.grad, problem.weight.grad
+    return [t for t in results if t is not None]
 
 
 def _returned(problem: HeadProblem, mode: str) -> int:

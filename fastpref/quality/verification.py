@@ -187,10 +187,8 @@ class _Run:
             policy = _sums(self.batches, tokens)
             self._check_rewards(out, "columns", self.batches, policy, torch.stack(sides), narrow)
             return
-        batches, reference_tokens = (
-            [self.batches[i] for i in self.few],
-            [self.tokens[i] for i in self.few],
-        )
+        batches = [self.batches[i] for i in self.few]
+        reference_tokens = [self.tokens[i] for i in self.few]
         is_adapter = is_peft(self.model) and self.ref_model is None
         if is_adapter or self.ref_model is not None:
             reference = Reference(self.ref_model or self.model, is_adapter, {})

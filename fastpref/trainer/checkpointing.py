@@ -205,7 +205,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         logger.warning(f"{text}; continuing all the same")
 
     def checkpoint_bytes(self) -> int:
-        """The approximate bytes of a checkpoint: weights, and AdamW's two states of trained ones."""
+        """The approximate bytes of a checkpoint: weights, and AdamW's states of trained ones."""
         model: Any = self.model
         weights = trained = 0
         for p in model.parameters():
