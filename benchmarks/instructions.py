@@ -90,12 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="instructions")
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}")
     args = parser.parse_args(argv)
+    shapes = [name for name in args.shapes.split(",") if name]
+    if unknown := set(shapes) - set(SHAPES):
+        parser.error(f"--shapes: got {', '.join(unknown)}, expected some of {', '.join(SHAPES)}")
     reason = missing()
     if reason is not None:
         raise SystemExit(f"instructions: {reason}")
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
-        counts = [c for name in args.shapes.split(",") for c in count(program, SHAPES[name])]
+        counts = [c for name in shapes for c in count(program, SHAPES[name])]
     valgrind = subprocess.run(["valgrind", "--version"], check=True, **_QUIET).stdout.strip()
     results = {
         "benchmark": "instructions of the CPU kernels, one thread, as callgrind counts them",

@@ -23,6 +23,10 @@ from typing import Any
 from lib import results
 from lib.training import Run, is_worker, parser_of, read_pairs, request, take_turns, write_lines
 
+from fastpref.bench.cases import split_names
+
+LOSSES = ("dpo", "ipo")
+
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
@@ -50,8 +54,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--segment", type=int, default=2, help="steps in a turn")
     add("--output", default="train", help="name of the files in results/, or a path")
     args = parser.parse_args(argv)
-    args.losses = [name for name in args.losses.split(",") if name]
-    if not set(args.losses) <= {"dpo", "ipo"}:
+    args.losses = split_names(args.losses, LOSSES)
+    if not set(args.losses) <= set(LOSSES):
         parser.error(f"--losses: got {','.join(args.losses)}, expected dpo, ipo or both")
     return args
 

@@ -23,9 +23,11 @@ import torch
 from lib import results
 
 from fastpref.bench import rates, runner
+from fastpref.bench.cases import split_names
 from fastpref.bench.device import TIGHT_MALLOC, open_device
 
 SIDES = ("TRL", "fastpref")
+MODES = ("trainable", "frozen")  # of the head
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,14 +42,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", type=int, default=64, help="tokens of a prompt")
     add("--answer", type=int, default=192, help="tokens of an answer, at most; half at least")
     add("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the weights")
-    add("--modes", default="trainable,frozen", help="all weights train, or LoRA on the body")
+    add(
+        "--modes",
+        default="trainable,frozen",
+        help="trainable, frozen or both: all weights train, or LoRA on the body",
+    )
     add("--repeats", type=int, default=7, help="timed steps of each side")
     add("--seed", type=int, default=0)
     add("--output", default="trl_step", help="name of the file in results/, or a path")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.modes = args.modes.split(",")
-    if not set(args.modes) <= {"trainable", "frozen"}:
+    args.modes = split_names(args.modes, MODES)
+    if not args.modes or not set(args.modes) <= set(MODES):
         parser.error(f"--modes: got {','.join(args.modes)}, expected trainable, frozen or both")
     return args
 

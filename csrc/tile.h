@@ -21,7 +21,7 @@ struct Transform {
     float scale, softcap, inv_temperature;
 };
 
-// Running statistics of each row; see fastpref/backends/tile.py. The last four are null where not
+// Running statistics of each row; see fastpref/backends/stats.py. The last four are null where not
 // asked for. The tile with col0 = 0 starts them, whatever they held; the others continue them.
 struct Stats {
     float *max, *sum, *target, *lse, *logps, *weighted, *total, *squared;

@@ -64,11 +64,11 @@ def logit_free_reason(
     weight: Tensor,  # [V, H]
     transform,
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """Why `fused_logps` does not take this head, with D or without; None: it does.
 
-    Where it is asked for and writes no D, it takes GPUs and alignments that no kernel is made for.
+    Where it is required and writes no D, it takes GPUs and alignments that no kernel is made for.
     """
     if weight.dtype not in DTYPES:
         return f"the weight is {str(weight.dtype)[6:]}, neither bfloat16 nor float16"
@@ -78,7 +78,7 @@ def logit_free_reason(
         return "the weight's rows are not contiguous"
     if transform.scale == 0:
         return "the scale is 0"  # 0 * -inf, where the vocabulary is padded
-    if asked and not with_d:
+    if required and not with_d:
         return None
     if not rows_are_aligned(weight):
         return "the weight's rows do not start at multiples of 16 bytes"

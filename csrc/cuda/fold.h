@@ -17,7 +17,7 @@ namespace fastpref::cuda {
 
 constexpr int NO_COLUMN = 0x7fffffff;
 
-// Statistics of part of a row: see fastpref/backends/tile.py.
+// Statistics of part of a row: see fastpref/backends/stats.py.
 struct Part {
     float max, sum, weighted, squared, total;
     int argmax;

@@ -105,21 +105,21 @@ def check_attention(
         raise UnsupportedAttention(
             f"{name} cannot be compared with rows of segments: {_first_line(error)}"
         ) from error
-    for way in (FUNCTION, MASK):
+    for implementation in (FUNCTION, MASK):
         try:
-            attention = SegmentAttention(model, way)
-            found = _outcome(model, segments(examples), attention, autocast)
+            attention = SegmentAttention(model, implementation)
+            outcome = _outcome(model, segments(examples), attention, autocast)
         except UnsupportedAttention as error:
-            reasons.append(f"{way}: {error}")
+            reasons.append(f"{implementation}: {error}")
             continue
         except Exception as error:  # of the model's own code, which does not know such a mask
-            reasons.append(f"{way}: {_first_line(error)}")
+            reasons.append(f"{implementation}: {_first_line(error)}")
             continue
-        difference = _difference(expected, found)
+        difference = _difference(expected, outcome)
         if difference is None:
             attention.checked = True
             return attention
-        reasons.append(f"{way}: {difference}")
+        reasons.append(f"{implementation}: {difference}")
     raise UnsupportedAttention(f"{name} cannot compute rows of segments ({'; '.join(reasons)})")
 
 
@@ -176,15 +176,15 @@ def _outcome(
 
 
 def _difference(
-    expected: tuple[Tensor, Tensor, torch.dtype], found: tuple[Tensor, Tensor, torch.dtype]
+    expected: tuple[Tensor, Tensor, torch.dtype], actual: tuple[Tensor, Tensor, torch.dtype]
 ) -> str | None:
     """What differs by more than rounding, or None."""
     logp_limit, gradient_limit = _LIMITS.get(expected[2], _LIMITS_16_BIT)
-    gap = (expected[0] - found[0]).abs().max().item() if len(expected[0]) else 0.0
+    gap = (expected[0] - actual[0]).abs().max().item() if len(expected[0]) else 0.0
     if not gap <= logp_limit:
         return f"log-probs differ by {gap:.2g} nats from those of separate rows"
     norm = expected[1].norm().item()
-    gap = (expected[1] - found[1]).norm().item()
+    gap = (expected[1] - actual[1]).norm().item()
     if not gap <= gradient_limit * norm:
         return f"gradients differ by {gap / max(norm, 1e-30):.2g} of their norm"
     return None

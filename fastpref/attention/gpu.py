@@ -81,15 +81,15 @@ def _varlen(plan: RowPlan, device: Any) -> tuple[Any, ...]:
         sizes, key_sizes = [0], [0]
         for r, row in enumerate(plan.rows):
             for segment in row:
-                own = np.arange(segment.start, segment.stop) + r * plan.shape[1]
-                seen = [own]
+                query = np.arange(segment.start, segment.stop) + r * plan.shape[1]
+                visible_keys = [query]
                 if segment.prefix is not None:
-                    before = row[segment.prefix]
-                    seen.insert(0, np.arange(before.start, before.stop) + r * plan.shape[1])
-                queries.append(own)
-                keys.extend(seen)
-                sizes.append(len(own))
-                key_sizes.append(sum(map(len, seen)))
+                    prefix = row[segment.prefix]
+                    visible_keys.insert(0, np.arange(prefix.start, prefix.stop) + r * plan.shape[1])
+                queries.append(query)
+                keys.extend(visible_keys)
+                sizes.append(len(query))
+                key_sizes.append(sum(map(len, visible_keys)))
         flat = (torch.from_numpy(np.concatenate(t)).to(device) for t in (queries, keys))
         starts = (
             torch.from_numpy(np.cumsum(t).astype(np.int32)).to(device) for t in (sizes, key_sizes)
@@ -145,11 +145,11 @@ def _block_mask(plan: RowPlan, window: int | None, device: Any) -> Any:
 
         def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             branch = branches[b, kv]
-            seen = (trees[b, q] == trees[b, kv]) & ((branch == 0) | (branch == branches[b, q]))
-            seen = seen & (kv <= q)
+            visible = (trees[b, q] == trees[b, kv]) & ((branch == 0) | (branch == branches[b, q]))
+            visible = visible & (kv <= q)
             if window is None:
-                return seen
-            return seen & (positions[b, q] - positions[b, kv] < window)
+                return visible
+            return visible & (positions[b, q] - positions[b, kv] < window)
 
         rows, width = plan.shape
         plan.cache[name] = create_block_mask(sees, rows, None, width, width, device=device)

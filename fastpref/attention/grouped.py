@@ -101,6 +101,6 @@ def _mask(plan: RowPlan, queries: int, keys: int, window: int | None, device: An
     if name not in plan.cache:
         positions = torch.arange(keys, device=device)
         distance = positions[keys - queries :, None] - positions
-        seen = distance >= 0
-        plan.cache[name] = seen if window is None else seen & (distance < window)
+        visible = distance >= 0
+        plan.cache[name] = visible if window is None else visible & (distance < window)
     return plan.cache[name]

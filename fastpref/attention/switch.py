@@ -6,7 +6,7 @@ of the attention registry reads it. The plan thus reaches every layer, also thos
 pass no further keywords on; gradient checkpointing keeps it; and whatever does not know such a mask
 fails instead of ignoring it.
 
-The second way leaves the model's own attention and gives it a dense mask, at the cost of [T, T].
+The second implementation keeps the model's own attention and gives it a dense mask [T, T].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastpref.data.segments import PLAN, RowPlan
 from fastpref.heads.reading import unwrap
 
 NAME = "fastpref_segments"  # in both registries
-# The ways: our attention, or a dense mask for the model's own.
+# The implementations: our attention, or a dense mask for the model's own.
 FUNCTION, MASK = "attention function", "dense mask"
 _DENSE = ("sdpa", "eager")  # the attentions that a dense mask serves
 
@@ -64,11 +64,11 @@ def _plan_of(arguments: dict[str, Any]) -> _Active | None:
 def _window(active: _Active, arguments: dict[str, Any]) -> int | None:
     """The sliding window of a mask that a model asks for, after checks."""
     plan, size = active.plan, arguments.get("local_size")
-    asked = arguments["batch_size"], _query_length(arguments)
-    if asked != plan.shape or arguments.get("kv_length", asked[1]) != asked[1]:
+    requested = arguments["batch_size"], _query_length(arguments)
+    if requested != plan.shape or arguments.get("kv_length", requested[1]) != requested[1]:
         raise UnsupportedAttention(
-            f"it asks for a mask of {asked} tokens for rows of {plan.shape}, as with a cache or "
-            "virtual tokens"
+            f"it asks for a mask of {requested} tokens for rows of {plan.shape}, as with a cache "
+            "or virtual tokens"
         )
     if not active.checked:
         _check_causal(arguments.get("mask_function"), size, arguments.get("device", "cpu"), plan)
@@ -171,12 +171,12 @@ def _dense(original: Callable[..., Any], is_float: bool) -> Callable[..., Any]:
         if active is None or arguments.get("batch_size") != active.plan.shape[0]:
             return original(*args, **arguments)
         device = arguments.get("device", "cpu")
-        seen = active.plan.visible(_window(active, arguments), device)
+        visible = active.plan.visible(_window(active, arguments), device)
         if not is_float:
-            return seen
+            return visible
         dtype = arguments.get("dtype", torch.float32)
         hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
-        return torch.where(seen, torch.zeros_like(hidden), hidden)
+        return torch.where(visible, torch.zeros_like(hidden), hidden)
 
     return mask
 
@@ -214,32 +214,34 @@ class SegmentAttention:
 
     Args:
         model: a causal language model of transformers, wrapped or not.
-        way: FUNCTION or MASK.
+        implementation: FUNCTION or MASK.
         checked: whether `check_attention` has compared it with separate rows.
 
     Raises:
-        UnsupportedAttention: the way does not suit the model's own attention.
+        UnsupportedAttention: the implementation does not suit the model's own attention.
     """
 
-    def __init__(self, model: Any, way: str = FUNCTION, checked: bool = False) -> None:
-        self.way, self.checked = way, checked
+    def __init__(self, model: Any, implementation: str = FUNCTION, checked: bool = False) -> None:
+        self.implementation, self.checked = implementation, checked
         configs: list[Any] = [getattr(m, "config", None) for m in unwrap(model).modules()]
         by_id = {id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}
         self._configs = list(by_id.values())
         if not self._configs:
             raise UnsupportedAttention("its config names no attention")
-        if way == MASK:
+        if implementation == MASK:
             self._check_dense()
 
     def of(self, model: Any) -> SegmentAttention:
         """The same for a copy of the model."""
-        return SegmentAttention(model, self.way, self.checked)
+        return SegmentAttention(model, self.implementation, self.checked)
 
     def _check_dense(self) -> None:
         """Raise `UnsupportedAttention` if the model's own attention would not get a dense mask."""
-        own = {config._attn_implementation_internal for config in self._configs}
-        if not own <= {*_DENSE, None}:
-            raise UnsupportedAttention(f"a dense mask does not serve {', '.join(map(str, own))}")
+        implementations = {config._attn_implementation_internal for config in self._configs}
+        if not implementations <= {*_DENSE, None}:
+            raise UnsupportedAttention(
+                f"a dense mask does not serve {', '.join(map(str, implementations))}"
+            )
 
     def rows_of(self, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager:
         """`on` for a batch of rows of segments; nothing for other batches."""
@@ -248,7 +250,7 @@ class SegmentAttention:
     @contextlib.contextmanager
     def on(self, plan: RowPlan) -> Iterator[None]:
         """The model computes rows of this plan, forward and backward; calls may be nested."""
-        if self.way == MASK:
+        if self.implementation == MASK:
             self._check_dense()  # the user may have changed it since
         thread = threading.get_ident()
         if any(_active[id(c)][-1].thread != thread for c in self._configs if id(c) in _active):
@@ -256,16 +258,16 @@ class SegmentAttention:
                 "two models that share one config train at once in two threads, and each would "
                 "get the other's rows; make each with a copy of the config"
             )
-        before = [config._attn_implementation_internal for config in self._configs]
-        with _dense_masks() if self.way == MASK else contextlib.nullcontext():
+        previous = [config._attn_implementation_internal for config in self._configs]
+        with _dense_masks() if self.implementation == MASK else contextlib.nullcontext():
             for config in self._configs:
                 _active.setdefault(id(config), []).append(_Active(plan, self.checked, thread))
-                if self.way == FUNCTION:
+                if self.implementation == FUNCTION:
                     config._attn_implementation_internal = NAME
             try:
                 yield
             finally:
-                for config, name in zip(self._configs, before, strict=True):
+                for config, name in zip(self._configs, previous, strict=True):
                     config._attn_implementation_internal = name
                     plans = _active[id(config)]
                     plans.pop()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The error of dW over that of D. The tokens' hidden states have a part in common, so that the
+# The relative error of dW over that of D. The hidden states of all tokens share a component, so the
 # errors of a column's tokens add up. Measured on a language model, for coefficients of one size.
 HEAD_MARGIN = 1.5
 
@@ -39,9 +39,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def block_hash(labels: Tensor, lse: Tensor, seed: int) -> Tensor:
-    """A number [] int64 from a block's labels and normalisers, and the caller's seed.
+    """A hash [] int64 of a block's labels and normalisers and of the caller's seed.
 
-    So the same call gives the same bits, also after a resume, and another step other draws.
+    The same call draws the same columns, also after a resume; another step draws others.
     """
     bits = lse.view(torch.int64 if lse.dtype == torch.float64 else torch.int32).long()
     place = torch.arange(1, lse.shape[0] + 1, device=lse.device) * _STEP
@@ -57,7 +57,7 @@ def uniforms(state: Tensor, count: int) -> Tensor:
 
 
 def _tails(t: Tensor) -> Tensor:
-    """[V + 1]: the sums of t from each place on."""
+    """[V + 1]: for each index the sum of t from there to the end."""
     return torch.cat([t.flip(0).cumsum(0).flip(0), t.new_zeros(1)])
 
 
@@ -74,9 +74,9 @@ def choose_columns(
 
     With pi proportional to s, the roots of the squares, t draws give u a variance of at most
     sum s sum (s distance^2) / t, and D one of (sum s)^2 / t, sums over R. dW is taken to have
-    HEAD_MARGIN times the error of D. Of all numbers k of kept columns the one is taken that needs
-    the fewest columns or, where their number `count` is given, that has the least variance. Only
-    without a count is a value read on the host.
+    HEAD_MARGIN times the error of D. k, the number of kept columns, is the one
+    that needs the fewest columns in all. Where `count` gives the number of all columns, k has the
+    least variance, and no value is read on the host.
     """
     vocab, device = squares.shape[0], squares.device
     if count is not None and count >= vocab:
@@ -87,14 +87,15 @@ def choose_columns(
     order = s.masked_fill(forced, math.inf).argsort(descending=True, stable=True)
     sorted_s = s[order]
     total, spread_total = _tails(sorted_s), _tails(sorted_s * distance.double()[order].square())
-    # By how much t times the variance is above what is asked for.
-    wanted = norm.double(), squares.double().sum() / HEAD_MARGIN**2
+    # The tolerances are relative to squared_norms, of u and of D. `variances` are t times those of
+    # t draws.
+    squared_norms = norm.double(), squares.double().sum() / HEAD_MARGIN**2
     variances = total * spread_total, total.square()
     places = torch.arange(vocab + 1, device=device)
     too_few = places < forced.sum()
     if count is None:
         draws = torch.zeros_like(total)
-        for tolerance, size, variance in zip(tolerances, wanted, variances, strict=True):
+        for tolerance, size, variance in zip(tolerances, squared_norms, variances, strict=True):
             if tolerance is not None:
                 draws = torch.maximum(draws, variance / (tolerance**2 * size))
         cost = (places + draws.ceil()).masked_fill(too_few, math.inf)
@@ -110,14 +111,14 @@ def choose_columns(
     place = torch.arange(count, device=device)
     kept, t = place < k, (count - k).clamp_min(1)
     # One draw from each of t equal parts of the sum over R: a column is drawn pi times on average.
-    before = sorted_s.cumsum(0)
-    rest = total.gather(0, k[None])
-    start = before[-1] - rest
-    at = start + (place - k + uniforms(state, count)) / t * rest
-    drawn = torch.searchsorted(before, at, right=True).clamp(max=vocab - 1).maximum(k)
+    cumulative = sorted_s.cumsum(0)
+    tail = total.gather(0, k[None])
+    start = cumulative[-1] - tail
+    points = start + (place - k + uniforms(state, count)) / t * tail
+    drawn = torch.searchsorted(cumulative, points, right=True).clamp(max=vocab - 1).maximum(k)
     column = torch.where(kept, place, drawn)
     weights = sorted_s[column] * t
-    factor = torch.where(kept, 1.0, torch.where(weights > 0, rest / weights, 0.0))
+    factor = torch.where(kept, 1.0, torch.where(weights > 0, tail / weights, 0.0))
     variance, head_variance = (v.gather(0, k[None])[0] / t for v in variances)
     index = order[column]
     if device.type == "cpu":  # in the order of memory

@@ -13,7 +13,7 @@ from torch import Tensor
 # Rows of D that are widened at a time: few stay in a CPU's cache, many keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 256}
 
-_WEIGHT_ROWS = 2048  # the same of the weight
+_WEIGHT_ROWS = 2048  # rows of the weight that are widened at a time
 
 
 def _wide(d: Tensor) -> torch.dtype:
@@ -69,12 +69,12 @@ def gather_columns(
     """As `Backend.gather_columns`."""
     dtype, count = _wide(d), index.shape[0]
     is_kept = kept.to(dtype)
-    rest = torch.empty_like(row_sums)
+    remainders = torch.empty_like(row_sums)
     for part in _parts(d):
         rows = d[part].index_select(1, index).to(dtype)
-        left = row_sums[part] - (rows * is_kept).sum(1)
-        rows = (rows - left[:, None] * mean) * factor
+        remainder = row_sums[part] - (rows * is_kept).sum(1)
+        rows = (rows - remainder[:, None] * mean) * factor
         out[part, :count] = rows
-        out[part, count] = left - (rows * (1 - is_kept)).sum(1)
-        rest[part] = left
-    return rest
+        out[part, count] = remainder - (rows * (1 - is_kept)).sum(1)
+        remainders[part] = remainder
+    return remainders

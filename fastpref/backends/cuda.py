@@ -31,7 +31,8 @@ from fastpref.backends.cuda_module import (
     vector,
 )
 from fastpref.backends.gemm import linear, outer, project, scale_rows
-from fastpref.backends.tile import PAIR_FORMS, Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import PAIR_FORMS, Transform
 
 NAME = "cuda"
 LOGIT_FREE_BY_DEFAULT = True

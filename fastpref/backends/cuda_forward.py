@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import cuda_module
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 from fastpref.kernels.forward_config import (
     DTYPES,
     Config,
@@ -25,7 +26,7 @@ def logit_free_reason(
     transform: Transform,
     extras: tuple[str, ...] = (),
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """As `Backend.logit_free_reason`; the kernel has the statistics of all extras."""
     if weight.dtype not in DTYPES:

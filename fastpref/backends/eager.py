@@ -24,7 +24,8 @@ from fastpref.backends.gemm import (
     project,
     scale_rows,
 )
-from fastpref.backends.tile import Stats, Transform, fold_then_grad
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform, fold_then_grad
 
 NAME = "eager"
 CLOSED_FORMS: frozenset[str] = frozenset()  # every loss runs through autograd

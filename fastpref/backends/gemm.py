@@ -20,8 +20,8 @@ from torch import Tensor
 # to keep it busy.
 _SLICE = {"cpu": 1024, "cuda": 16384}
 
-# Of `_full_sums`, whose settings belong to the whole process: the blocks that are open, and the
-# values before the first of them.
+# State of `_full_sums`, whose settings are the whole process's: for each setting the number of open
+# `with` blocks, and its value before the first of them.
 _lock = threading.Lock()
 _users: Counter[str] = Counter()
 _restored: dict[str, Any] = {}
@@ -69,9 +69,9 @@ def linear(x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None) -
 
 @contextlib.contextmanager
 def _full_sums(a: Tensor) -> Iterator[None]:
-    """The context in which a GPU adds the products of 16-bit matrices in fp32 to the end.
+    """The context in which a GPU accumulates products of 16-bit matrices in fp32 throughout.
 
-    By default torch allows 16-bit additions of the parts of a long sum.
+    By default torch lets the partial sums of a long product be added in 16 bits.
     """
     if not (a.is_cuda and a.dtype.itemsize == 2):
         yield

@@ -1,4 +1,4 @@
-"""The memory that this process may take beside its GPUs': of the machine, or of its container."""
+"""The host memory that this process may use: the machine's, or its container's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-# The folders of control groups of both versions, and their files of the limit and of what is taken.
+# The folders of control groups of both versions, with their files of the limit and of the use.
 _GROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -30,7 +30,7 @@ def memory_limit() -> int | None:
 
 def free_memory() -> int | None:
     """Bytes that are free on the machine and in its container; None if they are not known."""
-    sizes = [limit - taken for limit, taken in _limits()]
+    sizes = [limit - used for limit, used in _limits()]
     with contextlib.suppress(OSError, KeyError, ValueError):
         with open("/proc/meminfo", encoding="ascii") as file:
             lines = dict(line.split(":") for line in file)
@@ -39,22 +39,22 @@ def free_memory() -> int | None:
 
 
 def _limits() -> list[tuple[int, int]]:
-    """The limit of each control group that has one, and what is taken of it."""
-    found = []
+    """The limit of each control group that has one, and its use, in bytes."""
+    limits = []
     for folder, limit, current, cached in _GROUPS:
         # "max" is no number: there is no limit.
         with contextlib.suppress(OSError, ValueError):
-            most = int(Path(folder, limit).read_text())
-            found.append((most, _taken(folder, current, cached)))
-    return found
+            size = int(Path(folder, limit).read_text())
+            limits.append((size, _bytes_used(folder, current, cached)))
+    return limits
 
 
-def _taken(folder: str, current: str, cached: str) -> int:
-    """What is taken of a group's limit, without what Linux can drop; 0 if it is not known."""
-    taken = dropped = 0
+def _bytes_used(folder: str, current: str, cached: str) -> int:
+    """The bytes that a group uses, without caches that Linux can drop; 0 if it is not known."""
+    used = dropped = 0
     with contextlib.suppress(OSError, ValueError):
-        taken = int(Path(folder, current).read_text())
+        used = int(Path(folder, current).read_text())
     with contextlib.suppress(OSError, KeyError, ValueError):
         lines = Path(folder, "memory.stat").read_text().splitlines()
         dropped = int(dict(line.split() for line in lines)[cached])
-    return max(taken - dropped, 0)
+    return max(used - dropped, 0)

@@ -30,7 +30,8 @@ from fastpref.backends.native_module import rows_of as _rows
 from fastpref.backends.native_module import threads as _threads
 from fastpref.backends.native_module import vector as _vector
 from fastpref.backends.processor import bf16_is_fast
-from fastpref.backends.tile import PAIR_FORMS, Stats, Transform, fold_then_grad
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import PAIR_FORMS, Transform, fold_then_grad
 
 NAME = "native"
 LOGIT_FREE_BY_DEFAULT = True
@@ -214,12 +215,12 @@ def logit_free_reason(
     transform: Transform,
     extras: tuple[str, ...] = (),
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """As `Backend.logit_free_reason`; the pass has the statistics of all extras."""
     if weight.dtype == torch.float16 and with_d:
         return "the weight is float16, whose exponents are too few for an unnormalised D"
-    if product_kernel(weight.dtype, torch.float32) is None and not asked:
+    if product_kernel(weight.dtype, torch.float32) is None and not required:
         return "torch's products are faster on this processor"
     if weight.shape[1] > _cpu.finish_words:
         return f"the hidden size is more than {_cpu.finish_words}"
@@ -228,10 +229,10 @@ def logit_free_reason(
     return None
 
 
-# What a logit-free pass keeps in scratch memory at most, if it keeps more than 512 tokens' part.
+# The most scratch memory of a logit-free pass. Where 512 tokens need more, it takes more.
 SCRATCH_BYTES = 2**25
 # COLUMN_BLOCK and SLICE of csrc/product.h: entries of the vocabulary that are folded together, and
-# those whose D stands in memory where it is multiplied at once.
+# entries whose D is in memory at a time where D is multiplied at once.
 COLUMN_BLOCK, SLICE = 512, 2048
 
 

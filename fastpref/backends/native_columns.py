@@ -27,14 +27,14 @@ def choose_columns(
         return column_choice.choose_columns(*arguments, count)
     vocab, labels = squares.shape[0], labels.contiguous()
     index, factor = torch.empty(vocab, dtype=torch.int64), torch.empty(vocab)
-    wanted = float(norm), float(squares.double().sum() / HEAD_MARGIN**2)
+    squared_norms = float(norm), float(squares.double().sum() / HEAD_MARGIN**2)
     number, first, variance, head_variance = MODULE.choose_columns(
         vector(squares),
         vector(distance),
         vocab,
         vector(labels, torch.int64),
         labels.shape[0],
-        *wanted,
+        *squared_norms,
         *(math.nan if t is None else t for t in tolerances),
         int(state) % 2**64,
         vector(index, torch.int64),
@@ -68,7 +68,7 @@ def gather_columns(
 ) -> Tensor:
     """As `Backend.gather_columns`; the kept columns come first."""
     assert out.dtype == d.dtype and out.shape == (d.shape[0], index.shape[0] + 1)
-    rest = torch.empty_like(row_sums)
+    remainders = torch.empty_like(row_sums)
     address, stride = rows_of(d)
     MODULE.gather_columns(
         address,
@@ -80,10 +80,10 @@ def gather_columns(
         int(kept.sum()),
         *map(vector, (factor, mean, row_sums)),
         *rows_of(out),
-        vector(rest),
+        vector(remainders),
         threads(),
     )
-    return rest
+    return remainders
 
 
 def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def threads() -> int:
     """How many threads a kernel takes: torch's number.
 
     A process that was forked after its parent's kernels had threads takes one: OpenMP would wait
-    for the parent's threads, which it does not have, for ever.
+    for ever for the parent's threads, which a fork does not copy.
     """
     global _had_threads
     count = 1 if _lost_threads else torch.get_num_threads()

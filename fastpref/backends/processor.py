@@ -37,7 +37,7 @@ def read_processor() -> tuple[str, dict[str, bool] | None]:
 
 
 def lacking(features: dict[str, bool] | None) -> list[str]:
-    """What a CPU with these features does without: the feature and what follows, a line each."""
+    """The features that this CPU lacks, each with what follows for training, a line each."""
     if features is None:
         return []
     lines = []

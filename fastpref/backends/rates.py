@@ -17,7 +17,7 @@ _DTYPES = torch.float32, torch.bfloat16
 
 
 def _best_rate(product: Callable[..., object], *operands: Tensor) -> float:
-    """GFLOP/s of the fastest run of a tenth of a second; on a busy machine most are slower."""
+    """GFLOP/s of the fastest run within a tenth of a second: other processes slow some runs."""
     m, n, k = _SHAPE
     product(*operands)
     best, end = math.inf, time.perf_counter() + 0.1
@@ -39,15 +39,15 @@ def product_rates() -> dict[str, dict[str, float | str | None]]:
     m, n, k = _SHAPE
     for dtype in _DTYPES:
         x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-        own = peak = None
+        native_rate = peak = None
         if native.problem() is None:
             out = torch.empty(m, n)
-            own = _best_rate(native.own_product, x, weight, out)
+            native_rate = _best_rate(native.own_product, x, weight, out)
             peak = native.peak_rate(dtype) / 1e9
         used = native.problem() is None and native.product_kernel(dtype, torch.float32) is not None
         rates[str(dtype)[6:]] = {
             "torch": _best_rate(torch.mm, x, weight.t()),
-            "native": own,
+            "native": native_rate,
             "peak": peak,
             "used": "native" if used else "torch",
         }
@@ -58,8 +58,8 @@ def what_follows(rates: dict[str, dict[str, float | str | None]]) -> list[tuple[
     """The rates for people, and what they mean for training."""
     lines = []
     for dtype, rate in rates.items():
-        own = "not built" if rate["native"] is None else f"{rate['native']:.0f} GFLOP/s"
-        text = f"native {own}, torch {rate['torch']:.0f} GFLOP/s"
+        native_text = "not built" if rate["native"] is None else f"{rate['native']:.0f} GFLOP/s"
+        text = f"native {native_text}, torch {rate['torch']:.0f} GFLOP/s"
         if rate["peak"] is not None:
             text += f" of at most {rate['peak']:.0f}"
         text += f": the head takes {rate['used']}'s"

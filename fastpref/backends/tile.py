@@ -1,4 +1,4 @@
-"""The contract of a backend, and what all backends share: transform, statistics, two passes in one.
+"""The contract of a backend, the transform of the logits, and both passes over a tile in one call.
 
 Shapes: n rows (tokens) and v columns (vocabulary entries) of a tile; N tokens, vocabulary V, hidden
 size H, P pairs. Matrices have adjacent columns; vectors are contiguous. The statistics' dtype is
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends.column_choice import Chosen
+from fastpref.backends.stats import Stats
 from fastpref.validation import check_number
-
-EXTRAS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
 @dataclass(frozen=True)
@@ -51,93 +50,6 @@ class Transform:
         return (z / self.temperature if self.temperature != 1.0 else z), tanh
 
 
-class Stats(NamedTuple):
-    """Running statistics of n rows, folded from tiles of their logits z, left to right.
-
-    max, sum: the running maximum m and the sum of exp(z - m).
-    target: the label's logit; NaN until the tile that holds it has been folded.
-    lse, logps: the normaliser and the label's log-probability, never above 0.
-    weighted: the sum of exp(z - m) (z - m); total: the sum of z; squared: the sum of exp(2(z - m)).
-    argmax: the first index of the maximum.
-    The last four are None unless an extra output needs them. float32, or float64 for float64 tiles.
-    The memory is not initialised: the tile that starts at column 0 does that.
-    """
-
-    max: Tensor
-    sum: Tensor
-    target: Tensor
-    lse: Tensor
-    logps: Tensor
-    weighted: Tensor | None = None
-    total: Tensor | None = None
-    squared: Tensor | None = None
-    argmax: Tensor | None = None
-
-    @classmethod
-    def empty(cls, n: int, device: torch.device, dtype: torch.dtype, extras=()) -> Stats:
-        sums = any(name in extras for name in ("entropy", "mean_logit", "log_sum_sq_probs"))
-        # lse and logps leave the call, so they are tensors of their own. The others share one
-        # allocation: on a GPU each takes longer than what it is for.
-        shared = torch.empty((6 if sums else 3, n), device=device, dtype=dtype)
-        high, total, target, *rest = shared.unbind()
-        lse = torch.empty((n,), device=device, dtype=dtype)
-        argmax = torch.empty_like(lse, dtype=torch.int64) if "is_top1" in extras else None
-        weighted, both, squared = rest if sums else (None, None, None)
-        logps = torch.empty_like(lse)
-        return cls(high, total, target, lse, logps, weighted, both, squared, argmax)
-
-    def rows(self, start: int, stop: int) -> Stats:
-        """A view of the rows [start, stop)."""
-        if start == 0 and stop == self.lse.shape[0]:
-            return self
-        return Stats(*(None if t is None else t[start:stop] for t in self))  # type: ignore[arg-type]
-
-    def finish(self) -> None:
-        """Write lse and logps from max, sum and target."""
-        log_sum = self.sum.log()
-        torch.add(self.max, log_sum, out=self.lse)
-        # (target - max) is exact where it matters, at saturated rows; target - lse is not. A
-        # positive value can only be the rounding of a zero. `clamp` keeps NaN.
-        torch.sub(self.target - self.max, log_sum, out=self.logps).clamp_(max=0.0)
-
-    def replace_target(self, target: Tensor) -> None:
-        """Put the exact logit of the label where a rounded one was, in the normaliser as well.
-
-        With only the target exact, log-probabilities would come out above 0; with both, the error
-        of a confident token falls to that of the other logits' tiny share.
-        """
-        # Where the label is the maximum its exact logit becomes the base, so that a saturated row
-        # keeps the tiny share of the others: 1 + tiny, and not exp(rounding) + tiny.
-        base = torch.where(self.target == self.max, target, self.max)
-        shift = self.max - base
-        rescale = shift.exp()
-        old, new = self.target - self.max, target - base
-        old_e, new_e = old.exp(), new.exp()
-        others = (self.sum - old_e).clamp_min(0)
-        if self.weighted is not None and self.squared is not None and self.total is not None:
-            weighted = self.weighted - old_e * old
-            self.weighted.copy_(rescale * (weighted + shift * others) + new_e * new)
-            squared = (self.squared - old_e * old_e).clamp_min(0)
-            self.squared.copy_(rescale * rescale * squared + new_e * new_e)
-            self.total.add_(target - self.target)
-        self.sum.copy_(rescale * others + new_e)
-        self.max.copy_(base)
-        self.target.copy_(target)
-        self.finish()
-
-    def entropy(self) -> Tensor:
-        assert self.weighted is not None
-        return self.sum.log() - self.weighted / self.sum
-
-    def mean_logit(self, vocab: int) -> Tensor:
-        assert self.total is not None
-        return self.total / vocab
-
-    def log_sum_sq_probs(self) -> Tensor:
-        assert self.squared is not None
-        return self.squared.log() - 2 * self.sum.log()
-
-
 # The losses with a closed form, in the order of PAIR_FORMS in csrc/tile.h.
 PAIR_FORMS = (
     *("sigmoid", "sigmoid_norm", "ipo", "hinge", "exo_pair", "robust", "nca_pair", "bco_pair"),
@@ -166,7 +78,9 @@ class Backend(Protocol):
 
     NAME: str
     CLOSED_FORMS: frozenset[str]  # the losses that `pair_loss` has
-    LOGIT_FREE_BY_DEFAULT: bool  # whether passes with gradients take the logit-free product unasked
+    LOGIT_FREE_BY_DEFAULT: (
+        bool  # whether passes with gradients take the logit-free product by default
+    )
     PROJECTS_AT_ONCE: bool  # whether the logit-free product can multiply D while it makes it
 
     def problem(self) -> str | None:
@@ -287,12 +201,13 @@ class Backend(Protocol):
         transform: Transform,
         extras: tuple[str, ...] = (),
         with_d: bool = True,
-        asked: bool = False,
+        required: bool = False,
     ) -> str | None:
         """Why this head does not go through the logit-free product; None: it does.
 
-        with_d: whether D is written. asked: whether the caller insists, so that a product that is
-        possible but slow is no reason.
+        with_d: whether D is written.
+        required: whether the caller insists on this product. It is then refused only where it is
+        impossible, and not where it is slow.
         """
 
     def logit_free_forward(
@@ -307,11 +222,11 @@ class Backend(Protocol):
         row_scale: Tensor | None = None,  # [N]
         u: Tensor | None = None,  # [N, H]
     ) -> None:
-        """Statistics, and D where d and row_scale are given, without logits in memory.
+        """Write the statistics, and D where d and row_scale are given, without logits in memory.
 
-        D is row_scale d, row by row. With u, which needs `PROJECTS_AT_ONCE`, u = D weight and D
-        stands nowhere. Writes stats.lse and stats.logps, and with extras what they
-        need. Only where `logit_free_reason` gives none.
+        D is row_scale d, row by row. With u, which needs `PROJECTS_AT_ONCE`, u = D weight is
+        written and D is never whole in memory. Of stats lse and logps are written, and what the
+        extras need. Called only where `logit_free_reason` is None.
         """
 
     def column_sums(
@@ -346,10 +261,11 @@ class Backend(Protocol):
         row_sums: Tensor,  # [n], of d
         out: Tensor,  # [n, K + 1]
     ) -> Tensor:
-        """Columns of d, as `fastpref.logps.columns` has them; returns the rows' rest r [n].
+        """Write columns of d as `fastpref.logps.columns` needs them; returns r [n].
 
-        r = row_sums less the row's kept entries; out[:, :K] = (d[:, index] - r mean) factor; the
-        last column is r less the row's sum of the columns that are not kept.
+        r, the remainder of a row, is its sum without its kept entries. out[:, :K] is
+        (d[:, index] - r mean) factor. The last column of out is r less the row's sum over the
+        columns of index that are not kept.
         """
 
     def weighted_rows(

@@ -24,7 +24,8 @@ from fastpref.backends.columns import (
     weighted_rows,
 )
 from fastpref.backends.gemm import linear, outer, project, scale_rows
-from fastpref.backends.tile import Stats, Transform, fold_then_grad
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform, fold_then_grad
 
 NAME = "triton"
 CLOSED_FORMS = frozenset({"sigmoid", "ipo"})
@@ -40,7 +41,7 @@ _NOWHERE = nullcontext()
 # rows are few; short rows would leave them idle.
 _LANES = ((65536, 512), (16384, 256), (4096, 128), (0, 64))
 # Columns that a lane takes per block of fold: always the same, for a row's sum must not depend on
-# what else is asked for.
+# which extras are computed.
 _FOLD_COLUMNS = 16
 # Rows and columns that a program adds up at a time: 256 bytes of a 16-bit row, in 4 warps.
 _SUM_ROWS, _SUM_COLUMNS = 16, 128
@@ -341,12 +342,12 @@ def logit_free_reason(
     transform: Transform,
     extras: tuple[str, ...] = (),
     with_d: bool = True,
-    asked: bool = False,
+    required: bool = False,
 ) -> str | None:
     """As `Backend.logit_free_reason`."""
     if extras:
         return "the triton backend's logit-free product has no extras"
-    return _kernels().forward.logit_free_reason(weight, transform, with_d, asked)
+    return _kernels().forward.logit_free_reason(weight, transform, with_d, required)
 
 
 def logit_free_forward(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastpref.bench import device, ours, parts, plots, report, results
-from fastpref.bench.cases import PARTS, BenchOptions, Case
+from fastpref.bench.cases import PARTS, BenchOptions, Case, split_names
 from fastpref.bench.peers import MODES
 from fastpref.bench.problem import DTYPES, parse_shape
 from fastpref.bench.run import BenchResult, cell_of, run_tasks
@@ -106,22 +106,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in DEFAULTS["cpu" if args.device == "cpu" else "cuda"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    there = device.PretendGpu if args.device != "cpu" else device.Device
+    device_class = device.PretendGpu if args.device != "cpu" else device.Device
     known = {
         "modes": list(MODES),
         "parts": list(PARTS),
         "precision": ["exact", "fast"],
         "dtype": list(DTYPES),
         "backends": ["cuda", "triton", "native", "eager"],
-        "peers": [*ours.known(there()), *parts.LOGITS_PEERS],
+        "peers": [*ours.known(device_class()), *parts.LOGITS_PEERS],
     }
     for name, names in known.items():
         if (text := getattr(args, name)) is not None:
-            given = [part for part in text.split(",") if part]
-            if not set(given) <= set(names):
+            chosen = split_names(text, names if name in ("precision", "dtype") else ())
+            if not set(chosen) <= set(names):
                 parser.error(f"--{name}: got {text}, expected some of {','.join(names)}")
-            ordered = [n for n in names if n in given]
-            setattr(args, name, given if name in ("backends", "peers") else ordered)
+            ordered = [n for n in names if n in chosen]
+            setattr(args, name, chosen if name in ("backends", "peers") else ordered)
     args.only = [part for part in (args.only or "").split(";") if part]
     for name in ("shapes", "small"):
         setattr(args, name, getattr(args, name).split())
@@ -153,34 +153,34 @@ def main(argv: list[str] | None = None, folder: Path | None = None) -> None:
     if path.parent == Path(".") and folder is not None:
         path = folder / path.name
     path = path.with_suffix(".json")
-    found = BenchResult()
+    measured = BenchResult()
 
     def keep(result: BenchResult) -> None:
-        nonlocal found
-        found = result
+        nonlocal measured
+        measured = result
         results.write_json(path, result.as_dict())
 
     def hear(message: dict[str, Any]) -> None:
         if "dropped" in message:
             print(f"{message['dropped']}: left out, no time left", flush=True)
-        if "result" in message and (told := _complete(message["result"], found)) is not None:
-            print(report.report(told), flush=True)
+        if "result" in message and (printed := _complete(message["result"], measured)) is not None:
+            print(report.report(printed), flush=True)
 
     try:
         run_tasks(options_of(args), hear=hear, changed=keep, loud=True)
     finally:  # also when it is interrupted
         if not args.no_plot:
-            plots.plot(found.cells, path.with_suffix(".png"))
+            plots.plot(measured.cells, path.with_suffix(".png"))
     plotted = "" if args.no_plot else " and .png"
-    last = f"{found.wall_s:.0f} s in all; wrote {path.stem}.json{plotted}"
-    print(f"{report.closing(found)}\n{last}")
-    if all("failed" in r for r in found.results):
+    last = f"{measured.wall_s:.0f} s in all; wrote {path.stem}.json{plotted}"
+    print(f"{report.closing(measured)}\n{last}")
+    if all("failed" in r for r in measured.results):
         raise SystemExit("nothing was measured")
 
 
-def _complete(result: dict[str, Any], found: BenchResult) -> dict[str, Any] | None:
+def _complete(result: dict[str, Any], measured: BenchResult) -> dict[str, Any] | None:
     """What to print of a task: on a CPU a cell has its memory from a later task."""
     if result["kind"] == "memory":
-        return cell_of(result, found.cells)
+        return cell_of(result, measured.cells)
     waits = result["kind"] == "cell" and "failed" not in result
-    return None if waits and found.settings["device"] == "cpu" else result
+    return None if waits and measured.settings["device"] == "cpu" else result

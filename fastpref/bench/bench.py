@@ -145,30 +145,30 @@ def bench_options(
     )
 
 
-def select_peers(given: Sequence[str] | None, kind: str) -> tuple[list[str], dict[str, str]]:
+def select_peers(names: Sequence[str] | None, kind: str) -> tuple[list[str], dict[str, str]]:
     """Names of peers beside eager, and why others are not measured.
 
     Args:
-        given: names, or how they begin; None: those that are measured by default.
+        names: whole, or how they begin; None: the peers that are measured by default.
         kind: of the device, "cpu" or "cuda".
 
     Raises:
         ValueError: a name that is nobody's.
     """
-    there = devices.PretendGpu() if kind == "cuda" else devices.Device()
-    known = [e for e in PEERS if e.runs_on(there) and e.name != EAGER]
-    wanted: list[Entry] = [e for e in known if e.by_default]
-    if given is not None:
-        wanted = []
-        for name in given:
-            exact = [e for e in known if e.name.lower() == name.lower()]
-            found = exact or [e for e in known if e.name.lower().startswith(name.lower())]
-            if not found:
-                names = ", ".join(e.name for e in known)
-                raise ValueError(f"peers: got {name!r}, expected none, all, or some of {names}")
-            wanted += [e for e in found if e not in wanted]
-    missing = {e.name: f"{e.package} is not installed" for e in wanted if not e.installed()}
-    return [e.name for e in wanted if e.name not in missing], missing
+    device = devices.PretendGpu() if kind == "cuda" else devices.Device()
+    peers = [e for e in PEERS if e.runs_on(device) and e.name != EAGER]
+    selected: list[Entry] = [e for e in peers if e.by_default]
+    if names is not None:
+        selected = []
+        for name in names:
+            exact = [e for e in peers if e.name.lower() == name.lower()]
+            matches = exact or [e for e in peers if e.name.lower().startswith(name.lower())]
+            if not matches:
+                known = ", ".join(e.name for e in peers)
+                raise ValueError(f"peers: got {name!r}, expected none, all, or some of {known}")
+            selected += [e for e in matches if e not in selected]
+    missing = {e.name: f"{e.package} is not installed" for e in selected if not e.installed()}
+    return [e.name for e in selected if e.name not in missing], missing
 
 
 def side_names(options: BenchOptions) -> list[str]:

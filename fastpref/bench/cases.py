@@ -125,15 +125,15 @@ def make_cases(
     cases = []
     for text in shapes:
         try:
-            shape, model, own = parse_shape(text), "", fast
+            shape, model, default_dtype = parse_shape(text), "", fast
         except ValueError:
             if _is_shape(text):
                 raise
-            shape, model, own = _shape_of_model(text, tokens, trust_remote_code)
+            shape, model, default_dtype = _shape_of_model(text, tokens, trust_remote_code)
         if tokens is not None:
             shape = replace(shape, n=tokens)
         check_tokens(shape.n)
-        chosen = tuple(dtypes or [own])
+        chosen = tuple(dtypes or [default_dtype])
         sizes = [f"{shape.n},{shape.h},{shape.v}"]
         sizes += [] if shape.softcap is None else [f"{shape.softcap:g}"]
         cases.append(Case(",".join(sizes), chosen, model or shape.model))
@@ -145,7 +145,7 @@ def _joined(cases: list[Case]) -> list[Case]:
     names: dict[Case, dict[str, None]] = {}
     for case in cases:
         names.setdefault(replace(case, model=""), {})[case.model] = None
-    return [replace(case, model=", ".join(filter(None, found))) for case, found in names.items()]
+    return [replace(case, model=", ".join(filter(None, models))) for case, models in names.items()]
 
 
 def _is_shape(text: str) -> bool:
@@ -256,6 +256,16 @@ def tasks(options: BenchOptions) -> list[dict[str, Any]]:
                 out.append(task(f"ready logits of {name}", "logits", case))
     small()
     return [*out, *memory]
+
+
+def split_names(text: str, pair: Sequence[str] = ()) -> list[str]:
+    """The names in a text, separated by commas.
+
+    Args:
+        pair: the two names that the word "both" stands for.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return list(pair) if pair and names == ["both"] else names
 
 
 def check_names(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -58,19 +58,19 @@ def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     try:
-        found = json.loads(path.read_text("utf-8"))
+        loaded = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no JSON"
         raise ValueError(f"{path} could not be read as a result of fastpref bench: {why}") from None
-    good = isinstance(found, dict) and isinstance(found.get("machine"), dict)
+    good = isinstance(loaded, dict) and isinstance(loaded.get("machine"), dict)
     try:
-        cells = dict(_cells(found)) if good else {}
+        cells = dict(_cells(loaded)) if good else {}
         measured = [c for cell in cells.values() for c in _changes(cell, {"id": "", **cell}, 0.0)]
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
         cells, measured = {}, []
     if not cells or not measured:
         raise ValueError(f"{path} is no result of fastpref bench: it has no measured cells")
-    return dict(found)
+    return dict(loaded)
 
 
 def machine_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -180,17 +180,17 @@ def _change(
         new["time"]["quartiles_ms"][i] / old["time"]["quartiles_ms"][1 - i] for i in (0, 1)
     )
     ratio, most = new_ms / old_ms, 1 + threshold
-    own = ratio / (canary or 1.0)  # what the machine itself does not explain
+    corrected = ratio / (canary or 1.0)  # what the machine itself does not explain
     verdict = "same"
     if new.get("wrong"):
         verdict = "wrong"
-    elif min(ratio, own) > most and low > 1:
+    elif min(ratio, corrected) > most and low > 1:
         verdict = "slower"
     elif _worse(old, new, "errors", "sum_max", 2.0, _NATS):
         verdict = "less exact"
     elif _worse(old, new, "memory", "extra", 1.1, _BYTES):
         verdict = "more memory"
-    elif max(ratio, own) < 1 / most and high < 1:
+    elif max(ratio, corrected) < 1 / most and high < 1:
         verdict = "faster"
     worse = bool(new["ours"]) and verdict not in ("same", "faster")
     side = new["variant"]

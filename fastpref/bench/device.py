@@ -104,10 +104,10 @@ class Device:
 
 def _status(key: str) -> int:
     """A line of /proc/self/status that is in kB, as bytes."""
-    found = status_bytes(key)
-    if found is None:
+    size = status_bytes(key)
+    if size is None:
         raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only")
-    return found
+    return size
 
 
 def peak_resident_bytes() -> int:

@@ -49,9 +49,9 @@ def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
         return Output(out.loss, (out.chosen_logps, out.rejected_logps))
 
     def logps(p: HeadProblem) -> Tensor:
-        found = fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
-        assert isinstance(found, Tensor)
-        return found
+        out = fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
+        assert isinstance(out, Tensor)
+        return out
 
     if options.get("fused") and backend == "eager":
         raise RuntimeError(f"the {backend} backend has no pass in one kernel")
@@ -68,30 +68,30 @@ def _ways(
 
     The logit-free product of a backend, which is always exact, is measured beside the tiles.
     """
-    ways: list[tuple[str, dict[str, Any]]] = [("", {})]
+    variants: list[tuple[str, dict[str, Any]]] = [("", {})]
     if mode == "trainable":
-        ways = [(strategy, {"strategy": strategy}) for strategy in strategies]
+        variants = [(strategy, {"strategy": strategy}) for strategy in strategies]
     if backend is None:
-        return ways
+        return variants
     if mode == "forward-only":
-        ways = [
+        variants = [
             ("tiles", {"fused": False}),
             ("one kernel", {"fused": True, "strategy": "forward-only"}),
         ]
     elif backend in ("cuda", "triton"):
-        label, options = ways[0]
+        label, options = variants[0]
         tiles = (f"{label}, tiles".removeprefix(", "), {**options, "fused": False})
-        ways = [(label, {**options, "fused": True}) for label, options in ways]
-        ways = [ways[0], tiles, *ways[1:]] if precision == "exact" else [tiles]
+        variants = [(label, {**options, "fused": True}) for label, options in variants]
+        variants = [variants[0], tiles, *variants[1:]] if precision == "exact" else [tiles]
     if precision == "fast":  # nothing that exact does not show
-        rest = [way for way in ways if way[0] not in ("recompute", "one kernel")]
-        ways = rest or ways
-    return ways
+        shown = [variant for variant in variants if variant[0] not in ("recompute", "one kernel")]
+        variants = shown or variants
+    return variants
 
 
-def _by_columns(ways: list[tuple[str, dict[str, Any]]], tolerance: float) -> Any:
+def _by_columns(variants: list[tuple[str, dict[str, Any]]], tolerance: float) -> Any:
     """The first way with approximate gradients of the hidden states."""
-    label, options = ways[0]
+    label, options = variants[0]
     name = f"{label}, tolerance {tolerance:g}".removeprefix(", ")
     return name, {**options, "gradient_tolerance": tolerance}
 
@@ -110,10 +110,10 @@ def ours(
     out = []
     for backend in backends:
         for precision in precisions:
-            ways = _ways(mode, backend, precision, strategies or STRATEGIES)
+            variants = _ways(mode, backend, precision, strategies or STRATEGIES)
             if tolerance is not None and mode != "forward-only":
-                ways = [*ways, _by_columns(ways, tolerance)]
-            for label, options in ways:
+                variants = [*variants, _by_columns(variants, tolerance)]
+            for label, options in variants:
                 options = {"precision": precision, **options}
                 name = " ".join(part for part in ("fastpref", backend, precision) if part)
                 entry = Entry(

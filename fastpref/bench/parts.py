@@ -57,10 +57,10 @@ def measure(
     cost: dict[str, float] = {}
     missing = []
 
-    def warm(name: str, made: Pass) -> None:
-        passes[name] = made
-        device.time(made.call)
-        cost[name] = device.time(made.call).device
+    def warm(name: str, measured: Pass) -> None:
+        passes[name] = measured
+        device.time(measured.call)
+        cost[name] = device.time(measured.call).device
 
     for name, (about, make) in makers.items():
         if name in excluded:
@@ -119,7 +119,8 @@ def row_passes(
 
 def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     from fastpref import backends
-    from fastpref.backends.tile import Stats, Transform
+    from fastpref.backends.stats import Stats
+    from fastpref.backends.tile import Transform
     from fastpref.logps.plan import plan_head, tile_dtype
 
     x, w = problem.hidden.detach().flatten(0, 1), problem.weight.detach()
@@ -289,7 +290,7 @@ def by_turns(
 def small_rows(calls: dict[str, Callable[[], tuple[float, ...]]]) -> dict[str, dict[str, float]]:
     """Medians in microseconds."""
     out = {}
-    for name, taken in by_turns(calls, _SMALL_ROUNDS).items():
-        *host, wall = (round(1e6 * statistics.median(s), 1) for s in zip(*taken, strict=True))
+    for name, times in by_turns(calls, _SMALL_ROUNDS).items():
+        *host, wall = (round(1e6 * statistics.median(s), 1) for s in zip(*times, strict=True))
         out[name] = dict(zip(("forward_us", "backward_us"), host, strict=False)) | {"wall_us": wall}
     return out

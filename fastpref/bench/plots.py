@@ -48,14 +48,14 @@ def figure_of(cells: list[dict[str, Any]]) -> Any:
     figure = Figure(figsize=(21, 3.4 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), 3, squeeze=False)
     for line, ((dtype, mode, few), group) in zip(axes, groups.items(), strict=True):
-        found = [{r["variant"]: r for r in c["variants"] if usable(r)} for c in group]
-        here = [n for n in names if any(n in rows for rows in found)]
-        width = 0.85 / max(len(here), 1)
+        rows_of_cases = [{r["variant"]: r for r in c["variants"] if usable(r)} for c in group]
+        present = [n for n in names if any(n in rows for rows in rows_of_cases)]
+        width = 0.85 / max(len(present), 1)
         for axis, (title, value) in zip(line, _PANELS, strict=True):
-            for i, name in enumerate(here):
-                heights = [value(rows[name]) if name in rows else None for rows in found]
-                left = (i - (len(here) - 1) / 2) * width
-                points = [(at + left, y) for at, y in enumerate(heights) if y is not None]
+            for i, name in enumerate(present):
+                heights = [value(rows[name]) if name in rows else None for rows in rows_of_cases]
+                offset = (i - (len(present) - 1) / 2) * width
+                points = [(place + offset, y) for place, y in enumerate(heights) if y is not None]
                 if points:
                     x, y = zip(*points, strict=True)
                     axis.bar(x, y, width, color=colours[name], label=names[name])
@@ -82,14 +82,14 @@ def scaling_figure(cells: list[dict[str, Any]], scale: str) -> Any:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for name, found in points.items():
-        sizes = sorted(found)
+    for name, times in points.items():
+        sizes = sorted(times)
         look: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.4}
-        axis.plot(sizes, [found[at] for at in sizes], label=name, **look)
-    ticks = sorted({at for found in points.values() for at in found})
+        axis.plot(sizes, [times[size] for size in sizes], label=name, **look)
+    ticks = sorted({size for times in points.values() for size in times})
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xticks(ticks, [f"{at:,}" for at in ticks], fontsize=8)
+    axis.set_xticks(ticks, [f"{size:,}" for size in ticks], fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel({"tokens": "labelled tokens N", "vocab": "vocabulary V"}.get(scale, scale))
     axis.set_ylabel("ms, forward and backward")

@@ -94,8 +94,8 @@ class HeadProblem:
         self.hidden.grad = self.weight.grad = None
 
     def gradient_bytes(self) -> int:
-        given = [self.hidden, self.weight] if self.trainable else [self.hidden]
-        return sum(t.numel() * t.element_size() for t in given)
+        leaves = [self.hidden, self.weight] if self.trainable else [self.hidden]
+        return sum(t.numel() * t.element_size() for t in leaves)
 
 
 def check_tokens(n: int) -> int:
@@ -133,7 +133,9 @@ def make_problem(
     weight = torch.empty(v, h, dtype=dtype, device=device)
     for part in weight.split(16384):
         part.copy_(torch.randn(part.shape, **on) / math.sqrt(h))
-    wanted = torch.full((n,), math.log(v) + _SPREAD**2 / 2, device=device)  # the labels' logits
+    target_logits = torch.full(
+        (n,), math.log(v) + _SPREAD**2 / 2, device=device
+    )  # the labels' logits
     if zipf:
         by_rank = torch.randperm(v, **on)  # the vocabulary, most frequent first
         prior = torch.empty(v, device=device)
@@ -144,16 +146,16 @@ def make_problem(
         weight[:, 0] = (prior / math.sqrt(h)).to(dtype)
         ranks = ((v + 1) ** torch.rand(n, **on, dtype=torch.float64)).long() - 1
         labels = by_rank[ranks.clamp(0, v - 1)]
-        wanted.fill_(_SPREAD**2 / 2 - mean + math.log(sum(1 / i for i in range(1, v + 1))))
+        target_logits.fill_(_SPREAD**2 / 2 - mean + math.log(sum(1 / i for i in range(1, v + 1))))
     else:
         labels = torch.randint(v, (n,), **on)
     if softcap is not None:
-        wanted = softcap * (wanted / softcap).clamp(max=0.99).atanh()
-    own = weight[labels].float()
+        target_logits = softcap * (target_logits / softcap).clamp(max=0.99).atanh()
+    label_rows = weight[labels].float()
     if zipf:
-        own[:, 0] = 0
-        wanted -= prior[labels]
-    hidden = wanted[:, None] * own / own.square().sum(1, keepdim=True)
+        label_rows[:, 0] = 0
+        target_logits -= prior[labels]
+    hidden = target_logits[:, None] * label_rows / label_rows.square().sum(1, keepdim=True)
     hidden += _SPREAD * torch.randn(n, h, **on)
     if zipf:
         hidden[:, 0] = math.sqrt(h)
@@ -215,9 +217,9 @@ def float64_truth(problem: HeadProblem, alive: Callable[[], None] = lambda: None
         if slope is not None:
             z *= slope
         d[block] = z[:, rows]
-        here = ((tokens >= start) & (tokens < start + size)).nonzero()[:, 0]
-        if len(here):
-            u[here] = z[tokens[here] - start] @ w
+        in_block = ((tokens >= start) & (tokens < start + size)).nonzero()[:, 0]
+        if len(in_block):
+            u[in_block] = z[tokens[in_block] - start] @ w
         alive()
     loss, dhidden, dweight = {}, {}, {}
     for with_reference in (True, False):
@@ -258,8 +260,8 @@ def errors(
     out = logp_errors(problem, truth, token_logps, sums)
     out["loss"] = abs(loss - truth.loss[with_reference])
 
-    def relative(got: Tensor, wanted: Tensor) -> float:
-        return ((got.double() - wanted).norm() / wanted.norm()).item()
+    def relative(actual: Tensor, expected: Tensor) -> float:
+        return ((actual.double() - expected).norm() / expected.norm()).item()
 
     assert problem.hidden.grad is not None
     dhidden = problem.hidden.grad.flatten(0, 1)[truth.tokens]

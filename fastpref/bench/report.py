@@ -16,10 +16,10 @@ def report(result: dict[str, Any]) -> str:
     """What one task gave, as a table."""
     if "failed" in result:
         return f"\n{result['id']}: {result['failed']}"
-    made = {"cell": _cell_table, "overhead": _small_table}.get(result["kind"], _row_table)
+    make_table = {"cell": _cell_table, "overhead": _small_table}.get(result["kind"], _row_table)
     size = result["size"]
     head = f"\n{result['id']}: N={size['n']} H={size['h']} V={size['v']}{size_notes(size)}"
-    return f"{head}, {result['seconds']:.0f} s\n{made(result)}"
+    return f"{head}, {result['seconds']:.0f} s\n{make_table(result)}"
 
 
 def size_notes(size: dict[str, Any]) -> str:
@@ -41,8 +41,8 @@ def _missing(rows: list[Row], key: str) -> list[str]:
 
 
 def mib(row: Row, key: str) -> float | None:
-    found = row.get("memory", {}).get(key)
-    return None if found is None else found / 2**20
+    size = row.get("memory", {}).get(key)
+    return None if size is None else size / 2**20
 
 
 def _ratio(key: str) -> Callable[[Row], str]:
@@ -110,8 +110,8 @@ def _row_table(result: dict[str, Any]) -> str:
             continue
         share = "-" if "of_copy" not in k else f"{100 * k['of_copy']:.0f}%"
         lines.append([name, f"{k['time']['median_ms']:.3f}", f"{k['gb_per_s']:.0f}", share])
-    found = table(["", "ms", "GB/s", "of a copy's"], lines)
-    return "\n".join([f"a copy: {result['copy']['gb_per_s']:.0f} GB/s", found, *missing])
+    text = table(["", "ms", "GB/s", "of a copy's"], lines)
+    return "\n".join([f"a copy: {result['copy']['gb_per_s']:.0f} GB/s", text, *missing])
 
 
 def _small_table(result: dict[str, Any]) -> str:

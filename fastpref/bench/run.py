@@ -139,8 +139,8 @@ def run_tasks(
     result = BenchResult(settings=describe(options), missing_peers=options.missing_peers)
 
     def update() -> None:
-        found = [r for r in supervisor.results if r["kind"] != "memory"]
-        result.results = [_with_speeds(r) for r in found]
+        measured = [r for r in supervisor.results if r["kind"] != "memory"]
+        result.results = [_with_speeds(r) for r in measured]
         result.wall_s = round(time.perf_counter() - begun, 1)
         result.dropped, result.stops = list(supervisor.dropped), list(supervisor.stops)
         if changed is not None:
@@ -172,21 +172,21 @@ def run_tasks(
     return result
 
 
-def cell_of(memory: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any] | None:
+def cell_of(memory: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The cell that a memory task is about; None if it was not measured."""
     keys = ("shape", "dtype", "mode", "threads")
-    for cell in done:
+    for cell in cells:
         same = all(cell.get(key) == memory.get(key) for key in keys)
         if cell["kind"] == "cell" and "variants" in cell and same:
             return cell
     return None
 
 
-def _add_memory(found: dict[str, Any], done: list[dict[str, Any]]) -> None:
+def _add_memory(result: dict[str, Any], cells: list[dict[str, Any]]) -> None:
     """Put a memory task's figures into the rows of its cell."""
-    why = {"failed": found.get("failed", "not measured")}
-    for row in (cell_of(found, done) or {}).get("variants", ()):
-        row["memory"] = found.get("memory", {}).get(row["variant"], why)
+    why = {"failed": result.get("failed", "not measured")}
+    for row in (cell_of(result, cells) or {}).get("variants", ()):
+        row["memory"] = result.get("memory", {}).get(row["variant"], why)
 
 
 def _with_speeds(result: dict[str, Any]) -> dict[str, Any]:

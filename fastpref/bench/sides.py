@@ -63,8 +63,8 @@ class Sides:
                 row["dropped"] = True
             elif entry.ours:
                 try:
-                    made = self._plan(shape, mode, task["dtype"], options, entry.backend)
-                    row["plan"] = made
+                    plan = self._plan(shape, mode, task["dtype"], options, entry.backend)
+                    row["plan"] = plan
                 except (ValueError, RuntimeError) as error:  # which the call itself would raise
                     row["missing"] = failure(error)
             yield entry, row
@@ -75,7 +75,7 @@ class Sides:
         return self._plan(shape, "forward-only", dtype, fastest)["logit_free"]
 
     def _listed(self, mode: str, dtype: str) -> list[Entry]:
-        found = entries(
+        listed = entries(
             self._device,
             mode,
             DTYPES[dtype],
@@ -86,7 +86,7 @@ class Sides:
             tolerance=self._request.get("gradient_tolerance"),
         )
         only = self._request.get("only")
-        return [e for e in found if not only or any(part in e.name for part in only)]
+        return [e for e in listed if not only or any(part in e.name for part in only)]
 
     def _plan(
         self,
@@ -99,6 +99,6 @@ class Sides:
         """The plan of a call with these options, which has what its backend does by default."""
         row = torch.empty(1, shape.h, dtype=DTYPES[dtype], device=self._device.device)
         head = HeadTensors(row.expand(shape.v, -1))
-        given = HeadOptions(softcap=shape.softcap, backend=backend, **options)
+        head_options = HeadOptions(softcap=shape.softcap, backend=backend, **options)
         grads = mode != "forward-only", mode == "trainable"
-        return asdict(plan_call(row, head, shape.n, given, (), grads).plan)
+        return asdict(plan_call(row, head, shape.n, head_options, (), grads).plan)

@@ -16,11 +16,11 @@ _SCALED = {"tokens": "N", "vocab": "V", "threads": "threads"}
 def rates_table(rates: Sequence[dict[str, Any]]) -> Table:
     """What the machine can do."""
     lines = []
-    for found in rates:
-        peak, product, copy = found["peak_tflop_per_s"], found["product"], found["copy"]
-        own = "-" if peak is None else f"{1e3 * peak:,.1f}"
+    for measured in rates:
+        peak, product, copy = measured["peak_tflop_per_s"], measured["product"], measured["copy"]
+        peak_rate = "-" if peak is None else f"{1e3 * peak:,.1f}"
         rate = f"{1e3 * product['tflop_per_s']:,.1f}"
-        lines.append([found["dtype"], own, rate, f"{copy['gb_per_s']:,.1f}"])
+        lines.append([measured["dtype"], peak_rate, rate, f"{copy['gb_per_s']:,.1f}"])
     return ["", "multiply-adds, GFLOP/s", "bare product, GFLOP/s", "copy, GB/s"], lines
 
 
@@ -88,36 +88,36 @@ def scaling_points(cells: Sequence[dict[str, Any]], scale: str) -> dict[str, dic
     and the fastest peer of each size."""
     out: dict[str, dict[int, float]] = {}
     for cell in cells:
-        at = int(cell["threads"] if scale == "threads" else cell["size"][_SCALED[scale].lower()])
+        size = int(cell["threads"] if scale == "threads" else cell["size"][_SCALED[scale].lower()])
         rows = cell["variants"]
-        mine = [r for r in rows if r["ours"] and r["precision"] == "exact"]
-        groups = {"fastpref": mine, "eager": [r for r in rows if r["variant"] == "eager"]}
+        exact = [r for r in rows if r["ours"] and r["precision"] == "exact"]
+        groups = {"fastpref": exact, "eager": [r for r in rows if r["variant"] == "eager"]}
         others = [r for r in rows if not r["ours"] and not r["other_function"]]
         groups["fastest peer"] = [r for r in others if r["variant"] != "eager"]
         for name, group in groups.items():
             if (best := fastest(group)) is not None:
                 key = f"{name}, {cell['dtype']}, {cell['mode']}"
-                out.setdefault(key, {})[at] = best["time"]["median_ms"]
+                out.setdefault(key, {})[size] = best["time"]["median_ms"]
     return out
 
 
 def scaling_table(cells: Sequence[dict[str, Any]], scale: str) -> Table:
     """How the time grows: at each size the milliseconds, and in brackets over the first size's."""
     points = scaling_points(cells, scale)
-    sizes = sorted({at for found in points.values() for at in found})
+    sizes = sorted({size for times in points.values() for size in times})
     lines = []
-    for name, found in points.items():
-        first = found.get(sizes[0])
+    for name, times in points.items():
+        first = times.get(sizes[0])
         line = [name]
-        for at in sizes:
-            text = "-" if at not in found else f"{found[at]:,.2f}"
-            if first and at in found and at != sizes[0]:
-                over = first / found[at] if scale == "threads" else found[at] / first
+        for size in sizes:
+            text = "-" if size not in times else f"{times[size]:,.2f}"
+            if first and size in times and size != sizes[0]:
+                over = first / times[size] if scale == "threads" else times[size] / first
                 text += f" ({over:.2f}x)"
             line.append(text)
         lines.append(line)
     header = ["ms, and speed over 1 thread" if scale == "threads" else "ms, and over the first"]
-    return [*header, *(f"{_SCALED[scale]}={at:,}" for at in sizes)], lines
+    return [*header, *(f"{_SCALED[scale]}={size:,}" for size in sizes)], lines
 
 
 def changes_table(changes: Sequence[Change]) -> Table:

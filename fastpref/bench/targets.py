@@ -27,8 +27,8 @@ def speed(slow: dict[str, Any], fast: dict[str, Any]) -> float:
 
 
 def fastest(rows: list[Row]) -> Row | None:
-    found = [r for r in rows if usable(r)]
-    return min(found, key=lambda r: r["time"]["median_ms"]) if found else None
+    measured = [r for r in rows if usable(r)]
+    return min(measured, key=lambda r: r["time"]["median_ms"]) if measured else None
 
 
 def compared(result: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +57,8 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     if kind == "cell" and result["canary"] is not None:
         return _cpu_targets(result)
-    made = {"cell": _cell_targets, "overhead": _small_targets}
-    return made.get(kind, _row_targets)(result)
+    make_targets = {"cell": _cell_targets, "overhead": _small_targets}
+    return make_targets.get(kind, _row_targets)(result)
 
 
 def _cpu_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,9 +81,9 @@ def _cpu_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     if not narrow:
         out.append(target("fp32: speed over eager", 1.2, over(EAGER, "exact")))
     for row in ours:
-        part = 1 / 6 if row["strategy"] == "stash" else 1 / 16
+        fraction = 1 / 6 if row["strategy"] == "stash" else 1 / 16
         what = f"{row['variant']}: extra memory over eager's"
-        out.append(target(what, part, row.get("memory_over_eager"), most=True))
+        out.append(target(what, fraction, row.get("memory_over_eager"), most=True))
     for row in ours:
         if row["precision"] == "exact" and narrow and "errors" in row:
             what = f"{row['variant']}: error of a 512-token sum, nat"

@@ -13,7 +13,7 @@ _ROUNDED_LOSS = {"bf16": 0.02, "fp32": 1e-3}  # relative; some sides return it i
 
 
 def fault(
-    found: Errors,
+    measured: Errors,
     dtype: str,
     *,
     tokens: int,
@@ -23,7 +23,7 @@ def fault(
     """One sentence on what is wrong with a result; None if nothing is.
 
     Args:
-        found: the errors against float64; NaN is wrong, None was not measured.
+        measured: the errors against float64; NaN is wrong, None was not measured.
         dtype: "bf16" or "fp32".
         tokens: of a sequence.
         loss: the true loss, of a call that has one.
@@ -38,10 +38,10 @@ def fault(
         "sum_max": WRONG_LOGP[dtype] * tokens,
     }
     if loss is not None:  # no further off than the log-probs of a pair can make it
-        of_sums = 2 * BETA * (found.get("sum_max") or 0.0)
+        of_sums = 2 * BETA * (measured.get("sum_max") or 0.0)
         bounds["loss"] = of_sums + _ROUNDED_LOSS[dtype] * (1 + abs(loss))
     for name, bound in bounds.items():
-        error = found.get(name)
+        error = measured.get(name)
         if error is not None and not error < bound:
             return f"{_NAMES[name]} by {error:.2g}, with a bound of {bound:.2g}"
     return None

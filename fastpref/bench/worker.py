@@ -50,13 +50,13 @@ class Worker:
         import fastpref.backends
 
         self._device, self._request, self._say = device, request, say
-        wanted = request.get("backends") or device.backends
-        self._backends: list[Any] = [b for b in wanted if b in fastpref.backends.NAMES]
+        backends = request.get("backends") or device.backends
+        self._backends: list[Any] = [b for b in backends if b in fastpref.backends.NAMES]
         self._sides = Sides(device, request, self._backends)
-        self._kept: tuple[HeadProblem, Truth, rates.Products | None] | None = None
+        self._inputs: tuple[HeadProblem, Truth, rates.Products | None] | None = None
         self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
-        self._at: tuple[Shape, str] | None = None
-        self._after = 0  # tasks still to come
+        self._inputs_of: tuple[Shape, str] | None = None
+        self._tasks_left = 0  # tasks still to come
         self._doing = ""
         self._threads = torch.get_num_threads()
 
@@ -74,7 +74,7 @@ class Worker:
         tasks = self._request["tasks"]
         for i, task in enumerate(tasks):
             task = {"dtype": "bf16", **task}
-            self._after = len(tasks) - i - 1
+            self._tasks_left = len(tasks) - i - 1
             if self.left() < self._request["least_seconds"]:
                 self._say({"dropped": task["id"]})
                 continue
@@ -102,12 +102,12 @@ class Worker:
         return lambda name: self._say({"doing": task["id"], "entry": name})
 
     def _rounds(self) -> Rounds:
-        given = self._request["repeats"], self._request["seconds"]
-        return Rounds(self._device, *given, deadline=self._request["deadline"])
+        limits = self._request["repeats"], self._request["seconds"]
+        return Rounds(self._device, *limits, deadline=self._request["deadline"])
 
     def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
         """New inputs. The previous ones are freed first, as both may not fit the memory."""
-        self._at = self._kept = None
+        self._inputs_of = self._inputs = None
         self._device.free()
         size = shape.n, shape.h, shape.v, DTYPES[dtype], self._device.device, shape.softcap
         return make_problem(*size, zipf=self._device.like_gpu)
@@ -116,7 +116,7 @@ class Worker:
         self, shape: Shape, dtype: str
     ) -> tuple[HeadProblem, Truth, rates.Products | None]:
         """Inputs, their float64 truth and bare GEMMs. Consecutive tasks of a shape share them."""
-        if (shape, dtype) != self._at:
+        if (shape, dtype) != self._inputs_of:
             problem = self._problem(shape, dtype)
             truth = float64_truth(problem, self._alive)
             self._device.free()
@@ -124,10 +124,10 @@ class Worker:
                 products = rates.Products(problem)
             except torch.OutOfMemoryError:
                 products = None
-            self._at, self._kept = (shape, dtype), (problem, truth, products)
+            self._inputs_of, self._inputs = (shape, dtype), (problem, truth, products)
         self._device.free()
-        assert self._kept is not None
-        return self._kept
+        assert self._inputs is not None
+        return self._inputs
 
     def _cell(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         mode, dtype = task["mode"], task["dtype"]
@@ -219,7 +219,7 @@ class Worker:
     def _short(self, name: str) -> bool:
         """Whether warming up a side again would take the time of the tasks to come."""
         seconds = self._warm.get(name, 0.0)
-        return self.left() - seconds < _RESERVE_S * self._after
+        return self.left() - seconds < _RESERVE_S * self._tasks_left
 
     def _warm_up(
         self, entry: Entry, row: dict[str, Any], problem: HeadProblem, truth: Truth, mode: str
@@ -241,13 +241,13 @@ class Worker:
         if entry.compiled:
             seconds = self._device.wall(call, problem.clear).device
         out = outputs.pop()
-        found, loss = self._errors(entry, side, problem, truth, mode, out)
-        row["errors"], row["wrong"] = found, False
-        if found is not None:
+        measured, loss = self._errors(entry, side, problem, truth, mode, out)
+        row["errors"], row["wrong"] = measured, False
+        if measured is not None:
             dtype = "bf16" if problem.weight.dtype == torch.bfloat16 else "fp32"
             tolerance = dict(entry.options).get("gradient_tolerance")
             tokens = problem.labels.shape[1]
-            why = fault(found, dtype, tokens=tokens, loss=loss, tolerance=tolerance)
+            why = fault(measured, dtype, tokens=tokens, loss=loss, tolerance=tolerance)
             row["wrong"] = why is not None
             if why is not None:
                 row["wrong_because"] = why
@@ -275,8 +275,8 @@ class Worker:
         sums = torch.cat(out.sums) if isinstance(out.sums, tuple) else out.sums
         assert sums is not None
         loss = float(out.loss.detach())
-        found = errors(problem, truth, loss, tokens, sums, entry.with_reference)
-        return found, truth.loss[entry.with_reference]
+        measured = errors(problem, truth, loss, tokens, sums, entry.with_reference)
+        return measured, truth.loss[entry.with_reference]
 
     def _peak(self, dtype: torch.dtype) -> rates.Peak | None:
         """The CPU's own best rate, if the native module, which measures it, is there."""
@@ -321,8 +321,8 @@ class Worker:
             row["memory"]["extra"] = row["memory"]["peak_beyond"] - _returned(problem, mode)
 
         rows = self._each(shape, task, problem, peak)
-        found = {n: row.get("memory", {"failed": row.get("missing")}) for n, row in rows.items()}
-        return {"memory": found}
+        memory = {n: row.get("memory", {"failed": row.get("missing")}) for n, row in rows.items()}
+        return {"memory": memory}
 
     def _rows(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         problem, _, _ = self._prepare(shape, task["dtype"])
@@ -341,14 +341,14 @@ class Worker:
 
     def _passes(self, shape: Shape, task: dict[str, Any], makers: Any) -> dict[str, Any]:
         excluded, tell = task.get("excluded", {}), self._teller(task)
-        found = parts.measure(self._device, self._rounds(), makers, excluded, tell)
-        return {"size": asdict(shape), **found}
+        rows = parts.measure(self._device, self._rounds(), makers, excluded, tell)
+        return {"size": asdict(shape), **rows}
 
     def _roofline(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         """What the machine can do, before anything else is measured."""
         dtype = DTYPES[task["dtype"]]
-        found = rates.machine_rates(self._device, self._rounds(), dtype, self._peak(dtype))
-        return {"size": asdict(shape), **found}
+        measured = rates.machine_rates(self._device, self._rounds(), dtype, self._peak(dtype))
+        return {"size": asdict(shape), **measured}
 
     def _overhead(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         """All modes of a small batch. Its inputs need no float64 truth."""
@@ -377,8 +377,8 @@ def _results(problem: HeadProblem, out: Any) -> list[Tensor]:
     """What has to be the same in every run."""
     if isinstance(out, Tensor):
         return [out]
-    given = out.loss.detach(), problem.hidden.grad, problem.weight.grad
-    return [t for t in given if t is not None]
+    results = out.loss.detach(), problem.hidden.grad, problem.weight.grad
+    return [t for t in results if t is not None]
 
 
 def _returned(problem: HeadProblem, mode: str) -> int:

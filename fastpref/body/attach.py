@@ -1,4 +1,4 @@
-"""Which linear layers of a model run on the native product, and while what runs they do.
+"""Which linear layers of a model run on the native product, and the context in which they do.
 
 A layer is an instance of another class while it is on the native product, and of its own class
 again afterwards. Its parameters, names, hooks and place in the model stay, so that saved, copied
@@ -138,7 +138,7 @@ def choose_layers(
             weight has an element are chosen.
     """
     left_out = {id(part) for head in heads for part in head.modules()}
-    found = LinearProducts()
+    products = LinearProducts()
     seconds = {"torch": 0.0, "native": 0.0}  # in units of a multiply-add of the native product
     seen: set[int] = set()
     for number, model in enumerate(models):
@@ -147,7 +147,7 @@ def choose_layers(
             if native_class is None or id(module) in left_out or id(module) in seen:
                 continue
             seen.add(id(module))
-            found.total += number == 0
+            products.total += number == 0
             weight: Any = module.weight
             dtype = compute_dtype or weight.dtype
             if weight.device.type != "cpu" or weight.dtype not in DTYPES or dtype not in DTYPES:
@@ -163,8 +163,8 @@ def choose_layers(
                     continue
                 seconds["native"] += n * k
                 seconds["torch"] += n * k * ratio
-            found.layers.append((module, native_class))
-            found.chosen += number == 0
+            products.layers.append((module, native_class))
+            products.chosen += number == 0
     if seconds["native"]:
-        found.gain = seconds["torch"] / seconds["native"]
-    return found
+        products.gain = seconds["torch"] / seconds["native"]
+    return products

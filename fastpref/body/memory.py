@@ -61,9 +61,9 @@ def unkept_reason() -> str | None:
         version = None
     if not version:
         return "the C library is not glibc"
-    own = [name for name in os.environ if name.startswith("MALLOC_") and name.endswith("_")]
-    if own or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return f"{own[0] if own else 'GLIBC_TUNABLES'} sets the allocator"
+    variables = [name for name in os.environ if name.startswith("MALLOC_") and name.endswith("_")]
+    if variables or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return f"{variables[0] if variables else 'GLIBC_TUNABLES'} sets the allocator"
     preloaded = os.environ.get("LD_PRELOAD", "")
     if "malloc" in preloaded:
         return f"LD_PRELOAD replaces the allocator ({preloaded})"

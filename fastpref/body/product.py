@@ -90,7 +90,7 @@ def _compute(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _with_unit_stride(t: Tensor) -> Tensor:
-    t = t.resolve_neg()  # the product reads the memory, which lacks a lazy sign
+    t = t.resolve_neg()  # the product reads memory, to which a lazy negation has not been applied
     return t if 1 in t.stride() else t.clone(memory_format=torch.contiguous_format)
 
 

@@ -48,9 +48,9 @@ def speedup(shape: Shape, dtype: torch.dtype) -> float:
 @functools.cache
 def _speedup(shape: Shape, dtype: torch.dtype, threads: int) -> float:
     machine, case = _machine(threads), f"{shape[0]}x{shape[1]} {str(dtype)[6:]}"
-    known = _read().get(machine, {}).get(case)
-    if isinstance(known, (int, float)) and known > 0:
-        return float(known)
+    stored = _read().get(machine, {}).get(case)
+    if isinstance(stored, (int, float)) and stored > 0:
+        return float(stored)
     ratio = round(_measure(shape, dtype), 3)
     _write(machine, case, ratio)
     return ratio
@@ -107,12 +107,12 @@ def _seconds(function: Callable[[], None]) -> float:
 def _read() -> dict[str, dict[str, float]]:
     """The file's contents; nothing if it is missing or damaged."""
     try:
-        found = json.loads(cache_file().read_text("utf-8"))
+        contents = json.loads(cache_file().read_text("utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home directory
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(contents, dict):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, dict)}
+    return {key: value for key, value in contents.items() if isinstance(value, dict)}
 
 
 def _write(machine: str, case: str, ratio: float) -> None:
@@ -120,12 +120,12 @@ def _write(machine: str, case: str, ratio: float) -> None:
     with contextlib.suppress(OSError, RuntimeError):
         path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = _read()
-        found.setdefault(machine, {})[case] = ratio
+        contents = _read()
+        contents.setdefault(machine, {})[case] = ratio
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(found, file, indent=1)
+                json.dump(contents, file, indent=1)
             os.replace(name, path)
         except OSError:
             os.unlink(name)

@@ -31,9 +31,9 @@ app: Any = None  # the typer application; None where typer is not installed
 def main() -> None:
     """Entry point of the `fastpref` command."""
     if sys.argv[1:2] and sys.argv[1] in _TRAIN:
-        # torch then aligns blocks of 2 MiB and more to huge pages. They leave fewer holes in malloc's
-        # heap: the peak of a training on a CPU is 10 to 15 % lower. torch reads the variable at its
-        # first allocation, so that a trainer would set it too late. What the user has set stands.
+        # torch then aligns blocks of 2 MiB and more to huge pages. They leave fewer holes in
+        # malloc's heap: the peak of a training on a CPU is 10 to 15 % lower. torch reads the
+        # variable at its first allocation, so that a trainer would set it too late.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if app is not None:
         app(prog_name="fastpref")

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.outputs import check_plot, check_report, print_json
+from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
 from fastpref.cli.shared_options import AsJson, Debug, TrustRemoteCode
 
 THRESHOLD = 0.05
+LOG_WIDTH = 160  # characters, in which the widest table stays whole
 
 
 class Scale(str, enum.Enum):
@@ -46,8 +47,8 @@ def command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bf16, fp32 or both, joined by a comma; by default a model's own, and otherwise "
-            "what the machine is fast at."
+            help="bf16, fp32 or both; by default a model's own, and otherwise what the machine is "
+            "fast at."
         ),
     ] = None,
     backend: Annotated[
@@ -100,10 +101,11 @@ def command(
 
     fastpref, eager torch and other libraries take turns on the same random data.
     """
-    from fastpref.bench.bench import bench_options
-    from fastpref.bench.cases import tasks
+    from fastpref.bench.bench import STRATEGIES, bench_options
+    from fastpref.bench.cases import DTYPES, split_names, tasks
     from fastpref.bench.compare import check_threshold, compare_results
     from fastpref.bench.run import run_tasks
+    from fastpref.logps.plan import PRECISIONS
 
     check_plot(plot)
     check_report(report)
@@ -113,17 +115,17 @@ def command(
         raise ValueError("--threshold is for --compare, which is not given")
     if strategy is not None and (frozen or forward) and not trained:
         raise ValueError("--strategy is of a head that trains; --trained is not given")
-    chosen = {"trainable": trained, "frozen": frozen, "forward-only": forward}
+    modes = {"trainable": trained, "frozen": frozen, "forward-only": forward}
     options = bench_options(
         heads or None,
         tokens=tokens,
-        modes=[name for name, wanted in chosen.items() if wanted] or None,
-        dtypes=_names(dtype),
-        precision=_names(precision) or [],
-        backends=_names(backend),
-        strategies=_names(strategy),
+        modes=[name for name, is_chosen in modes.items() if is_chosen] or None,
+        dtypes=None if dtype is None else split_names(dtype, list(DTYPES)),
+        precision=split_names(precision, PRECISIONS),
+        backends=None if backend is None else split_names(backend),
+        strategies=None if strategy is None else split_names(strategy, list(STRATEGIES)),
         gradient_tolerance=gradient_tolerance,
-        peers=None if peers == "all" else [] if peers == "none" else _names(peers),
+        peers=None if peers == "all" else [] if peers == "none" else split_names(peers),
         scale=None if scale is None else scale.value,
         device=device,
         repeats=repeats,
@@ -139,10 +141,10 @@ def command(
         result = run_tasks(options, hear=hear, doing=doing)
     if (why := result.why_nothing()) is not None:
         raise RuntimeError(f"nothing was measured: {why}")
-    found = result.as_dict()
-    changes = [] if old is None else compare_results(old, found, threshold)
+    record = result.as_dict()
+    changes = [] if old is None else compare_results(old, record, threshold)
     if save is not None:
-        _save(save, found)
+        _save(save, record)
     scaled = None if scale is None else scale.value
     if plot is not None:
         _write_plot(result, scaled, plot)
@@ -150,7 +152,7 @@ def command(
         _write_report(result, scaled, changes, report)
     if as_json:
         more = {} if old is None else {"changes": [vars(change) for change in changes]}
-        print_json(found | more)
+        print_json(record | more)
     else:
         _show(result, scaled, changes)
         for kind, path in (("Saved", save), ("Plot", plot), ("Report", report)):
@@ -158,10 +160,6 @@ def command(
                 typer.echo(f"{kind}: {path}")
     if result.wrong() or any(change.regression for change in changes):
         raise typer.Exit(exit_codes.FINDINGS)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _check_save(path: Path | None) -> None:
@@ -180,13 +178,13 @@ def _check_save(path: Path | None) -> None:
             raise ValueError(f"--save {path} is no earlier result, so it stays") from None
 
 
-def _save(path: Path, found: dict[str, Any]) -> None:
+def _save(path: Path, record: dict[str, Any]) -> None:
     from fastpref.bench.results import write_json
     from fastpref.cli.report import jsonable
     from fastpref.storage import disk_errors
 
     with disk_errors(f"--save {path} could not be written"):
-        write_json(path.expanduser(), jsonable(found))
+        write_json(path.expanduser(), jsonable(record))
 
 
 def _old_result(path: Path, options: Any) -> dict[str, Any]:
@@ -199,20 +197,20 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
     from fastpref.bench.results import machine
 
     old = load_result(path)
-    here = machine()
+    present = machine()
     if options.device == "cuda":
-        here["gpu"] = torch.cuda.get_device_name()
-    check_machines(old["machine"], here, f"--compare {path}")
-    wanted = {
+        present["gpu"] = torch.cuda.get_device_name()
+    check_machines(old["machine"], present, f"--compare {path}")
+    keys = {
         key_of(vars(parse_shape(case.shape)), dtype, mode, case.threads)
         for case in options.cases
         for dtype in case.dtypes
         for mode in options.modes
     }
     before, sides = sides_of(old), set(side_names(options))
-    if not wanted & before.keys():
+    if not keys & before.keys():
         raise ValueError(f"--compare {path} has none of the cases that would be measured")
-    if not any(before[key] & sides for key in wanted & before.keys()):
+    if not any(before[key] & sides for key in keys & before.keys()):
         raise ValueError(f"--compare {path} has none of fastpref's ways that would be measured")
     return old
 
@@ -299,19 +297,16 @@ def _left_out(result: Any) -> list[str]:
 
 
 def _show(result: Any, scale: str | None, changes: list[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:  # a log file has no width
-        console = Console(soft_wrap=True, width=160)
+    console = table_console(LOG_WIDTH)
     for title, (header, lines), notes in _parts(result, scale, changes):
         console.print(f"\n{title}", style="bold", highlight=False, markup=False)
         table = Table(*header, box=None)
         texts = 2 if header[0] == "case" else 1
         for i, column in enumerate(table.columns):
-            column.no_wrap = not console.is_terminal
+            column.no_wrap = console.width >= LOG_WIDTH
             column.justify = "left" if i < texts else "right"
         for line in lines:
             table.add_row(*map(Text, line))

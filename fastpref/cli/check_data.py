@@ -9,7 +9,7 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
-from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.outputs import check_report, print_json, table_console
 from fastpref.cli.shared_options import Debug, TrustRemoteCode
 
 
@@ -96,10 +96,9 @@ def command(
 
 
 def _show(quality: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = table_console()
     rows = ", ".join(f"{count:,} rows of {name} data" for name, count in quality.rows.items())
     console.print(f"{rows}; {quality.sampled:,} rows tokenised", highlight=False)
     show_findings(console, quality.findings)

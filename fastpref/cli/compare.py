@@ -16,8 +16,8 @@ def eager_loss(hidden, weight, labels, ref_logps, loss_type, beta) -> torch.Tens
     """DPO and IPO in plain torch: logits of all positions, then log_softmax."""
     logps = (hidden @ weight.T).log_softmax(-1)
     counted = labels != -100
-    picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    ratios = (picked * counted).sum(1) - ref_logps
+    label_logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    ratios = (label_logps * counted).sum(1) - ref_logps
     if loss_type == "ipo":
         chosen, rejected = (ratios / counted.sum(1)).chunk(2)
         return (chosen - rejected - 1 / (2 * beta)).square().mean()

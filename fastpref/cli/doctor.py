@@ -94,10 +94,10 @@ def native_isa() -> str | None:
 
 def devices() -> list[dict[str, Any]]:
     """The CPU and every accelerator that torch sees."""
-    found: list[dict[str, Any]] = [{"device": "cpu", "name": cpu()["model"]}]
+    devices_here: list[dict[str, Any]] = [{"device": "cpu", "name": cpu()["model"]}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(
+        devices_here.append(
             {
                 "device": f"cuda:{index}",
                 "name": properties.name,
@@ -106,11 +106,13 @@ def devices() -> list[dict[str, Any]]:
             }
         )
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU"})
+        devices_here.append({"device": "mps", "name": "Apple GPU"})
     if hasattr(torch, "xpu"):
         for index in range(torch.xpu.device_count()):
-            found.append({"device": f"xpu:{index}", "name": torch.xpu.get_device_name(index)})
-    return found
+            devices_here.append(
+                {"device": f"xpu:{index}", "name": torch.xpu.get_device_name(index)}
+            )
+    return devices_here
 
 
 def active() -> dict[str, str]:

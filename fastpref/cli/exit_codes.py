@@ -35,7 +35,7 @@ def exit_code(error: BaseException, output: Path | None = None) -> int:
     if isinstance(error, _INPUT_ERRORS):
         return INPUT
     if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST):
-        found = checkpoints(output) if output is not None else iter(())
-        if any((path / MANIFEST).is_file() for _, path in found):
+        saved = checkpoints(output) if output is not None else iter(())
+        if any((path / MANIFEST).is_file() for _, path in saved):
             return RESUMABLE
     return OURS

@@ -116,10 +116,10 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
     kind = kinds.get(auto_class.__name__, "model")
     path = Path(name).expanduser()
     if path.is_dir():
-        wanted = ["config.json"]
+        expected = ["config.json"]
         if kind == "tokenizer":  # which may stand alone
-            wanted += ["tokenizer.json", "tokenizer_config.json"]
-        if not any((path / file).is_file() for file in wanted):
+            expected += ["tokenizer.json", "tokenizer_config.json"]
+        if not any((path / file).is_file() for file in expected):
             raise ValueError(f"{argument} {name} is a directory without config.json, so no model")
         name = str(path)
     elif path.exists() or is_path(name):

@@ -1,4 +1,4 @@
-"""What a command leaves behind: JSON on standard output, and files whose place is checked first.
+"""What a command leaves behind: tables, JSON, and files whose place is checked first.
 
 A profile takes minutes, so that a place where its report cannot be written is an error before it.
 """
@@ -16,6 +16,23 @@ from fastpref.cli.report import jsonable
 
 _PAGE = b"<!doctype html"
 _PICTURES = (".png", ".svg", ".pdf")
+
+
+def table_console(width: int = 120) -> Any:
+    """A console for tables.
+
+    It is as wide as COLUMNS says, or else as the terminal.
+
+    Args:
+        width: in characters, where neither is known, as in a log file.
+    """
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    columns = os.environ.get("COLUMNS", "")
+    if console.is_terminal or (columns.isdigit() and int(columns)):
+        return console
+    return Console(soft_wrap=True, width=width)
 
 
 def print_json(value: Any) -> None:

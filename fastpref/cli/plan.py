@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.outputs import check_report, print_json, table_console
 from fastpref.cli.shared_options import AsJson, Bf16, Debug, MaxLength, TrustRemoteCode
 
 SAMPLE = 5_000  # pairs of the data whose tokens are counted
@@ -264,12 +264,9 @@ def _load() -> str | None:
 
 
 def _show(plan: Any, lengths: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:  # a log file has no width
-        console = Console(soft_wrap=True, width=120)
+    console = table_console()
     for sentence in _sentences(plan, lengths):
         console.print(sentence, highlight=False, markup=False)
     for header, rows in (_ways(plan), _changes(plan), _table(plan)):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli.outputs import check_plot, check_report, print_json
+from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
@@ -83,7 +83,7 @@ def command(
     chosen = choose_loss(loss, beta, loss_option or [])
     if chosen.unpaired:
         raise ValueError(f"--loss {loss}: profile reads losses of pairs, expected one of them")
-    given = {**chosen.settings}
+    loss_settings = {**chosen.settings}
     names = None if sides is None else [name.strip() for name in sides.split(",") if name.strip()]
     hide_library_bars()
     tokenizer = load_tokenizer(model, trust_remote_code)
@@ -95,9 +95,9 @@ def command(
             data,
             sides=names,
             tokenizer=tokenizer,
-            loss_type=given.pop("loss_type"),
-            beta=given.pop("beta"),
-            loss_options=given,
+            loss_type=loss_settings.pop("loss_type"),
+            beta=loss_settings.pop("beta"),
+            loss_options=loss_settings,
             batch_size=batch_size,
             grad_accumulation=grad_accumulation,
             max_length=max_length,
@@ -181,10 +181,9 @@ def _rows(profile: Any) -> tuple[list[str], list[list[Any]], list[list[Any]]]:
 
 
 def _show(profile: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = table_console()
     header, memory, time = _rows(profile)
     longest = profile.batches["longest"][0]
     console.print(

@@ -112,13 +112,13 @@ class TrainOptions:
             )
         if self.tokens_per_batch is not None and not self.packing:
             raise ValueError("--tokens-per-batch would do nothing; add --packing")
-        found: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "packing": self.packing,
             "tokens_per_batch": self.tokens_per_batch,
         }
         if not unpaired:
-            found["prefix_sharing"] = self.prefix_sharing.value_of_config
-        return found
+            settings["prefix_sharing"] = self.prefix_sharing.value_of_config
+        return settings
 
 
 def check_options(options: TrainOptions, unused: list[str]) -> None:

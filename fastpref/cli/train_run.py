@@ -90,7 +90,7 @@ def check_output(options: TrainOptions, directory: Any) -> None:
     from fastpref.trainer.manifest import MANIFEST, checkpoints
 
     check_report(options.report)
-    resume, found = options.resume, directory.foreign_files()
+    resume, foreign = options.resume, directory.foreign_files()
     complete = [p for _, p in checkpoints(directory.path) if (p / MANIFEST).is_file()]
     if resume not in (None, "latest", "auto"):
         if not Path(resume).is_dir():
@@ -98,7 +98,7 @@ def check_output(options: TrainOptions, directory: Any) -> None:
     elif resume == "latest" and not complete:
         raise ValueError(f"--resume latest: there is no complete checkpoint in {options.output}")
     elif not (options.overwrite or (resume and complete)):
-        directory.check_free(found)
+        directory.check_free(foreign)
     if options.overwrite:
         directory.check_not_source(Path(options.model).expanduser())
 
@@ -122,10 +122,10 @@ def make_plan(options: TrainOptions) -> Plan:
     tokenizer, train_set, eval_set = load_data(options, loss)
     reference, text = Reference.auto, "none"
     if needs_reference:
-        wanted = options.reference
+        requested = options.reference
         if options.reference_store is not None:
-            wanted = Reference.precompute
-        reference = reference_mode(wanted, lora, train_set, eval_set)
+            requested = Reference.precompute
+        reference = reference_mode(requested, lora, train_set, eval_set)
         text = reference_text(reference, train_set, eval_set)
         if options.reference_store is not None:
             text = text.replace("precompute", f"store {options.reference_store}")

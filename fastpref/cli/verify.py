@@ -9,7 +9,7 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
-from fastpref.cli.outputs import check_report, print_json
+from fastpref.cli.outputs import check_report, print_json, table_console
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
@@ -88,7 +88,7 @@ def command(
         None if name is None else load_model(name, dtype, trust_remote_code, argument).to(device)
         for argument, name in (("--model", model), ("--ref-model", ref_model))
     ]
-    found = verify(
+    result = verify(
         models[0],
         pairs,
         tokenizer,
@@ -102,28 +102,28 @@ def command(
         show_progress=not as_json,
     )
     if report is not None:
-        html_report(found, model, data).write(report)
+        html_report(result, model, data).write(report)
     if as_json:
-        print_json(found.as_dict())
+        print_json(result.as_dict())
     else:
-        _show(found)
+        _show(result)
         if report is not None:
             typer.echo(f"Report: {report}")
-    if fails(found.findings, fail_on):
+    if fails(result.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 
 
-def _exact(found: Any) -> str:
+def _exact(result: Any) -> str:
     return (
-        f"{found.compared} pairs in {found.dtype}, against {found.exact}"
-        if found.errors
-        else f"not compared: {found.exact}"
+        f"{result.compared} pairs in {result.dtype}, against {result.exact}"
+        if result.errors
+        else f"not compared: {result.exact}"
     )
 
 
-def _error_rows(found: Any) -> list[list[str]]:
+def _error_rows(result: Any) -> list[list[str]]:
     rows = []
-    for name, error in found.errors.items():
+    for name, error in result.errors.items():
         figures = (error.max_nats, error.mean_nats, error.max_reward, error.mean_reward)
         rows.append([name, *(f"{figure:.2g}" for figure in figures)])
     return rows
@@ -136,68 +136,69 @@ _MARKS = {True: ("ok", "green"), False: ("fails", "red"), None: ("-", "dim")}
 SHOWN = 5  # pairs of the ranking by CHES
 
 
-def _show(found: Any) -> None:
-    from rich.console import Console
+def _show(result: Any) -> None:
     from rich.table import Table
 
-    console = Console(soft_wrap=True)
+    console = table_console()
     table = Table(*ERROR_COLUMNS, box=None, title="Error of an answer's log-prob and of a margin")
     table.title_justify, table.title_style = "left", "bold"
-    for row in _error_rows(found):
+    for row in _error_rows(result):
         table.add_row(*row)
     console.print(table)
-    console.print(f"({_exact(found)})\n", highlight=False)
-    for name, reason in found.left_out.items():
+    console.print(f"({_exact(result)})\n", highlight=False)
+    for name, reason in result.left_out.items():
         console.print(f"{name}: {reason}", markup=False, highlight=False)
-    console.print(f"[bold]Before the first step[/bold] ({found.pairs} pairs)", highlight=False)
-    for check in found.checks:
+    console.print(f"[bold]Before the first step[/bold] ({result.pairs} pairs)", highlight=False)
+    for check in result.checks:
         mark, colour = _MARKS[check.passed]
         console.print(f"[{colour}]{mark:5}[/] {check.name}: ", end="", highlight=False)
         console.print(check.found, markup=False, highlight=False)
-    figures = found.figures
+    figures = result.figures
     console.print(
         f"NLL a token: {figures['nll_chosen']:.3f} chosen, {figures['nll_rejected']:.3f} rejected; "
         f"ranked as the data: {100 * figures['ranking_accuracy']:.0f} % of the pairs",
         highlight=False,
     )
-    first = ", ".join(f"{pair.row} ({pair.ches:.3g})" for pair in found.displacement[:SHOWN])
+    first = ", ".join(f"{pair.row} ({pair.ches:.3g})" for pair in result.displacement[:SHOWN])
     console.print(f"highest CHES, likelihood displacement: rows {first}\n", highlight=False)
-    show_findings(console, found.findings)
+    show_findings(console, result.findings)
 
 
-def html_report(found: Any, model: str, data: str) -> Any:
+def html_report(result: Any, model: str, data: str) -> Any:
     """The page of `--report`."""
     from fastpref.html_report import HtmlReport, png_bytes
 
     page = HtmlReport("fastpref verify", f"{model}, {data}")
-    add_findings(page, found.findings)
-    about = f"Of an answer's log-prob in nats, and of a pair's margin as a reward: {_exact(found)}."
-    page.table(ERROR_COLUMNS, _error_rows(found), "Errors", about)
-    if found.left_out:
-        page.facts(found.left_out.items())
-    if found.errors:
-        page.figure(png_bytes(_errors_figure(found)), "Largest error by way of computing")
-    rows = [[check.name, _MARKS[check.passed][0], check.found] for check in found.checks]
+    add_findings(page, result.findings)
+    about = (
+        f"Of an answer's log-prob in nats, and of a pair's margin as a reward: {_exact(result)}."
+    )
+    page.table(ERROR_COLUMNS, _error_rows(result), "Errors", about)
+    if result.left_out:
+        page.facts(result.left_out.items())
+    if result.errors:
+        page.figure(png_bytes(_errors_figure(result)), "Largest error by way of computing")
+    rows = [[check.name, _MARKS[check.passed][0], check.found] for check in result.checks]
     page.table(("check", "", "found"), rows, "Before the first step")
-    page.facts(found.figures.items(), heading="Figures")
+    page.facts(result.figures.items(), heading="Figures")
     scores = [
         [str(pair.row), f"{pair.ches:.4g}", f"{pair.ches_by_length:.4g}"]
-        for pair in found.displacement
+        for pair in result.displacement
     ]
     about = "Training on the first pairs is the likeliest to lower the chosen answer's likelihood."
     page.table(("row", "CHES", "by length"), scores, "Likelihood displacement", about)
     return page
 
 
-def _errors_figure(found: Any) -> Any:
+def _errors_figure(result: Any) -> Any:
     from matplotlib.figure import Figure
 
     from fastpref.cli.report import CHOSEN, NEUTRAL, tidy
 
-    figure = Figure(figsize=(7, 0.6 + 0.45 * len(found.errors)), layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 0.45 * len(result.errors)), layout="constrained")
     axis = figure.subplots()
-    names = list(found.errors)[::-1]
-    values = [max(found.errors[name].max_nats, 1e-9) for name in names]
+    names = list(result.errors)[::-1]
+    values = [max(result.errors[name].max_nats, 1e-9) for name in names]
     colours = [CHOSEN if name == "fastpref" else NEUTRAL for name in names]
     axis.barh(names, values, color=colours, height=0.6)
     axis.set_xscale("log")

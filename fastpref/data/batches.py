@@ -34,8 +34,8 @@ def loss_inputs(
     if PLAN in batch:
         inputs |= {"sequence_ids": batch["sequence_ids"], "lengths": batch["lengths"]}
         if nll_on_prompt:  # all flat tokens have one of the two labels
-            every = torch.arange(len(batch["labels"]), device=batch["labels"].device)
-            inputs |= {"nll_labels": batch["nll_labels"], "token_indices": every}
+            positions = torch.arange(len(batch["labels"]), device=batch["labels"].device)
+            inputs |= {"nll_labels": batch["nll_labels"], "token_indices": positions}
         return inputs
     # As in TRL, IPO divides by all completion tokens, also by an unlabelled one at position 0.
     inputs["lengths"] = batch["completion_mask"].sum(1).clamp(min=1)

@@ -86,7 +86,7 @@ def _load_path(source: str, split: str, streaming: bool) -> Any:
 
 
 def _apart(dataset: Any) -> Any:
-    """The data set, but that what is derived from it is not written beside the user's files.
+    """The data set, whose caches are not written beside the user's files.
 
     `datasets` writes its caches to the directory of the data; that of the user may be read-only.
     """

@@ -17,7 +17,7 @@ def balanced(
 ) -> tuple[list[list[int]], int]:
     """Divide items among bins so that the largest sum of sizes is small.
 
-    The largest item left goes to the lightest bin, the first one of equals.
+    The items go from the largest to the smallest, each to the lightest bin, the first of equals.
 
     Args:
         capacity: the most items of a bin; the bins must have room for all.
@@ -36,14 +36,14 @@ def balanced(
 
 
 def divide(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """As few groups as `balanced` fits into `most` each; a larger item is a group of its own."""
+    """The fewest groups of at most `most` that `balanced` makes; a larger item is a group alone."""
     alone = [[i] for i, size in enumerate(sizes) if size >= most]
-    rest = [i for i, size in enumerate(sizes) if size < most]
-    bins = max(1, -(-sum(sizes[i] for i in rest) // most))
-    while rest:
-        groups, largest = balanced([sizes[i] for i in rest], bins)
+    smaller = [i for i, size in enumerate(sizes) if size < most]
+    bins = max(1, -(-sum(sizes[i] for i in smaller) // most))
+    while smaller:
+        groups, largest = balanced([sizes[i] for i in smaller], bins)
         if largest <= most:
-            alone += [[rest[i] for i in group] for group in groups if group]
+            alone += [[smaller[i] for i in group] for group in groups if group]
             break
         bins += 1
     return sorted(alone)
@@ -78,7 +78,7 @@ class BalancedSampler(Sampler):
     """Another sampler's rows, exchanged between processes so that they have equally many tokens.
 
     The rows of a micro-batch of all processes stay together, and every process gets `batch_size`
-    of them. The sums over all processes are therefore those of the other sampler.
+    of them. Sums over all processes are therefore the same as with the other sampler.
 
     Args:
         sampler: the other sampler.

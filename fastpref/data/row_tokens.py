@@ -121,8 +121,8 @@ class RowTokenizer:
         for marked in _marked(prompt[-1]):
             messages = _continued([*prompt[:-1], marked], answer)
             text = self._apply(messages, options, where, tokenize=False)
-            before, found, _ = text.partition(_MARK)
-            if found:
+            before, mark, _ = text.partition(_MARK)
+            if mark:
                 return list(self.tokenizer(text=before, add_special_tokens=False)["input_ids"])
         return self._apply(prompt[:-1], {"add_generation_prompt": True, **options}, where)
 
@@ -259,9 +259,9 @@ def _continued(prompt: list, answer: list) -> list:
 
 
 def _marked(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Versions of the message with a mark at its end: of its thoughts, then of its content.
+    """Copies of the message with a mark at the end of its thoughts, then of its content.
 
-    Those of its thoughts come first, and only for a message without content.
+    A message with content has the last of these alone.
     """
     if not message.get("content"):
         for key in (key for key in _THOUGHTS if message.get(key)):

@@ -106,13 +106,15 @@ class RowPlan:
         if key not in self.cache:
             trees, branches, positions = self.tensors(device)
             index = torch.arange(self.shape[1], device=device)
-            own = branches[:, :, None] == branches[:, None, :]
-            seen = (trees[:, :, None] == trees[:, None, :]) & (own | (branches == 0)[:, None, :])
-            seen &= index[:, None] >= index
+            same_branch = branches[:, :, None] == branches[:, None, :]
+            sees = (trees[:, :, None] == trees[:, None, :]) & (
+                same_branch | (branches == 0)[:, None, :]
+            )
+            sees &= index[:, None] >= index
             if window is not None:
                 near = positions[:, :, None] - positions[:, None, :] < window
-                seen &= near | (trees < 0)[:, :, None]
-            self.cache[key] = seen[:, None]
+                sees &= near | (trees < 0)[:, :, None]
+            self.cache[key] = sees[:, None]
         return self.cache[key]
 
 

@@ -151,17 +151,17 @@ def _two_prompts(dataset: Any, name: str, same_prompt: bool) -> list[tuple[list[
         ValueError: all rows, or the first ones of a stream, have the same prompt; with same_prompt
             the result then is that of the first row.
     """
-    found: list[tuple[list[int], list[int]]] = []
+    examples: list[tuple[list[int], list[int]]] = []
     limit = None if hasattr(dataset, "__len__") else SEARCHED
     count = 0
     for row in itertools.islice(dataset, limit):
         count += 1
-        if not found or row["prompt_ids"] != found[0][0]:
-            found.append((row["prompt_ids"], row["completion_ids"]))
-        if len(found) == 2:
-            return found
+        if not examples or row["prompt_ids"] != examples[0][0]:
+            examples.append((row["prompt_ids"], row["completion_ids"]))
+        if len(examples) == 2:
+            return examples
     if same_prompt:
-        return found
+        return examples
     raise ValueError(
         f"{name} data: got one prompt in {'the first ' if count == limit else ''}{count} rows with "
         "loss_type 'kto', whose KL term needs answers to other prompts; expected at least 2 prompts"

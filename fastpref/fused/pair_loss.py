@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastpref import backends, validation
 from fastpref.backends.tile import Backend, PairLossInputs
+from fastpref.fused.checks import check_nll_labels, count_sequences
 from fastpref.logps.checks import check_extras
 from fastpref.logps.compile import CompiledLogps
 from fastpref.logps.first_order import FirstOrderFunction, check_transforms, first_order
@@ -22,7 +23,7 @@ from fastpref.logps.sequences import sequence_logps
 from fastpref.losses.options import LossOptions
 from fastpref.losses.preference import check_inputs, evaluate, make_pairs
 from fastpref.losses.tokens import ld_sequence_logps, nll_tokens, wpo_weights
-from fastpref.validation import check_dense, check_device, check_ids
+from fastpref.validation import check_dense
 
 
 class PreferenceOutput(NamedTuple):
@@ -63,9 +64,9 @@ class PairInputs(NamedTuple):
 
 
 class _PairLoss(FirstOrderFunction):
-    """Token log-probs [N] to the results of `Backend.pair_loss` but its derivative.
+    """Token log-probs [N] to the results of `Backend.pair_loss`, without its derivative.
 
-    The derivative is kept, so that the backward pass is one scaling.
+    The derivative is saved, so that the backward pass is one scaling.
     """
 
     @staticmethod
@@ -218,8 +219,8 @@ class PreparedLoss(NamedTuple):
         if options.needs_lengths and lengths is None:
             ones = torch.ones(tokens, device=device) if counted is None else counted.float()
             # Ids out of range, which are not checked on a GPU, make the loss NaN below.
-            known = torch.where((ids >= 0) & (ids < size), ids, size)
-            lengths = torch.zeros(size + 1, device=device).index_add_(0, known, ones)[:-1]
+            in_range = torch.where((ids >= 0) & (ids < size), ids, size)
+            lengths = torch.zeros(size + 1, device=device).index_add_(0, in_range, ones)[:-1]
         assert options.closed_form is not None
         return PairLossInputs(
             ids,
@@ -321,7 +322,7 @@ def prepare_loss(
         ValueError: as `linear_preference_loss`.
     """
     check_transforms()
-    size = _count_sequences(labels, sequence_ids, num_sequences, inputs.ref_logps, inputs.lengths)
+    size = count_sequences(labels, sequence_ids, num_sequences, inputs.ref_logps, inputs.lengths)
     options.check_reference(has_reference)
     for name, t in (("ref_logps", inputs.ref_logps), ("lengths", inputs.lengths)):
         if isinstance(t, Tensor):
@@ -335,72 +336,6 @@ def prepare_loss(
             raise ValueError(
                 "nll_labels: the loss has no NLL, so it does not support them; pass nll_weight"
             )
-        _check_nll_labels(nll_labels, labels, ignore_index)
+        check_nll_labels(nll_labels, labels, ignore_index)
     layout = dict(sequence_ids=sequence_ids, num_sequences=size, ignore_index=ignore_index)
     return PreparedLoss(labels, layout, options, inputs, nll_labels, backend, wants_stats)
-
-
-def _check_nll_labels(nll_labels: Tensor, labels: Tensor, ignore_index: int) -> None:
-    if not isinstance(nll_labels, Tensor) or nll_labels.shape != labels.shape:
-        shape = tuple(nll_labels.shape) if isinstance(nll_labels, Tensor) else type(nll_labels)
-        raise ValueError(f"nll_labels: got {shape}, expected a tensor {tuple(labels.shape)}")
-    if nll_labels.dtype != torch.int64 or nll_labels.device != labels.device:
-        raise ValueError(
-            f"nll_labels: got {str(nll_labels.dtype)[6:]} on {nll_labels.device}, expected int64 "
-            f"on {labels.device}"
-        )
-    if validation.may_synchronise(labels):
-        both = (labels != ignore_index) & (nll_labels != ignore_index)
-        if bool((both & (labels != nll_labels)).any()):
-            raise ValueError(
-                "nll_labels: got another token than labels for a position, expected the same one "
-                "or ignore_index"
-            )
-
-
-def _count_sequences(
-    labels: Tensor,
-    sequence_ids: Tensor | None,
-    num_sequences: int | None,
-    *vectors: Tensor | None,
-) -> int:
-    """The number of sequences, 2P.
-
-    labels [2P, T] have it as their number of rows. With sequence_ids it is num_sequences or else
-    the length of one of the vectors [2P].
-
-    Raises:
-        ValueError: labels and sequence_ids that do not fit together, or an odd number.
-    """
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels: got {type(labels).__name__}, expected a tensor")
-    if sequence_ids is None:
-        if labels.dim() != 2:
-            raise ValueError(
-                f"labels: got shape {tuple(labels.shape)}, expected [2P, T], or [N] with "
-                "sequence_ids"
-            )
-        size = labels.shape[0]
-        if num_sequences not in (None, size):
-            raise ValueError(
-                f"num_sequences: got {num_sequences}, expected {size}, the rows of labels"
-            )
-    else:
-        if not isinstance(sequence_ids, Tensor):
-            raise ValueError(f"sequence_ids: got {type(sequence_ids).__name__}, expected a tensor")
-        if labels.dim() != 1 or sequence_ids.shape != labels.shape:
-            raise ValueError(
-                f"sequence_ids: got shape {tuple(sequence_ids.shape)} for labels "
-                f"{tuple(labels.shape)}, expected [N] for both"
-            )
-        check_device("sequence_ids", sequence_ids, labels.device)
-        sizes = [len(t) for t in vectors if isinstance(t, Tensor)]
-        if num_sequences is None and not sizes:
-            raise ValueError("num_sequences: got None, expected 2P with sequence_ids")
-        size = sizes[0] if num_sequences is None else num_sequences
-        check_ids("sequence_ids", sequence_ids, size)
-    if size % 2:
-        raise ValueError(
-            f"labels: got {size} sequences, expected an even number, [chosen; rejected]"
-        )
-    return size

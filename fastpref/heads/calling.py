@@ -115,11 +115,13 @@ def install_head_forward(model: Any, *, transform: Mapping[str, Any] | None = No
             aux_loss = router_fn(self, outputs, kwargs.get("attention_mask"))
         layer = self.get_output_embeddings()
         gather_head(layer)
-        rest = head_fn, aux_loss, head_inputs or {}
+        head_call = head_fn, aux_loss, head_inputs or {}
         if needs_hooks(layer):
-            return within_layer(layer, lambda hidden: _call_head(self, hidden, *rest), outputs[0])
+            return within_layer(
+                layer, lambda hidden: _call_head(self, hidden, *head_call), outputs[0]
+            )
         # Without a new function, for which torch.compile would trace each call anew.
-        return _call_head(self, outputs[0], *rest)
+        return _call_head(self, outputs[0], *head_call)
 
     # generate() checks its arguments against the signature. __wrapped__ is deleted because
     # accelerate, to remove its wrapper, follows that attribute down to the innermost function.
@@ -292,11 +294,11 @@ def check_head(model: Any) -> None:
         gap = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
     limit = 1e-5 + _ROUNDING.get(hidden.dtype, 1e-4) * expected.abs().max()
     if not same_shape or gap > limit:  # False for NaNs on both sides, which training reports
-        found = f"by up to {gap:.2g}" if same_shape else f"in shape, {tuple(expected.shape)}"
+        difference = f"by up to {gap:.2g}" if same_shape else f"in shape, {tuple(expected.shape)}"
         raise ValueError(
-            f"the log-probs of {type(model).__name__} differ {found} from those of a linear output "
-            f"head with scale {head.scale:g} and softcap {head.softcap}, which is all that its "
-            "config and get_output_embeddings() tell; expected a head without further layers"
+            f"the log-probs of {type(model).__name__} differ {difference} from those of a linear "
+            f"output head with scale {head.scale:g} and softcap {head.softcap}, which is all that "
+            "its config and get_output_embeddings() tell; expected a head without further layers"
         )
 
 

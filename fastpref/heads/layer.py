@@ -116,9 +116,10 @@ def _check_weight(weight: Any, module: nn.Module) -> None:
     name = type(module).__name__
     if not isinstance(weight, Tensor):
         packed = next((n for n in ("qweight", "W_q", "weight_packed") if hasattr(module, n)), None)
-        found = f"is quantised (it keeps {packed!r})" if packed else "has no weight"
+        reason = f"is quantised (it keeps {packed!r})" if packed else "has no weight"
         raise ValueError(
-            f"the output head is a {name}, which {found}; expected a linear layer in float: {_KEEP}"
+            f"the output head is a {name}, which {reason}; expected a linear layer in float: "
+            f"{_KEEP}"
         )
     if is_tensor_parallel(weight):
         return

@@ -97,9 +97,9 @@ def router_rows(model: Any, outputs: Any, attention_mask: Tensor | None) -> Tens
     total = mask.new_zeros(batch, 2 * experts + 1)
     for layer in logits:
         weights = layer.to(mask.device).float().softmax(-1)
-        picked = torch.zeros_like(weights).scatter_(-1, weights.topk(chosen, -1).indices, 1.0)
+        selected = torch.zeros_like(weights).scatter_(-1, weights.topk(chosen, -1).indices, 1.0)
         ones = torch.ones_like(weights[..., :1])
-        per_token = torch.cat([picked, weights, ones], -1).view(batch, length, -1)
+        per_token = torch.cat([selected, weights, ones], -1).view(batch, length, -1)
         total += (per_token * mask[..., None]).sum(1)
     return total
 

@@ -105,14 +105,14 @@ def _within(module: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor
         structure.append(spec)
         return tuple(leaves)
 
-    own = vars(module).get("forward")  # where somebody has replaced the class's
+    replaced = vars(module).get("forward")  # where somebody has replaced the class's
     module.forward = forward  # type: ignore[method-assign]
     try:
         leaves = module(hidden)
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if replaced is not None:
+            module.forward = replaced
     return tree_unflatten(leaves, structure[0])
 
 

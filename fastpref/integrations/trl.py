@@ -173,18 +173,18 @@ class TRLPatch:
     Entering applies the patch if it is not active; leaving restores the previous values.
     """
 
-    def __init__(self, before: Names, ours: Names, text: str):
-        self._before, self._ours, self._text = before, ours, text
+    def __init__(self, previous: Names, replacements: Names, text: str):
+        self._previous, self._replacements, self._text = previous, replacements, text
 
     def __enter__(self) -> TRLPatch:
-        current = _current_values(self._ours)
-        if current[_FUNCTION] is not self._ours[_FUNCTION]:  # undone or replaced since
-            self._before = current
-            _assign(self._ours)
+        current = _current_values(self._replacements)
+        if current[_FUNCTION] is not self._replacements[_FUNCTION]:  # undone or replaced since
+            self._previous = current
+            _assign(self._replacements)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _assign(self._before)
+        _assign(self._previous)
 
     def __repr__(self) -> str:
         return self._text
@@ -246,10 +246,10 @@ def patch_trl(
         _check_contract(utils, version)
         _originals.update(_find(utils))
     before, function = _current_values(_originals), FusedLogProbs(options)
-    ours = {place: _replacement(place, function) for place in _originals}
-    _assign(ours)
+    replacements = {place: _replacement(place, function) for place in _originals}
+    _assign(replacements)
     shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return TRLPatch(before, ours, f"<fastpref in {version}: {shown}>")
+    return TRLPatch(before, replacements, f"<fastpref in {version}: {shown}>")
 
 
 def unpatch_trl() -> None:
@@ -386,12 +386,12 @@ def _check_contract(utils: ModuleType, version: str) -> None:
     outputs = getattr(
         importlib.import_module("trl.kernels.chunked_logprob"), "OPTIONAL_OUTPUTS", ()
     )
-    for kind, found, expected in (
+    for kind, actual, expected in (
         ("arguments", names, _PARAMETERS),
         ("outputs", tuple(outputs), tuple(_OUTPUTS)),
     ):
-        if found != expected:
+        if actual != expected:
             raise RuntimeError(
                 f"patch_trl: the fused output head of {version} has the {kind} "
-                f"{', '.join(found)}; expected {', '.join(expected)}. A newer fastpref may know it"
+                f"{', '.join(actual)}; expected {', '.join(expected)}. A newer fastpref may know it"
             )

@@ -57,8 +57,8 @@ class LinearTokenLogps(FirstOrderFunction):
                 shard.gather(inputs.x), None if lora is None else shard.gather(lora)
             )
             labels = shard.local_labels(shard.gather(labels))
-        rest = (None if t is None else t.detach() for t in (bias, lora_B, dora_scale))
-        head = HeadTensors(weight.detach(), *rest)
+        others = (None if t is None else t.detach() for t in (bias, lora_B, dora_scale))
+        head = HeadTensors(weight.detach(), *others)
         out, saved = forward_pass(call, inputs, head, labels)
         results = out if shard is None else TokenStats(*map(shard.own, out))  # type: ignore[arg-type]
         pair = None if pair_loss is None else call.backend.pair_loss(results.logps, *pair_loss)
@@ -131,7 +131,7 @@ def _own(t: Tensor | None) -> Tensor | None:
 
 
 def as_vector(dout: Tensor) -> Tensor:
-    """A gradient [N] as the kernels read it: contiguous, with its sign in its values."""
+    """A gradient [N] as the kernels read it: contiguous, without torch's lazy negation."""
     return dout.resolve_neg().contiguous()
 
 
@@ -181,13 +181,13 @@ def gradients(
     entropy: Tensor | None,  # [N]
     dentropy: Tensor | None,  # [N]
     like: Sequence[Like | None],
-    wanted: Sequence[bool],
+    needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """The gradients of x, of lora_hidden and of the head's four tensors.
 
-    like, wanted: of each of the four, its shape and dtype, and whether it needs a gradient.
+    like, needs_grad: the shape and dtype of each of the four, and whether it needs a gradient.
     """
-    kinds = [t if w else None for t, w in zip(like, wanted, strict=True)]
+    kinds = [t if w else None for t, w in zip(like, needs_grad, strict=True)]
     # Vectors are summed in the statistics' dtype.
     out = [
         None
@@ -207,7 +207,7 @@ def gradients(
             dx = scaled(call, saved.u, row_dlogp)
         if saved.v is not None:
             dlora_hidden = scaled(call, saved.v, row_dlogp)
-        if any(wanted):
+        if any(needs_grad):
             stashed = saved.stash.shape[0]
             if saved.row_scale is not None and not saved.columns and stashed < dlogp.shape[0]:
                 # A recomputed D needs no row_scale.

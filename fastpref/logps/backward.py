@@ -52,7 +52,7 @@ def _slices(call: LinearCall) -> Iterator[tuple[int, int]]:
 def _recomputed_logits(
     call: LinearCall, inputs: HeadInputs, head: HeadTensors, first: int
 ) -> Iterator[tuple[int, int, Tensor, HeadTensors]]:
-    """For each slice of the vocabulary a, b, a tile [N, b - a] and the head's part in x's dtype.
+    """For each slice of the vocabulary: a, b, a tile [N, b - a], the head's slice in x's dtype.
 
     The tile holds the logits of the tokens from `first` on; the rows before them are free memory.
     """
@@ -96,15 +96,15 @@ def head_grads(
     if stashed == inputs.x.shape[0]:
         _products(call, stash, scaled_inputs, grads, 0, vocab)
         if grads.bias is not None or grads.dora_scale is not None:
-            for a, b in _slices(call):  # these widen D
+            for a, b in _slices(call):  # in slices, since sums widen D
                 _sums(call, stash[:, a:b], scaled_inputs, head, dlogp, grads, a, b)
         return
     assert logps is not None
     for a, b, tile, part in _recomputed_logits(call, inputs, head, stashed):
         d = in_place(tile, inputs.x.dtype)
         lse, rest_logps = saved.lse[stashed:], logps[stashed:]
-        rest = tile[stashed:], labels[stashed:], a, lse, rest_logps, d[stashed:]
-        call.backend.grad(*rest, call.transform)
+        recomputed = tile[stashed:], labels[stashed:], a, lse, rest_logps, d[stashed:]
+        call.backend.grad(*recomputed, call.transform)
         if part.dora_scale is not None:
             d[stashed:] *= part.dora_scale
         d[:stashed].copy_(stash[:, a:b])
@@ -118,7 +118,7 @@ def _scale_inputs(
     dlogp: Tensor,  # [N]
     grads: HeadGrads,
 ) -> HeadInputs:
-    """The inputs times dlogp, as far as a wanted gradient multiplies them: D stays loss-free."""
+    """The inputs times dlogp where gradients need them so; D itself does not depend on the loss."""
     x, lora_hidden = inputs
     if grads.weight is not None or grads.dora_scale is not None:
         x = scaled(call, x, dlogp)
@@ -175,7 +175,7 @@ def _sums(
 
 
 def _unscaled(t: Tensor, scale: Tensor) -> Tensor:
-    """t / scale; 0 where the scale is 0, as DoRA's never is: its start is a norm."""
+    """t / scale, and 0 where the scale is 0. DoRA's scale starts as a norm, which is not 0."""
     return torch.where(scale == 0, 0.0, t / scale)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpref import validation
-from fastpref.backends.tile import EXTRAS
+from fastpref.backends.stats import EXTRAS
 from fastpref.logps.forward import HeadTensors
 from fastpref.validation import autocasts, check_dense, check_device, check_float, check_ids
 

@@ -32,15 +32,15 @@ _NORM_SHARE = 128  # one column in so many is enough for that
 
 
 class ColumnOptions(NamedTuple):
-    """What is asked of the gradients of one call. None: exact."""
+    """The tolerances of one call's gradients; None: exact."""
 
     tolerance: float | None  # relative root mean square error of u
-    head_tolerance: float | None  # the same of the gradients of the head's matrices
+    head_tolerance: float | None  # of the gradients of the head's matrices
     seed: int
 
 
 class GradientReport(NamedTuple):
-    """What columns left out in a call: tensors [], on its device, and one number.
+    """The error of one call's gradients by columns. All fields but tokens are tensors [].
 
     columns: multiplied columns over V, the mean over the call's blocks.
     error: the expected relative root mean square error of u, or of dW where u takes no columns.
@@ -80,7 +80,7 @@ def last_gradient_report() -> GradientReport | None:
 
 
 class Spread(NamedTuple):
-    """The rows of W around their mean."""
+    """How far the rows of W are from their mean."""
 
     mean: Tensor  # [H]
     distance: Tensor  # [V], |W_v - mean|
@@ -120,7 +120,7 @@ class Sampler:
         self.scale = None if dora_scale is None else dora_scale.to(dtype)
         self.spread = spread(backend, weight, self.scale, dtype)
         self.blocks: list[ColumnBlock] = []
-        self.rest: list[Tensor] = []  # |r| of the rows
+        self.remainders: list[Tensor] = []  # |r| of the rows
         self.bounds: list[Tensor] = []  # on the error of the rows of u
         self.sums: list[Tensor] = []  # [4] of each block: |u|^2, variance, |D|^2, variance of D
         self.multiplied = 0  # columns times tokens
@@ -185,7 +185,7 @@ class Sampler:
         self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
 
     def _memory(self, name: str, rows: int, cols: int) -> Tensor:
-        """Memory that the last block has used: fresh pages cost as much as a pass over them."""
+        """The memory of the last block once more: fresh pages cost as much as a pass over them."""
         flat = self._memories.get(name)
         if flat is None or flat.numel() < rows * cols:
             flat = self._memories[name] = self.weight.new_empty(rows * cols)
@@ -196,7 +196,7 @@ class Sampler:
     ) -> Tensor:
         """An estimate of |u|^2 of a block, from some of its rows and its largest columns.
 
-        D's rows sum up to nothing but for a softcap, so that W's mean leaves them unchanged.
+        Without a softcap each row of D sums to 0, so that u does not depend on W's mean row.
         """
         vocab = squares.shape[0]
         step = max(1, d.shape[0] // _NORM_TOKENS)
@@ -246,17 +246,17 @@ class Sampler:
         variance: Tensor,  # []
         head_variance: Tensor,  # []
     ) -> None:
-        left = r.abs() if row_scale is None else (r * row_scale).abs()
+        remainder = r.abs() if row_scale is None else (r * row_scale).abs()
         if u is not None:
             norm = self._squared(u, row_scale, r.dtype)
-        self.rest.append(left)
-        self.bounds.append(left * farthest)
+        self.remainders.append(remainder)
+        self.bounds.append(remainder * farthest)
         sums = norm, variance, squares.sum(), head_variance
         self.sums.append(torch.stack([t.double() for t in sums]))
 
     def finish(self) -> tuple[ColumnBlock, ...]:
         """The kept blocks, after the report is left for `last_gradient_report`."""
-        n = sum(t.shape[0] for t in self.rest)
+        n = sum(t.shape[0] for t in self.remainders)
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()
             by_u = self.tolerances[0] is not None
@@ -265,12 +265,12 @@ class Sampler:
                 if by_u
                 else _quotient(head_variance, size) * HEAD_MARGIN**2
             )
-            left, bounds = torch.cat(self.rest), torch.cat(self.bounds).double()
+            remainders, bounds = torch.cat(self.remainders), torch.cat(self.bounds).double()
             unit = (norm / n).sqrt()
             # Filled on the device: a copy of a number from the host would wait for it.
             columns = norm.new_full((), self.multiplied / (n * self.weight.shape[0]))
             bound = (_quotient(t, unit) for t in (bounds.mean(), bounds.max()))
-            _last.report = GradientReport(n, columns, error.sqrt(), left.mean(), *bound)
+            _last.report = GradientReport(n, columns, error.sqrt(), remainders.mean(), *bound)
         return tuple(self.blocks)
 
 
@@ -305,7 +305,7 @@ def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
     """Add each row to total[its index]; the rows of one index are added in one order."""
     if total.device.type == "cpu":
         total.index_add_(0, index, rows)
-    else:  # where index_add_ is atomic; on a CPU it is this that is
+    else:  # index_add_ is atomic on GPUs, index_put_ on CPUs
         total.index_put_((index,), rows, accumulate=True)
 
 

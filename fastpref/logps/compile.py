@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends import choose
-from fastpref.backends.tile import EXTRAS, Transform
+from fastpref.backends.stats import EXTRAS
+from fastpref.backends.tile import Transform
 from fastpref.logps.autograd import gradients, pick_rows, unpick
 from fastpref.logps.first_order import check_first_order
 from fastpref.logps.forward import HeadTensors, Saved, TokenStats, forward_pass, padded_rows
@@ -341,7 +342,7 @@ class CompiledLogps:
 
     @property
     def logit_free(self) -> bool:
-        """Whether the call may be: the backend is not known yet."""
+        """Whether the call may be logit-free; the backend, which decides, is not known yet."""
         adapter = self.head.lora_B is not None or self.head.dora_scale is not None
         return self.options.fused is not False and not adapter
 

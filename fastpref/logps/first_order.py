@@ -1,7 +1,7 @@
-"""What autograd, torch.func and torch.jit must not do with our autograd functions.
+"""Errors for what our autograd functions do not support in autograd, torch.func and torch.jit.
 
-The kernels compute first derivatives, and know nothing of derivatives of these, of tangents or of
-batches of gradients. Each of the three would otherwise be lost or wrong without a word.
+The kernels compute first derivatives alone. Without these errors a second derivative, a tangent or
+a batch of gradients would be lost or wrong in silence.
 """
 
 from __future__ import annotations

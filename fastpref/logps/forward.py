@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastpref.backends.huge_pages import in_huge_pages
-from fastpref.backends.tile import Backend, Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Backend, Transform
 from fastpref.logps.columns import ColumnBlock, ColumnOptions, Sampler
 from fastpref.logps.plan import HeadPlan, tile_dtype
 from fastpref.logps.vocab_parallel import VocabShard
@@ -28,7 +29,7 @@ class TokenStats(NamedTuple):
 
     logps: log-probability of the label. entropy: of the distribution, in nats (differentiable).
     mean_logit: mean over the vocabulary of the transformed logits. is_top1: the label is the first
-    argmax. log_sum_sq_probs: log of the sum of squared probabilities. None: not asked for.
+    argmax. log_sum_sq_probs: log of the sum of squared probabilities. None: not requested.
     """
 
     logps: Tensor
@@ -58,7 +59,7 @@ class HeadInputs(NamedTuple):
     lora_hidden: Tensor | None = None  # [N, r], with an adapter
 
     def rows(self, start: int, stop: int) -> HeadInputs:
-        """Those of the tokens [start, stop)."""
+        """The inputs of the tokens [start, stop)."""
         lora = self.lora_hidden
         return HeadInputs(
             _block(self.x, start, stop), None if lora is None else _block(lora, start, stop)
@@ -66,7 +67,7 @@ class HeadInputs(NamedTuple):
 
 
 class HeadTensors(NamedTuple):
-    """The head: its weight, and what else there is of it."""
+    """The tensors of the head: its weight, and a bias or an adapter if it has one."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -74,11 +75,11 @@ class HeadTensors(NamedTuple):
     dora_scale: Tensor | None = None  # [V]
 
     def part(self, a: int, b: int) -> HeadTensors:
-        """The vocabulary entries [a, b)."""
+        """The head of the vocabulary entries [a, b)."""
         return HeadTensors(*(None if t is None else t[a:b] for t in self))  # type: ignore[arg-type]
 
     def to(self, dtype: torch.dtype) -> HeadTensors:
-        """With its matrices in the compute dtype: a copy only under autocast."""
+        """The head with its matrices in the compute dtype; they are copied only under autocast."""
         if self.weight.dtype == dtype and self.lora_B is None:
             return self
         lora_B = None if self.lora_B is None else self.lora_B.to(dtype)
@@ -203,8 +204,8 @@ def _project_at_once(
     if stashed == n:
         return
     row_scale[stashed:] = 1.0  # u of the other tokens is whole
-    rest = x[stashed:], weight, labels[stashed:], head.bias, stats.rows(stashed, n), transform
-    backend.logit_free_forward(*rest, u=None if saved.u is None else saved.u[stashed:])
+    others = x[stashed:], weight, labels[stashed:], head.bias, stats.rows(stashed, n), transform
+    backend.logit_free_forward(*others, u=None if saved.u is None else saved.u[stashed:])
 
 
 def _write_d(
@@ -289,7 +290,7 @@ def forward_pass(
     plan, extras, backend, transform = call.plan, call.extras, call.backend, call.transform
     x, lora_hidden = inputs
     n, vocab = x.shape[0], head.weight.shape[0]
-    every = vocab if call.shard is None else call.shard.vocab_size
+    vocab_size = vocab if call.shard is None else call.shard.vocab_size
     head = head.to(x.dtype)
     with_grads = call.hidden_grad or call.weight_grad
     # The logit-free product writes D at once, but for a factor of each row.
@@ -304,13 +305,13 @@ def forward_pass(
     saved = Saved(u, v, stash, stats.lse, row_scale)
     if plan.logit_free and not with_grads:
         backend.logit_free_forward(x, head.weight, labels, head.bias, stats, transform)
-        return _outputs(stats, labels, every, extras), saved
+        return _outputs(stats, labels, vocab_size, extras), saved
     if call.columns is not None:
         saved = _by_columns(call, inputs, head, labels, stats, saved)
-        return _outputs(stats, labels, every, extras), saved
+        return _outputs(stats, labels, vocab_size, extras), saved
     if row_scale is not None and backend.PROJECTS_AT_ONCE:
         _project_at_once(call, x, head, labels, stats, saved, row_scale)
-        return _outputs(stats, labels, every, extras), saved
+        return _outputs(stats, labels, vocab_size, extras), saved
     all_stashed = plan.stash_tokens == n
 
     def project(d: Tensor, start: int, stop: int) -> None:
@@ -364,4 +365,4 @@ def forward_pass(
     del buffer
     if all_stashed:
         project(stash, 0, n)  # one tall product is faster than many flat ones
-    return _outputs(stats, labels, every, extras), saved
+    return _outputs(stats, labels, vocab_size, extras), saved

@@ -83,8 +83,8 @@ def linear_token_logps(
         head_gradient_tolerance: the same for the gradients of weight, bias and lora_B, which stay
             exact with None, also when gradient_tolerance is given. Adam gives each element a step
             of the same size: with this option rows of rare tokens, whose gradients are
-            tiny, move by the draws rather than by their gradients. SGD does not, and so
-            SGD is not affected in this way.
+            tiny, move by the draws rather than by their gradients. SGD's steps are
+            proportional to the gradients, so it is not affected.
         gradient_seed: another number draws other columns. The draws depend on it, on the labels and
             on the normalisers, so that the same call gives the same bits.
         token_indices: [N] int64 positions of the labelled tokens in the flattened labels, where the

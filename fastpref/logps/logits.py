@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastpref import backends
 from fastpref.backends.huge_pages import in_huge_pages
-from fastpref.backends.tile import Backend, Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Backend, Transform
 from fastpref.logps.autograd import as_vector
 from fastpref.logps.checks import check_labels, check_range
 from fastpref.logps.first_order import (

@@ -32,8 +32,9 @@ FUSED = (None, True, False)
 # GEMM then runs at 95 % of its rate for tall matrices. A GPU needs more rows to read the weight
 # seldom enough: 2048 in fp32.
 _TILE_BYTES_PER_COLUMN = {"cpu": 480, "cuda": 8192}
-# There the tile stands beside D while the head trains. So it takes 256 MiB at most, but for 512
-# rows: reading the weight once for as many takes a third of their product's time, and hides in it.
+# On a GPU the tile is in memory beside D while the head trains, so it has at most 256 MiB, or 512
+# rows if those are more. Reading the weight once per 512 rows takes a third of their product's time
+# and overlaps with it.
 _GPU_TILE_BYTES = 2**28
 _GPU_LEAST_BYTES_PER_COLUMN = 2048
 # Tiles of a GPU's GEMM have this many rows; a block of one row more costs as much as a whole tile.
@@ -45,8 +46,8 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
-# Tokens that share a choice of columns: the more, the more columns they need; the fewer, the more
-# often the weight is read for their mean.
+# Tokens that share a choice of columns. More tokens need more columns; with fewer tokens the weight
+# is read more often, for the mean distribution of each block.
 _COLUMN_TOKENS = 512
 # Tokens whose D a logit-free product makes for columns: for each call the weight is packed again.
 _LOGIT_FREE_TOKENS = 1024
@@ -99,7 +100,7 @@ def default_memory_budget(device: torch.device | str = "cpu") -> int:
 
 
 def tile_dtype(compute: torch.dtype, precision: str) -> torch.dtype:
-    """dtype of the logits tile: fp32 for 16-bit inputs, unless they asked for `fast`."""
+    """dtype of the logits tile: fp32 for 16-bit inputs, unless the precision is "fast"."""
     half = compute in (torch.bfloat16, torch.float16)
     return torch.float32 if half and precision == "exact" else compute
 
@@ -137,7 +138,7 @@ def check_tolerance(name: str, tolerance: float | None) -> None:
 
 
 def _columns(vocab: int, tokens: int, tolerance: float | None, head: float | None) -> int:
-    """The columns that are expected to meet the tolerances, of the head's matrices `head`.
+    """The expected number of columns that meets both tolerances; `head`: of the head's matrices.
 
     A fit to a language model of 49,152 entries: 10 % at 5e-3, 23 % at 1.5e-3. dW needs as many
     as u does, but for the margin.
@@ -169,16 +170,16 @@ def stash_room(
     strategy: str = "auto",
     memory_budget: int | None = None,
 ) -> int:
-    """Of how many tokens D fits the budget beside the tile; "stash" ignores the budget."""
+    """The number of tokens whose D fits the budget beside the tile; "stash" ignores the budget."""
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     tile = _tile_budget(vocab_size, torch.device(device).type, budget)
     return _room(vocab_size * dtype.itemsize, strategy, budget - tile)
 
 
-def _room(row_bytes: int, strategy: str, left: int) -> int:
+def _room(row_bytes: int, strategy: str, budget: int) -> int:
     if strategy in ("stash", "recompute"):
         return 2**62 if strategy == "stash" else 0
-    return max(left, 0) // max(row_bytes, 1)
+    return max(budget, 0) // max(row_bytes, 1)
 
 
 def plan_head(
@@ -205,7 +206,7 @@ def plan_head(
     hidden_grad, weight_grad: what needs a gradient (weight_grad: the weight or the bias).
     memory_budget: bytes for the tile and the stash; None is `default_memory_budget(device)`.
     strategy: "auto", or one to force. Forcing matters for a trainable head only: without one the
-        call is forward-only or frozen whatever is asked for.
+        call is forward-only or frozen whatever is named.
     fused: whether the logit-free product is taken, which some backends have. None: by a pass
         without gradients that asks for strategy="forward-only", on a GPU, up to a hidden size.
     at_once: whether that product can multiply D while it makes it, which `native`'s does.
@@ -280,7 +281,7 @@ def _plan(
             chosen = "stash" if fits >= n else "mixed" if fits * 8 >= n else "recompute"
         stash = 0 if chosen == "recompute" else min(fits, n)
         if chosen == "mixed" and stash == n and strategy == "mixed":
-            stash = n // 2  # asked for by name although all of D would fit
+            stash = n // 2  # named by the caller although all of D would fit
 
     if fused is None:
         asked = chosen == strategy == "forward-only"

@@ -82,10 +82,10 @@ def _logit_free_reason(
         return f"the softcap is more than {_WIDEST_CAP:.0f} times the temperature"
     weight = head.weight
     if weight.dtype != dtype:
-        # Under autocast a copy is multiplied, whose rows lie like this.
+        # Under autocast the product reads a contiguous copy in the compute dtype.
         weight = weight.new_empty((0, weight.shape[1]), dtype=dtype)
-    asked = options.fused is True
-    return backend.logit_free_reason(weight, transform, extras, with_d, asked)
+    required = options.fused is True
+    return backend.logit_free_reason(weight, transform, extras, with_d, required)
 
 
 def plan_call(
@@ -185,7 +185,7 @@ def compact(
 
 
 def adjacent(rows: Tensor) -> Tensor:
-    """The matrix with adjacent columns and its signs in its values, as every kernel expects."""
+    """The matrix as every kernel reads it: adjacent columns, without torch's lazy negation."""
     rows = rows.resolve_neg()
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 from fastpref.validation import check_float, check_integer, may_synchronise
 
 if TYPE_CHECKING:
@@ -131,14 +132,14 @@ class VocabShard(NamedTuple):
         return cls(weight.vocab_start, weight.local.shape[0], size, group)
 
     def count_tokens(self, tokens: int, weight: VocabParallelWeight) -> VocabShard:
-        """With the token counts of all processes, where their tokens are gathered."""
+        """The shard with the token counts of all processes, if their tokens are gathered."""
         if not weight.gathers_tokens:
             return self
-        own = torch.tensor([tokens], device=weight.device)
-        counts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(counts, own, group=self.group)
-        every = tuple(torch.cat(counts).tolist())
-        return self._replace(counts=every, mean_gradient=weight.mean_gradient)
+        count = torch.tensor([tokens], device=weight.device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(counts, count, group=self.group)
+        all_counts = tuple(torch.cat(counts).tolist())
+        return self._replace(counts=all_counts, mean_gradient=weight.mean_gradient)
 
     def planned_rows(self) -> int:
         """The vocabulary that a plan counts with: alike on all processes, as their blocks are."""
@@ -152,13 +153,13 @@ class VocabShard(NamedTuple):
         start = sum(self.counts[:rank])
         return slice(start, start + self.counts[rank])
 
-    def gather(self, own: Tensor) -> Tensor:  # [n_i, ...] -> [N, ...]
+    def gather(self, local: Tensor) -> Tensor:  # [n_i, ...] -> [N, ...]
         """The rows of all processes, in the order of their ranks."""
         if self.counts is None:
-            return own
+            return local
         longest = max(self.counts)
-        padded = own.new_zeros((longest, *own.shape[1:]))
-        padded[: own.shape[0]] = own
+        padded = local.new_zeros((longest, *local.shape[1:]))
+        padded[: local.shape[0]] = local
         parts = [torch.empty_like(padded) for _ in self.counts]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, self.counts, strict=True)])
@@ -196,7 +197,10 @@ class VocabShard(NamedTuple):
     # ---- labels and statistics ----
 
     def local_labels(self, labels: Tensor) -> Tensor:  # [N]
-        """Labels as columns of this process: `rows` for those before them, more for those after."""
+        """Labels as column indices of this process.
+
+        A label of earlier columns becomes `rows`, and one of later columns a larger number.
+        """
         column = labels - self.start
         after = torch.where(column < self.rows, column, column + 1)
         return torch.where(column < 0, self.rows, after)
@@ -233,17 +237,17 @@ class VocabShard(NamedTuple):
             packed.append(rescale * rescale * stats.squared)
         if stats.argmax is not None:
             packed.append(self._first(labels, stats, high))
-        every = torch.stack(packed)
-        dist.all_reduce(every, group=self.group)
-        total, target, owners, *rest = every.unbind()
+        stacked = torch.stack(packed)
+        dist.all_reduce(stacked, group=self.group)
+        total, target, owners, *extras = stacked.unbind()
         self._check_owners(owners)
         stats.max.copy_(high)
         stats.sum.copy_(total)
         stats.target.copy_(torch.where(owners == 1, target, math.nan))
         if stats.argmax is not None:
-            # Compared with the label, which is all that the argmax is for.
-            stats.argmax.copy_(torch.where(rest.pop() == 1, labels, -1))
-        for t, value in zip((stats.weighted, stats.total, stats.squared), rest, strict=False):
+            # The argmax serves is_top1 alone, which compares it with the label.
+            stats.argmax.copy_(torch.where(extras.pop() == 1, labels, -1))
+        for t, value in zip((stats.weighted, stats.total, stats.squared), extras, strict=False):
             if t is not None:
                 t.copy_(value)
         stats.finish()
@@ -261,9 +265,9 @@ class VocabShard(NamedTuple):
 
     def _check_owners(self, owners: Tensor) -> None:
         if may_synchronise(owners) and bool((owners != 1).any()):
-            found = int(owners[owners != 1][0])
+            count = int(owners[owners != 1][0])
             raise ValueError(
-                f"vocab_start: a label is in the rows of {found} processes, expected one: their "
+                f"vocab_start: a label is in the rows of {count} processes, expected one: their "
                 f"rows are to be [0, vocab_size={self.vocab_size}) together"
             )
 

@@ -75,6 +75,6 @@ def body_flops(config: Any, pairs: Sequence[Pair], sharing: bool) -> float:
     heads = getattr(text, "num_attention_heads", 0)  # state space models have none
     width = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
     prompt, chosen, rejected = np.array(pairs, dtype=np.float64).T
-    seen = float(((prompt + chosen) ** 2 + (prompt + rejected) ** 2).sum()) / 2
+    attended = float(((prompt + chosen) ** 2 + (prompt + rejected) ** 2).sum()) / 2
     products = count_weights(config, StepOptions())[2]
-    return 2.0 * tokens * products + 4.0 * text.num_hidden_layers * seen * heads * width
+    return 2.0 * tokens * products + 4.0 * text.num_hidden_layers * attended * heads * width

@@ -126,10 +126,10 @@ class Planner:
         else:
             index = order[np.linspace(0, len(order) - 1, size).astype(int)]
         rows = np.stack([lengths.prompt, lengths.chosen, lengths.rejected], 1)[index]
-        found = [(int(p), int(c), int(r)) for p, c, r in rows]
-        while len(found) < size:  # data of fewer pairs than a batch
-            found.append(found[-1])
-        return found
+        pairs = [(int(p), int(c), int(r)) for p, c, r in rows]
+        while len(pairs) < size:  # data of fewer pairs than a batch
+            pairs.append(pairs[-1])
+        return pairs
 
     def _cut(self, max_length: int) -> Lengths:
         prompt = np.minimum(self.lengths.prompt, max_length - 1)
@@ -204,8 +204,8 @@ class Planner:
         steps = [step_seconds(self.config, batch, options, rates) for batch in batches]
         by = correction or StepTime(1.0, 1.0, 1.0, 1.0)
 
-        def mean(part: str) -> float:
-            return sum(getattr(step, part) for step in steps) / len(steps)
+        def mean(name: str) -> float:
+            return sum(getattr(step, name) for step in steps) / len(steps)
 
         return StepTime(
             accumulation * mean("body_forward") * by.body_forward,
@@ -256,9 +256,9 @@ class Planner:
         measured = probe_steps(self.config, batches, options)
         predicted = [step_seconds(self.config, batch, options, rates) for batch in batches]
 
-        def ratio(part: str) -> float:
-            return sum(getattr(s, part) for s in measured) / sum(
-                getattr(s, part) for s in predicted
+        def ratio(name: str) -> float:
+            return sum(getattr(s, name) for s in measured) / sum(
+                getattr(s, name) for s in predicted
             )
 
         return StepTime(
@@ -283,11 +283,11 @@ class Planner:
         rates: Rates | None,
     ) -> Estimate:
         """The largest micro-batch that fits, of those that divide a step; else one pair."""
-        found = None
+        best = None
         for size in (n for n in _SIZES if n <= per_step and per_step % n == 0):
-            tried = self.estimate(options, size, per_step // size, max_length, devices, rates)
-            if found is not None and not tried.fits(memory):
+            estimate = self.estimate(options, size, per_step // size, max_length, devices, rates)
+            if best is not None and not estimate.fits(memory):
                 break
-            found = tried
-        assert found is not None
-        return found
+            best = estimate
+        assert best is not None
+        return best

@@ -70,10 +70,12 @@ def build_model(config: Any, options: StepOptions) -> Any:
     config = copy.deepcopy(config)
     config.use_cache = False
     # A config with code of its own has run it already.
-    own = {"trust_remote_code": type(config).__module__.startswith("transformers_modules.")}
+    remote_code = {"trust_remote_code": type(config).__module__.startswith("transformers_modules.")}
     with torch.device("meta"):
         try:
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype, **own)
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=options.dtype, **remote_code
+            )
         except ValueError as error:
             raise ValueError(
                 f"config: got one of the type {config.model_type!r}, of which transformers makes "

@@ -162,19 +162,25 @@ def _for_device(
     planner: Planner, device: Device, base: StepOptions, batch_size: int, max_length: int
 ) -> Estimate | None:
     """The first way that fits a device, the most thorough first."""
-    own = Planner(planner.config, planner.lengths, "cuda" if device.kind == "gpu" else "cpu")
-    own._parts = planner._parts
+    device_planner = Planner(
+        planner.config, planner.lengths, "cuda" if device.kind == "gpu" else "cpu"
+    )
+    device_planner._parts = planner._parts
     half = device.kind == "gpu"
     for method in ("full", "lora", "qlora"):
         if method == "qlora" and device.kind == "cpu":
             continue
-        options = replace(base, bf16=half, device=own.kind, memory_budget=device.memory // 16)
+        options = replace(
+            base, bf16=half, device=device_planner.kind, memory_budget=device.memory // 16
+        )
         options = _of(options, method)
         if method != "full" and half:
             options = replace(options, dtype=torch.bfloat16, bf16=False)
-        found = own.largest(options, batch_size, max_length, device.memory, 1, device.rates())
-        if found.fits(device.memory):
-            return found
+        estimate = device_planner.largest(
+            options, batch_size, max_length, device.memory, 1, device.rates()
+        )
+        if estimate.fits(device.memory):
+            return estimate
     return None
 
 
@@ -187,12 +193,12 @@ def _changes(
 ) -> list[tuple[str, Estimate]]:
     """What to change, one thing at a time, by the bytes that it saves."""
     options = asked.options
-    tried: list[tuple[str, StepOptions, int, int, int]] = []
+    candidates: list[tuple[str, StepOptions, int, int, int]] = []
     size, length = asked.pairs, asked.max_length
 
     def add(text: str, **changes: Any) -> None:
         other = replace(options, **changes.pop("options", {}))
-        tried.append(
+        candidates.append(
             (
                 text,
                 other,
@@ -227,12 +233,12 @@ def _changes(
     if planner.kind == "cuda":
         add(f"{2 * devices} GPUs that share the weights", devices=2 * devices)
     per_step = asked.pairs * asked.accumulation
-    found = [
+    estimates = [
         (text, planner.estimate(other, n, per_step // n, cut, count, rates, correction))
-        for text, other, n, cut, count in tried
+        for text, other, n, cut, count in candidates
     ]
-    found = [(text, estimate) for text, estimate in found if estimate.bytes < asked.bytes]
-    return sorted(found, key=lambda change: change[1].bytes)
+    estimates = [(text, estimate) for text, estimate in estimates if estimate.bytes < asked.bytes]
+    return sorted(estimates, key=lambda change: change[1].bytes)
 
 
 def length_facts(lengths: Lengths) -> dict[str, int]:

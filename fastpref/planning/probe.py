@@ -162,8 +162,8 @@ def _random_model(config: Any, options: StepOptions) -> Any:
 
     config = copy.deepcopy(config)
     config._name_or_path = ""  # whose tokenizer is not needed
-    own = {"trust_remote_code": type(config).__module__.startswith("transformers_modules.")}
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype, **own)
+    remote_code = {"trust_remote_code": type(config).__module__.startswith("transformers_modules.")}
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=options.dtype, **remote_code)
     return model
 
 

@@ -184,18 +184,18 @@ def _examples(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
 
 def _materialise(model: torch.nn.Module) -> None:
     """Replace the model's tensors by those of the active mode, on the CPU; ties stay ties."""
-    made: dict[int, Any] = {}
+    replaced: dict[int, Any] = {}
     for module in model.modules():
         for group in (module._parameters, module._buffers):
             for name, tensor in group.items():
                 if tensor is None:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in replaced:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     if isinstance(tensor, torch.nn.Parameter):
                         new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = new
-                group[name] = made[id(tensor)]
+                    replaced[id(tensor)] = new
+                group[name] = replaced[id(tensor)]
 
 
 def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
@@ -203,14 +203,14 @@ def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
     trained: dict[int, int] = {}
     quantised = 0
     head = unwrap(model).get_output_embeddings()
-    own = {id(p) for p in head.parameters()}
+    head_ids = {id(p) for p in head.parameters()}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         address = tracker.address(tensor, is_new=False)
         size = tensor.untyped_storage().nbytes()
         if tensor.requires_grad:
             trained[address] = size
         elif options.method == "qlora" and tensor.dim() == 2 and "embed" not in name:
-            if id(tensor) not in own:
+            if id(tensor) not in head_ids:
                 # NF4 with double quantisation: 4.127 bits a weight.
                 size = int(tensor.numel() * 4.127 / 8)
                 quantised += size

@@ -116,8 +116,8 @@ def _moves(
             block = _Block(event.size, _OF_PHASE.get(phase, "other"))
             live[event.address] = block
             moves.append((event.time, phase, block, 1))
-        elif (found := live.pop(event.address, None)) is not None:
-            moves.append((event.time, phase, found, -1))
+        elif (released := live.pop(event.address, None)) is not None:
+            moves.append((event.time, phase, released, -1))
     return begin, moves
 
 
@@ -133,46 +133,46 @@ def part_peaks(
     """
     begin, moves = _moves(known, events, gradients)
     lengths = Counter(phase for _, phase, _, _ in moves)
-    done: Counter[str] = Counter()
-    now: Counter[str] = Counter({name: 0 for name in COMPONENTS})
+    moves_done: Counter[str] = Counter()
+    live: Counter[str] = Counter({name: 0 for name in COMPONENTS})
     for block in begin:
-        now[block.component] += block.size
-    total = sum(now.values())
-    peaks: dict[tuple[str, int], tuple[int, dict[str, int]]] = {("other", 0): (total, dict(now))}
+        live[block.component] += block.size
+    total = sum(live.values())
+    peaks: dict[tuple[str, int], tuple[int, dict[str, int]]] = {("other", 0): (total, dict(live))}
     for _, phase, block, sign in moves:
-        part = phase, done[phase] * parts // lengths[phase]
-        done[phase] += 1
-        now[block.component] += sign * block.size
+        key = phase, moves_done[phase] * parts // lengths[phase]
+        moves_done[phase] += 1
+        live[block.component] += sign * block.size
         total += sign * block.size
-        if part not in peaks or total > peaks[part][0]:
-            peaks[part] = total, dict(now)
-    return {part: components for part, (_, components) in peaks.items()}
+        if key not in peaks or total > peaks[key][0]:
+            peaks[key] = total, dict(live)
+    return {key: components for key, (_, components) in peaks.items()}
 
 
 def _walk(begin: list[_Block], moves: list[_Move]) -> Account:
-    now: Counter[str] = Counter({name: 0 for name in COMPONENTS})
+    live: Counter[str] = Counter({name: 0 for name in COMPONENTS})
     for block in begin:
-        now[block.component] += block.size
-    total = sum(now.values())
-    account = Account(total, "other", dict(now), [(0.0, dict(now))])
+        live[block.component] += block.size
+    total = sum(live.values())
+    account = Account(total, "other", dict(live), [(0.0, dict(live))])
     if not moves:
         return account
     first, length = moves[0][0], max(moves[-1][0] - moves[0][0], 1)
-    part, highest = 0, -1
+    last_index, highest = 0, -1
     for time, phase, block, sign in moves:
-        now[block.component] += sign * block.size
+        live[block.component] += sign * block.size
         total += sign * block.size
         if total > account.peak_bytes:
             account.peak_bytes, account.peak_phase = total, phase
-            account.components = dict(now)
-        here = (time - first) * _POINTS // length
-        if here > part or total > highest:
-            point = (time - first) / 1e6, dict(now)
-            if here > part:
+            account.components = dict(live)
+        point_index = (time - first) * _POINTS // length
+        if point_index > last_index or total > highest:
+            point = (time - first) / 1e6, dict(live)
+            if point_index > last_index:
                 account.timeline.append(point)
             else:
                 account.timeline[-1] = point
-            part, highest = here, total
+            last_index, highest = point_index, total
     return account
 
 
@@ -190,15 +190,15 @@ def known_blocks(
 ) -> list[Known]:
     """The blocks of these tensors on the device; one of several groups is of the first."""
     kind = torch.device(device).type
-    found: dict[int, Known] = {}
+    blocks: dict[int, Known] = {}
     for component, tensors in groups.items():
         for tensor in tensors:
             if tensor.device.type != kind:
                 continue
             address, size = storage_of(tensor)
             if size:
-                found.setdefault(address, Known(address, size, component))
-    return list(found.values())
+                blocks.setdefault(address, Known(address, size, component))
+    return list(blocks.values())
 
 
 def read_profiler(profiler: Any, device: torch.device | str) -> list[Event]:

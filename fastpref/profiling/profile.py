@@ -187,12 +187,12 @@ def profile_training(
     }
     rows, batches = choose_rows(model, data, settings, steps, tokenizer)
     measured = [_measure(name, settings, rows, steps + 2, hear) for name in names]
-    found = [side for side, _ in measured]
-    if all(side.missing for side in found):
+    profiles = [side for side, _ in measured]
+    if all(side.missing for side in profiles):
         of_input = all(of_input for _, of_input in measured)
-        text = "; ".join(f"{side.name}: {side.missing}" for side in found)
+        text = "; ".join(f"{side.name}: {side.missing}" for side in profiles)
         raise (ValueError if of_input else RuntimeError)(f"nothing could be measured: {text}")
-    return Profile(settings, batches, found)
+    return Profile(settings, batches, profiles)
 
 
 def choose_rows(

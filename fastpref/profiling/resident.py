@@ -62,11 +62,16 @@ def _mallinfo() -> Any:
 
 
 class Sample(NamedTuple):
-    """seconds: of `time.perf_counter`. resident, kept: bytes; kept was freed and stays resident."""
+    """The memory of this process at one time.
+
+    seconds: of `time.perf_counter`.
+    resident: bytes in RAM.
+    freed: those of them that the program has freed and malloc has not returned to the system.
+    """
 
     seconds: float
     resident: int
-    kept: int
+    freed: int
 
 
 class Resident:
@@ -91,8 +96,8 @@ class Resident:
         resident = status_bytes("VmRSS")
         if resident is None:
             return None
-        kept = 0 if self._malloc is None else self._malloc().fordblks
-        return Sample(time.perf_counter(), resident, kept)
+        freed = 0 if self._malloc is None else self._malloc().fordblks
+        return Sample(time.perf_counter(), resident, freed)
 
     def __enter__(self) -> Resident:
         self._exact = reset_peak()
@@ -114,13 +119,13 @@ class Resident:
             self._stopped.wait(self.interval)
 
     def _add(self) -> None:
-        if (found := self.sample()) is not None:
-            self.samples.append(found)
+        if (sample := self.sample()) is not None:
+            self.samples.append(sample)
 
     @property
     def at_peak(self) -> Sample | None:
         """The sample of the peak: of those with nearly the most resident memory the one with the
-        least kept, because memory stays resident when its blocks are freed."""
+        least freed, because memory stays resident when its blocks are freed."""
         most = max((sample.resident for sample in self.samples), default=0)
         highest = [sample for sample in self.samples if sample.resident >= 0.99 * most]
-        return min(highest, key=lambda sample: sample.kept, default=None)
+        return min(highest, key=lambda sample: sample.freed, default=None)

@@ -43,8 +43,8 @@ def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs [B, T] of the labels [B, T] from logits [B, T, V], 0 where the label is -100."""
     counted = labels != -100
     logps = torch.log_softmax(logits.float(), -1)
-    picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return picked * counted
+    label_logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return label_logps * counted
 
 
 class EagerTrainer(PreferenceTrainer):
@@ -62,16 +62,16 @@ class EagerTrainer(PreferenceTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         reference = self.reference_logps(inputs)
-        given: dict[str, Any] = loss_inputs(inputs, reference, self.args.nll_on_prompt)
-        labels = given.pop("labels")
+        arguments: dict[str, Any] = loss_inputs(inputs, reference, self.args.nll_on_prompt)
+        labels = arguments.pop("labels")
         for name in ("token_indices", "sequence_ids"):
-            given.pop(name, None)
+            arguments.pop(name, None)
         prepared = prepare_loss(
             labels,
             self._loss_options,
-            PairInputs(**{k: v for k, v in given.items() if k in PairInputs._fields}),
+            PairInputs(**{k: v for k, v in arguments.items() if k in PairInputs._fields}),
             has_reference=reference is not None,
-            nll_labels=given.get("nll_labels"),
+            nll_labels=arguments.get("nll_labels"),
         )
         stats = TokenStats(self._eager_logps(model, inputs))
         return prepared.loss_from_logps(stats).loss
@@ -94,7 +94,7 @@ def make_trainer(side: str, request: dict[str, Any], rows: list[dict[str, Any]],
     """
     from datasets import Dataset
 
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         **request["loss"],
         "output_dir": out,
         "max_length": request["max_length"],
@@ -114,28 +114,28 @@ def make_trainer(side: str, request: dict[str, Any], rows: list[dict[str, Any]],
         "use_cpu": request["device"] == "cpu",
     }
     if isinstance(request["model"], str):
-        given["model_init_kwargs"] = {
+        options["model_init_kwargs"] = {
             "dtype": request["dtype"],
             "trust_remote_code": request["trust_remote_code"],
         }
     if request["optim"] is not None:
-        given["optim"] = request["optim"]
+        options["optim"] = request["optim"]
     if side in ("fastpref", "eager"):
-        given["handle_signals"] = False
-        given["trust_remote_code"] = request["trust_remote_code"]
-        given.get("model_init_kwargs", {}).pop("trust_remote_code", None)
+        options["handle_signals"] = False
+        options["trust_remote_code"] = request["trust_remote_code"]
+        options.get("model_init_kwargs", {}).pop("trust_remote_code", None)
         if side == "fastpref":
-            given |= {name: request[name] for name in _OWN if request.get(name) is not None}
+            options |= {name: request[name] for name in _OWN if request.get(name) is not None}
         else:
-            given |= {"prefix_sharing": False, "cpu_linear": "torch"}
-        config: Any = PreferenceConfig(**given)
+            options |= {"prefix_sharing": False, "cpu_linear": "torch"}
+        config: Any = PreferenceConfig(**options)
         trainer_class: Any = PreferenceTrainer if side == "fastpref" else EagerTrainer
     else:
         from trl import DPOConfig, DPOTrainer
 
         if side == "liger":
-            given["use_liger_kernel"] = True
-        config = DPOConfig(**given)
+            options["use_liger_kernel"] = True
+        config = DPOConfig(**options)
         trainer_class = DPOTrainer
     trainer = trainer_class(
         model=request["model"],

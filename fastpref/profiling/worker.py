@@ -104,8 +104,8 @@ class MemoryStep(TrainerCallback):
             peak = self.resident.peak
             if self.before is not None and self.resident.at_peak is not None:
                 known = sum(block.size for block in self.known)
-                libraries = self.before.resident - self.before.kept - known
-                outside = {"malloc": self.resident.at_peak.kept, "libraries": max(libraries, 0)}
+                libraries = self.before.resident - self.before.freed - known
+                outside = {"malloc": self.resident.at_peak.freed, "libraries": max(libraries, 0)}
         events = read_profiler(self.profiler, self.device)
         self.account = account = account_of(self.known, events, self.clock.gradients)
         components = {**account.components, **outside}

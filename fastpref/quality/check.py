@@ -90,17 +90,17 @@ def check_data(
         data, "train", tokenizer, max_length, sample_rows, show_progress
     )
     out = DataQuality({"train": len(dataset)}, sampled=len(tokens.lengths) if tokens else 0)
-    found = _unread(layout) + train.findings() + separable.findings()
+    findings = _unread(layout) + train.findings() + separable.findings()
     if tokens is not None:
-        found += tokens.findings()
+        findings += tokens.findings()
         out.figures = tokens.figures(len(tokenizer))
     if eval_data is not None:
         held_out, rows, *_ = _look(eval_data, "eval", None, max_length, 0, show_progress)
         out.rows["eval"] = len(rows)
         leaks = leakage(train, held_out)
-        known = {row for finding in leaks for row in finding.rows}
-        found += leaks + near_leakage(train, held_out, known)
-    out.findings = sorted(found, key=lambda finding: LEVELS.index(finding.level))
+        leaked = {row for finding in leaks for row in finding.rows}
+        findings += leaks + near_leakage(train, held_out, leaked)
+    out.findings = sorted(findings, key=lambda finding: LEVELS.index(finding.level))
     return out
 
 
@@ -120,12 +120,12 @@ def _look(
     tokens = None if tokenizer is None else Tokens(tokenizer, max_length)
     total = len(dataset)
     chosen = total if sample_rows is None else min(sample_rows, total)
-    picked = set(np.linspace(0, total - 1, chosen).astype(int).tolist()) if chosen else set()
+    sampled = set(np.linspace(0, total - 1, chosen).astype(int).tolist()) if chosen else set()
     title = f"Checking {name} data"
     with counting(title, "rows", total, disabled=not show_progress, shared=False):
         for number, row, had_nulls in _arranged(dataset, layout, f"{name} data"):
             rows.add(number, row, had_nulls)
-            if number in picked:
+            if number in sampled:
                 separable.add(row)
                 if tokens is not None and row["chosen"] and row["rejected"]:
                     tokens.add(number, row, f"{name} data: row {number}")

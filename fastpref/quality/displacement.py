@@ -74,8 +74,8 @@ class Scored:
             logps: Tensor = self.reference.token_logps(batch)
         finally:
             hook.remove()
-        found = ches(align_to_tokens(states[-1], labels), labels)
-        self.scores += zip(*(values.tolist() for values in found), strict=True)
+        scores = ches(align_to_tokens(states[-1], labels), labels)
+        self.scores += zip(*(values.tolist() for values in scores), strict=True)
         return logps
 
     def ranked(self, rows: list[int]) -> list[PairScore]:

@@ -90,15 +90,15 @@ def pairs_of(
         n = max(len(a), len(b)) if keep_start else min(len(a), len(b))
         width = ids.shape[1] - 1  # the last position has no token after it
         ends = [(j, c[c < width]) for j, c in zip(both, counted, strict=True)]
-        known = all(starts)  # an answer without a label has no start
+        have_starts = all(starts)  # an answer without a label has no start
         out.append(
             PairLogps(
                 int(row),
                 (labels[i][counted[0]], labels[i + pairs][counted[1]]),
                 (values[i][counted[0]], values[i + pairs][counted[1]]),
                 all(np.array_equal(labels[j][c], ids[j][1:][c]) for j, c in ends),
-                known and np.array_equal(a, b),
-                not known
+                have_starts and np.array_equal(a, b),
+                not have_starts
                 or np.array_equal(a[len(a) - min(n, len(a)) :], b[len(b) - min(n, len(b)) :]),
             )
         )
@@ -177,23 +177,23 @@ def check_parting(pairs: Sequence[PairLogps], tolerance: float) -> list[Finding]
 
 def check_beginnings(pairs: Sequence[PairLogps]) -> list[Finding]:
     """A finding if the first tokens of the answers are far less likely than the rest."""
-    first, rest = [], []
+    first, later = [], []
     for pair in pairs:
         for values in pair.logps:
             if len(values) > 2 * FIRST:
                 first.append(-values[:FIRST].mean())
-                rest.append(-values[FIRST:].mean())
-    if len(first) < LEAST or np.median(np.subtract(first, rest)) < OUTLIER:
+                later.append(-values[FIRST:].mean())
+    if len(first) < LEAST or np.median(np.subtract(first, later)) < OUTLIER:
         return []
     return [
         Finding(
             "first_tokens",
             "warning",
             f"the first {FIRST} tokens of an answer cost {np.median(first):.1f} nats each, the "
-            f"others {np.median(rest):.1f}",
+            f"others {np.median(later):.1f}",
             "see whether prompt and answer are joined as the model knows them: chat template, "
             "generation prompt, space before the answer",
-            values={"first": float(np.median(first)), "rest": float(np.median(rest))},
+            values={"first": float(np.median(first)), "rest": float(np.median(later))},
         )
     ]
 

@@ -46,9 +46,9 @@ def _wider(value: Any) -> Any:
 def sequences(batch: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """The token ids [T] and the labels [T - 1] of each sequence of a batch, without padding."""
     labels = batch_labels(batch)
-    for ids, mask, wanted in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True):
-        kept = mask.bool()
-        yield ids[kept], wanted[kept][:-1]
+    for ids, mask, targets in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True):
+        is_token = mask.bool()
+        yield ids[is_token], targets[is_token][:-1]
 
 
 @torch.no_grad()

@@ -88,26 +88,26 @@ class Rows:
         self.prompts.append(keys[0])
         self.pairs.append(hash(tuple(keys)))
         self.lengths.append((len(chosen), len(rejected)))
-        found = self._rows
+        rows_of = self._rows
         if had_nulls:
-            found["merged"].append(number)
+            rows_of["merged"].append(number)
         if any(_begins_with_question(row[key]) for key in ("chosen", "rejected")):
-            found["other_prompt"].append(number)
+            rows_of["other_prompt"].append(number)
         empty = [not _SOMETHING.search(text) for text in (prompt, chosen, rejected)]
         if empty[0]:
-            found["no_prompt"].append(number)
+            rows_of["no_prompt"].append(number)
         if empty[1] or empty[2]:
-            found["empty"].append(number)
+            rows_of["empty"].append(number)
         elif text_of(row["chosen"]) == text_of(row["rejected"]):
-            found["identical"].append(number)
+            rows_of["identical"].append(number)
         elif keys[1] == keys[2]:
-            found["alike"].append(number)
+            rows_of["alike"].append(number)
         else:
             self._ordered[keys[0], keys[1], keys[2]].append(number)
         for key in ("chosen", "rejected"):
             # Marks in messages are as wrong: the template adds its own.
             if _TURN.search(contents_of(row[key])):
-                found[f"turns_{key}"].append(number)
+                rows_of[f"turns_{key}"].append(number)
         self.sketches.add(number, " ".join(whole))
 
     def findings(self) -> list[Finding]:
@@ -243,11 +243,11 @@ def leakage(train: Rows, held_out: Rows) -> list[Finding]:
         data="eval",
         drops=True,
     )
-    rest = sorted(set(prompts) - set(pairs))
+    prompt_alone = sorted(set(prompts) - set(pairs))
     out += of_rows(
         "leaked_prompt",
         "warning",
-        rest,
+        prompt_alone,
         total,
         "have a prompt of the training data with other answers",
         "split the data by prompts",
@@ -256,9 +256,9 @@ def leakage(train: Rows, held_out: Rows) -> list[Finding]:
     return out
 
 
-def near_leakage(train: Rows, held_out: Rows, known: Iterable[int]) -> list[Finding]:
+def near_leakage(train: Rows, held_out: Rows, leaked: Iterable[int]) -> list[Finding]:
     """Rows of the held-out data that are nearly the same as one of the training data."""
-    rows = held_out.sketches.near_others(train.sketches, apart=set(known))
+    rows = held_out.sketches.near_others(train.sketches, apart=set(leaked))
     return of_rows(
         "nearly_leaked",
         "warning",

@@ -34,15 +34,15 @@ class Separability:
         """What was found."""
         if len(self.pairs) < LEAST:
             return []
-        right = 0.0
+        correct = 0.0
         words: Counter[str] = Counter()
         for half in (0, 1):
             taught = _log_odds(self.pairs[half::2])
             for chosen, rejected in self.pairs[1 - half :: 2]:
                 score = sum(taught.get(w, 0.0) for w in chosen)
                 score -= sum(taught.get(w, 0.0) for w in rejected)
-                right += 0.5 if score == 0 else float(score > 0)
-        accuracy = right / len(self.pairs)
+                correct += 0.5 if score == 0 else float(score > 0)
+        accuracy = correct / len(self.pairs)
         values = {"accuracy": round(accuracy, 4)}
         if accuracy < LIMIT:
             return []

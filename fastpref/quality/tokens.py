@@ -103,17 +103,17 @@ class Tokens:
             texts = [m["content"] for m in messages if isinstance(m.get("content"), str)]
             texts = [" ".join(text.split()) for text in texts]
             try:
-                shown = self.tokenizer.apply_chat_template(messages, **options, tokenize=False)
+                rendered = self.tokenizer.apply_chat_template(messages, **options, tokenize=False)
             except Exception:  # the tokens of the row were made from the same messages
                 return
-            shown, given = " ".join(shown.split()), "\n".join(texts)
+            rendered, content = " ".join(rendered.split()), "\n".join(texts)
             for text in texts:
                 if len(text) < _LEAST_TEXT:
                     continue
-                expected, found = given.count(text), shown.count(text)
-                if found < expected:
+                expected, count = content.count(text), rendered.count(text)
+                if count < expected:
                     self._rows["turn_dropped"].append(number)
-                elif found > expected:
+                elif count > expected:
                     self._rows["turn_doubled"].append(number)
 
     # ---- what was found ----

@@ -145,7 +145,7 @@ class _Run:
             numbers = [example["row"] for example in self.examples[done : done + size]]
             pairs += first_step.pairs_of(batch, logps, numbers, keep_start)
         narrow = next(self.model.parameters()).dtype.itemsize < 4
-        found = [
+        findings_of_checks = [
             first_step.check_labels(pairs, self.examples, max_length, keep_start),
             first_step.check_prompts(pairs),
             first_step.check_parting(pairs, 0.25 if narrow else 2e-3),
@@ -155,9 +155,9 @@ class _Run:
             "both answers follow one prompt",
             "log-probs differ where the answers part, and not before",
         )
-        for name, findings in zip(names, found, strict=True):
-            said = findings[0].message if findings else f"{len(pairs)} of {len(pairs)} pairs"
-            out.checks.append(Check(name, not findings, said))
+        for name, findings in zip(names, findings_of_checks, strict=True):
+            message = findings[0].message if findings else f"{len(pairs)} of {len(pairs)} pairs"
+            out.checks.append(Check(name, not findings, message))
             out.findings += findings
         self._check_step(out, narrow)
         out.findings += first_step.check_beginnings(pairs)
@@ -187,13 +187,14 @@ class _Run:
             policy = _sums(self.batches, tokens)
             self._check_rewards(out, "columns", self.batches, policy, torch.stack(sides), narrow)
             return
-        batches, same = [self.batches[i] for i in self.few], [self.tokens[i] for i in self.few]
-        own = is_peft(self.model) and self.ref_model is None
-        if own or self.ref_model is not None:
-            reference = Reference(self.ref_model or self.model, own, {})
-            same = self._logps("Log-probs of the reference", reference, True)
+        batches = [self.batches[i] for i in self.few]
+        reference_tokens = [self.tokens[i] for i in self.few]
+        is_adapter = is_peft(self.model) and self.ref_model is None
+        if is_adapter or self.ref_model is not None:
+            reference = Reference(self.ref_model or self.model, is_adapter, {})
+            reference_tokens = self._logps("Log-probs of the reference", reference, True)
         policy = _sums(batches, trained)
-        self._check_rewards(out, "step", batches, policy, _sums(batches, same), narrow)
+        self._check_rewards(out, "step", batches, policy, _sums(batches, reference_tokens), narrow)
 
     def _check_rewards(
         self,
@@ -221,13 +222,13 @@ class _Run:
         loss = self._loss(policy, reference, lengths)
         expected = self._loss(policy, policy, lengths)
         out.figures |= {"largest_reward": largest, "loss": loss, "expected_loss": expected}
-        same = largest < limit
-        out.checks.append(Check("rewards and margins are 0", same, f"at most {largest:.2g}"))
+        is_zero = largest < limit
+        out.checks.append(Check("rewards and margins are 0", is_zero, f"at most {largest:.2g}"))
         text = f"{loss:.6g}, of equal log-probs {expected:.6g}"
         close = abs(loss - expected) <= max(1e-3, 0.5 * limit) * max(1.0, abs(expected))
         out.checks.append(Check(f"the first loss ({self._name()})", close, text))
         out.findings += first_step.check_batch_means(margins, 8)
-        if same and close:
+        if is_zero and close:
             return
         cause = likely_cause(
             source, float((ratios.abs() / lengths.to(ratios)).max()), self._noise(noise_of)

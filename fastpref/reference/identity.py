@@ -109,29 +109,31 @@ def describe_reference(
 
 
 def identity_differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """What of a reference differs from the stored one, one phrase for each thing.
+    """The differences of a reference from the stored one, a phrase each.
 
-    A config that one of the two does not have, or a key of it, is not compared: stores of earlier
+    A config, or a key of it, that one of the two lacks is not compared: stores of earlier
     versions have none, and versions of transformers have other keys.
     """
-    found = []
+    differences = []
     for name in ("model", "weights' dtype", "compute dtype"):
         if stored.get(name) != present.get(name):
-            found.append(f"{name} {present.get(name)} instead of {stored.get(name)}")
-    if not found and stored.get("weights") != present.get("weights"):
-        found.append("the model's weights are others")
-    ours, theirs = stored.get("adapter"), present.get("adapter")
-    if ours != theirs:
-        one = "no adapter instead of one" if ours else "an adapter instead of none"
-        found.append("the adapter's weights or options are others" if ours and theirs else one)
-    ours, theirs = stored.get("config") or {}, present.get("config") or {}
-    for name in sorted(ours.keys() & theirs.keys()):
-        found += _config_differences(name, ours[name], theirs[name])
-    ours, theirs = stored.get("head") or {}, present.get("head") or {}
-    for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
-            found.append(f"head's {name} {theirs.get(name)} instead of {ours.get(name)}")
-    return found
+            differences.append(f"{name} {present.get(name)} instead of {stored.get(name)}")
+    if not differences and stored.get("weights") != present.get("weights"):
+        differences.append("the model's weights are others")
+    before, after = stored.get("adapter"), present.get("adapter")
+    if before != after:
+        change = "no adapter instead of one" if before else "an adapter instead of none"
+        differences.append(
+            "the adapter's weights or options are others" if before and after else change
+        )
+    before, after = stored.get("config") or {}, present.get("config") or {}
+    for name in sorted(before.keys() & after.keys()):
+        differences += _config_differences(name, before[name], after[name])
+    before, after = stored.get("head") or {}, present.get("head") or {}
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            differences.append(f"head's {name} {after.get(name)} instead of {before.get(name)}")
+    return differences
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -142,12 +144,12 @@ def _config(model: Any) -> dict[str, Any]:
 
 
 def _with_effect(values: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    relevant = {}
     for key, value in values.items():
         is_name = key.startswith("_") or key.endswith(("_token_id", "_name_or_path"))
         if key not in _CONFIG_WITHOUT_EFFECT and not is_name and "drop" not in key:
-            found[key] = _with_effect(value) if isinstance(value, dict) else value
-    return found
+            relevant[key] = _with_effect(value) if isinstance(value, dict) else value
+    return relevant
 
 
 def _config_differences(name: str, stored: Any, present: Any) -> list[str]:
@@ -167,19 +169,19 @@ def _base_weights(model: Any) -> list[tuple[str, Tensor]]:
     Quantised layers keep their weights or the scales of them in buffers.
     """
     adapters = {*(getattr(model, "peft_config", None) or {})}
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     named = dict(unwrap(model).named_parameters())
-    known = {id(p) for p in named.values()}
+    parameters = {id(p) for p in named.values()}
     state = unwrap(model).state_dict(keep_vars=True).items()
-    named |= {n: t for n, t in state if isinstance(t, Tensor) and id(t) not in known}
+    named |= {n: t for n, t in state if isinstance(t, Tensor) and id(t) not in parameters}
     for name, p in named.items():
         parts = name.split(".")
         # Of PEFT's modules_to_save the original module is part of the base.
         copied = "modules_to_save" in parts and "original_module" not in parts
         if copied or adapters & set(parts):
             continue
-        found[".".join(part for part in parts if part not in _WRAPPERS)] = p
-    return sorted(found.items())
+        by_name[".".join(part for part in parts if part not in _WRAPPERS)] = p
+    return sorted(by_name.items())
 
 
 def _adapter(model: Any, name: str) -> dict[str, Any] | None:
@@ -199,13 +201,13 @@ def _effective(config: Any) -> dict[str, Any]:
     Methods name their options differently. What scales or places the weights are numbers, lists of
     numbers and patterns.
     """
-    found = {}
+    effective = {}
     for key, value in vars(config).items():
         counts = isinstance(value, (int, float, dict)) or "indices" in key or key in ADAPTER_OPTIONS
         is_training = "drop" in key or key.startswith("init") or key in _WITHOUT_EFFECT
         if value and counts and not is_training:
-            found[key] = as_json(value)
-    return found
+            effective[key] = as_json(value)
+    return effective
 
 
 def _is_enabled(model: Any) -> bool:

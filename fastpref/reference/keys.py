@@ -58,8 +58,10 @@ def sequence_keys(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     labels = batch_labels(batch).cpu().numpy()
     ids: np.ndarray = batch["input_ids"].cpu().numpy()
-    given = batch.get("attention_mask")
-    mask: np.ndarray = np.ones(ids.shape, bool) if given is None else given.cpu().numpy() != 0
+    attention_mask = batch.get("attention_mask")
+    mask: np.ndarray = (
+        np.ones(ids.shape, bool) if attention_mask is None else attention_mask.cpu().numpy() != 0
+    )
     inputs: dict[str, np.ndarray] = {}
     for name, value in sorted(model_inputs(batch).items()):
         if name in ("input_ids", "attention_mask"):
@@ -72,13 +74,13 @@ def sequence_keys(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inputs[name] = value.cpu().numpy()
     keys = []
     for i in range(len(ids)):
-        shown = mask[i]
+        is_token = mask[i]
         digest = hashlib.blake2b(digest_size=KEY_BYTES)
-        digest.update(ids[i][shown].astype("<i8").tobytes())
-        digest.update(labels[i][shown].astype("<i8").tobytes())
+        digest.update(ids[i][is_token].astype("<i8").tobytes())
+        digest.update(labels[i][is_token].astype("<i8").tobytes())
         for name, value in inputs.items():
-            own = value[i][shown] if value.shape[1:2] == shown.shape else value[i]
-            digest.update(name.encode() + np.ascontiguousarray(own).tobytes())
+            of_tokens = value[i][is_token] if value.shape[1:2] == is_token.shape else value[i]
+            digest.update(name.encode() + np.ascontiguousarray(of_tokens).tobytes())
         keys.append(digest.digest())
     counts = (labels != -100).sum(1).astype(np.int32)
     return np.frombuffer(b"".join(keys), KEY), counts, mask.sum(1).astype(np.int32)
@@ -102,14 +104,16 @@ def data_keys(
         disable_tqdm: whether to show no progress.
     """
     starts = range(0, len(dataset), _CHUNK)
-    found: list[list[np.ndarray]] = []
+    chunks: list[list[np.ndarray]] = []
     title = f"Looking up {name} data in the reference store"
     for start in watched(starts, title, "rows", len(dataset), _CHUNK, disable_tqdm):
         stop = min(start + _CHUNK, len(dataset))
         batch = collator([dataset[i] for i in range(start, stop)])
-        each = zip(*(sequence_keys(part) for part in parts(batch)), strict=True)
-        found.append([np.concatenate(arrays).reshape(-1, stop - start).T for arrays in each])
-    keys, tokens, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        arrays_of_parts = zip(*(sequence_keys(part) for part in parts(batch)), strict=True)
+        chunks.append(
+            [np.concatenate(arrays).reshape(-1, stop - start).T for arrays in arrays_of_parts]
+        )
+    keys, tokens, lengths = (np.concatenate(arrays) for arrays in zip(*chunks, strict=True))
     return DataKeys(keys, tokens, lengths.max(1))
 
 

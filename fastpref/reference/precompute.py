@@ -76,7 +76,7 @@ def precompute(
 def extend_store(
     store: ReferenceStore,
     dataset: Any,
-    found: DataKeys,
+    keys_of_rows: DataKeys,
     token_logps: Callable[[dict[str, Any]], Tensor],
     parts: Parts,
     collator: Callable[[list[dict]], dict[str, Tensor]],
@@ -94,7 +94,7 @@ def extend_store(
 
     Args:
         dataset: a tokenised `datasets.Dataset` of the rows that the store lacks.
-        found: the keys of these rows.
+        keys_of_rows: the keys of these rows.
         token_logps: maps a batch of S sequences on the device to token log-probs, of the shape of
             its labels.
         parts: as in `data_keys`.
@@ -107,11 +107,14 @@ def extend_store(
     """
     options = collator, accelerator, batch_size, num_workers, name, disable_tqdm
     with store.writer() as writer:
-        for rows, batch in _longest_first(dataset, found.lengths, *options):
-            each = parts(batch)
+        for rows, batch in _longest_first(dataset, keys_of_rows.lengths, *options):
+            batches = parts(batch)
             # [P, C] in the parts' order: the first sequences of all rows before the second ones.
-            keys, counts = (a[rows].T.reshape(len(each), -1) for a in (found.keys, found.tokens))
-            for part, part_keys, part_counts in zip(each, keys, counts, strict=True):
+            keys, counts = (
+                a[rows].T.reshape(len(batches), -1)
+                for a in (keys_of_rows.keys, keys_of_rows.tokens)
+            )
+            for part, part_keys, part_counts in zip(batches, keys, counts, strict=True):
                 values = labelled(part, token_logps(part))
                 if not np.isfinite(values).all():
                     _raise_not_finite(batch, part_counts, values, name)

@@ -231,20 +231,20 @@ class ReferenceStore:
         unique, inverse = np.unique(keys, return_inverse=True)
         order = np.argsort(inverse.reshape(-1), kind="stable")
         firsts = np.searchsorted(inverse.reshape(-1)[order], np.arange(len(unique) + 1))
-        wanted = np.ones(len(unique), bool)
-        for name, held in self._keys.items():
-            if not wanted.any():
+        missing = np.ones(len(unique), bool)
+        for name, part_keys in self._keys.items():
+            if not missing.any():
                 return
-            if not among(held, unique).any():
+            if not among(part_keys, unique).any():
                 continue
             with pq.ParquetFile(self.parts / name, memory_map=True) as file:
                 for batch in file.iter_batches(READ_ROWS):
-                    own = _key_array(batch.column("key"))
-                    places = np.searchsorted(unique, own).clip(max=len(unique) - 1)
-                    hit = (unique[places] == own) & wanted[places]
+                    batch_keys = _key_array(batch.column("key"))
+                    places = np.searchsorted(unique, batch_keys).clip(max=len(unique) - 1)
+                    hit = (unique[places] == batch_keys) & missing[places]
                     rows, first = np.unique(places[hit], return_index=True)
                     rows_of_batch = np.flatnonzero(hit)[first]  # of equal keys the first
-                    wanted[rows] = False
+                    missing[rows] = False
                     if not len(rows):
                         continue
                     logps = batch.column("logps").take(pa.array(rows_of_batch))
@@ -255,9 +255,9 @@ class ReferenceStore:
                         yield order[firsts[rows]], offsets, values
                         continue
                     yield _repeated(order, firsts, rows, offsets, values)
-        if wanted.any():
+        if missing.any():
             raise ValueError(
-                f"reference store {self.path} lacks {int(wanted.sum())} of {len(unique)} sequences"
+                f"reference store {self.path} lacks {int(missing.sum())} of {len(unique)} sequences"
             )
 
     def token_logps(self, keys: np.ndarray) -> list[np.ndarray]:
@@ -365,8 +365,8 @@ def _repeated(
     """`ReferenceStore.entries` of sequences that are at several positions of keys."""
     places, pieces = [], []
     for i, row in enumerate(rows):
-        own = order[firsts[row] : firsts[row + 1]]
-        places.append(own)
-        pieces += [values[offsets[i] : offsets[i + 1]]] * len(own)
+        positions = order[firsts[row] : firsts[row + 1]]
+        places.append(positions)
+        pieces += [values[offsets[i] : offsets[i + 1]]] * len(positions)
     ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
     return np.concatenate(places), ends, np.concatenate(pieces)

@@ -72,7 +72,7 @@ class Alarms(TrainerCallback):
         self._first_step = step
 
     def observe(self, sums: Mapping[str, float]) -> None:
-        """Keep the sums of a micro-step over all processes; those of single answers are not."""
+        """Keep the sums of a micro-step over all processes; sums of single answers are ignored."""
         if "pairs" not in sums:
             return
         self._last.append(sums)
@@ -155,12 +155,12 @@ class Alarms(TrainerCallback):
     def _look_at_ranking(self, sums: dict[str, float]) -> None:
         if not self.has_reference or sums["pairs"] < MANY:
             return
-        right = sums["rewards/accuracies"] / sums["pairs"]
+        accuracy = sums["rewards/accuracies"] / sums["pairs"]
         ranked = sums["ranked"] / sums["pairs"]
-        if right > RIGHT and ranked < RANKED:
+        if accuracy > RIGHT and ranked < RANKED:
             self._say(
                 "ranking",
-                f"the reward accuracy is {right:.2f}, but in only {100 * ranked:.0f} % of the "
+                f"the reward accuracy is {accuracy:.2f}, but in only {100 * ranked:.0f} % of the "
                 "pairs the chosen answer is the more likely one per token: samples will not show "
                 "what the accuracy promises; train an SFT model on chosen answers first, or judge "
                 "samples",
@@ -171,26 +171,26 @@ class Alarms(TrainerCallback):
         if sums["pairs"] < FEW / 2 or "target" in self._said:
             return
         self._said.add("target")  # it is looked at once
-        target, found = 1 / (2 * self.beta), margin_size(sums) / self.beta
+        target, observed = 1 / (2 * self.beta), margin_size(sums) / self.beta
         tokens = sums["tokens/chosen"] if self.ipo == "token_mean" else sums["pairs"]
         unit = "nats a token" if self.ipo == "token_mean" else "nats an answer"
         room = -sums["logps/chosen"] / max(tokens, 1.0)
-        wanted = min(max(4 * found, 0.1 * room), 0.5 * room)
-        if wanted <= 0:
+        suggested = min(max(4 * observed, 0.1 * room), 0.5 * room)
+        if suggested <= 0:
             return
-        advice = f"try beta={1 / (2 * wanted):.2g}, a target of {wanted:.2g}"
-        if target > room and target > OUT_OF_SCALE * found:
+        advice = f"try beta={1 / (2 * suggested):.2g}, a target of {suggested:.2g}"
+        if target > room and target > OUT_OF_SCALE * observed:
             raise_alarm(
                 "target",
                 f"IPO's target 1/(2 beta) is {target:.3g} {unit}, but the chosen answers can gain "
-                f"at most {room:.2g}, their NLL, and the log-ratios are {found:.2g} apart so far: "
-                f"only rejected answers that become ever less likely could meet it; {advice}",
+                f"at most {room:.2g}, their NLL, and the log-ratios are {observed:.2g} apart so "
+                f"far: only rejected answers that become ever less likely could meet it; {advice}",
                 self.args,
             )
-        elif found > OUT_OF_SCALE * target:
+        elif observed > OUT_OF_SCALE * target:
             raise_alarm(
                 "target",
                 f"IPO's target 1/(2 beta) is {target:.3g} {unit}, but the log-ratios are "
-                f"{found:.2g} apart already, so the loss draws them together; {advice}",
+                f"{observed:.2g} apart already, so the loss draws them together; {advice}",
                 self.args,
             )

@@ -1,4 +1,4 @@
-"""What of a trainer makes a step on a CPU faster: the body's product, and memory that is kept."""
+"""The part of a trainer that makes steps on a CPU faster: the body's product, and kept memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from fastpref.trainer.config import BaseConfig
 
 
 class BodyTrainer(Trainer):
-    """A trainer whose steps have the layers that `cpu_linear` asks for on the native product.
+    """A trainer whose steps run the body's linear layers on the native product.
 
-    Between steps they are as they were.
+    `cpu_linear` says which layers. Between steps they are those of the model's own classes.
     """
 
     args: BaseConfig
@@ -38,11 +38,11 @@ class BodyTrainer(Trainer):
         Raises:
             ValueError: cpu_linear is "native", and the native product cannot run here.
         """
-        asked = self.args.cpu_linear
-        if asked == "torch":
+        setting = self.args.cpu_linear
+        if setting == "torch":
             return
         if (reason := self._why_torch()) is not None:
-            if asked == "native":
+            if setting == "native":
                 raise ValueError(f"cpu_linear is 'native', but {reason}; expected 'torch' here")
             return
         models = [unwrap(model) for model in (self.model, ref_model) if model is not None]
@@ -52,9 +52,9 @@ class BodyTrainer(Trainer):
             models,
             compute_dtype=dtypes.get(self.accelerator.mixed_precision),
             heads=[head for head in heads if isinstance(head, nn.Module)],
-            speedup=None if asked == "native" else self._agreed_speedup(),
+            speedup=None if setting == "native" else self._agreed_speedup(),
         )
-        if asked == "native" and not products.layers:
+        if setting == "native" and not products.layers:
             raise ValueError(
                 "cpu_linear is 'native', but the model has no Linear layer in float32, bfloat16 or "
                 "float16 on the CPU; expected 'torch' here"
@@ -78,13 +78,13 @@ class BodyTrainer(Trainer):
         """`speedup` as the first process measures it, alike in all processes."""
         if self.args.world_size == 1:
             return speedup
-        known: dict[Any, float] = {}
+        speedups: dict[Any, float] = {}
 
         def agreed(shape: tuple[int, int], dtype: torch.dtype) -> float:
-            if (shape, dtype) not in known:
+            if (shape, dtype) not in speedups:
                 found = [speedup(shape, dtype) if self.args.process_index == 0 else None]
-                (known[shape, dtype],) = broadcast_object_list(found)
-            return known[shape, dtype]
+                (speedups[shape, dtype],) = broadcast_object_list(found)
+            return speedups[shape, dtype]
 
         return agreed
 

@@ -1,4 +1,4 @@
-"""What of a trainer saves, and resumes: complete checkpoints, one run for a directory, signals."""
+"""The part of a trainer that saves and resumes: complete checkpoints, and one run per directory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _STAGING = ".saving"  # where a checkpoint is written before it takes its name
 
 
 class CheckpointingTrainer(SavingTrainer, EndingTrainer):
-    """A trainer whose checkpoints are complete or not there, in a directory of its own.
+    """A trainer whose checkpoints are complete or absent. Its output directory belongs to one run.
 
     Attributes:
         output_directory: the directory of `args.output_dir`, which a run holds while it trains.
@@ -193,10 +193,10 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
                 f"{path} was saved by another run: {'; '.join(never)}; what it holds does not fit "
                 "this run, not even with resume_anyway"
             )
-        found = differences(saved, self._run)
-        if not found:
+        changes = differences(saved, self._run)
+        if not changes:
             return
-        text = f"{path} was saved by another run: {'; '.join(found)}"
+        text = f"{path} was saved by another run: {'; '.join(changes)}"
         if not self.args.resume_anyway:
             raise ValueError(
                 f"{text}. Continue with what it was saved with, or say resume_anyway=True "
@@ -205,7 +205,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         logger.warning(f"{text}; continuing all the same")
 
     def checkpoint_bytes(self) -> int:
-        """About how many bytes a checkpoint takes: weights and, of those trained, AdamW's two."""
+        """The approximate bytes of a checkpoint: weights, and AdamW's states of trained ones."""
         model: Any = self.model
         weights = trained = 0
         for p in model.parameters():
@@ -221,7 +221,7 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         return describe_run(self.args, self.model, data, self._loss_options, self._weights)
 
     def _identity_data(self) -> Any:
-        """The training data without what may differ between two runs that are the same."""
+        """The training data without log-probs of the reference that the run has computed itself."""
         data: Any = self.train_dataset
         columns = getattr(data, "column_names", None) or []
         computed = [name for name in self.reference_columns() if name in columns]
@@ -258,18 +258,19 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         return passes, batches
 
     def _find_best(self, checkpoint: str | None) -> None:
-        """Take the best checkpoint from beside the one resumed from.
+        """Look for the best checkpoint beside the one that is resumed.
 
-        A checkpoint's state has the best one's path of then; the directory may have been moved, or
-        the path may be relative to another working directory.
+        A checkpoint's state has the path that the best one had when the state was saved. The
+        directory may have been moved since, or the path may be relative to another working
+        directory.
         """
         if checkpoint is None or not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
             return
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         if state.best_model_checkpoint:
-            here = Path(checkpoint).parent / Path(state.best_model_checkpoint).name
-            if here.is_dir():
-                self.state.best_model_checkpoint = str(here)
+            moved = Path(checkpoint).parent / Path(state.best_model_checkpoint).name
+            if moved.is_dir():
+                self.state.best_model_checkpoint = str(moved)
 
     STATE_KEY = "fastpref"  # in trainer_state.json, under stateful_callbacks
 
@@ -277,9 +278,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
         """As in `transformers.Trainer`; train_loss is the mean over all steps of a resumed run."""
         steps = self.state.global_step
         if "train_loss" in logs and steps:
-            here = steps - getattr(self, "_initial_global_step", 0)
+            steps_here = steps - getattr(self, "_initial_global_step", 0)
             logs["train_loss"] = (
-                self._earlier_loss + logs["train_loss"] * max(here, 0.001)
+                self._earlier_loss + logs["train_loss"] * max(steps_here, 0.001)
             ) / steps
         super().log(logs, start_time)
 
@@ -317,9 +318,9 @@ class CheckpointingTrainer(SavingTrainer, EndingTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         if self._staging is not None:
             return str(self._staging)
-        found = super()._get_output_dir(trial)
-        is_own = found == self.args.output_dir  # not that of a trial of a search
-        return str(self.output_directory.path) if is_own else found
+        directory = super()._get_output_dir(trial)
+        is_own = directory == self.args.output_dir  # not that of a trial of a search
+        return str(self.output_directory.path) if is_own else directory
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside the others and give it its name when it is complete."""

@@ -1,4 +1,4 @@
-"""What of a trainer ends between two batches when a signal asks for it.
+"""The part of a trainer that ends long computations between two batches after a signal.
 
 Training ends between two steps, which `SignalCallback` does alone. An evaluation and the
 computation of reference log-probs take long as well, and end between two of their batches.

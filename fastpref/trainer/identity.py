@@ -96,8 +96,8 @@ def untrained_weights(model: Any, reference: Any) -> dict[str, str | None]:
             for name, p in model.named_parameters()
             if not (p.requires_grad or "lora_" in name or parts & set(name.split(".")))
         )
-    found = None if reference is None else _sample(unwrap(reference).named_parameters())
-    return {"base": base, "reference": found}
+    digest = None if reference is None else _sample(unwrap(reference).named_parameters())
+    return {"base": base, "reference": digest}
 
 
 def _sample(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -129,62 +129,62 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """What of a run differs from the one that a checkpoint is of, one phrase for each thing."""
+    """The differences of a run from the one that wrote a checkpoint, a phrase each."""
     trained, trains = _trained(saved), _trained(present)
     if trained != trains:
         return [f"the checkpoint is of a run that trains {trained}, and this one trains {trains}"]
-    found = []
+    phrases = []
     for key in ("rows", "sha256"):
-        ours, theirs = ((run.get("data") or {}).get(key) for run in (saved, present))
-        if ours != theirs:
+        before, after = ((run.get("data") or {}).get(key) for run in (saved, present))
+        if before != after:
             text = (
-                f"{theirs} training rows instead of {ours}"
+                f"{after} training rows instead of {before}"
                 if key == "rows"
                 else ("training data whose contents are others")
             )
-            found.append(text)
+            phrases.append(text)
             break
     for title, part in (("", "options"), ("loss option ", "loss"), ("model's ", "model")):
-        ours, theirs = saved.get(part) or {}, present.get(part) or {}
+        before, after = saved.get(part) or {}, present.get(part) or {}
         if part == "loss":  # of losses of different kinds, what both have
-            ours, theirs = (
-                {k: v for k, v in d.items() if k in ours.keys() & theirs} for d in (ours, theirs)
+            before, after = (
+                {k: v for k, v in d.items() if k in before.keys() & after} for d in (before, after)
             )
-        found += _changes(title, ours, theirs)
+        phrases += _changes(title, before, after)
     for title in ("base", "reference"):
-        ours, theirs = ((run.get("weights") or {}).get(title) for run in (saved, present))
-        if ours and theirs and ours != theirs:
-            found.append(
+        before, after = ((run.get("weights") or {}).get(title) for run in (saved, present))
+        if before and after and before != after:
+            phrases.append(
                 f"the {title}'s weights are others: a run goes on with the model that it began "
                 "with, and takes what was trained from the checkpoint"
             )
-    ours, theirs = saved.get("adapter") or {}, present.get("adapter") or {}
-    for name in sorted({*ours, *theirs}):
-        found += _changes(f"adapter {name!r}: ", ours.get(name) or {}, theirs.get(name) or {})
-    found += _changes(
+    before, after = saved.get("adapter") or {}, present.get("adapter") or {}
+    for name in sorted({*before, *after}):
+        phrases += _changes(f"adapter {name!r}: ", before.get(name) or {}, after.get(name) or {})
+    phrases += _changes(
         "", *({"rows per step": run.get("rows per step")} for run in (saved, present))
     )
-    return found
+    return phrases
 
 
 def why_never(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """Those differences with which no run can go on: files that do not fit the model or optimiser.
+    """The `differences` that forbid to resume: files that do not fit the model or the optimiser.
 
     Arguments and phrases: those of `differences`.
     """
     trained, trains = _trained(saved), _trained(present)
     if trained != trains:
         return differences(saved, present)
-    found = _changes("model's ", saved.get("model") or {}, present.get("model") or {})
-    ours, theirs = saved.get("adapter") or {}, present.get("adapter") or {}
-    for name in sorted({*ours, *theirs}):
+    phrases = _changes("model's ", saved.get("model") or {}, present.get("model") or {})
+    before, after = saved.get("adapter") or {}, present.get("adapter") or {}
+    for name in sorted({*before, *after}):
         shapes = (
             {k: v for k, v in (d.get(name) or {}).items() if k not in _SCALES}
-            for d in (ours, theirs)
+            for d in (before, after)
         )
-        found += _changes(f"adapter {name!r}: ", *shapes)
+        phrases += _changes(f"adapter {name!r}: ", *shapes)
     optimisers = ({"optim": (run.get("options") or {}).get("optim")} for run in (saved, present))
-    return found + _changes("", *optimisers)
+    return phrases + _changes("", *optimisers)
 
 
 def _changes(title: str, saved: dict[str, Any], present: dict[str, Any]) -> list[str]:

@@ -64,9 +64,9 @@ def load_parts(
         model = load_model(model, args, quantization_config)
         if ref_model is not None:
             ref_model = load_model(ref_model, args, quantization_config, trainable=False)
-    for given in (model, ref_model):
-        if given is not None:
-            make_whole(given)
+    for loaded in (model, ref_model):
+        if loaded is not None:
+            make_whole(loaded)
     check_parallelism((model, ref_model), getattr(args, "parallelism_config", None))
     tokenizer, pad_token_id = load_tokenizer(model, tokenizer, args, name)
     model = add_adapter(model, peft_config, ref_model is not None)

@@ -115,13 +115,13 @@ def problem_with(folder: Path) -> str | None:
 
 def checkpoints(output: Path) -> Iterator[tuple[int, Path]]:
     """The checkpoint directories of an output directory with their steps, the newest first."""
-    found = []
+    directories = []
     if output.is_dir():
         for path in output.iterdir():
             name = _NAME.fullmatch(path.name)
             if name and path.is_dir():
-                found.append((int(name[1]), path))
-    return iter(sorted(found, reverse=True))
+                directories.append((int(name[1]), path))
+    return iter(sorted(directories, reverse=True))
 
 
 def _number(folder: Path, unreadable: float) -> float:
@@ -188,8 +188,8 @@ def rotate(output: Path, limit: int | None, protected: Path | None = None) -> No
     """
     if limit is None or limit < 1:
         return
-    found = [p for p in _last_saved_first(output, -1) if (p / MANIFEST).is_file()]
-    for path in found[limit:]:
+    complete = [p for p in _last_saved_first(output, -1) if (p / MANIFEST).is_file()]
+    for path in complete[limit:]:
         if path != protected:
             remove_checkpoint(path)
 

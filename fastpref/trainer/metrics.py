@@ -234,8 +234,8 @@ def column_metrics(
     if not everywhere[:, -1].any():
         return {}
     means = everywhere[:, :-2].sum(0) / everywhere[:, -1].sum()
-    found = [*means.tolist(), float(everywhere[:, -2].max())]
-    return {f"head/{name}": value for name, value in zip(names, found, strict=True)}
+    gathered = [*means.tolist(), float(everywhere[:, -2].max())]
+    return {f"head/{name}": value for name, value in zip(names, gathered, strict=True)}
 
 
 def check_grad_norm(norm: float | None, step: int) -> None:

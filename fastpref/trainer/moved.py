@@ -56,8 +56,8 @@ class MovedWeights(TrainerCallback):
         pairs, self._before = self._before, None
         if pairs:
             counts = [
-                torch.stack([((now != before) & moves).sum(), moves.sum()])
-                for now, before, moves in pairs
+                torch.stack([((after != before) & moves).sum(), moves.sum()])
+                for after, before, moves in pairs
             ]
             self._counts = torch.stack([c.to(counts[0].device) for c in counts]).sum(0)
 

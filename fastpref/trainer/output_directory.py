@@ -51,7 +51,7 @@ class OutputDirectory:
         return self.path / _BESIDE / self.path.resolve().name  # a model card's title is the name
 
     def clear(self) -> None:
-        """Remove what a save or a deletion that did not come to its end has left."""
+        """Remove the remains of a save or a deletion that was interrupted."""
         shutil.rmtree(self.path / _BESIDE, ignore_errors=True)
         clear_removed(self.path)
 
@@ -150,14 +150,14 @@ class OutputDirectory:
         Raises:
             ValueError: another run has left something here, and overwrite is False.
         """
-        found = self.foreign_files()
+        foreign = self.foreign_files()
         if not overwrite:
-            self.check_free(found)
-        for name in found:
+            self.check_free(foreign)
+        for name in foreign:
             path = self.path / name
             remove_checkpoint(path)
         self._start()
-        return found
+        return foreign
 
     def go_on(self) -> None:
         """Make this process the one that continues the run whose directory this is."""

@@ -1,4 +1,4 @@
-"""Files of torch.save: torch refuses code in them, and the error here names the file."""
+"""Files of torch.save that contain code: torch refuses them, and the error here names the file."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def readable(folder: str | Path | None, names: str) -> Iterator[None]:
 @contextmanager
 def readable_weights(folder: str | Path | None) -> Iterator[None]:
     """The same for a model's or an adapter's weights, whose files are found in the folder."""
-    found = sorted(path.name for path in Path(folder or "").glob("*model*.bin"))
-    with readable(folder, " or ".join(found) or "the weights"):
+    files = sorted(path.name for path in Path(folder or "").glob("*model*.bin"))
+    with readable(folder, " or ".join(files) or "the weights"):
         yield

@@ -1,4 +1,4 @@
-"""What of a trainer makes several processes act as one."""
+"""The part of a trainer that keeps several processes alike."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ T = TypeVar("T")
 
 
 class AgreeingTrainer(SharingTrainer):
-    """A trainer whose processes train the same weights, or say that they do not."""
+    """A trainer that checks that all of its processes train the same weights."""
 
     def on_first(self, function: Callable[[], T] | None) -> T:
-        """What a function gives on the first process, on all of them; and its error, likewise."""
-        found: list[Any] = [None, None]
+        """Call a function on the first process; all processes get its result, or its error."""
+        outcome: list[Any] = [None, None]
         if self.args.process_index == 0 and function is not None:
             try:
-                found[0] = function()
+                outcome[0] = function()
             except Exception as error:  # of any kind: the other processes wait for an answer
-                found[1] = error
+                outcome[1] = error
         if self.args.world_size > 1:
-            if found[1] is not None and not _travels(found[1]):
-                found[1] = RuntimeError(f"{type(found[1]).__name__}: {found[1]}")
-            broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        return found[0]
+            if outcome[1] is not None and not _travels(outcome[1]):
+                outcome[1] = RuntimeError(f"{type(outcome[1]).__name__}: {outcome[1]}")
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def check_same_weights(self) -> None:
         """Raise RuntimeError unless all processes have trained the same weights."""
@@ -45,8 +45,8 @@ class AgreeingTrainer(SharingTrainer):
             if p.requires_grad:
                 flat = p.detach().reshape(-1).contiguous().view(torch.uint8)
                 digest.update(memoryview(flat.cpu().numpy()))
-        found = gather_object([digest.hexdigest()])
-        odd = [rank for rank, value in enumerate(found) if value != found[0]]
+        digests = gather_object([digest.hexdigest()])
+        odd = [rank for rank, value in enumerate(digests) if value != digests[0]]
         if odd:
             raise RuntimeError(
                 f"after training, the weights of process {', '.join(map(str, odd))} differ from "

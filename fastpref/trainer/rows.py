@@ -62,8 +62,8 @@ class RowsTrainer(AgreeingTrainer):
     _dispatches: bool
     _router_coef: float
     _share: float
-    _parts: Sequence[dict[str, Any]] = ()  # of the batch that is being computed
-    _part = 0  # the index of the part that is
+    _parts: Sequence[dict[str, Any]] = ()  # of the present batch
+    _part_index = 0  # of the part that is being computed
     _padded_collator: Any  # the collator of separate rows
     _sharing: bool
     _quiet_reason = False  # whether the user's own choice is the reason
@@ -80,8 +80,8 @@ class RowsTrainer(AgreeingTrainer):
         """
         args: Any = self.args
         prefix_sharing = getattr(args, "prefix_sharing", False)  # an option of pairs
-        asked = {"prefix_sharing": prefix_sharing, "packing": args.packing}
-        wants = [name for name, value in asked.items() if value is True]
+        requested = {"prefix_sharing": prefix_sharing, "packing": args.packing}
+        wants = [name for name, value in requested.items() if value is True]
         if not wants and prefix_sharing is False:
             return None, None
         self._padded_collator = self.data_collator
@@ -169,8 +169,8 @@ class RowsTrainer(AgreeingTrainer):
     def _own_readers(self) -> list[str]:
         """The methods that see a batch and are of a subclass, from outside of fastpref."""
         ours = ("fastpref", "transformers")
-        found = {name: getattr(type(self), name).__module__ for name in _READERS}
-        return [name for name, module in found.items() if module.split(".")[0] not in ours]
+        modules = {name: getattr(type(self), name).__module__ for name in _READERS}
+        return [name for name, module in modules.items() if module.split(".")[0] not in ours]
 
     def _segment_collator(self, sharing: bool) -> Any:
         plain = self._padded_collator
@@ -188,30 +188,36 @@ class RowsTrainer(AgreeingTrainer):
         self, sharing: bool
     ) -> tuple[SegmentAttention, SegmentAttention | None]:
         # FSDP may leave the weights on the first process until the training.
-        ways = self.on_first(lambda: self._checked_ways(sharing))
+        implementations = self.on_first(lambda: self._checked_implementations(sharing))
         policy, reference = (
-            None if way is None else SegmentAttention(model, way, checked=True)
-            for model, way in zip((self.model, self.ref_model), ways, strict=True)
+            None
+            if implementation is None
+            else SegmentAttention(model, implementation, checked=True)
+            for model, implementation in zip(
+                (self.model, self.ref_model), implementations, strict=True
+            )
         )
         assert policy is not None
         return policy, reference
 
-    def _checked_ways(self, sharing: bool) -> tuple[str, str | None]:
-        """The `way` of the attention of the policy and of `ref_model`, checked on real pairs."""
+    def _checked_implementations(self, sharing: bool) -> tuple[str, str | None]:
+        """The attention's `implementation` of policy and `ref_model`, checked on real pairs."""
         examples = self._examples(2 if self.args.packing else 1)
         segments = replace(self._segment_collator(sharing), nll_on_prompt=False)
         collators = self._padded_collator, segments
         autocast = self.accelerator.autocast
         policy = check_attention(self.model, examples, *collators, autocast)
         if self.ref_model is None:
-            return policy.way, None
+            return policy.implementation, None
         models = unwrap(self.ref_model), unwrap(self.model)
         is_alike = type(models[0]) is type(models[1]) and unsupported_reason(self.ref_model) is None
         # Checkpointing has switched the policy's cache off.
         configs = [{**model.config.to_dict(), "use_cache": None} for model in models]
         if is_alike and configs[0] == configs[1]:
-            return policy.way, policy.way
-        return policy.way, check_attention(self.ref_model, examples, *collators, autocast).way
+            return policy.implementation, policy.implementation
+        return policy.implementation, check_attention(
+            self.ref_model, examples, *collators, autocast
+        ).implementation
 
     def _examples(self, count: int) -> list[dict[str, Any]]:
         """The first rows with much to compare, for a pair a prompt, and answers that differ."""
@@ -255,8 +261,8 @@ class RowsTrainer(AgreeingTrainer):
         return BalancedSampler(sampler, sizes, size, processes)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        own = super().floating_point_ops
-        return sum(own(part) for part in inputs.get(PARTS, [inputs]))
+        flops_of = super().floating_point_ops
+        return sum(flops_of(part) for part in inputs.get(PARTS, [inputs]))
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         if PARTS in inputs:  # counted once, since every count is exchanged between the processes
@@ -280,7 +286,7 @@ class RowsTrainer(AgreeingTrainer):
         try:
             self._parts = parts
             for i, part in enumerate(parts):
-                self._part, self._share = i, inputs[SHARES][i]
+                self._part_index, self._share = i, inputs[SHARES][i]
                 # The processes exchange gradients once, after the last part.
                 waits: Any = contextlib.nullcontext()
                 if i < len(parts) - 1:
@@ -288,7 +294,7 @@ class RowsTrainer(AgreeingTrainer):
                 with waits:
                     losses.append(self.training_step(model, part, *args, **kwargs))
         finally:
-            self._share, self._parts, self._part = 1.0, (), 0
+            self._share, self._parts, self._part_index = 1.0, (), 0
         return torch.stack(losses).sum()
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

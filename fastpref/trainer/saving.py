@@ -102,8 +102,8 @@ class SavingTrainer(AgreeingTrainer):
         missing = set(load_result.missing_keys)
         loaded = {p.data_ptr() for name, p in weights.items() if name not in missing}
         tied = {n for n in missing if n in weights and weights[n].data_ptr() in loaded}
-        kept = [name for name in load_result.missing_keys if name not in tied]
-        super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
+        untied = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(untied, load_result.unexpected_keys))
 
     @contextmanager
     def _not_pushed(self) -> Iterator[None]:

@@ -48,20 +48,20 @@ class SharingTrainer(Trainer):
         """
         assert self._precision is not None
         accumulates = self.args.gradient_accumulation_steps > 1
-        own = _Training(threading.get_ident(), accumulates, self._precision)
+        training = _Training(threading.get_ident(), accumulates, self._precision)
         with _lock:
-            others = [other for other in _trainings if other.thread != own.thread]
-            if any(other.precision != own.precision for other in others):
+            others = [other for other in _trainings if other.thread != training.thread]
+            if any(other.precision != training.precision for other in others):
                 _refuse("with another mixed precision")
-            if others and (own.accumulates or any(other.accumulates for other in others)):
+            if others and (training.accumulates or any(other.accumulates for other in others)):
                 _refuse("and gradient_accumulation_steps of one of the two is above 1")
-            _trainings.append(own)
+            _trainings.append(training)
         try:
             self.take_precision()
             yield
         finally:
             with _lock:
-                _trainings.remove(own)
+                _trainings.remove(training)
 
     def take_precision(self) -> None:
         """Make this trainer's mixed precision that of the process."""

@@ -51,7 +51,7 @@ class SignalCallback(TrainerCallback):
         self.received: int | None = None
         self.active = False
         self._unit = "step"  # what is finished before the end
-        self._asked: int | None = None
+        self._requested: int | None = None
         self._save = False
         self._before: dict[int, Any] = {}
         self._group: Any = None
@@ -63,7 +63,7 @@ class SignalCallback(TrainerCallback):
 
     def reset(self) -> None:
         """Forget the signals of an earlier training."""
-        self.received = self._asked = None
+        self.received = self._requested = None
         self._save = False
 
     def install(
@@ -103,12 +103,12 @@ class SignalCallback(TrainerCallback):
             signal.signal(number, handler)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:  # the second: as if nobody had asked for more than the end
+        if self._requested is not None:  # the second: as if nobody had asked for more than the end
             self.remove()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self._asked = number
+        self._requested = number
         text = f"{name_of(number)}: finishing the {self._unit}"
         if self._unit == "step" and self.step_seconds is not None:
             text += f" (about {self.step_seconds:.1f} s)"
@@ -134,7 +134,7 @@ class SignalCallback(TrainerCallback):
         """Ask transformers to stop, or to save, if any of the processes has been asked to."""
         if not self.active:
             return
-        end, save = self._agree(self.received or self._asked or 0, int(self._save))
+        end, save = self._agree(self.received or self._requested or 0, int(self._save))
         if save:
             self._save = False
             control.should_save = True
@@ -161,13 +161,13 @@ class SignalCallback(TrainerCallback):
         after its last one, as their numbers may differ.
         """
         if self.active:
-            self._raise_if_asked(self._agree(self.received or self._asked or 0, 1)[0])
+            self._raise_if_asked(self._agree(self.received or self._requested or 0, 1)[0])
 
     def finish_batches(self) -> None:
         """Wait until no process has a batch left; raises `RunEnded` as `check_batch`."""
         busy = int(self.active and self._group is not None)
         while busy:
-            end, busy = self._agree(self.received or self._asked or 0, 0)
+            end, busy = self._agree(self.received or self._requested or 0, 0)
             if busy:
                 self._raise_if_asked(end)
 
@@ -180,9 +180,9 @@ class SignalCallback(TrainerCallback):
         """The largest of each number among the processes."""
         if self._group is None:
             return end, save
-        asked = torch.tensor([end, save])
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, group=self._group)
-        return int(asked[0]), int(asked[1])
+        largest = torch.tensor([end, save])
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(largest[0]), int(largest[1])
 
 
 def name_of(number: int) -> str:

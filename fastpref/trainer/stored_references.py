@@ -86,27 +86,27 @@ class StoringTrainer(EndingTrainer):
         assert store is not None
         check_has_length(dataset, "reference_store")
         quiet = bool(args.disable_tqdm) or not self.is_world_process_zero()
-        found = data_keys(
+        dataset_keys = data_keys(
             dataset, self.padded_collator, self.reference_parts, name=name, disable_tqdm=quiet
         )
-        rows = self._lacking(found)
+        rows = self._lacking(dataset_keys)
         if len(rows) and reference is None:
             return dataset
-        if reference is not None and len(rows) < len(found.keys) and not self._spot_checked:
-            there = np.setdiff1d(np.arange(len(found.keys)), rows)
-            self._spot_check(dataset, there, found.lengths[there], reference)
+        if reference is not None and len(rows) < len(dataset_keys.keys) and not self._spot_checked:
+            present = np.setdiff1d(np.arange(len(dataset_keys.keys)), rows)
+            self._spot_check(dataset, present, dataset_keys.lengths[present], reference)
         if len(rows):
             assert reference is not None
             if self._is_set_up:
                 self.on_first(self._check_unchanged)
             with self._writing():
-                rows = self._lacking(found)  # another run may have written them
-                self._say_what_is_there(len(found.keys), len(rows), name)
+                rows = self._lacking(dataset_keys)  # another run may have written them
+                self._say_what_is_there(len(dataset_keys.keys), len(rows), name)
                 if len(rows):
                     extend_store(
                         store,
                         dataset.select(rows),
-                        found.select(rows),
+                        dataset_keys.select(rows),
                         self._token_logps(reference),
                         self.reference_parts,
                         self.data_collator,
@@ -118,8 +118,8 @@ class StoringTrainer(EndingTrainer):
                     )
                 self.finish_batches()
                 self.accelerator.wait_for_everyone()
-            self._wait_until_visible(found)
-        return self._with_sums(dataset, found)
+            self._wait_until_visible(dataset_keys)
+        return self._with_sums(dataset, dataset_keys)
 
     def _token_logps(self, reference: Reference) -> Any:
         def token_logps(batch: dict[str, Any]) -> torch.Tensor:
@@ -128,14 +128,14 @@ class StoringTrainer(EndingTrainer):
 
         return token_logps
 
-    def _with_sums(self, dataset: Any, found: DataKeys) -> Any:
+    def _with_sums(self, dataset: Any, dataset_keys: DataKeys) -> Any:
         assert self.reference_store is not None
         shared = None
         if self.ld_alpha is not None:
-            shared = np.repeat(found.tokens.min(1), found.tokens.shape[1])
+            shared = np.repeat(dataset_keys.tokens.min(1), dataset_keys.tokens.shape[1])
         alpha = 1.0 if self.ld_alpha is None else self.ld_alpha
-        sums = self.reference_store.sums(found.keys.reshape(-1), shared, alpha).reshape(
-            found.keys.shape
+        sums = self.reference_store.sums(dataset_keys.keys.reshape(-1), shared, alpha).reshape(
+            dataset_keys.keys.shape
         )
         for i, column in enumerate(self.reference_columns()):
             dataset = dataset.add_column(column, sums[:, i])
@@ -154,16 +154,16 @@ class StoringTrainer(EndingTrainer):
                 )
             self._damaged[name] = reason
 
-    def _lacking(self, found: DataKeys) -> np.ndarray:
+    def _lacking(self, dataset_keys: DataKeys) -> np.ndarray:
         """The rows, without repetitions, that have a sequence which the store lacks."""
         assert self.reference_store is not None
         self._refresh()
         store = self.reference_store
 
         def rows() -> np.ndarray:
-            lacking = np.flatnonzero(store.missing(found.keys.reshape(-1)))
-            _, firsts = np.unique(found.keys.reshape(-1)[lacking], return_index=True)
-            return np.unique(lacking[firsts] // found.keys.shape[1])
+            lacking = np.flatnonzero(store.missing(dataset_keys.keys.reshape(-1)))
+            _, firsts = np.unique(dataset_keys.keys.reshape(-1)[lacking], return_index=True)
+            return np.unique(lacking[firsts] // dataset_keys.keys.shape[1])
 
         return self.on_first(rows)  # a shared file system may show files late to some processes
 
@@ -176,13 +176,13 @@ class StoringTrainer(EndingTrainer):
                 f"of {name} data, which are computed now"
             )
 
-    def _wait_until_visible(self, found: DataKeys) -> None:
+    def _wait_until_visible(self, dataset_keys: DataKeys) -> None:
         """Read what all processes have written; ValueError if this process cannot see it."""
         store = self.reference_store
         assert store is not None
         deadline = time.monotonic() + VISIBLE_SECONDS
         self._refresh()
-        while store.missing(found.keys).any():
+        while store.missing(dataset_keys.keys).any():
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"reference store {store.path}: process {self.args.process_index} does "
@@ -248,8 +248,8 @@ class StoringTrainer(EndingTrainer):
         assert store is not None
         draw = np.random.default_rng(self.args.seed)
         longest = int(np.argmax(lengths))
-        rest = np.delete(rows, longest)
-        drawn = draw.choice(rest, min(SPOT_ROWS - 1, len(rest)), replace=False)
+        others = np.delete(rows, longest)
+        drawn = draw.choice(others, min(SPOT_ROWS - 1, len(others)), replace=False)
         chosen = np.sort(np.append(drawn, rows[longest]))
         batch: Any = self._prepare_inputs(self.padded_collator([dataset[int(i)] for i in chosen]))
         total, tokens = 0.0, 0

@@ -84,11 +84,11 @@ class UnpairedPreferenceTrainer(EstimatingTrainer, BaseTrainer):
     def step_inputs(
         self, model: nn.Module, inputs: dict[str, Any], by_row: bool = False
     ) -> tuple[dict, dict]:
-        if self._part == 0:
+        if self._part_index == 0:
             parts = [self._prepare_inputs(part) for part in self._parts or [inputs]]
             self.estimate(model, parts, by_row)
         answers = sequences(inputs)
-        ref_logps, ratios = self._estimates[self._part]
+        ref_logps, ratios = self._estimates[self._part_index]
         return model_inputs(answers), {
             "num_tokens": answers["attention_mask"].sum(),
             "labels": batch_labels(answers),

@@ -117,7 +117,7 @@ def test_the_check_finds_the_way(name):
     before = model.config._attn_implementation
     collators = PreferenceCollator(0), SegmentCollator(0, packing=True)
     attention = check_attention(model, pairs(), *collators)
-    assert attention.checked and attention.way == (MASK if name in DENSE else FUNCTION)
+    assert attention.checked and attention.implementation == (MASK if name in DENSE else FUNCTION)
     assert model.config._attn_implementation == before
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastpref.backends import cuda, cuda_module
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 
 pytestmark = pytest.mark.skipif(not machine.HAS_GPU, reason="torch finds no GPU")
 

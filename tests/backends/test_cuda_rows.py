@@ -10,7 +10,8 @@ import torch
 import fastpref
 from fastpref import backends
 from fastpref.backends import cuda, cuda_module, eager
-from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.backends.stats import EXTRAS, Stats
+from fastpref.backends.tile import Transform
 from fastpref.logps.forward import in_place
 
 EPS = torch.finfo(torch.float32).eps

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fastpref import backends
-from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.backends.stats import EXTRAS, Stats
+from fastpref.backends.tile import Transform
 from fastpref.logps.forward import in_place
 
 EPS = torch.finfo(torch.float32).eps

@@ -1,4 +1,4 @@
-"""Large fresh blocks of a CPU may be mapped in huge pages; small ones and other tensors are left alone."""
+"""Large fresh blocks of a CPU may be mapped in huge pages; other tensors are left alone."""
 
 from __future__ import annotations
 
@@ -77,4 +77,4 @@ def test_the_pages_are_huge():
     before = huge_kib()
     t = in_huge_pages(torch.empty(2 * LEAST_BYTES // 4))
     t.fill_(1)
-    assert huge_kib() - before >= LEAST_BYTES // 1024  # Linux takes small pages where it has no other
+    assert huge_kib() - before >= LEAST_BYTES // 1024

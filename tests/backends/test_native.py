@@ -17,7 +17,8 @@ import torch
 import fastpref
 from fastpref import backends
 from fastpref.backends import native
-from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.backends.stats import EXTRAS, Stats
+from fastpref.backends.tile import Transform
 
 needs_native = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastpref.backends import native
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 
 pytestmark = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 DTYPES = [torch.float32, torch.bfloat16]

@@ -9,7 +9,8 @@ import oracle
 import pytest
 import torch
 
-from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.backends.stats import EXTRAS, Stats
+from fastpref.backends.tile import Transform
 from fastpref.logps.forward import in_place
 
 SHAPES = [(1, 1, 1), (7, 5, 3), (70, 4001, 64)]

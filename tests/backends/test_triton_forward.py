@@ -110,9 +110,9 @@ def test_alignment_and_gpu():
     plain, known = Transform(), forward_config.has_config(forward._device(DEVICE)[0])
     assert (logit_free_reason(aligned, plain, with_d=False) is None) == known
     for weight in (odd, memory[1 : 16 * 72 + 1].view(16, 72)):
-        for given in (dict(with_d=False), dict(with_d=True), dict(with_d=True, asked=True)):
+        for given in (dict(with_d=False), dict(with_d=True), dict(with_d=True, required=True)):
             assert "16 bytes" in logit_free_reason(weight, plain, **given)
-        assert logit_free_reason(weight, plain, with_d=False, asked=True) is None
+        assert logit_free_reason(weight, plain, with_d=False, required=True) is None
     assert forward_config.has_config("gfx942") and not forward_config.has_config("gfx1100")
 
 
@@ -120,7 +120,7 @@ def test_gpus_without_a_kernel(monkeypatch):
     weight = torch.zeros(16, 72, dtype=torch.bfloat16, device=DEVICE)
     monkeypatch.setattr(forward, "_device", lambda device: ("gfx1100", 3))
     assert "no kernel is made" in logit_free_reason(weight, Transform(), with_d=False)
-    assert logit_free_reason(weight, Transform(), with_d=False, asked=True) is None
+    assert logit_free_reason(weight, Transform(), with_d=False, required=True) is None
     monkeypatch.setattr(forward, "_device", lambda device: ("sm_100", 3))  # no registers for D
     assert "no kernel is made" in logit_free_reason(weight, Transform(), with_d=True)
     assert logit_free_reason(weight, Transform(), with_d=False) is None
@@ -130,8 +130,8 @@ def test_says_why_not():
     x, weight, labels = head(4, 64, 300)
     plain = Transform()
     assert logit_free_reason(weight.to(DEVICE), plain, with_d=False) is None
-    for asked in (False, True):
-        given = dict(with_d=False, asked=asked)
+    for required in (False, True):
+        given = dict(with_d=False, required=required)
         assert "float32" in logit_free_reason(weight.float(), plain, **given)
         assert "not contiguous" in logit_free_reason(weight.t().contiguous().t(), plain, **given)
         assert "scale is 0" in logit_free_reason(weight, Transform(scale=0.0), **given)

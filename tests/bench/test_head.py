@@ -333,6 +333,14 @@ def test_options_and_the_order_of_tasks(capsys):
     assert arguments.arguments(["--backends", "triton,cuda"]).backends == ["triton", "cuda"]
 
 
+def test_both_names_of_an_option_in_one_word():
+    """As the help of --precision and --dtype says."""
+    args = arguments.arguments(["--precision", "both", "--dtype", "both"])
+    assert args.precision == ["exact", "fast"] and args.dtype == ["bf16", "fp32"]
+    with pytest.raises(SystemExit):
+        arguments.arguments(["--modes", "both"])  # of three
+
+
 def test_the_whole_command(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     options = ["--device", "pretend", "--shapes", SMALL, "--small", "", "--modes", "frozen"]

@@ -124,6 +124,15 @@ def test_options_without_effect(given, message):
     assert result.exit_code == 2 and message in result.stderr and not result.stdout
 
 
+def test_both_names_of_an_option_in_one_word(monkeypatch):
+    _plant(monkeypatch, _row("fastpref exact", 2.0))
+    result = invoke("--precision", "both", "--dtype", "both", "--trained", "--strategy", "both")
+    assert result.exit_code == 0, result.output
+    for side in ("exact, stash", "exact, recompute", "fast, stash", "fast, recompute"):
+        assert f"fastpref {side}" in result.stdout
+    assert "bf16" in result.stdout and "fp32" in result.stdout
+
+
 def test_an_old_result_of_another_machine(monkeypatch, tmp_path):
     _plant(monkeypatch, _row("fastpref exact", 2.0))
     old = tmp_path / "old.json"

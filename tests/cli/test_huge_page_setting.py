@@ -1,4 +1,4 @@
-"""`fastpref train` asks torch for huge pages before torch's first allocation; the user's value wins."""
+"""`fastpref train` sets torch's huge pages before torch reads the setting."""
 
 from __future__ import annotations
 

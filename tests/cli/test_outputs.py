@@ -1,4 +1,4 @@
-"""Places of reports and plots that are refused before the work, and JSON without NaN."""
+"""Places of reports and plots that are refused before the work, the width of tables, and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("typer")
 
-from fastpref.cli.outputs import check_plot, check_report, print_json
+from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
 from fastpref.storage import StorageError
 
 
@@ -41,6 +41,22 @@ def test_new_places_and_earlier_pages_are_fine(tmp_path):
     check_report(None)
     check_plot(None)
     check_plot(tmp_path / "memory.PNG")
+
+
+def test_tables_are_as_wide_as_columns_says(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert table_console().width == 120
+    for columns, width in (("60", 60), ("200", 200), ("0", 120), ("wide", 120)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert table_console().width == width
+
+
+def test_tables_are_as_wide_as_the_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((93, 30)))
+    assert table_console().width == 93
 
 
 def test_figures_that_are_not_finite_are_null(capsys):

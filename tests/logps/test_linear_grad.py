@@ -14,7 +14,8 @@ from forward_problem import TRANSFORMS, Forward, check, head
 
 from fastpref import backends, linear_dpo_loss, linear_token_logps
 from fastpref.backends import cuda, eager, triton
-from fastpref.backends.tile import EXTRAS, Stats, Transform
+from fastpref.backends.stats import EXTRAS, Stats
+from fastpref.backends.tile import Transform
 from fastpref.logps import prepared
 
 SENTINEL = 7.0

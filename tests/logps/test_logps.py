@@ -13,7 +13,7 @@ from torch import Tensor
 import fastpref
 from fastpref import linear_token_logps, token_logps
 from fastpref.backends import native
-from fastpref.backends.tile import EXTRAS
+from fastpref.backends.stats import EXTRAS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 N, V, H = 100, 1999, 64

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastpref.logps.plan
 import fastpref.logps.prepared
 from fastpref import linear_token_logps, sequence_logps, token_logps
-from fastpref.backends.tile import EXTRAS
+from fastpref.backends.stats import EXTRAS
 from fastpref.logps.sequences import segment_sums, sorted_sums
 
 B, T, H, V = 3, 5, 6, 37

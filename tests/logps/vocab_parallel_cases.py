@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from fastpref import linear_kto_loss, linear_preference_loss
-from fastpref.backends.tile import EXTRAS
+from fastpref.backends.stats import EXTRAS
 from fastpref.logps import linear_token_logps, vocab_parallel
 from fastpref.logps.vocab_parallel import VocabParallelWeight
 

@@ -11,7 +11,8 @@ import oracle
 import torch
 
 from fastpref.backends import cuda_forward, cuda_module
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 
 TRANSFORMS = {
     "plain": {},

@@ -110,7 +110,7 @@ def problem(case: Case, device: torch.device, tokens: int = 21, size: int = 72) 
 def logit_free(backend: str, weight: Tensor, with_d: bool, softcap: float | None = None) -> bool:
     """Whether fused=True is possible."""
     transform, module = Transform(softcap=softcap), backends._MODULES[backend]
-    return module.logit_free_reason(weight, transform, with_d=with_d, asked=True) is None
+    return module.logit_free_reason(weight, transform, with_d=with_d, required=True) is None
 
 
 def run(case: Case, p: Problem) -> tuple[Tensor, list[Tensor]]:
@@ -308,8 +308,9 @@ def other_device(device: torch.device, backend: str) -> None:
 
 def filters() -> str:
     """Options that make compute-sanitizer look at fastpref's kernels and at no library's."""
-    import fastpref.kernels
     import triton
+
+    import fastpref.kernels
 
     sources = {}
     for module in pkgutil.iter_modules(fastpref.kernels.__path__):

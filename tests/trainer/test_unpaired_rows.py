@@ -75,7 +75,7 @@ def test_the_kl_term_is_asked_for_once_a_batch(tmp_path, monkeypatch):
     (batch, *_) = t.get_train_dataloader()
     t.train()
     assert len(batch[PARTS]) > 1 and asked == [len(part["label"]) for part in batch[PARTS]]
-    assert t._parts == () and t._part == 0
+    assert t._parts == () and t._part_index == 0
     with pytest.raises(ValueError, match="^packing: got True, expected False: data_collator is o"):
         UnpairedPreferenceTrainer(
             tiny.model(),
