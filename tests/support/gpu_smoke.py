@@ -308,9 +308,8 @@ def other_device(device: torch.device, backend: str) -> None:
 
 def filters() -> str:
     """Options that make compute-sanitizer look at fastpref's kernels and at no library's."""
-    import triton
-
     import fastpref.kernels
+    import triton
 
     sources = {}
     for module in pkgutil.iter_modules(fastpref.kernels.__path__):
