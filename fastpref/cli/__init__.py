@@ -21,20 +21,18 @@ except ImportError:
 import torch
 
 from fastpref import backends
+from fastpref.backends.huge_pages import TORCH_SETTING
 from fastpref.cli import doctor, exit_codes
 
 NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
-_TRAIN = ("train", "demo", "profile", "precompute")  # the commands with training's memory
+_TRAIN = ("train", "demo", "precompute")
 app: Any = None  # the typer application; None where typer is not installed
 
 
 def main() -> None:
     """Entry point of the `fastpref` command."""
-    if sys.argv[1:2] and sys.argv[1] in _TRAIN:
-        # torch then aligns blocks of 2 MiB and more to huge pages. They leave fewer holes in
-        # malloc's heap: the peak of a training on a CPU is 10 to 15 % lower. torch reads the
-        # variable at its first allocation, so that a trainer would set it too late.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.argv[1:2] and sys.argv[1] in _TRAIN:  # a trainer would set it too late
+        os.environ.setdefault(TORCH_SETTING, "1")
     if app is not None:
         app(prog_name="fastpref")
     elif sys.argv[1:2] == ["doctor"]:  # it works where only torch is installed

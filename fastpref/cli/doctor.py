@@ -13,6 +13,7 @@ import torch
 
 from fastpref import backends
 from fastpref.backends import processor, rates
+from fastpref.backends.huge_pages import TORCH_SETTING
 
 PACKAGES = (
     "torch",
@@ -34,7 +35,7 @@ VARIABLES = (
     "FASTPREF_DEBUG",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
-    "THP_MEM_ALLOC_ENABLE",
+    TORCH_SETTING,
     "CUDA_VISIBLE_DEVICES",
 )
 

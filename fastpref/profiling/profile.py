@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fastpref.backends.huge_pages import TORCH_SETTING
 from fastpref.backends.processor import bf16_is_fast, training_device
 from fastpref.profiling.account import PHASES
 from fastpref.profiling.lengths import Lengths, token_lengths
@@ -270,7 +271,10 @@ def _measure(
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:  # here: the worker may be killed
         request["folder"] = folder
-        child = Child(_WORKER, request, {**_QUIET, "PYTHONPATH": path}, loud=False)
+        # As `fastpref train` sets it, for every side.
+        huge_pages = {TORCH_SETTING: os.environ.get(TORCH_SETTING, "1")}
+        environment = {**_QUIET, **huge_pages, "PYTHONPATH": path}
+        child = Child(_WORKER, request, environment, loud=False)
         try:
             while (message := child.hear()) is not None:
                 if "failed" in message:
