@@ -105,7 +105,7 @@ FP_AMX void add_part(int64_t words, const uint32_t* left, const uint32_t* right)
 }
 
 FP_AMX void multiply(int64_t words, const uint32_t* a, const uint32_t* b, float* out, int64_t stride,
-                     bool add) {
+                     bool add, Ahead) {
     const int64_t part = words % SIDE, whole = words - part;
     for (int half = 0; half < 2; ++half, b += words * HALF, out += HALF) {
         _tile_zero(0);

@@ -31,11 +31,12 @@ struct Pairs {
 // A macro, since the two have different targets.
 #define FP_MULTIPLY(NAME, TARGET, KIND)                                                                \
     TARGET void NAME(int64_t words, const uint32_t* a, const uint32_t* b, float* out, int64_t stride,  \
-                     bool add) {                                                                       \
+                     bool add, Ahead ahead) {                                                          \
         __m512 sum[ROWS][VECTORS];                                                                     \
         _Pragma("GCC unroll 6") for (int i = 0; i < ROWS; ++i)                                         \
             _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; ++j) sum[i][j] = _mm512_setzero_ps(); \
-        for (int64_t p = 0; p < words; ++p, a += ROWS, b += COLS) {                                    \
+        for (int64_t p = 0; p < words; ++p, a += ROWS, b += COLS, ahead.from += ahead.step) {          \
+            _mm_prefetch(ahead.from, _MM_HINT_T1);                                                     \
             __m512i right[VECTORS];                                                                    \
             _Pragma("GCC unroll 4") for (int j = 0; j < VECTORS; ++j) right[j] =                       \
                 _mm512_load_si512(b + 16 * j);                                                         \

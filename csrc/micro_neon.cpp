@@ -24,7 +24,7 @@ constexpr int ROWS = 12, COLS = 8;
     sum[FIRST + 3][1] = vfmaq_laneq_f32(sum[FIRST + 3][1], b1, X, 3)
 
 void multiply(int64_t words, const uint32_t* a_words, const uint32_t* b_words, float* out, int64_t stride,
-              bool add) {
+              bool add, Ahead) {
     auto a = reinterpret_cast<const float*>(a_words), b = reinterpret_cast<const float*>(b_words);
     float32x4_t sum[ROWS][2];
 #pragma GCC unroll 12

@@ -18,7 +18,8 @@ constexpr int ROWS = 4, VECTORS = 2;  // 8 of 16
 #endif
 constexpr int COLS = VECTORS * LANES;
 
-void multiply(int64_t words, const uint32_t* a, const uint32_t* b, float* out, int64_t stride, bool add) {
+void multiply(int64_t words, const uint32_t* a, const uint32_t* b, float* out, int64_t stride, bool add,
+              Ahead) {
     Vector sum[ROWS][VECTORS] = {};
     for (int64_t p = 0; p < words; ++p, a += ROWS, b += COLS) {
         Vector right[VECTORS];

@@ -24,7 +24,8 @@ class Loop {
     void run(int64_t times) {
         if (kernel_.begin) kernel_.begin();
         for (int64_t i = 0; i < times; ++i)
-            kernel_.multiply(words_, aligned(a_), aligned(b_), out_.data(), kernel_.cols, false);
+            kernel_.multiply(words_, aligned(a_), aligned(b_), out_.data(), kernel_.cols, false,
+                             {reinterpret_cast<const char*>(aligned(b_)), 0});
         if (kernel_.end) kernel_.end();
     }
 

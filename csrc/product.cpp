@@ -236,15 +236,21 @@ class Run {
             const bool adds = w > 0 || run_.p.add;
             for (int64_t j = from; j < to; j += kernel.cols) {
                 const uint32_t* right = b.at(j, w);
+                // The next columns of b come into the second cache while rows of a pass over these.
+                const bool last = j + kernel.cols >= to;
+                const int64_t share = parts(4 * kernel.cols * length, parts(rows, kernel.rows));
+                Ahead ahead{reinterpret_cast<const char*>(last ? right : b.at(j + kernel.cols, w)),
+                            last ? 0 : parts(share, std::max<int64_t>(length, 1))};
                 for (int64_t i = 0; i < rows; i += kernel.rows) {
                     const uint32_t* left = shared_a ? shared_a->at(row + i, w) : a.at(i, w);
                     float* tile = out + i * stride + j - from;
                     const int64_t down = rows - i, across = to - j;
                     if (down >= kernel.rows && across >= kernel.cols) {
-                        kernel.multiply(length, left, right, tile, stride, adds);
+                        kernel.multiply(length, left, right, tile, stride, adds, ahead);
+                        ahead.from += ahead.step * length;
                         continue;
                     }
-                    kernel.multiply(length, left, right, edge.get(), kernel.cols, false);
+                    kernel.multiply(length, left, right, edge.get(), kernel.cols, false, ahead);
                     for (int64_t r = 0; r < least(down, kernel.rows); ++r)
                         for (int64_t c = 0; c < least(across, kernel.cols); ++c) {
                             float& cell = tile[r * stride + c];

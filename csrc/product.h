@@ -48,6 +48,12 @@ struct Packing {
     int64_t group_stride;  // words from one group to the next; 8 words of slack follow each
 };
 
+// What a micro-kernel may prefetch into the second cache: with each word `step` bytes more.
+struct Ahead {
+    const char* from;
+    int64_t step;
+};
+
 struct MicroKernel {
     const char* name;
     int rows, cols;  // of a tile of out
@@ -55,7 +61,7 @@ struct MicroKernel {
     bool (*works)();
     // out [rows, cols] = or += a [words][rows] . b [words][cols]. What is added is summed from 0.
     void (*multiply)(int64_t words, const uint32_t* a, const uint32_t* b, float* out, int64_t stride,
-                     bool add);
+                     bool add, Ahead ahead);
     void (*pack)(const Packing&);  // a and b in the layouts that multiply reads: the groups differ in size
     void (*begin)() = nullptr;  // on each thread around its calls of multiply, where the kernel needs it
     void (*end)() = nullptr;

@@ -93,6 +93,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         help="what one variant may spend on its calls\n" + default("seconds"),
     )
+    add(
+        "--keep-memory",
+        action="store_true",
+        help="on a CPU: keep freed memory from call to call, as in a trainer's steps; otherwise\n"
+        "each call has the page faults of new memory",
+    )
     add("--budget", type=float, help="seconds for everything; on a GPU 400 by default")
     add(
         "--patience",
@@ -135,7 +141,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def options_of(args: argparse.Namespace) -> BenchOptions:
     names = ["device", "modes", "parts", "small", "precision", "backends", "peers", "only"]
-    names += ["repeats", "seconds", "budget", "patience"]
+    names += ["repeats", "seconds", "keep_memory", "budget", "patience"]
     return BenchOptions(
         [Case(shape, tuple(args.dtype)) for shape in args.shapes],
         **{name: getattr(args, name) for name in names},

@@ -69,6 +69,8 @@ class BenchOptions:
         only: parts of names; of the head's sides only those with one of them are measured.
         repeats: calls of each side.
         seconds: what one side may spend on its calls.
+        keep_memory: whether freed memory is kept from call to call while times are measured on a
+            CPU, as in a trainer's steps; otherwise each call has the page faults of new memory.
         budget: seconds for everything; None: no limit.
         patience: seconds after which a silent worker is stopped.
         memory: whether a second process measures the memory on a CPU.
@@ -89,6 +91,7 @@ class BenchOptions:
     only: list[str] = field(default_factory=list)
     repeats: int = 7
     seconds: float = 4.0
+    keep_memory: bool = False
     budget: float | None = None
     patience: float = 3600.0
     memory: bool = True
@@ -98,7 +101,7 @@ class BenchOptions:
     def request(self) -> dict[str, Any]:
         """What the worker gets beside its tasks."""
         names = ["device", "modes", "precision", "backends", "strategies", "gradient_tolerance"]
-        names += ["peers", "only", "repeats", "seconds"]
+        names += ["peers", "only", "repeats", "seconds", "keep_memory"]
         return {name: getattr(self, name) for name in names}
 
 

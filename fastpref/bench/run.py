@@ -205,6 +205,7 @@ def describe(options: BenchOptions) -> dict[str, Any]:
         "shapes": list(dict.fromkeys(case.shape for case in options.cases)),
         "repeats": options.repeats,
         "seconds_per_variant": options.seconds,
+        "freed_memory": "kept from call to call" if options.keep_memory else "returned",
         "budget_s": options.budget,
         "inputs": "random, label probability about a half, sequences of 512 labelled tokens"
         + ("" if cpu else "; the rest is spread by Zipf's law over the vocabulary"),

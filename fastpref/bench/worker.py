@@ -35,6 +35,7 @@ from fastpref.bench.problem import (
 from fastpref.bench.runner import Rounds, Timing, failure, serve
 from fastpref.bench.sides import Sides
 from fastpref.bench.verdict import fault
+from fastpref.body import keep_cpu_memory
 
 # Seconds that are kept for each remaining task. A peer whose warm-up would use them is left out.
 _RESERVE_S = 3.0
@@ -155,8 +156,12 @@ class Worker:
             cost[name] = self._device.time(call).device
             calls[name] = call
         rounds = self._rounds()
-        rounds.run(calls, cost, problem.clear, self._teller(task))
-        problem.clear()
+        with keep_cpu_memory(self._request.get("keep_memory", False)):
+            for call in calls.values() if self._request.get("keep_memory") else ():
+                call()  # its memory is there from now on
+                problem.clear()
+            rounds.run(calls, cost, problem.clear, self._teller(task))
+            problem.clear()
         timings = {n: t for n, t in (rounds.device | once).items() if n not in rounds.failed}
         roofline = timings[ROOFLINE].median if ROOFLINE in timings else None
         if peak is not None and PEAK in timings:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.backends.huge_pages import in_huge_pages
 from fastpref.backends.tile import PairLossInputs
 from fastpref.logps.backward import all_grads, head_grads, needs_head_again, scaled
 from fastpref.logps.columns import ColumnBlock
@@ -190,9 +189,7 @@ def gradients(
     kinds = [t if w else None for t, w in zip(like, needs_grad, strict=True)]
     # Vectors are summed in the statistics' dtype.
     out = [
-        None
-        if t is None
-        else in_huge_pages(dlogp.new_empty(t[0], dtype=t[1] if len(t[0]) == 2 else dlogp.dtype))
+        None if t is None else dlogp.new_empty(t[0], dtype=t[1] if len(t[0]) == 2 else dlogp.dtype)
         for t in kinds
     ]
     grads = HeadGrads(*out)

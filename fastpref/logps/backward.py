@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastpref.backends.huge_pages import in_huge_pages
 from fastpref.logps.columns import bias_grad, head_grad
 from fastpref.logps.forward import (
     HeadGrads,
@@ -59,8 +58,7 @@ def _recomputed_logits(
     x = inputs.x
     n = x.shape[0]
     dtype = tile_dtype(x.dtype, call.plan.precision)
-    columns = padded_rows(n, call.plan.block_vocab, dtype)[1]
-    buffer = in_huge_pages(x.new_empty(n * columns, dtype=dtype))
+    buffer = x.new_empty(n * padded_rows(n, call.plan.block_vocab, dtype)[1], dtype=dtype)
     for a, b in _slices(call):
         width = padded_rows(n, b - a, dtype)[1]
         tile = buffer[: n * width].view(n, width)[:, : b - a]

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.backends.huge_pages import in_huge_pages
 from fastpref.backends.stats import Stats
 from fastpref.backends.tile import Backend, Transform
 from fastpref.logps.columns import ColumnBlock, ColumnOptions, Sampler
@@ -165,7 +164,7 @@ def padded_rows(n: int, columns: int, dtype: torch.dtype) -> tuple[int, int]:
 
 def _rows(x: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
     shape = padded_rows(n, columns, dtype)
-    rows = in_huge_pages(x.new_empty(shape, dtype=dtype))
+    rows = x.new_empty(shape, dtype=dtype)
     return rows if shape[1] == columns else rows[:, :columns]
 
 

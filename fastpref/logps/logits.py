@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastpref import backends
-from fastpref.backends.huge_pages import in_huge_pages
 from fastpref.backends.stats import Stats
 from fastpref.backends.tile import Backend, Transform
 from fastpref.logps.autograd import as_vector
@@ -151,7 +150,7 @@ class TokenLogps(FirstOrderFunction):
         logits, labels, lse, logps = ctx.saved_tensors
         ctx.used = ctx.inplace
         # .data is the same memory outside of the graph: a gradient must not depend on the logits.
-        dlogits = logits.data if ctx.inplace else in_huge_pages(torch.empty_like(logits))
+        dlogits = logits.data if ctx.inplace else torch.empty_like(logits)
         rows = labels, lse, logps, as_vector(dlogp)
         logits_backward(logits.data, *rows, dlogits, ctx.transform, ctx.backend)
         if ctx.inplace:  # another backward pass that reads the logits must raise

@@ -104,7 +104,8 @@ static double error_of(const MicroKernel& kernel, int64_t size, bool rows_adjace
     const auto a = numbers(rows), b = numbers(cols);
     std::vector<float> out(size_t(kernel.rows * kernel.cols), 1.f);
     uint32_t *left = packed(a, rows, kernel.rows), *right = packed(b, cols, kernel.cols);
-    kernel.multiply(words, left, right, out.data(), kernel.cols, add);
+    kernel.multiply(words, left, right, out.data(), kernel.cols, add,
+                    {reinterpret_cast<const char*>(right), 0});
     double worst = 0;
     for (int64_t i = 0; i < kernel.rows; ++i)
         for (int64_t j = 0; j < kernel.cols; ++j) {
