@@ -18,6 +18,11 @@ import torch
 import fastpref
 from fastpref import backends
 
+# Folders of training runs, commands and whole models.
+TRAINING = {
+    "bench", "benchmarks", "cli", "planning", "profiling", "reference", "scripts", "trainer",
+}  # fmt: skip
+
 
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is not to wait
@@ -36,7 +41,7 @@ def pytest_configure(config):
 
 
 def pytest_itemcollected(item):
-    if item.path.parent.name in ("bench", "benchmarks", "cli", "reference", "scripts", "trainer"):
+    if item.path.parent.name in TRAINING:
         item.add_marker("train")
 
 
