@@ -128,7 +128,7 @@ sanitize-address sanitize-thread: install
 	rm -rf $(SANITIZED)/fastpref && mv $(SANITIZED)/package $(SANITIZED)/fastpref
 	cd $(SANITIZED) && PYTHONPATH=$(abspath $(SANITIZED)) FASTPREF_TEST_THREADS=8 $(SANITIZED_ENV) $(abspath $(BIN))/pytest -c $(CURDIR)/pyproject.toml \
 	  --rootdir $(CURDIR) -p no:cacheprovider -m 'not slow' -k 'not triton and not cuda' \
-	  $(addprefix $(CURDIR)/tests/,backends/test_tile.py backends/test_native.py logps/test_logps.py losses/test_losses.py)
+	  $(addprefix $(CURDIR)/tests/,backends/test_tile.py backends/test_native.py backends/test_native_product.py logps/test_logps.py losses/test_losses.py)
 
 # The gpu-* targets are for a machine with a GPU: they use the torch and the triton of $(PYTHON), and
 # download nothing. gpu-first takes 9 minutes at most, gpu-test and gpu-bench less than 8 each. What they

@@ -18,6 +18,11 @@ import torch
 import fastpref
 from fastpref import backends
 
+# Folders of training runs, commands and whole models.
+TRAINING = {
+    "bench", "benchmarks", "cli", "planning", "profiling", "reference", "scripts", "trainer",
+}  # fmt: skip
+
 
 def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is not to wait
@@ -36,14 +41,18 @@ def pytest_configure(config):
 
 
 def pytest_itemcollected(item):
-    if item.path.parent.name in ("bench", "benchmarks", "cli", "reference", "scripts", "trainer"):
+    if item.path.parent.name in TRAINING:
         item.add_marker("train")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    with own_warnings.failing():
-        return (yield)
+    gc.disable()  # what is imported stays: to look for garbage in it takes a quarter of the time
+    try:
+        with own_warnings.failing():
+            return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -67,30 +76,47 @@ def _is_possible(item, params) -> bool:
     return all(mark.args[0](**params) for mark in item.iter_markers("only_if"))
 
 
-@pytest.hookimpl(trylast=True)
+def _params(item) -> dict:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _emulated(items) -> list[list]:
+    """The cases of each test that run in Triton's interpreter, and those in the emulation of CUDA;
+    on a GPU there are none."""
+    groups = defaultdict(list)
+    for item in items:
+        params = _params(item)
+        given = params.get("backend"), params.get("tiles")
+        for name in machine.slow():
+            if name in given and machine.why_not(name, _dtypes(params)) is None:
+                groups[item.path, item.originalname, name].append(item)
+    return list(groups.values())
+
+
+def _thinned(cases, together: int) -> set:
+    kept = machine.thinned([item.callspec.params for item in cases], together)
+    return {cases[i] for i in kept}
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     """Cases of parameters that do not go together are deselected.
 
     Triton's interpreter and the emulation of CUDA get so many cases of a test that each two
     values of its parameters meet in one, or that each value is in one. The others are deselected.
-    On a GPU, and on the other backends, all cases run."""
-    groups, left_out = defaultdict(list), []
-    for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        if not _is_possible(item, params):
-            left_out.append(item)
-            continue
-        given = params.get("backend"), params.get("tiles")
-        for name in machine.slow():
-            if name in given and machine.why_not(name, _dtypes(params)) is None:
-                groups[item.path, item.originalname, name].append(item)
-    for cases in groups.values():
+    Without the mark `slow` each value is in one. On a GPU, and on the other backends, all cases
+    run."""
+    possible = {item for item in items if _is_possible(item, _params(item))}
+    for cases in _emulated(item for item in items if item in possible):
+        for item in set(cases) - _thinned(cases, 1):
+            item.add_marker("slow")
+    yield  # to the options -m and -k
+    left_out = {item for item in items if item not in possible}
+    for cases in _emulated(item for item in items if item in possible):
         together = 1 if cases[0].get_closest_marker("few") else 2
-        kept = machine.thinned([item.callspec.params for item in cases], together)
-        left_out += [item for i, item in enumerate(cases) if i not in kept]
-    config.hook.pytest_deselected(items=left_out)
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
+        left_out |= set(cases) - _thinned(cases, together)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
     # Compilers come first, so that no worker ends with one while the others have nothing to do.
     quick = {item.path for item in items if item.get_closest_marker("slow") is None}
     items.sort(key=lambda item: item.path in quick)

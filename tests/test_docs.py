@@ -23,6 +23,8 @@ from fastpref.cli import app  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+# Pages whose blocks measure, plan or train.
+COMMANDS = {"docs/bench.md", "docs/plan.md", "docs/quickstart.md"}
 MOST_SKIPS = 4  # of all pages together
 LANGUAGES = {"python", "diff", "sh", "text"}
 SHELL_WORDS = {"git", "cd", "accelerate", "torchrun"}  # commands of others, which are not looked at
@@ -37,7 +39,11 @@ def cwd(tmp_path, monkeypatch):
         fastpref.unpatch_trl()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def _page(name: str):
+    return pytest.param(ROOT / name, marks=[pytest.mark.train] * (name in COMMANDS))
+
+
+@pytest.mark.parametrize("page", [_page(name) for name in NAMES], ids=NAMES)
 def test_blocks(page, cwd):
     scope: dict = {"__name__": "page"}
     for block in doc_blocks.blocks(page):

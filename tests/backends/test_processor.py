@@ -18,6 +18,17 @@ AVX512 = AVX2 | dict.fromkeys(("avx512f", "avx512bw", "avx512dq", "avx512vl"), T
 ARM = NONE | {"asimd": True}
 
 
+@pytest.fixture(scope="module")
+def rates_of_products():
+    return rates.product_rates()
+
+
+@pytest.fixture
+def measured(rates_of_products, monkeypatch):
+    """The machine's products, which take half a second to measure, are measured once."""
+    monkeypatch.setattr(rates, "product_rates", lambda: rates_of_products)
+
+
 @pytest.mark.parametrize(
     ("features", "said"),
     [
@@ -31,7 +42,7 @@ ARM = NONE | {"asimd": True}
         (None, []),
     ],
 )
-def test_what_a_cpu_lacks(features, said, monkeypatch):
+def test_what_a_cpu_lacks(features, said, monkeypatch, measured):
     lines = processor.lacking(features)
     assert len(lines) == len(said)
     for line, start in zip(lines, said, strict=True):
@@ -83,9 +94,9 @@ def test_what_is_asked_for_stands(made, caplog):
         made(AVX2, precision="fast")
 
 
-def test_rates_of_products():
+def test_rates_of_products(rates_of_products):
     """Both dtypes, and what follows from them."""
-    found = rates.product_rates()
+    found = rates_of_products
     assert list(found) == ["float32", "bfloat16"]
     for rate in found.values():
         assert rate["torch"] > 0 and rate["used"] in ("native", "torch")

@@ -44,6 +44,7 @@ print(*found, kept - held())
 """
 
 
+@pytest.mark.slow
 @needs_glibc
 def test_a_second_block_costs_no_page_faults():
     done = subprocess.run(

@@ -3,14 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import forked
+import launching
 import pytest
 import torch
 from test_cli import ASSETS, complaint, demo, train, write
+
+import fastpref.__main__
 
 pytestmark = pytest.mark.train
 
@@ -28,17 +29,11 @@ def pairs(tmp_path):
 STEPS = ("--max-steps", 2, "--save-steps", 1)
 
 
-def start(output, data, *options, interpreter=()):
-    """`python -m fastpref train` in a process of its own."""
-    command = [
-        sys.executable, *interpreter, "-m", "fastpref", "train", "--model", ASSETS, "--data", data,
-        "--output", output, "--fp32", "--no-gradient-checkpointing", "--batch-size", 2, *options,
+def command(output, data, *options):
+    return [
+        "train", "--model", ASSETS, "--data", data, "--output", output, "--fp32",
+        "--no-gradient-checkpointing", "--batch-size", 2, *options,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [str(part) for part in command], stdout=pipe, stderr=pipe, text=True, env=environment
-    )
 
 
 def _errors_to(path):
@@ -50,15 +45,7 @@ class Forked:
 
     def __init__(self, folder, data, *options):
         self._out, self._said = folder / "stdout", folder / "stderr"
-        arguments = ["train", "--model", ASSETS, "--data", data, "--output", folder / "out"]
-        arguments += [
-            "--fp32",
-            "--no-gradient-checkpointing",
-            "--batch-size",
-            2,
-            "--json",
-            *options,
-        ]
+        arguments = command(folder / "out", data, "--json", *options)
         self._process = forked.start(arguments, self._out, _errors_to, (str(self._said),))
         while not (self._out.exists() and '"event": "step"' in self._out.read_text()):
             assert self._process.is_alive(), self._said.read_text()
@@ -203,33 +190,39 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(tmp_path, pairs):
     assert "runs only with --trust-remote-code" in said and not mark.exists()
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("--standalone", "--nproc-per-node", "2")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no processes")
 def test_two_processes_end_together(tmp_path, pairs):
-    process = start(
+    given = command(
         tmp_path / "out", pairs, "--max-steps", 4000, "--save-steps", 0, "--json",
-        "--eval-split", 0.3, "--reference", "model", interpreter=TORCHRUN,
+        "--eval-split", 0.3, "--reference", "model",
     )  # fmt: skip
-    lines = []
-    while '"step"' not in (lines or [""])[-1]:
-        lines.append(process.stdout.readline())
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGTERM)  # which torchrun passes on
-    _, said = process.communicate(timeout=90)
-    assert process.returncode != 0 and "of 4000 steps are done" in said, said
-    assert [event["event"] for event in events_of("".join(lines))].count("start") == 1
+    out, err = tmp_path / "stdout", tmp_path / "stderr"
+    program = [*TORCHRUN, fastpref.__main__.__file__, *given]
+    process = launching.start_forked("torch.distributed.run", program, out, err)
+    while not (out.exists() and '"event": "step"' in out.read_text()):
+        assert process.is_alive(), err.read_text()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGTERM)  # which torchrun passes on
+    process.join(90)
+    said = err.read_text()
+    assert process.exitcode not in (0, None) and "of 4000 steps are done" in said, said
+    assert [event["event"] for event in events_of(out.read_text())].count("start") == 1
     assert len(list((tmp_path / "out").glob("checkpoint-*/manifest.json"))) == 1
 
 
 @pytest.mark.parametrize("option", ["--json", "--seed=42"])
 def test_a_run_outlives_the_reader_of_its_output(tmp_path, pairs, option):
+    os.mkfifo(tmp_path / "pipe")
     steps = ("--max-steps", 8, "--logging-steps", 1, option)
-    with start(tmp_path / "out", pairs, *steps) as run:
-        assert run.stdout.readline()
-        run.stdout.close()
-        assert run.wait(timeout=120) == 0, run.stderr.read()
+    errors = _errors_to, (str(tmp_path / "stderr"),)
+    run = forked.start(command(tmp_path / "out", pairs, *steps), tmp_path / "pipe", *errors)
+    with open(tmp_path / "pipe") as reader:
+        assert reader.readline()
+    run.join(120)
+    assert run.exitcode == 0, (tmp_path / "stderr").read_text()
     assert (tmp_path / "out/training_log.json").is_file()
 
 

@@ -147,7 +147,7 @@ def test_torch_compile(where):
     assert hidden_states(compiled, **inputs).shape == (2, 9, 32)
 
 
-@pytest.mark.parametrize("first", ["compile", "install"])
+@pytest.mark.parametrize("first", [pytest.param("compile", marks=pytest.mark.slow), "install"])
 def test_torch_compile_without_a_graph_break(first):
     inner, inputs = model(), families.batch(None)
     compiled = torch.compile(inner, backend="eager", fullgraph=True)

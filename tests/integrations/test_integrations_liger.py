@@ -14,8 +14,9 @@ from fastpref.integrations import liger as ours
 B, T, H, V = 6, 7, 16, 37
 BETA, EPSILON, TAU, ALPHA, GAMMA = 0.3, 0.1, 0.07, 0.7, 0.4
 
+MISSING = [name for name in ("liger_kernel", "triton") if not importlib.util.find_spec(name)]
 liger = None
-if importlib.util.find_spec("liger_kernel") and importlib.util.find_spec("triton"):
+if not MISSING:
     import liger_kernel.chunked_loss as liger
 
 
@@ -354,7 +355,7 @@ def test_bad_inputs():
         ours.LigerFusedLinearORPOLoss()(*batch.policy, nll_target=batch.target[:, 1:])
 
 
-@pytest.mark.skipif(liger is None, reason="liger_kernel and triton are not installed")
+@pytest.mark.skipif(liger is None, reason=f"not installed: {', '.join(MISSING)}")
 @pytest.mark.parametrize("name", ours.__all__)
 def test_signatures_begin_with_ligers(name):
     import inspect

@@ -91,14 +91,14 @@ def _ready_logits(hidden, weight, bias, labels, index=None):
 STEPS = [_dpo, _ipo_with_entropy, _little_memory, _reference_inside, _ready_logits]
 DTYPES = [torch.float32, torch.bfloat16]
 # Each step in each dtype, and with and without token_indices; the two in turn, as compiling takes
-# seconds. The fast tests have each step once.
+# seconds. The fast tests have the first step once.
 CASES = [
     pytest.param(
         step,
         dtype,
         (i + j) % 2 == 1,
         id=f"{step.__name__}-{dtype}-{(i + j) % 2}",
-        marks=[pytest.mark.slow] * ((i + j) % 2),
+        marks=[pytest.mark.slow] * (i + j > 0),
     )
     for i, step in enumerate(STEPS)
     for j, dtype in enumerate(DTYPES)
@@ -158,7 +158,11 @@ def test_sequences_of_any_length_share_a_graph(device):
     assert len(graphs) <= 2
 
 
-@pytest.mark.parametrize("frozen", [(0,), (1, 2)], ids=["frozen head", "frozen body"])
+@pytest.mark.parametrize(
+    "frozen",
+    [pytest.param((0,), marks=pytest.mark.slow), (1, 2)],
+    ids=["frozen head", "frozen body"],
+)
 def test_only_what_needs_a_gradient_gets_one(device, frozen):
     torch._dynamo.reset()
     inputs = _inputs()
@@ -218,6 +222,7 @@ def test_the_operators_keep_their_contract(device, weight_grad, known):
     )
 
 
+@pytest.mark.slow  # eager calls check them as well
 def test_bad_shapes_still_raise():
     torch._dynamo.reset()
     hidden, weight, bias, labels = _inputs()

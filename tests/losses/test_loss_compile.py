@@ -47,7 +47,12 @@ def compare(step, arguments):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", CASES, ids=lambda v: "-".join(v))
+# The fast tests have the last case, whose loss needs the most: margins, lengths and an object.
+@pytest.mark.parametrize(
+    "options",
+    [*(pytest.param(case, marks=pytest.mark.slow) for case in CASES[:-1]), CASES[-1]],
+    ids=lambda v: "-".join(v),
+)
 def test_no_graph_break(options):
     ready = options.get("loss_options")
     loss_type = options.get("loss_type", "sigmoid")

@@ -82,6 +82,7 @@ def test_equals_trl(case, dtype, given):
         assert not gradient[~given["kept"]].any()
 
 
+@pytest.mark.slow
 def test_the_file_is_what_trl_says():
     """The script, run again with the TRL that is installed, gives the numbers of the file."""
     with warnings.catch_warnings():

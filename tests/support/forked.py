@@ -100,4 +100,7 @@ def _command(
         prepare(*prepare_arguments)
     from fastpref.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        sys.stdout.flush()  # an error of which would be the interpreter's status

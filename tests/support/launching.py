@@ -1,4 +1,4 @@
-"""Programs of several processes: `accelerate launch`, and what ends them.
+"""Programs of several processes: `accelerate launch` and `torchrun`, and what ends them.
 
 A launch that waits for something is ended, and shows what its processes have said. Each process of
 it calls `limit`, as killing a launcher leaves the processes that it has started.
@@ -7,6 +7,7 @@ it calls `limit`, as killing a launcher leaves the processes that it has started
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import os
 import random
 import signal
@@ -14,8 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import forked
 from paths import search_path
 
 _PROCESS_SECONDS = 240  # less than a launch may take, so that the processes end first
@@ -47,9 +51,48 @@ def free_port() -> int:
 
 def accelerate(configuration: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """A script, with its arguments, by `accelerate launch` in two processes without a GPU."""
+    return _run("accelerate.commands.launch", *_options(configuration), *arguments)
+
+
+def _options(configuration: Path) -> list[object]:
     options = ["--config_file", configuration, "--num_processes", 2, "--mixed_precision", "no"]
-    options += ["--main_process_port", free_port()]
-    return _run("accelerate.commands.launch", *options, *arguments)
+    return [*options, "--main_process_port", free_port()]
+
+
+def forked_accelerate(
+    folder: Path, configuration: Path, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """The same without new interpreters: the launcher and its processes are forked."""
+    command = [*_options(configuration), *arguments]
+    out, err = folder / "launch.out", folder / "launch.err"
+    process = start_forked("accelerate.commands.launch", command, out, err)
+    process.join(_LAUNCH_SECONDS)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(_END_SECONDS)
+    texts = (path.read_text() if path.exists() else "" for path in (out, err))
+    return subprocess.CompletedProcess(command, process.exitcode, *texts)
+
+
+def start_forked(module: str, arguments: Sequence[object], out: Path, err: Path) -> BaseProcess:
+    """A launcher, as `python -m` would start it, whose processes run a script.
+
+    It is forked after the imports (forked.py), and so are they, by torch's elastic agent.
+
+    Args:
+        module: of the launcher, which uses torchrun.
+        out: the file that the standard output of all goes to, and err the standard error.
+    """
+    words = [str(argument) for argument in arguments]
+    return forked.start_call(_launcher, (module, words, str(out), str(err)))
+
+
+def _launcher(module: str, words: list[str], out: str, err: str) -> None:
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(PET_RUN_PATH="1", PET_START_METHOD="fork")  # torchrun's options
+    sys.argv = [module, *words]
+    importlib.import_module(module).main()
 
 
 def _run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -26,6 +26,12 @@ def launch(configuration, folder, end):
     return launching.accelerate(CONFIGURATIONS / configuration, SCRIPT, folder, end)
 
 
+def launch_forked(configuration, folder, end):
+    tiny.model().save_pretrained(folder / "model")
+    path = CONFIGURATIONS / configuration
+    return launching.forked_accelerate(folder, path, SCRIPT, folder, end)
+
+
 def check_training(folder, kind):
     found = json.loads((folder / "found.json").read_text())
     assert found["processes"] == 2
@@ -36,7 +42,7 @@ def check_training(folder, kind):
 
 
 def test_fsdp2s_configuration_trains(tmp_path):
-    run = launch("fsdp2.yaml", tmp_path, "trains")
+    run = launch_forked("fsdp2.yaml", tmp_path, "trains")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
     check_training(tmp_path, "FSDP")
 
