@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastpref.backends import native
-from fastpref.backends.tile import Stats, Transform
+from fastpref.backends.stats import Stats
+from fastpref.backends.tile import Transform
 
 needs_native = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
 
