@@ -121,11 +121,13 @@ def host_time() -> str:
 
 def cpu_linear() -> str:
     rows = []
-    for name in ("cpu_linear", "cpu_linear_bf16"):
+    for name in ("cpu_linear", "cpu_linear_avx512", "cpu_linear_bf16"):
         found = _results(name)
+        machine = found["machine"]
         step = {side: found["step_s"][side]["median"] for side in ("torch", "native")}
         rows.append(
             [
+                f"{machine['cpu']}, {', '.join(machine['cpu_features'])}",
                 found["options"]["dtype"],
                 str(found["options"]["layers"]),
                 f"{step['torch']:.2f} s",
@@ -134,10 +136,10 @@ def cpu_linear() -> str:
                 f"{found['products_speedup']:.2f}x",
             ]
         )
-    header = ["dtype", "blocks", "torch's", "fastpref's", "step", "the layers' products alone"]
-    machine = found["machine"]
-    where = f"{machine['cpu']}, {machine['threads']} threads, {', '.join(machine['cpu_features'])}"
-    return table(header, rows) + f"\n{where}, torch {machine['packages']['torch']}.\n"
+    products = "the layers' products alone"
+    header = ["processor", "dtype", "blocks", "torch's", "fastpref's", "step", products]
+    versions = f"{machine['threads']} threads, torch {machine['packages']['torch']}"
+    return table(header, rows) + f"\n{versions}.\n"
 
 
 def columns() -> str:
