@@ -1,6 +1,6 @@
-"""What a command leaves behind: tables, JSON, and files whose place is checked first.
+"""The outputs of a command: tables, JSON, and files whose paths are checked before the work starts.
 
-A profile takes minutes, so that a place where its report cannot be written is an error before it.
+A profile takes minutes. So a path at which its report could not be written is an error before it.
 """
 
 from __future__ import annotations
