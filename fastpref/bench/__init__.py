@@ -1,4 +1,4 @@
-"""What the loss of a head costs on this machine: fastpref's ways and other libraries'.
+"""What the DPO loss of an output head costs on this machine, in fastpref and in other libraries.
 
 `fastpref bench` is the command. docs/bench.md describes the figures.
 """

@@ -25,9 +25,9 @@ peers.
     python benchmarks/head.py --device cuda --shapes 'a d a/1024' --modes trainable --budget 120
     python benchmarks/head.py --device cuda --shapes c --parts logits --backends cuda
 
-Prints a table per task, and writes a JSON and a PNG to benchmarks/results/ as it goes. Times come
-from interleaved calls in one process, which is watched. On a CPU a second one measures the memory,
-in which freed blocks go back to the system at once.
+Prints a table per task. Writes a JSON and a PNG to benchmarks/results/ after each task. Times come
+from interleaved calls in one process, which is ended if it hangs. On a CPU a second process
+measures the memory: its malloc returns freed blocks to the system at once.
 """
 # The most important shapes first: where time is short, the last ones are left out.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -78,20 +78,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", default="bf16", help="bf16, fp32 or both; ready logits are bf16")
     add(
         "--backends",
-        help="of fastpref's, such as triton,cuda; default: all for GPUs, or on a\nCPU "
+        help="fastpref's backends, such as triton,cuda; default: all for GPUs, or on a\nCPU "
         "the one that fastpref picks",
     )
     add("--peers", help="peers to run beside eager, '' for none; default: all")
     add(
         "--only",
-        help="heads: only what has one of these in its name, such as 'exact, stash;TRL',\n"
-        "separated by semicolons",
+        help="of the part head: only the sides whose name contains one of these texts,\n"
+        "separated by semicolons, such as 'exact, stash;TRL'",
     )
     add("--repeats", type=int, help=f"calls of each variant\n{default('repeats')}")
     add(
         "--seconds",
         type=float,
-        help="what one variant may spend on its calls\n" + default("seconds"),
+        help="seconds that one variant may spend on its calls\n" + default("seconds"),
     )
     add(
         "--keep-memory",
@@ -113,7 +113,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     device_class = device.PretendGpu if args.device != "cpu" else device.Device
-    known = {
+    allowed = {
         "modes": list(MODES),
         "parts": list(PARTS),
         "precision": ["exact", "fast"],
@@ -121,14 +121,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "backends": ["cuda", "triton", "native", "eager"],
         "peers": [*ours.known(device_class()), *parts.LOGITS_PEERS],
     }
-    for name, names in known.items():
+    for name, names in allowed.items():
         if (text := getattr(args, name)) is not None:
             chosen = split_names(text, names if name in ("precision", "dtype") else ())
             if not set(chosen) <= set(names):
                 parser.error(f"--{name}: got {text}, expected some of {','.join(names)}")
             ordered = [n for n in names if n in chosen]
             setattr(args, name, chosen if name in ("backends", "peers") else ordered)
-    args.only = [part for part in (args.only or "").split(";") if part]
+    args.only = [text for text in (args.only or "").split(";") if text]
     for name in ("shapes", "small"):
         setattr(args, name, getattr(args, name).split())
         for text in getattr(args, name):
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None, folder: Path | None = None) -> None:
     """Measure, print and write.
 
     Args:
-        folder: of an --output without one.
+        folder: where the files go if --output names no folder.
     """
     args = arguments(argv)
     path = Path(args.output)
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None, folder: Path | None = None) -> None:
 
 
 def _complete(result: dict[str, Any], measured: BenchResult) -> dict[str, Any] | None:
-    """What to print of a task: on a CPU a cell has its memory from a later task."""
+    """The result to print; None for a cell on a CPU, whose memory a later task measures."""
     if result["kind"] == "memory":
         return cell_of(result, measured.cells)
     waits = result["kind"] == "cell" and "failed" not in result

@@ -1,4 +1,4 @@
-"""`run_bench`: the options of a benchmark in the words of a user, checked before anything runs."""
+"""`run_bench`: a benchmark from Python. Its options are checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ def run_bench(
 ) -> BenchResult:
     """Measure the DPO loss of a head, forward and backward: time, memory, and error.
 
-    fastpref's ways, eager torch and other libraries compute it on the same random data, by turns,
-    in a process of their own. The error is against float64.
+    fastpref's variants, eager torch and other libraries compute it in turn on the same random data,
+    in a separate process. The error is against float64.
 
     Args:
         shapes: each "N,H,V" or "N,H,V,softcap", or the name or the folder of a model, whose
             config gives H, V and the dtype. N is the number of labelled tokens, an even number. By
-            default a small head.
+            default one small head, and on a GPU those of two models.
         hear: gets each message of the workers, such as `{"result": ...}`.
         doing: gets `{"doing": task, "entry": side}` whenever a side begins.
-        changed: gets the result as far as it is there, after each task.
+        changed: gets the `BenchResult` so far, after each task.
         options: those of `bench_options`.
 
     Raises:
-        ValueError: an unknown name, sizes that make no problem, or that do not fit into memory.
+        ValueError: an unknown name, tokens that cannot be divided into pairs of sequences, or a
+            head that does not fit into memory.
         RuntimeError: nothing could be measured.
     """
     chosen = bench_options(shapes, **options)
@@ -79,20 +80,22 @@ def bench_options(
     """The options of a run, checked.
 
     Args:
-        tokens: N of models, 1024 by default, and of shapes in place of their own.
+        tokens: N of every head; by default 1024 for models, and a shape's own N.
         modes: "trainable", "frozen", "forward-only"; by default the first two, or with `scale` the
             first one.
-        dtypes: "bf16", "fp32"; by default a model's, and of other heads what the device is fast at.
-        precision: fastpref's, "exact" and "fast".
-        backends: fastpref's; by default the one that it picks, and on a GPU all.
+        dtypes: "bf16", "fp32"; by default a model's own dtype, and for shapes the one that the
+            device is fast at.
+        precision: fastpref's option, "exact" and "fast".
+        backends: fastpref's backends; by default the one that it picks, and on a GPU all.
         strategies: of a trainable head, "stash" and "recompute"; by default both.
-        gradient_tolerance: measured beside the exact gradients.
-        peers: names, or how they begin, such as "trl"; None: all that are installed.
-        scale: "tokens", "vocab" or "threads": each head in several sizes.
+        gradient_tolerance: an error of approximate gradients, which are measured as well.
+        peers: names of other libraries or their beginnings, such as "trl"; None: all that are
+            installed.
+        scale: "tokens", "vocab" or "threads": measures each head at several values of it.
         device: "cpu" or "cuda"; by default a GPU where there is one.
         repeats: calls of each side.
-        seconds: what one side may spend on its calls.
-        budget: seconds for everything; what does not fit is left out and named. None: no limit.
+        seconds: seconds that one side may spend on its calls.
+        budget: seconds of the whole run. Tasks beyond them are left out and named. None: no limit.
         memory: whether the memory is measured on a CPU, in a second process.
 
     Raises:
@@ -118,9 +121,9 @@ def bench_options(
         cases = scaled(cases, scale, torch.get_num_threads())
     for case in cases:
         _check_memory(case.shape, device)
-    ours = None if backends is None else check_names("backends", backends, list(NAMES))
-    if ours is not None:
-        _check_backends(ours, cases, device)
+    fastpref_backends = None if backends is None else check_names("backends", backends, list(NAMES))
+    if fastpref_backends is not None:
+        _check_backends(fastpref_backends, cases, device)
     chosen = ["trainable"] if scale else ["trainable", "frozen"]
     names, missing = select_peers(peers, kind)
     return BenchOptions(
@@ -129,7 +132,7 @@ def bench_options(
         modes=check_names("modes", modes or chosen, list(MODES)),
         parts=["roofline", "head"],
         precision=check_names("precision", precision, ["exact", "fast"]),
-        backends=ours,
+        backends=fastpref_backends,
         strategies=None
         if strategies is None
         else check_names("strategies", strategies, list(STRATEGIES)),
@@ -146,14 +149,14 @@ def bench_options(
 
 
 def select_peers(names: Sequence[str] | None, kind: str) -> tuple[list[str], dict[str, str]]:
-    """Names of peers beside eager, and why others are not measured.
+    """The names of the peers to measure besides eager, and why other peers are not measured.
 
     Args:
-        names: whole, or how they begin; None: the peers that are measured by default.
-        kind: of the device, "cpu" or "cuda".
+        names: names of peers or their beginnings; None: the peers that are measured by default.
+        kind: the kind of device, "cpu" or "cuda".
 
     Raises:
-        ValueError: a name that is nobody's.
+        ValueError: a name that no peer has.
     """
     device = devices.PretendGpu() if kind == "cuda" else devices.Device()
     peers = [e for e in PEERS if e.runs_on(device) and e.name != EAGER]
@@ -164,18 +167,18 @@ def select_peers(names: Sequence[str] | None, kind: str) -> tuple[list[str], dic
             exact = [e for e in peers if e.name.lower() == name.lower()]
             matches = exact or [e for e in peers if e.name.lower().startswith(name.lower())]
             if not matches:
-                known = ", ".join(e.name for e in peers)
-                raise ValueError(f"peers: got {name!r}, expected none, all, or some of {known}")
+                allowed = ", ".join(e.name for e in peers)
+                raise ValueError(f"peers: got {name!r}, expected none, all, or some of {allowed}")
             selected += [e for e in matches if e not in selected]
     missing = {e.name: f"{e.package} is not installed" for e in selected if not e.installed()}
     return [e.name for e in selected if e.name not in missing], missing
 
 
 def side_names(options: BenchOptions) -> list[str]:
-    """What is measured beside each other, over all cases and modes."""
+    """The names of the sides that are measured, over all cases and modes."""
     device = devices.Device() if options.device == "cpu" else devices.PretendGpu()
     by_default = [None] if options.device == "cpu" else ["cuda", "triton"]
-    found = [
+    sides = [
         entry.name
         for case in options.cases
         for dtype in case.dtypes
@@ -191,11 +194,11 @@ def side_names(options: BenchOptions) -> list[str]:
             tolerance=options.gradient_tolerance,
         )
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(sides))
 
 
 def _check_backends(names: Sequence[str], cases: Sequence[Case], device: str) -> None:
-    """Refuse backends none of which can run any of the cases."""
+    """Raise ValueError if none of the backends can run any of the cases."""
     kind = torch.device("cuda" if device == "cuda" else "cpu")
     reasons: dict[str, str] = {}
     for name in names:
@@ -212,8 +215,8 @@ def _check_backends(names: Sequence[str], cases: Sequence[Case], device: str) ->
 def _patience(cases: Sequence[Case], device: str) -> float:
     """Seconds of silence after which a worker is taken to hang.
 
-    A call on a CPU is silent for as long as it lasts. Five GFLOP a second and thread are less than
-    any of its sides reaches.
+    A call on a CPU sends no message until it ends. Every side reaches more than the 5 GFLOP/s per
+    thread that are assumed here.
     """
     if device != "cpu":
         return _PATIENCE
@@ -223,7 +226,7 @@ def _patience(cases: Sequence[Case], device: str) -> float:
 
 
 def _check_memory(text: str, device: str) -> None:
-    """Refuse a head whose inputs, float64 truth and eager logits do not fit."""
+    """Raise ValueError if a head's inputs, float64 truth and eager logits exceed free memory."""
     shape = parse_shape(text)
     weights, logits = shape.h * shape.v, shape.n * shape.v
     free: int | None

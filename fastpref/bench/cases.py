@@ -55,27 +55,33 @@ class Case:
 class BenchOptions:
     """The options of a run.
 
-    Attributes:
-        cases: what is measured, the most important first.
-        device: "cpu", "cuda", or "pretend" for tests.
-        modes: some of `MODES`.
-        parts: some of `PARTS`.
-        small: shapes of the part overhead.
-        precision: "exact", "fast", or both.
-        backends: of fastpref's; None: all for a GPU, and on a CPU the one that fastpref picks.
-        strategies: of a trainable head, "stash" and "recompute"; None: both.
-        gradient_tolerance: measured beside the exact gradients; None: not measured.
-        peers: names of peers beside eager; None: the usual ones.
-        only: parts of names; of the head's sides only those with one of them are measured.
-        repeats: calls of each side.
-        seconds: what one side may spend on its calls.
-        keep_memory: whether freed memory is kept from call to call while times are measured on a
-            CPU, as in a trainer's steps; otherwise each call has the page faults of new memory.
-        budget: seconds for everything; None: no limit.
-        patience: seconds after which a silent worker is stopped.
-        memory: whether a second process measures the memory on a CPU.
-        memory_last: whether it does so after all times; otherwise after those of a case.
-        missing_peers: why peers that were asked for are not measured, by name.
+        Attributes:
+            cases: what is measured, the most important first.
+            device: "cpu", "cuda", or "pretend" for tests.
+            modes: some of `MODES`.
+            parts: some of `PARTS`.
+            small: shapes of the part overhead.
+            precision: "exact", "fast", or both.
+            backends: fastpref's backends; None: all for a GPU, and on a CPU the one that it picks.
+            strategies: of a trainable head, "stash" and "recompute"; None: both.
+            gradient_tolerance: an error of approximate gradients, which are measured besides the exact
+                ones; None: not measured.
+            peers: names of the peers besides eager; None: those that are measured by default.
+            only: of the part head only the sides whose name contains one of these texts are measured.
+            repeats: calls of each side.
+    <<<<<<< HEAD
+            seconds: what one side may spend on its calls.
+            keep_memory: whether freed memory is kept from call to call while times are measured on a
+                CPU, as in a trainer's steps; otherwise each call has the page faults of new memory.
+            budget: seconds for everything; None: no limit.
+    =======
+            seconds: seconds that one side may spend on its calls.
+            budget: seconds of the whole run; None: no limit.
+    >>>>>>> wip-words
+            patience: seconds after which a silent worker is stopped.
+            memory: whether a second process measures the memory on a CPU.
+            memory_last: whether memory is measured after the times of all cases, or after each case's.
+            missing_peers: why peers that were asked for are not measured, by name.
     """
 
     cases: list[Case]
@@ -99,7 +105,7 @@ class BenchOptions:
     missing_peers: dict[str, str] = field(default_factory=dict)
 
     def request(self) -> dict[str, Any]:
-        """What the worker gets beside its tasks."""
+        """The options that the worker gets, besides its tasks."""
         names = ["device", "modes", "precision", "backends", "strategies", "gradient_tolerance"]
         names += ["peers", "only", "repeats", "seconds", "keep_memory"]
         return {name: getattr(self, name) for name in names}
@@ -118,11 +124,12 @@ def make_cases(
     Args:
         shapes: each "N,H,V", "N,H,V,softcap", a letter of `SHAPES`, or the name or the folder of a
             model, whose config gives H, V, the softcap and the dtype. No weights are read.
-        tokens: N of models, and of shapes in place of their own.
-        dtypes: by default that of a model's config; for others what the device is fast at.
+        tokens: N of every head; None: 1024 for models, and a shape's own N.
+        dtypes: by default a model's own, and for shapes the one that the device is fast at.
 
     Raises:
-        ValueError: sizes that make no problem, and a config that cannot be read.
+        ValueError: tokens that cannot be divided into pairs of sequences, or a config that cannot
+            be read.
     """
     fast = "bf16" if device != "cpu" or bf16_is_fast("cpu") else "fp32"
     cases = []
@@ -170,9 +177,9 @@ def _shape_of_model(text: str, tokens: int | None, trust: bool) -> tuple[Any, st
     try:
         config: Any = AutoConfig.from_pretrained(text, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"shape: got {text!r}, expected N,H,V, or the name or folder of a model ({why})"
+            f"shape: got {text!r}, expected N,H,V, or the name or folder of a model ({reason})"
         ) from error
     inner = config.get_text_config()
     hidden, vocab = (getattr(inner, name, None) for name in ("hidden_size", "vocab_size"))
@@ -207,8 +214,8 @@ def scaled(cases: Sequence[Case], scale: str, most_threads: int) -> list[Case]:
                 n = _even_sequences(n * factor)
             else:
                 v = max(2, round(v * factor))
-            rest = [] if shape.softcap is None else [f"{shape.softcap:g}"]
-            text = ",".join([str(n), str(shape.h), str(v), *rest])
+            softcap = [] if shape.softcap is None else [f"{shape.softcap:g}"]
+            text = ",".join([str(n), str(shape.h), str(v), *softcap])
             out.append(replace(case, shape=text))
     return _joined(out)
 
@@ -219,17 +226,22 @@ def _even_sequences(tokens: float) -> int:
 
 
 def tasks(options: BenchOptions) -> list[dict[str, Any]]:
-    """What there is to do, the most important first; the modes of a case share its inputs."""
+    """The tasks of a run, the most important first.
+
+    The modes of a case follow each other, so that the worker makes its inputs once.
+    """
     out: list[dict[str, Any]] = []
     memory: list[dict[str, Any]] = []
-    plain = {dtype for case in options.cases for dtype in case.dtypes} == {"bf16"}
+    only_bf16 = {dtype for case in options.cases for dtype in case.dtypes} == {"bf16"}
 
-    def task(what: str, kind: str, case: Case, dtype: str = "bf16", **more: Any) -> dict[str, Any]:
-        other = "" if plain or kind not in ("cell", "memory") else f" {dtype}"
+    def task(
+        name: str, kind: str, case: Case, dtype: str = "bf16", **fields: Any
+    ) -> dict[str, Any]:
+        suffix = "" if only_bf16 or kind not in ("cell", "memory") else f" {dtype}"
         about: dict[str, Any] = {"model": case.model} if case.model else {}
         about |= {"threads": case.threads} if case.threads else {}
-        made = {"id": what + other, "kind": kind, "shape": case.shape, "dtype": dtype}
-        return made | about | more
+        task = {"id": name + suffix, "kind": kind, "shape": case.shape, "dtype": dtype}
+        return task | about | fields
 
     def small() -> None:
         if "overhead" in options.parts and not any(t["kind"] == "overhead" for t in out):
@@ -242,16 +254,16 @@ def tasks(options: BenchOptions) -> list[dict[str, Any]]:
             out.append(task(f"roofline {dtype}", "roofline", options.cases[0], dtype))
     for case in options.cases:
         name = case.name
-        if "/" in name:  # fewer tokens: after what every call costs
+        if "/" in name:  # heads with fewer tokens come after the overhead
             small()
         for dtype in case.dtypes if "head" in options.parts else ():
             for mode in options.modes:
                 out.append(task(f"{name} {mode}", "cell", case, dtype, mode=mode))
             measured = options.memory and options.device == "cpu" and case.threads is None
             for mode in options.modes if measured else []:
-                more = {"mode": mode, "env": TIGHT_MALLOC}
-                made = task(f"memory of {name} {mode}", "memory", case, dtype, **more)
-                (memory if options.memory_last else out).append(made)
+                fields = {"mode": mode, "env": TIGHT_MALLOC}
+                measures = task(f"memory of {name} {mode}", "memory", case, dtype, **fields)
+                (memory if options.memory_last else out).append(measures)
         if "/" not in name or set(options.parts) <= {"rows", "logits"}:
             if "rows" in options.parts:
                 out.append(task(f"row kernels of {name}", "rows", case))
@@ -271,17 +283,20 @@ def split_names(text: str, pair: Sequence[str] = ()) -> list[str]:
     return list(pair) if pair and names == ["both"] else names
 
 
-def check_names(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Names in the order in which they are known.
+def check_names(option: str, names: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """The given names, in the order of the allowed ones.
+
+    Args:
+        option: the option's name, for the error.
 
     Raises:
-        ValueError: an unknown one, or none.
+        ValueError: a name that is not allowed, or no name.
     """
-    wrong = [name for name in given if name not in known]
-    if wrong or not given:
-        got = ",".join(wrong or ["nothing"])
-        raise ValueError(f"{what}: got {got}, expected some of {', '.join(known)}")
-    return [name for name in known if name in given]
+    unknown = [name for name in names if name not in allowed]
+    if unknown or not names:
+        got = ",".join(unknown or ["nothing"])
+        raise ValueError(f"{option}: got {got}, expected some of {', '.join(allowed)}")
+    return [name for name in allowed if name in names]
 
 
 __all__ = ["DTYPES", "MODES", "PARTS", "BenchOptions", "Case", "make_cases", "scaled", "tasks"]

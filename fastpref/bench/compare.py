@@ -1,4 +1,4 @@
-"""Two results beside each other: what is slower, larger or less exact than it was.
+"""Compares two results: which sides are slower, larger or less exact than they were.
 
 old and new results -> cells that have the same sizes, dtype, mode and threads -> sides of the same
      name -> `Change`s
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# A sum of log-probs may be off by so many nats more, and a call take so many bytes more, before it
-# counts as worse.
+# By how many nats the error of a sum of log-probs, and by how many bytes the memory of a call, may
+# grow before it counts as worse.
 _NATS = 1e-3
 _BYTES = 8 * 2**20
 _MACHINE = {"cpu": "processor", "threads": "threads", "gpu": "GPU"}
@@ -22,20 +22,21 @@ _MACHINE = {"cpu": "processor", "threads": "threads", "gpu": "GPU"}
 
 @dataclass(frozen=True)
 class Change:
-    """One side of one case, then and now.
+    """One side of one case in an old result and in a new one.
 
     Attributes:
         case: the name of the case.
         side: such as "fastpref exact, stash".
-        old_ms: the median time then; None if it was not measured or was wrong.
-        new_ms: the median time now.
+        old_ms: the median time in the old result.
+        new_ms: the median time in the new one; None if it was not measured or is wrong.
         ratio: new_ms over old_ms; above 1 it is slower.
         low: the ratio of the new first quartile to the old third one.
         high: the ratio of the new third quartile to the old first one.
-        canary: the same ratio of a fixed product, which is the machine's own; None on a GPU.
+        canary: the ratio of the times of a fixed matrix product, which shows a change of the
+            machine's own speed; None on a GPU.
         verdict: "same", "slower", "faster", "less exact", "more memory", "wrong", or "gone" for a
-            side that was measured then alone.
-        regression: whether it is one of fastpref's sides and worse.
+            side that only the old result has.
+        regression: whether it is one of fastpref's sides and became worse.
     """
 
     case: str
@@ -60,8 +61,10 @@ def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no JSON"
-        raise ValueError(f"{path} could not be read as a result of fastpref bench: {why}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise ValueError(
+            f"{path} could not be read as a result of fastpref bench: {reason}"
+        ) from None
     good = isinstance(loaded, dict) and isinstance(loaded.get("machine"), dict)
     try:
         cells = dict(_cells(loaded)) if good else {}
@@ -74,11 +77,11 @@ def load_result(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def machine_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """How the machines of two results differ, in what makes their times incomparable.
+    """The differences of two machines that make their times incomparable, one phrase each.
 
     Args:
-        old: the `machine` of a result.
-        new: that of another one.
+        old: the `machine` of the old result.
+        new: the `machine` of the new one.
     """
     return [
         f"{name} {old.get(key) or 'none'} then, {new.get(key) or 'none'} here"
@@ -92,13 +95,14 @@ def compare_results(
 ) -> list[Change]:
     """What changed between two results, case by case.
 
-    A side is slower if its ratio is above 1 + threshold by itself and relative to the canary's, and
-    the quartiles of old and new times do not overlap; faster likewise.
+    A side counts as slower if its ratio is above 1 + threshold, both by itself and divided by the
+    canary's, and if the quartiles of its old and new times do not overlap. A side counts as faster
+    in the same way.
 
     Args:
-        old: `BenchResult.as_dict()` of then, or `load_result(path)`.
-        new: that of now.
-        threshold: the part by which a time may grow.
+        old: the old result, from `load_result(path)` or `BenchResult.as_dict()`.
+        new: the new one.
+        threshold: the fraction by which a time may grow.
 
     Raises:
         ValueError: results of two machines, without a case in common, or a bad threshold.
@@ -123,11 +127,11 @@ def check_machines(old: Mapping[str, Any], new: Mapping[str, Any], name: str) ->
 
 def check_threshold(threshold: float) -> None:
     if not 0 <= threshold < 10:
-        raise ValueError(f"threshold: got {threshold}, expected a part such as 0.05")
+        raise ValueError(f"threshold: got {threshold}, expected a fraction such as 0.05")
 
 
 def sides_of(result: Mapping[str, Any]) -> dict[tuple[Any, ...], set[str]]:
-    """By sizes, dtype, mode and threads: fastpref's sides that were measured and right."""
+    """fastpref's sides that were measured and are not wrong, by `key_of` of their cell."""
     return {
         key: {v["variant"] for v in cell["variants"] if v["ours"] and _is_measured(v)}
         for key, cell in _cells(result)
@@ -135,11 +139,12 @@ def sides_of(result: Mapping[str, Any]) -> dict[tuple[Any, ...], set[str]]:
 
 
 def key_of(size: Mapping[str, Any], dtype: str, mode: str, threads: int | None) -> tuple[Any, ...]:
+    """What two cells must have in common to be compared."""
     return size["n"], size["h"], size["v"], size.get("softcap"), dtype, mode, threads
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The cells of a file by what they are about: those of a GPU stand among its results."""
+    """The cells of a file with their keys. A file of a GPU has them among its results."""
     for cell in [*result.get("cells", ()), *result.get("results", ())]:
         if cell.get("kind", "cell") == "cell" and "variants" in cell:
             size = cell.get("size") or {k.lower(): n for k, n in cell["shape"].items()}
@@ -156,9 +161,9 @@ def _changes(then: dict[str, Any], now: dict[str, Any], threshold: float) -> Ite
     for new in now["variants"]:
         old = olds.pop(new["variant"], None)
         if old is None or not _is_measured(old):
-            continue  # there is nothing to compare with
+            continue  # no time to compare with
         yield _change(now["id"], old, new, canary, threshold)
-    for name, old in olds.items():  # not asked for now, or no longer there
+    for name, old in olds.items():  # sides that only the old result has
         if _is_measured(old):
             was = old["time"]["median_ms"]
             yield Change(now["id"], name, was, None, None, None, None, canary, "gone", False)
@@ -179,31 +184,32 @@ def _change(
     low, high = (
         new["time"]["quartiles_ms"][i] / old["time"]["quartiles_ms"][1 - i] for i in (0, 1)
     )
-    ratio, most = new_ms / old_ms, 1 + threshold
-    corrected = ratio / (canary or 1.0)  # what the machine itself does not explain
+    ratio, bound = new_ms / old_ms, 1 + threshold
+    corrected = ratio / (canary or 1.0)  # without the change of the machine's own speed
     verdict = "same"
     if new.get("wrong"):
         verdict = "wrong"
-    elif min(ratio, corrected) > most and low > 1:
+    elif min(ratio, corrected) > bound and low > 1:
         verdict = "slower"
     elif _worse(old, new, "errors", "sum_max", 2.0, _NATS):
         verdict = "less exact"
     elif _worse(old, new, "memory", "extra", 1.1, _BYTES):
         verdict = "more memory"
-    elif max(ratio, corrected) < 1 / most and high < 1:
+    elif max(ratio, corrected) < 1 / bound and high < 1:
         verdict = "faster"
     worse = bool(new["ours"]) and verdict not in ("same", "faster")
     side = new["variant"]
-    if verdict == "wrong":  # whose time means nothing
+    if verdict == "wrong":  # the time of a wrong result means nothing
         return Change(case, side, old_ms, None, None, None, None, canary, verdict, worse)
     ratio, low, high = (round(x, 4) for x in (ratio, low, high))
     return Change(case, side, old_ms, new_ms, ratio, low, high, canary, verdict, worse)
 
 
 def _worse(
-    old: dict[str, Any], new: dict[str, Any], part: str, key: str, factor: float, slack: float
+    old: dict[str, Any], new: dict[str, Any], group: str, key: str, factor: float, slack: float
 ) -> bool:
-    before, after = ((row.get(part) or {}).get(key) for row in (old, new))
+    """Whether row[group][key] grew by more than the factor and the slack."""
+    before, after = ((row.get(group) or {}).get(key) for row in (old, new))
     if before is None or after is None:
         return False
     return bool(after > max(before, 0) * factor + slack)

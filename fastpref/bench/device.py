@@ -1,7 +1,7 @@
-"""The devices that are measured, behind one face: time, peak memory, errors that end a process.
+"""The devices that are measured, with one interface: time, peak memory, errors that end a process.
 
-`Device` is the CPU and the face; `Gpu` times with events, with a cold cache. `PretendGpu` is a CPU
-that gets a GPU's list of work, for tests: its figures mean nothing.
+`Device` is the CPU and defines the interface. `Gpu` takes times between events, with a cold cache.
+`PretendGpu` is a CPU that gets the tasks of a GPU, for tests: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -21,46 +21,50 @@ import torch
 
 from fastpref.profiling.resident import status_bytes
 
-# Before each timed call the GPU spins for so long, in which the host prepares the call's launches:
-# in training it is ahead as well. What the host takes is reported beside.
+# Before each timed call the GPU spins for so long. The host prepares the call's launches meanwhile,
+# as in training, where the host is ahead of the GPU. The host's time is reported separately.
 _AHEAD_S = 2e-3
 _FLUSH_BYTES = 256 * 2**20
-# With these glibc gives every large block back at once, so that resident memory is live memory.
+# With these variables glibc returns every large block to the system when it is freed, so that
+# resident memory is live memory.
 TIGHT_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 class Lost(Exception):
-    """The GPU is beyond use for this process."""
+    """An error after which this process cannot use the GPU any more."""
 
 
 class Times(NamedTuple):
-    """Seconds of one call: between events on a GPU, and until the call returned on the host."""
+    """Seconds of one call.
+
+    device: between events on a GPU. host: until the call returned.
+    """
 
     device: float
     host: float
 
 
 class Device:
-    """The CPU. Peak memory is the process's, which should run with TIGHT_MALLOC."""
+    """The CPU. Peak memory is that of the process, which should run with TIGHT_MALLOC."""
 
     kind = "cpu"
     device = torch.device("cpu")
-    # fastpref's that are measured one by one; none: the one that fastpref picks.
+    # The backends that are measured, each by itself; none: only the one that fastpref picks.
     backends: tuple[str, ...] = ()
 
     @property
     def like_gpu(self) -> bool:
-        """Whether it gets the GPU's list of work."""
+        """Whether this device gets the tasks of a GPU."""
         return self.kind != "cpu"
 
     def synchronize(self) -> None:
         """Wait until all calls are done."""
 
-    def check(self, why: str) -> None:
-        """Raise Lost, with why, after an error that no later call of this process can survive."""
+    def check(self, reason: str) -> None:
+        """Raise Lost, with the reason, after an error that makes every later call fail."""
 
     def free(self) -> None:
-        """Give memory back that nothing uses, graphs compiled for another shape included."""
+        """Free unused memory, including graphs that were compiled for another shape."""
         forget_compiled()
         gc.collect()
 
@@ -98,12 +102,12 @@ class Device:
         return {"resident_before": before, "peak_resident": peak, "peak_beyond": peak - before}
 
     def describe(self) -> dict[str, Any]:
-        """What to say of it beside the machine."""
+        """Facts about this device, to be added to those about the machine."""
         return {}
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status that is in kB, as bytes."""
+    """A field of /proc/self/status in bytes."""
     size = status_bytes(key)
     if size is None:
         raise RuntimeError(f"/proc/self/status has no {key}; peak memory is measured on Linux only")
@@ -111,12 +115,12 @@ def _status(key: str) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held, or since the last `Device.peak`."""
+    """The most resident memory of this process since its start or the last `Device.peak`."""
     return _status("VmHWM")
 
 
 def resident_bytes() -> int:
-    """The memory that this process holds now."""
+    """The present resident memory of this process."""
     return _status("VmRSS")
 
 
@@ -172,19 +176,22 @@ class Gpu(Device):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
-    def check(self, why: str) -> None:
+    def check(self, reason: str) -> None:
         try:
             self._sink.add_(0).item()
         except Exception:
-            raise Lost(why) from None
+            raise Lost(reason) from None
 
     def free(self) -> None:
         super().free()
         torch.cuda.empty_cache()
 
     def time(self, call: Callable[[], object], reset: Callable[[], object] | None = None) -> Times:
-        """One call with a cold cache, after `reset`. Reading fills the cache with other lines that,
-        unlike written ones, need not be written back while the call runs."""
+        """One call with a cold cache, after `reset`.
+
+        The cache is filled by reading another tensor: lines that were read, unlike written ones,
+        need not be written back while the call runs.
+        """
         if reset is not None:
             reset()
         torch.sum(self._other, 0, out=self._sink)
@@ -201,8 +208,11 @@ class Gpu(Device):
         return Times(start.elapsed_time(end) / 1e3, host)
 
     def peak(self, call: Callable[[], object]) -> dict[str, int]:
-        """Bytes of tensors at the peak of a call beyond those before it, as the allocator counts
-        them: neither what it keeps in reserve nor what libraries take past it."""
+        """Bytes of tensors at the peak of a call beyond those before it.
+
+        The allocator counts them. Neither its reserve nor memory that libraries allocate past it
+        is included.
+        """
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -227,7 +237,7 @@ class Gpu(Device):
 
 
 def _driver(index: int) -> dict[str, str]:
-    """The driver and the limits that the GPU runs under, as nvidia-smi tells them."""
+    """The driver, and the GPU's power and clock limits, as nvidia-smi reports them."""
     names = "driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem"
     if shutil.which("nvidia-smi") is None:
         return {}
@@ -241,14 +251,16 @@ def _driver(index: int) -> dict[str, str]:
 
 
 def forget_compiled() -> None:
-    """Otherwise torch compiles the second shape for shapes of any size, and the ninth not at all.
-    Where nothing has been compiled, the compiler is not even imported."""
+    """Drop compiled graphs, if the compiler was imported.
+
+    Otherwise torch compiles the second shape with dynamic sizes, and the ninth not at all.
+    """
     compiler = sys.modules.get("torch._dynamo")
     if compiler is not None:
         compiler.reset()
 
 
 def open_device(kind: str | None = None) -> Device:
-    """cpu, cuda or pretend; None: cuda where there is one."""
+    """The device of a kind: "cpu", "cuda" or "pretend"; None: "cuda" if there is a GPU."""
     kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
     return {"cpu": Device, "cuda": Gpu, "pretend": PretendGpu}[kind]()

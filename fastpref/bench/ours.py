@@ -1,4 +1,4 @@
-"""fastpref's ways to compute the loss of a head, and the list of all that is measured."""
+"""fastpref's variants of the loss of a head, and the list of all sides that are measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
     indices: dict[int, Tensor] = {}
     checked: set[int] = set()
 
-    def given(p: HeadProblem) -> dict[str, Any]:
+    def call_options(p: HeadProblem) -> dict[str, Any]:
         if backend is None:
             return dict(softcap=p.softcap, **options)
         n = p.labels.numel()
@@ -33,7 +33,7 @@ def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
         return dict(backend=backend, softcap=p.softcap, token_indices=indices[n], **options)
 
     def check(p: HeadProblem) -> None:
-        """Once for each weight, before it is timed."""
+        """Raise if the kernel cannot run. Each weight is checked once, before it is timed."""
         if p.weight.data_ptr() not in checked:
             reason = module.logit_free_reason(p.weight, Transform(1.0, p.softcap))
             if reason is not None:
@@ -44,12 +44,12 @@ def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
         if options.get("fused"):
             check(p)
         out = fastpref.linear_dpo_loss(
-            p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **given(p)
+            p.hidden, p.weight, p.labels, p.ref_logps, beta=BETA, **call_options(p)
         )
         return Output(out.loss, (out.chosen_logps, out.rejected_logps))
 
     def logps(p: HeadProblem) -> Tensor:
-        out = fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **given(p))
+        out = fastpref.linear_token_logps(p.hidden, p.weight, p.labels, **call_options(p))
         assert isinstance(out, Tensor)
         return out
 
@@ -58,15 +58,16 @@ def _fastpref(backend: str | None, options: dict[str, Any]) -> Side:
     return Side(loss, logps)
 
 
-STRATEGIES = ("stash", "recompute")  # of a trainable head that are measured
+STRATEGIES = ("stash", "recompute")  # that are measured with a trainable head
 
 
-def _ways(
+def _variants(
     mode: str, backend: str | None, precision: str, strategies: Sequence[str] = STRATEGIES
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Labels and options of fastpref's strategies for a mode.
+    """The label and the options of each of fastpref's variants for a mode.
 
-    The logit-free product of a backend, which is always exact, is measured beside the tiles.
+    A backend is measured with tiles of logits, and with its logit-free product, which is always
+    exact.
     """
     variants: list[tuple[str, dict[str, Any]]] = [("", {})]
     if mode == "trainable":
@@ -83,14 +84,14 @@ def _ways(
         tiles = (f"{label}, tiles".removeprefix(", "), {**options, "fused": False})
         variants = [(label, {**options, "fused": True}) for label, options in variants]
         variants = [variants[0], tiles, *variants[1:]] if precision == "exact" else [tiles]
-    if precision == "fast":  # nothing that exact does not show
-        shown = [variant for variant in variants if variant[0] not in ("recompute", "one kernel")]
-        variants = shown or variants
+    if precision == "fast":  # "exact" already shows what these two cost
+        fewer = [variant for variant in variants if variant[0] not in ("recompute", "one kernel")]
+        variants = fewer or variants
     return variants
 
 
 def _by_columns(variants: list[tuple[str, dict[str, Any]]], tolerance: float) -> Any:
-    """The first way with approximate gradients of the hidden states."""
+    """The first variant, with approximate gradients of the hidden states."""
     label, options = variants[0]
     name = f"{label}, tolerance {tolerance:g}".removeprefix(", ")
     return name, {**options, "gradient_tolerance": tolerance}
@@ -103,19 +104,20 @@ def ours(
     strategies: Sequence[str] | None = None,
     tolerance: float | None = None,
 ) -> list[Entry]:
-    """fastpref's. A backend that is None is the one that fastpref picks.
+    """fastpref's entries.
 
-    tolerance: a `gradient_tolerance` that is measured beside the exact gradients.
+    backends: None stands for the backend that fastpref picks. tolerance: a `gradient_tolerance`
+    that is measured besides the exact gradients.
     """
     out = []
     for backend in backends:
         for precision in precisions:
-            variants = _ways(mode, backend, precision, strategies or STRATEGIES)
+            variants = _variants(mode, backend, precision, strategies or STRATEGIES)
             if tolerance is not None and mode != "forward-only":
                 variants = [*variants, _by_columns(variants, tolerance)]
             for label, options in variants:
                 options = {"precision": precision, **options}
-                name = " ".join(part for part in ("fastpref", backend, precision) if part)
+                name = " ".join(word for word in ("fastpref", backend, precision) if word)
                 entry = Entry(
                     name + (f", {label}" if label else ""),
                     functools.partial(_fastpref, backend, options),
@@ -143,7 +145,10 @@ def entries(
     strategies: Sequence[str] | None = None,
     tolerance: float | None = None,
 ) -> list[Entry]:
-    """What is measured in a mode. names: of peers, beside eager; None: the usual ones."""
+    """The sides that are measured in a mode.
+
+    names: the peers besides eager; None: those that are measured by default.
+    """
     narrow = dtype in (torch.bfloat16, torch.float16)
     if not narrow:  # both precisions are the same
         precisions = precisions[:1]

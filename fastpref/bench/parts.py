@@ -1,5 +1,8 @@
-"""Parts of a step on their own: the passes over a tile of logits, ready logits to log-probs and
-back, and what a call costs the host when there is next to nothing to compute."""
+"""Parts of a step, measured by themselves.
+
+They are the passes over a tile of logits, the log-probs of ready logits with their gradient, and
+the time that a call takes on the host when there is next to nothing to compute.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,19 @@ _SMALL_ROUNDS = 40
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel over a tile: the bytes that it reads and writes, each once."""
+    """A kernel over a tile, and the bytes that it has to read and write."""
 
     about: dict[str, Any]
     bytes: int
     call: Callable[[], object]
 
 
-# What a pass is about, and what makes it, or raises where it cannot run.
+# The facts about a pass, and a function that makes the pass or raises if it cannot run here.
 Maker = tuple[dict[str, Any], Callable[[], Pass]]
 
 
 def copy_pass(device: Device, numbers: int) -> Pass:
-    """A copy of this many bf16 numbers: it runs at the rate of the memory."""
+    """A copy of so many bf16 numbers, which runs at the rate of the memory."""
     source = torch.ones(numbers, dtype=torch.bfloat16, device=device.device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
@@ -51,8 +54,10 @@ def measure(
     excluded: dict[str, str],
     doing: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Rates of the passes, and fractions of the rate of a copy. Those that cannot run are listed
-    with the reason, and so are those that are excluded."""
+    """The rates of the passes, also as fractions of the rate of a copy.
+
+    A pass that is excluded or cannot run is listed with the reason.
+    """
     passes: dict[str, Pass] = {}
     cost: dict[str, float] = {}
     missing = []
@@ -73,7 +78,7 @@ def measure(
             passes.pop(name, None)
             missing.append({**about, "missing": failure(error)})
             device.check(failure(error))
-    # As large as a tile, or what a copy of twice the cache is.
+    # It moves as many bytes as the largest pass.
     doing(COPY)
     warm(COPY, copy_pass(device, max((p.bytes for p in passes.values()), default=2**29) // 4))
     calls = {name: p.call for name, p in passes.items()}
@@ -102,9 +107,9 @@ def measure(
 def row_passes(
     problem: HeadProblem, backends: list[str], precisions: list[str]
 ) -> dict[str, Maker]:
-    """The row passes of every backend, over tiles as large as a step has them.
+    """The row passes of every backend, over tiles of the size that a step has.
 
-    D gets memory of its own, as where it is stashed.
+    D is written to separate memory, as where it is stashed.
     """
     makers: dict[str, Maker] = {}
     for backend in backends:
@@ -155,9 +160,9 @@ def _row_pass(problem: HeadProblem, about: dict[str, Any]) -> Pass:
     return Pass(about, read + d.numel() * d.element_size(), call)
 
 
-# logits [N, V] and labels [N] to the negative log-probs [N].
+# Maps logits [N, V] and labels [N] to the negative log-probs [N].
 Side = Callable[[Tensor, Tensor], Tensor]
-_MOST_BYTES = 2**31  # of the logits: as many rows as fit
+_MOST_BYTES = 2**31  # of the logits; N is as many rows as fit
 
 
 def _ours(backend: str) -> Side:
@@ -193,11 +198,13 @@ LOGITS_PEERS: dict[str, Callable[[], Side]] = {
 def logits_passes(
     device: Device, problem: HeadProblem, backends: list[str], names: list[str] | None
 ) -> dict[str, Maker]:
-    """Ready bf16 logits [N, V] to token log-probs and back: fastpref's token_logps and the peers'
-    cross-entropies, forward and backward together. names: of peers, beside eager; None: all.
+    """From ready bf16 logits [N, V] to token log-probs, forward and backward together.
 
-    The least that has to move is counted, whatever a side moves: forward reads the logits, backward
-    reads them and writes their gradient, 6 bytes a logit.
+    The sides are fastpref's token_logps and the peers' cross-entropies. The rate counts the least
+    bytes that have to move, not those that a side moves: the forward pass reads the logits, the
+    backward pass reads them and writes their gradient, 6 bytes a logit.
+
+    names: the peers besides eager; None: all.
     """
     vocab, labels = problem.weight.shape[0], problem.labels.flatten()
     n = max(1, min(labels.shape[0], _MOST_BYTES // (2 * vocab)))
@@ -211,8 +218,8 @@ def logits_passes(
     sides: dict[str, tuple[Callable[[], Side], bool]] = {
         f"fastpref {name}": (functools.partial(_ours, name), False) for name in backends
     }
-    wanted = LOGITS_PEERS if names is None else [EAGER, *names]
-    sides |= {name: (side, True) for name, side in LOGITS_PEERS.items() if name in wanted}
+    peer_names = LOGITS_PEERS if names is None else [EAGER, *names]
+    sides |= {name: (side, True) for name, side in LOGITS_PEERS.items() if name in peer_names}
     makers: dict[str, Maker] = {}
     for name, (side, peer) in sides.items():
         about = {"backend": name, "precision": "bf16", "kernel": "token_logps", "peer": peer}
@@ -223,7 +230,7 @@ def logits_passes(
 def _call(side: Side, source: Tensor, labels: Tensor, dlogp: Tensor) -> Callable[[], object]:
     """Forward and backward on a copy of the logits, because several sides overwrite the logits.
 
-    Later calls read the gradient of the call before as their logits, which takes the same time.
+    The later calls of such a side read the previous gradient as logits, which takes the same time.
     """
     leaf = source.clone().requires_grad_()
 
@@ -237,8 +244,11 @@ def _call(side: Side, source: Tensor, labels: Tensor, dlogp: Tensor) -> Callable
 def small_call(
     device: Device, entry: Entry, problem: HeadProblem, mode: str
 ) -> Callable[[], tuple[float, ...]]:
-    """A warm call of a small batch on an idle GPU. Seconds of the host in the forward pass and, but
-    for a pass without gradients, in the backward pass; and until the GPU is done as well."""
+    """A warm call of a small batch on an idle GPU, which returns its seconds.
+
+    They are the host's seconds in the forward pass, those in the backward pass if the mode has one,
+    and the seconds until the GPU is done.
+    """
     side = entry.make()
     run = step(side, mode)
     for _ in range(3):
@@ -274,7 +284,7 @@ def by_turns(
     warm_up: int = 0,
     reset: Callable[[], object] = lambda: None,
 ) -> dict[str, list[tuple[float, ...]]]:
-    """The times that each call reports. The calls take turns, in random order."""
+    """The times that each call returned. The calls take turns, in a random order."""
     samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     order, names = random.Random(0), list(calls)
     for i in range(rounds + warm_up):
@@ -288,7 +298,7 @@ def by_turns(
 
 
 def small_rows(calls: dict[str, Callable[[], tuple[float, ...]]]) -> dict[str, dict[str, float]]:
-    """Medians in microseconds."""
+    """Medians of the times of each `small_call`, in microseconds."""
     out = {}
     for name, times in by_turns(calls, _SMALL_ROUNDS).items():
         *host, wall = (round(1e6 * statistics.median(s), 1) for s in zip(*times, strict=True))

@@ -1,8 +1,9 @@
-"""Every way to compute the DPO loss of a head that is measured; fastpref's are in ours.py.
+"""The peers: the DPO loss of a head in plain torch and in other libraries.
 
-All get the same inputs, labels and reference log-probs. On a GPU fastpref is called as its trainer
-calls it, with the indices of the labelled tokens. Peers get their tokens compacted, and those
-without a loss of their own an ordinary torch DPO loss.
+fastpref's entries are in ours.py. All sides get the same inputs, labels and reference log-probs. On
+a GPU fastpref is called as its trainer calls it, with the indices of the labelled tokens. Peers get
+a tensor of labelled tokens only. A peer that has log-probs but no loss gets an ordinary DPO loss in
+torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ MODES = ("trainable", "frozen", "forward-only")
 
 
 class Output(NamedTuple):
-    """loss []; sums [2P], or [P] of the chosen and [P] of the rejected; token_logps [2P, T]. None
-    where a side does not give them."""
+    """The results of a side.
+
+    loss: []. sums: [2P], or [P] of the chosen and [P] of the rejected sequences. token_logps:
+    [2P, T]. Results that a side does not return are None.
+    """
 
     loss: Tensor
     sums: Tensor | tuple[Tensor, Tensor] | None = None
@@ -32,10 +36,10 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Side:
-    """What one implementation offers.
+    """The functions of one implementation.
 
-    loss: the loss with a graph. logps: the token log-probs [2P, T], with a graph too; None where
-    they are not to be had. forward: what a pass without gradients runs; default: logps.
+    loss: the loss with a graph. logps: the token log-probs [2P, T] with a graph; None if the
+    implementation does not return them. forward: the pass without gradients; default: logps.
     """
 
     loss: Callable[[HeadProblem], Output]
@@ -45,13 +49,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table. make: imports what it needs; raises where it cannot run.
+    """One line of the table: a side that is measured.
 
-    options: of fastpref's call. products: GEMMs with the head in a step that trains it, at least 3.
-    compiled: its second call compiles, too. softcap: whether it has one.
-    with_reference: whether its loss uses the reference log-probs. other: it computes another
-    function, so it has no errors and no part in any target. on: kinds of devices. by_default:
-    measured unless peers are named. package: the module that it imports.
+    make: imports what the side needs, and raises if it cannot run. options: of fastpref's call.
+    products: GEMMs with the head in a step that trains it, at least 3. compiled: whether its second
+    call compiles as well. softcap: whether it supports one. with_reference: whether its loss uses
+    the reference log-probs. other: whether it computes another function, for which there are no
+    errors and no targets. on: the kinds of devices. by_default: whether it is measured unless peers
+    are named. package: the module that it imports.
     """
 
     name: str
@@ -78,7 +83,7 @@ class Entry:
 
 
 def step(side: Side, mode: str) -> Callable[[HeadProblem], Any]:
-    """The call that is timed. It gives its Output, or what `forward` gives."""
+    """The call that is timed. It returns an `Output`, or in forward-only mode that of `forward`."""
     if mode == "forward-only":
         forward = side.forward or side.logps
         if forward is None:
@@ -188,7 +193,10 @@ def _cce(impl: str = "cce", **options: Any) -> Side:
 
 
 def _torch_lce(chunks: bool = True) -> Side:
-    """chunks: on a CPU in chunks of 256 tokens, which there is many times as fast."""
+    """torch's linear_cross_entropy.
+
+    chunks: whether a CPU takes chunks of 256 tokens, which are many times as fast there.
+    """
     from torch.nn import LinearCrossEntropyOptions
     from torch.nn.functional import linear_cross_entropy
 

@@ -1,4 +1,4 @@
-"""Plots of what was measured."""
+"""Plots of a benchmark's results."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
 
 
 def figure_of(cells: list[dict[str, Any]]) -> Any:
-    """A line of panels per dtype and mode, full shapes and those with fewer tokens apart; None if
-    nothing was measured."""
+    """One panel for each dtype and mode; None if nothing was measured.
+
+    Shapes with fewer tokens have panels of their own.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -39,12 +41,13 @@ def figure_of(cells: list[dict[str, Any]]) -> Any:
     if not names:
         return None
     names = {n: names[n] for n in sorted(names, key=lambda n: not n.startswith("fastpref"))}
-    ours = [n for n in names if n.startswith("fastpref")]
+    fastpref_names = [n for n in names if n.startswith("fastpref")]
     colours = {
-        n: matplotlib.colormaps["Blues"](0.95 - 0.7 * i / len(ours)) for i, n in enumerate(ours)
+        n: matplotlib.colormaps["Blues"](0.95 - 0.7 * i / len(fastpref_names))
+        for i, n in enumerate(fastpref_names)
     }
-    theirs = [n for n in names if n not in ours]
-    colours |= {n: matplotlib.colormaps["Set2"](i % 8) for i, n in enumerate(theirs)}
+    peers = [n for n in names if n not in fastpref_names]
+    colours |= {n: matplotlib.colormaps["Set2"](i % 8) for i, n in enumerate(peers)}
     figure = Figure(figsize=(21, 3.4 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), 3, squeeze=False)
     for line, ((dtype, mode, few), group) in zip(axes, groups.items(), strict=True):
@@ -55,7 +58,9 @@ def figure_of(cells: list[dict[str, Any]]) -> Any:
             for i, name in enumerate(present):
                 heights = [value(rows[name]) if name in rows else None for rows in rows_of_cases]
                 offset = (i - (len(present) - 1) / 2) * width
-                points = [(place + offset, y) for place, y in enumerate(heights) if y is not None]
+                points = [
+                    (position + offset, y) for position, y in enumerate(heights) if y is not None
+                ]
                 if points:
                     x, y = zip(*points, strict=True)
                     axis.bar(x, y, width, color=colours[name], label=names[name])
@@ -74,7 +79,7 @@ def figure_of(cells: list[dict[str, Any]]) -> Any:
 
 
 def scaling_figure(cells: list[dict[str, Any]], scale: str) -> Any:
-    """Milliseconds over the size that was scaled, both axes logarithmic; None if there are none."""
+    """Milliseconds against the size that was scaled, on logarithmic axes; None without times."""
     from matplotlib.figure import Figure
 
     points = scaling_points(cells, scale)

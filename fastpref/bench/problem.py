@@ -1,4 +1,4 @@
-"""Head problems: shapes, inputs like those of a trained model, and their float64 truth."""
+"""Head problems: shapes, inputs like those of a trained model, and their exact results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BETA = 0.1
-SENTENCE = 512  # tokens per sequence: the error of a 512-token sum is one of the results
+SENTENCE = 512  # tokens of a sequence, whose sum of log-probs has its error measured
 _SPREAD = 2.0  # standard deviation of the logits
 _SAMPLED_TOKENS = 32
 _SAMPLED_ROWS = 64
@@ -46,9 +46,10 @@ SHAPES = {
 
 
 def parse_shape(text: str) -> Shape:
-    """A letter, or N,H,V with or without a softcap; either with another number of tokens, a/1024.
+    """The shape of a text: a letter of `SHAPES`, or N,H,V or N,H,V,softcap.
 
-    Raises ValueError for anything else, and for sizes that are not positive.
+    A slash and a number behind it, as in a/1024, replace the number of tokens. Raises ValueError
+    for any other text, and for sizes that are not positive.
     """
     name, _, tokens = text.partition("/")
     shape = SHAPES.get(name)
@@ -75,8 +76,11 @@ def parse_shape(text: str) -> Shape:
 
 @dataclass
 class HeadProblem:
-    """hidden [2P, T, H] and weight [V, H] with gradients; labels [2P, T], all of them counted;
-    ref_logps [2P]. trainable: the weight needs a gradient too. softcap: the cap on the logits."""
+    """The inputs of a loss.
+
+    hidden: [2P, T, H], with a gradient. weight: [V, H]. labels: [2P, T], without ignored positions.
+    ref_logps: [2P]. trainable: whether the weight needs a gradient. softcap: of the logits.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -99,7 +103,7 @@ class HeadProblem:
 
 
 def check_tokens(n: int) -> int:
-    """The number of sequences, which is even, that N tokens make. Raises ValueError."""
+    """The number of sequences of N tokens, an even one. Raises ValueError if there is none."""
     sequences = max(2, n // SENTENCE)
     if n % sequences or sequences % 2:
         raise ValueError(f"N: got {n}, expected an even multiple of {SENTENCE}, or an even number")
@@ -122,17 +126,17 @@ def make_problem(
     The other logits are normal with a standard deviation of 2; hidden leans towards its label's row
     of the head by as much as makes that logit equal, on average, to the logsumexp of the others.
 
-    zipf: with the vocabulary of a language. Half of what a language model knows is which tokens are
-    rare. A kernel that skips small gradients lives on that, and would come off too badly with
-    tokens that are all alike. So the logits get a part that follows Zipf's law, -log(rank), beside
-    the normal one; the ranks are shuffled over the vocabulary and labels are drawn by that law.
+    zipf: whether tokens are as unequally frequent as those of a language. A kernel that skips small
+    gradients gains from rare tokens, and would be judged too badly on a vocabulary without them. So
+    the logits get a term that follows Zipf's law, -log(rank), besides the normal one. The ranks are
+    shuffled over the vocabulary, and labels are drawn by the same law.
     """
     generator = torch.Generator(device).manual_seed(seed)
     on: dict[str, Any] = {"generator": generator, "device": device}
     sequences = check_tokens(n)
     weight = torch.empty(v, h, dtype=dtype, device=device)
-    for part in weight.split(16384):
-        part.copy_(torch.randn(part.shape, **on) / math.sqrt(h))
+    for rows in weight.split(16384):
+        rows.copy_(torch.randn(rows.shape, **on) / math.sqrt(h))
     target_logits = torch.full(
         (n,), math.log(v) + _SPREAD**2 / 2, device=device
     )  # the labels' logits
@@ -142,7 +146,7 @@ def make_problem(
         prior[by_rank] = -torch.arange(1, v + 1, device=device).log()
         mean = prior.mean().item()
         prior -= mean
-        # One hidden dimension is constant and carries the prior; the rest is the context.
+        # One hidden dimension is constant and carries the prior; the others are the context.
         weight[:, 0] = (prior / math.sqrt(h)).to(dtype)
         ranks = ((v + 1) ** torch.rand(n, **on, dtype=torch.float64)).long() - 1
         labels = by_rank[ranks.clamp(0, v - 1)]
@@ -167,8 +171,12 @@ def make_problem(
 
 @dataclass
 class Truth:
-    """In float64: logps [N]; the loss and gradients with and without the reference; the gradients
-    of a sample of tokens [32, H] and of rows of the head [R, H]."""
+    """The exact results, in float64.
+
+    logps: [N]. loss, dhidden, dweight: by whether the reference log-probs are used. dhidden:
+    [n, H], the gradients of the hidden states of a sample of tokens. dweight: [R, H], those of a
+    sample of rows of the head. tokens, rows: the indices of the sampled tokens and rows.
+    """
 
     logps: Tensor
     tokens: Tensor
@@ -180,7 +188,7 @@ class Truth:
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """As transformers does it in Gemma 2: in the logits' own dtype."""
+    """The logits with the softcap, in their own dtype, as transformers computes it in Gemma 2."""
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
@@ -191,7 +199,10 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def float64_truth(problem: HeadProblem, alive: Callable[[], None] = lambda: None) -> Truth:
-    """One pass over blocks of tokens in float64. alive: is called after each block."""
+    """The `Truth` of a problem, from one pass over blocks of tokens.
+
+    alive: called after each block.
+    """
     x = problem.hidden.detach().flatten(0, 1).double()
     w, y = problem.weight.detach().double(), problem.labels.flatten()
     n, cap = x.shape[0], problem.softcap
@@ -237,7 +248,7 @@ def float64_truth(problem: HeadProblem, alive: Callable[[], None] = lambda: None
 def logp_errors(
     problem: HeadProblem, truth: Truth, token_logps: Tensor | None, sums: Tensor
 ) -> dict[str, float | None]:
-    """What the log-probs [2P, T] and their sums [2P] got wrong, against float64, in nats."""
+    """The errors of log-probs [2P, T] and of their sums [2P] against float64, in nats."""
     exact = truth.logps.view_as(problem.labels)
     out: dict[str, float | None] = {"logp_max": None, "logp_rms": None}
     if token_logps is not None:
@@ -256,7 +267,7 @@ def errors(
     sums: Tensor,
     with_reference: bool,
 ) -> dict[str, float | None]:
-    """What one call got wrong, against float64; gradients are read from the problem."""
+    """The errors of one call against float64; gradients are read from the problem."""
     out = logp_errors(problem, truth, token_logps, sums)
     out["loss"] = abs(loss - truth.loss[with_reference])
 

@@ -1,4 +1,4 @@
-"""What the machine can do: its multiply-adds, the head's bare products, and a canary."""
+"""The rates of the machine: of multiply-adds, of the head's GEMMs alone, and of a canary."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fastpref.bench.device import Device
 from fastpref.bench.problem import HeadProblem, capped
 from fastpref.bench.runner import Rounds
 
-# The products with the fewest FLOPs: 6NHV, 4NHV and 2NHV.
+# The least number of GEMMs that an exact method needs: 6NHV, 4NHV and 2NHV FLOPs.
 PRODUCTS = {"trainable": 3, "frozen": 2, "forward-only": 1}
 
 
 class Products:
-    """The head's bare products on the data at hand.
+    """The head's GEMMs alone, on the data of a problem.
 
-    D is the real one: nearly all of it is tiny, on which a GPU runs faster than on random numbers.
+    D is computed from the data, not random. Nearly all of its entries are tiny, and a GPU
+    multiplies such numbers faster than random ones.
     """
 
     def __init__(self, problem: HeadProblem):
@@ -46,13 +47,16 @@ class Products:
         }
 
     def together(self, mode: str) -> Callable[[], object]:
-        """Those that a mode needs, one after the other: what no exact method can go below."""
+        """The GEMMs that a mode needs, one after the other. No exact method takes less time."""
         calls = list(self._calls().values())[: PRODUCTS[mode]]
         return lambda: [call() for call in calls]
 
     def single(self, mode: str) -> dict[str, tuple[int, Callable[[], object]]]:
-        """Each with its number of rows. On a GPU the first one in float32, too, for the rows of a
-        tile, as precision="exact" has it where torch can do that."""
+        """Each GEMM of a mode with its number of rows.
+
+        An NVIDIA GPU also has the first one with a float32 result, over the rows of a tile, as
+        precision="exact" computes it.
+        """
         x, w = self._x, self._w
         calls = list(self._calls().items())[: PRODUCTS[mode]]
         out = {name: (len(x), call) for name, call in calls}
@@ -70,7 +74,7 @@ class Products:
 
 
 class Peak:
-    """The rate of this CPU's own multiply-adds on operands in its first cache.
+    """The rate of this CPU's multiply-adds on operands in its L1 cache.
 
     A call measures it once, with torch's threads, for a fiftieth of a second.
     """
@@ -83,11 +87,11 @@ class Peak:
         self._rates.append(native.peak_rate(self._dtype, 0.02))
 
     def median(self) -> float:
-        """FLOP/s."""
+        """The median of the measured rates, in FLOP/s."""
         return statistics.median(self._rates)
 
 
-# Rows, columns and depth of the bare product, and bytes of the copy: past every cache.
+# Rows, columns and depth of the square GEMM, and bytes of the copy, which no cache holds.
 _PRODUCT = {"cpu": 1024, "cuda": 8192, "pretend": 64}
 _COPIED = {"cpu": 2**28, "cuda": 2**32, "pretend": 2**16}
 
@@ -95,9 +99,9 @@ _COPIED = {"cpu": 2**28, "cuda": 2**32, "pretend": 2**16}
 def machine_rates(
     device: Device, rounds: Rounds, dtype: torch.dtype, peak: Peak | None
 ) -> dict[str, Any]:
-    """The rate of a bare square product in FLOP/s and of a copy in bytes/s, measured by turns.
+    """The rates of a square GEMM and of a copy, which take turns.
 
-    peak: of a CPU's own multiply-adds, measured in the same rounds.
+    peak: the rate of a CPU's multiply-adds, measured in the same rounds.
     """
     size, moved = _PRODUCT[device.kind], _COPIED[device.kind]
     a, b = (torch.randn(size, size, device=device.device).to(dtype) for _ in range(2))
@@ -131,7 +135,7 @@ def machine_rates(
 
 
 def canary(dtype: torch.dtype) -> Callable[[], object]:
-    """A fixed product on the CPU, 8.6 GFLOP: its spread is the machine's, not any variant's."""
+    """A fixed GEMM on the CPU, 8.6 GFLOP. Its spread shows how quiet the machine is."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(512, 1024, generator=generator).to(dtype)
     b = torch.randn(1024, 8192, generator=generator).to(dtype)

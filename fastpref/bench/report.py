@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def report(result: dict[str, Any]) -> str:
-    """What one task gave, as a table."""
+    """The table of one task's result, or why the task failed."""
     if "failed" in result:
         return f"\n{result['id']}: {result['failed']}"
     make_table = {"cell": _cell_table, "overhead": _small_table}.get(result["kind"], _row_table)
@@ -23,7 +23,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def size_notes(size: dict[str, Any]) -> str:
-    """The softcap and the model of a head, to stand behind its sizes."""
+    """The softcap and the model of a head, a text that follows its sizes."""
     cap = "" if size["softcap"] is None else f" softcap {size['softcap']:g}"
     return cap + (f" ({size['model']})" if size["model"] else "")
 
@@ -129,7 +129,7 @@ def _small_table(result: dict[str, Any]) -> str:
 
 
 def _summary(cells: list[dict[str, Any]]) -> str:
-    """A line per cell: fastpref's fastest exact way beside the fastest peer."""
+    """A line per cell: fastpref's fastest exact variant beside the fastest peer."""
     lines = []
     for cell in cells:
         rows = cell["variants"]
@@ -154,7 +154,7 @@ def _summary(cells: list[dict[str, Any]]) -> str:
 
 
 def closing(result: BenchResult) -> str:
-    """A summary, the targets that are not met, and what is not there. Short: it comes last."""
+    """The last lines: a summary, the targets that are not met, and what was left out."""
     targets = [target for r in result.results for target in r["targets"]]
     lines = ["", _summary(result.cells), ""]
     if any(not t["met"] for t in targets):
@@ -162,7 +162,7 @@ def closing(result: BenchResult) -> str:
     if result.dropped:
         lines.append(f"left out: {', '.join(result.dropped)}")
     lines += [f"{r['id']}: {r['failed']}" for r in result.results if "failed" in r]
-    lines += [f"stopped: {why}" for why in result.stops]
+    lines += [f"stopped: {reason}" for reason in result.stops]
     met = [t["met"] for t in targets]
     lines.append(
         f"targets: {met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured"

@@ -1,4 +1,4 @@
-"""Results: the machine that they are of, targets, tables and JSON files."""
+"""The parts of a results file: facts about the machine, targets; and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ PACKAGES = (
 
 
 def _git(*args: str) -> str | None:
-    """What git says of the checkout that this package is in; None where it is in none.
+    """The output of a git command in this package's checkout; None for an installed package.
 
-    An installed package may lie in another project's checkout, in its virtual environment.
+    An installed package may lie in the virtual environment of another project's checkout.
     """
-    here = Path(__file__).resolve().parents[2]
-    if not (here / "csrc").is_dir():
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / "csrc").is_dir():
         return None
+    command = ["git", *args]
     try:
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=30)
+        run = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=30)
     except OSError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return run.stdout.strip() if run.returncode == 0 else None
 
 
 def machine() -> dict[str, Any]:
@@ -58,7 +59,7 @@ def machine() -> dict[str, Any]:
             elif key.strip() == "flags":
                 flags = value
                 break
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    features = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -68,7 +69,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
-        "cpu_features": [f for f in wanted if f in flags.split()],
+        "cpu_features": [f for f in features if f in flags.split()],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
@@ -83,7 +84,7 @@ def machine() -> dict[str, Any]:
 
 
 def target(what: str, wanted: float, measured: float | None, *, most: bool = False) -> dict:
-    """One aim beside what was measured. most: the aim is an upper bound."""
+    """An aim and the figure that was measured. most: whether the aim is an upper bound."""
     met = None if measured is None else (measured <= wanted if most else measured >= wanted)
     rounded = None if measured is None else round(measured, 4)
     bound = "at most" if most else "at least"
@@ -91,7 +92,7 @@ def target(what: str, wanted: float, measured: float | None, *, most: bool = Fal
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Left-aligned first column, right-aligned others."""
+    """A text table. The first column is left-aligned, the others are right-aligned."""
     widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:

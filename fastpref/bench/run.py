@@ -1,4 +1,4 @@
-"""`run_bench`: the tasks in workers that are watched, and what they measured as one result.
+"""`run_tasks`: runs the tasks of a benchmark in supervised workers, and collects the results.
 
 options -> tasks (cases.py) -> `Supervisor` with a worker (runner.py, worker.py)
      -> each result with its speeds (targets.py) -> `BenchResult`, in the form of the JSON file
@@ -17,22 +17,22 @@ from fastpref.bench.cases import BenchOptions, tasks
 from fastpref.bench.targets import compared, targets, usable
 
 _WORKER = [sys.executable, "-m", "fastpref.bench.worker"]
-# A random.py in the user's directory is not the library's.
+# Keeps a module in the user's directory, such as random.py, from replacing one of the library.
 _ENV = {"PYTHONSAFEPATH": "1"}
 Hear = Callable[[dict[str, Any]], None]
 
 
 @dataclass
 class BenchResult:
-    """What was measured.
+    """The results of a run.
 
     Attributes:
         machine: processor or GPU, versions, threads and commit.
         settings: how it was measured.
-        results: of all tasks, also of those that failed, in the order in which they came.
-        dropped: names of tasks for which there was no time.
-        stops: sentences on sides that stopped their process.
-        missing_peers: why a peer was not measured at all, by name.
+        results: the results of all tasks, including those that failed, in the order of their ends.
+        dropped: names of tasks for which no time was left.
+        stops: sentences on sides that ended their process.
+        missing_peers: why a peer was not measured at all, by the peer's name.
         wall_s: seconds of the run.
     """
 
@@ -46,19 +46,19 @@ class BenchResult:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """For each case and mode its sides with time, error, memory and speed over eager."""
+        """The result of each case and mode: its sides with time, error, memory and speed."""
         return self._of_kind("cell")
 
     @property
     def rates(self) -> list[dict[str, Any]]:
-        """Bare product and copy, for each dtype."""
+        """The rates of a GEMM and of a copy, for each dtype."""
         return self._of_kind("roofline")
 
     def _of_kind(self, kind: str) -> list[dict[str, Any]]:
         return [r for r in self.results if r["kind"] == kind and "failed" not in r]
 
     def wrong(self) -> list[tuple[str, str, str]]:
-        """The case, the side and the fault of each of fastpref's results that is wrong."""
+        """The case, the side and the fault of every wrong result of fastpref."""
         return [
             (cell["id"], row["variant"], row.get("wrong_because", "wrong"))
             for cell in self.cells
@@ -67,22 +67,22 @@ class BenchResult:
         ]
 
     def measured(self) -> bool:
-        """Whether any side of any case has a time that counts."""
+        """Whether any side of any case has a time, and a result that is not wrong."""
         return any(usable(row) for cell in self.cells for row in cell["variants"])
 
     def why_nothing(self) -> str | None:
-        """Why no side of any case has a time that counts; None: some side has one."""
+        """Why nothing was `measured`; None if something was."""
         if self.measured():
             return None
-        why = [r["failed"] for r in self.results if "failed" in r] + self.stops
+        reasons = [r["failed"] for r in self.results if "failed" in r] + self.stops
         for cell in self.cells:
             for row in cell["variants"]:
                 reason = row.get("wrong_because") or row.get("missing")
-                why += [f"{row['variant']}: {reason}"] if reason else []
-        return "; ".join(dict.fromkeys(why)) or "no time was left"
+                reasons += [f"{row['variant']}: {reason}"] if reason else []
+        return "; ".join(dict.fromkeys(reasons)) or "no time was left"
 
     def as_dict(self) -> dict[str, Any]:
-        """The attributes, as values for JSON, in the form of the files of benchmarks/results."""
+        """The attributes as JSON values, in the format of the files in benchmarks/results."""
         on, also = "" if self.settings["device"] == "cpu" else " on a GPU", ""
         if "forward-only" in self.settings["modes"]:
             also = ", and forward alone"
@@ -99,12 +99,12 @@ class BenchResult:
         if on:
             return out | {"results": self.results}
         cells = self.cells
-        rest = [r for r in self.results if not any(r is cell for cell in cells)]
-        return out | {"cells": [_by_letters(cell) for cell in cells], "results": rest}
+        others = [r for r in self.results if not any(r is cell for cell in cells)]
+        return out | {"cells": [_by_letters(cell) for cell in cells], "results": others}
 
 
 def _by_letters(cell: dict[str, Any]) -> dict[str, Any]:
-    """A cell as it stands in a file: sizes by letter, rates in GFLOP/s."""
+    """A cell in the format of a file: sizes by capital letter, rates in GFLOP/s."""
     rates = {k: g | {"gflop_per_s": 1e3 * g["tflop_per_s"]} for k, g in cell["products"].items()}
     shape = {k.upper(): cell["size"][k] for k in "nhv"}
     return {k: v for k, v in cell.items() if k not in ("products", "excluded")} | {
@@ -121,12 +121,12 @@ def run_tasks(
     changed: Callable[[BenchResult], None] | None = None,
     loud: bool = False,
 ) -> BenchResult:
-    """Measure all that the options ask for.
+    """Run all tasks of the options.
 
     Args:
         hear: gets each message of a worker: `machine`, `result`, `dropped`.
         doing: gets `{"doing": task, "entry": side}` for each side that begins.
-        changed: gets what is there so far after each task, and at the end.
+        changed: gets the results so far, after each task and at the end.
         loud: whether the stderr of workers is passed on.
     """
     begun = time.perf_counter()
@@ -173,20 +173,20 @@ def run_tasks(
 
 
 def cell_of(memory: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The cell that a memory task is about; None if it was not measured."""
+    """The cell to which the figures of a memory task belong; None if it was not measured."""
     keys = ("shape", "dtype", "mode", "threads")
     for cell in cells:
-        same = all(cell.get(key) == memory.get(key) for key in keys)
-        if cell["kind"] == "cell" and "variants" in cell and same:
+        matches = all(cell.get(key) == memory.get(key) for key in keys)
+        if cell["kind"] == "cell" and "variants" in cell and matches:
             return cell
     return None
 
 
 def _add_memory(result: dict[str, Any], cells: list[dict[str, Any]]) -> None:
     """Put a memory task's figures into the rows of its cell."""
-    why = {"failed": result.get("failed", "not measured")}
+    failed = {"failed": result.get("failed", "not measured")}
     for row in (cell_of(result, cells) or {}).get("variants", ()):
-        row["memory"] = result.get("memory", {}).get(row["variant"], why)
+        row["memory"] = result.get("memory", {}).get(row["variant"], failed)
 
 
 def _with_speeds(result: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _with_speeds(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(options: BenchOptions) -> dict[str, Any]:
-    """How it is measured, for the file. benchmarks/README.md says more."""
+    """The settings of a results file: how the figures are measured. See benchmarks/README.md."""
     cpu = options.device == "cpu"
     return {
         "device": options.device,

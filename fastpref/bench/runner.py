@@ -1,4 +1,4 @@
-"""Running: interleaved calls, workers in processes of their own, and who watches over them.
+"""Running: interleaved calls, workers in separate processes, and the supervisor of a worker.
 
 fastpref.profiling.processes has the two ends of a worker's pipe. The worker of `fastpref bench` is
 the module fastpref.bench.worker. That of other benchmarks is their script, started with --worker.
@@ -27,7 +27,10 @@ __all__ = ["Child", "Rounds", "Supervisor", "Timing", "failure", "run_worker", "
 
 @dataclass
 class Timing:
-    """Seconds of each call of one variant. limited: slow, so it sat out some of the rounds."""
+    """The seconds of each call of one variant.
+
+    limited: whether the variant is so slow that it took part in fewer rounds.
+    """
 
     seconds: list[float] = field(default_factory=list)
     limited: bool = False
@@ -51,21 +54,30 @@ class Timing:
 
 
 def share_rounds(cost: dict[str, float], repeats: int, seconds: float) -> dict[str, int]:
-    """Of so many rounds, how many each call takes part in when it may spend so many seconds."""
+    """The number of rounds, of `repeats`, that each call may take part in.
+
+    cost: seconds of each call. seconds: what a call may spend in all its rounds; it takes part in
+    three rounds at least.
+    """
     fits = {name: int(seconds / max(c, 1e-9)) for name, c in cost.items()}
     return {name: min(repeats, max(3, n)) for name, n in fits.items()}
 
 
 def due(shares: dict[str, int], i: int, repeats: int, order: random.Random) -> list[str]:
-    """Whose turn it is in round i, shuffled; a call that sits out rounds does so evenly."""
+    """The calls of round i, in a random order.
+
+    shares: the number of rounds of each call, which are spread evenly over all rounds.
+    """
     names = [n for n, k in shares.items() if (i + 1) * k // repeats > i * k // repeats]
     order.shuffle(names)
     return names
 
 
 class Rounds:
-    """Interleaved calls: each round all of them, in an order of its own, so that a slow spell of
-    the machine hits every side."""
+    """Interleaved calls: every round makes all of them, in a new random order.
+
+    A time in which the machine is slow thus affects every side.
+    """
 
     def __init__(
         self,
@@ -75,8 +87,8 @@ class Rounds:
         seed: int = 0,
         deadline: float = float("inf"),
     ):
-        """repeats: rounds. seconds: what one call may spend in all its rounds. deadline: in
-        time.time()'s terms; no round begins after it but the first."""
+        """repeats: the number of rounds. seconds: what one call may spend in all its rounds.
+        deadline: a value of time.time(), after which no round but the first begins."""
         self._deadline = deadline
         self._device, self._repeats, self._seconds = device, repeats, seconds
         self._order = random.Random(seed)
@@ -92,19 +104,20 @@ class Rounds:
         doing: Callable[[str], object] = lambda name: None,
         whole: bool = False,
     ) -> None:
-        """cost: seconds of a warm call; one that is slow sits out rounds, but takes part in three.
+        """Time the calls; `device` and `host` get the times, `failed` the reasons of failures.
 
-        doing: told whose turn it is. whole: with the wall clock, until the device is done. A call
-        that fails is out, and `failed` says why. Raises Lost.
+        cost: the seconds of a warm call, by which a slow call takes part in fewer rounds. doing:
+        called with the name of each call before it is made. whole: whether the times are those of
+        `Device.wall` instead of `Device.time`. A call that fails is not made again. Raises Lost.
         """
         clock = self._device.wall if whole else self._device.time
-        wanted = {name: cost[name] for name in calls}
-        shares = share_rounds(wanted, self._repeats, self._seconds)
+        costs = {name: cost[name] for name in calls}
+        shares = share_rounds(costs, self._repeats, self._seconds)
         for name, k in shares.items():
             self.device[name] = Timing(limited=k < self._repeats)
             self.host[name] = Timing(limited=k < self._repeats)
         gc.collect()
-        gc.freeze()  # what lives now stays; it need not be looked at again every round
+        gc.freeze()  # a collection between rounds then skips all objects that exist now
         gc.disable()
         try:
             for i in range(self._repeats):
@@ -147,7 +160,7 @@ class Child(processes.Child):
 
 
 def run_worker(script: str, request: dict[str, Any], env: dict[str, str]) -> dict[str, Any]:
-    """The one message of a worker. Raises RuntimeError if it ends without."""
+    """The only message of a worker. Raises RuntimeError if the worker ends without one."""
     child = Child(script, request, env, loud=False)
     try:
         message = child.hear()
@@ -158,25 +171,25 @@ def run_worker(script: str, request: dict[str, Any], env: dict[str, str]) -> dic
         child.stop()
 
 
-_STRIKES = 2  # tasks that a part may take down before it is left out of all
+_STRIKES = 2  # tasks in which an entry may end the worker before it is left out of all tasks
 
 
 class Supervisor:
-    """Runs a worker over a list of tasks, and goes on without whatever takes the worker down.
+    """Runs a worker over a list of tasks, and goes on without an entry that ends the worker.
 
     Messages of the worker:
 
-        {"doing": id, "entry": name}   what it is at; entry: which part of the task, if any
+        {"doing": id, "entry": name}   the present task, and the entry (side) that it measures
         {"result": {"id": id, ...}}    a task is done
-        {"dropped": id}                no time for that task
-        {"lost": why}                  it cannot go on, and ends
+        {"dropped": id}                no time is left for that task
+        {"lost": reason}               the worker cannot go on, and ends
         {"done": true}                 all tasks are done
 
-    It is stopped when it is silent for too long or past its time. Then, or when it died, another
-    one gets the tasks that are left, without the part that the first one was at. Tasks with an
-    environment of their own, `env`, get a worker of their own.
+    A worker is stopped if it is silent for too long or past its deadline. After that, or after its
+    death, a new worker gets the remaining tasks. The entry that the old worker was measuring is
+    left out of its task. Tasks with the same environment variables, `env`, share a worker.
 
-    results: in the order in which they came. dropped: ids of tasks. stops: what went wrong.
+    results: in the order of their ends. dropped: ids of tasks. stops: why workers ended early.
     """
 
     def __init__(
@@ -191,12 +204,12 @@ class Supervisor:
         env: dict[str, str] | None = None,
         loud: bool = True,
     ):
-        """command: starts a worker. hear: gets every message but `doing`, which goes to `doing`.
-        patience: seconds of silence that are too many. grace: seconds past request["deadline"], in
-        time.time()'s terms, until the end. env: of all workers. loud: whether their stderr is
-        passed on."""
+        """command: starts a worker. hear: gets every message but `doing`. doing: gets those.
+        patience: seconds of silence after which a worker is stopped. grace: seconds after
+        request["deadline"], a value of time.time(), at which every worker is stopped. env:
+        environment variables of all workers. loud: whether their stderr is passed on."""
         self._command, self._request, self._hear, self._doing = command, request, hear, doing
-        self._patience, self._end = patience, request["deadline"] + grace
+        self._patience, self._end_time = patience, request["deadline"] + grace
         self._env, self._loud = env or {}, loud
         self._tasks = {task["id"]: {**task, "excluded": {}} for task in request["tasks"]}
         self._strikes: dict[str, int] = {}
@@ -206,45 +219,50 @@ class Supervisor:
         self.stops: list[str] = []
 
     def run(self) -> None:
-        while self._tasks and time.time() < self._end:
-            before = len(self._tasks)
-            at, why = self._one_worker()
-            if why is not None:
-                self._learn(at, why, len(self._tasks) < before)
-            elif len(self._tasks) == before:  # it says that it is done, and did nothing
+        while self._tasks and time.time() < self._end_time:
+            tasks_before = len(self._tasks)
+            last, reason = self._one_worker()
+            if reason is not None:
+                self._exclude(last, reason, len(self._tasks) < tasks_before)
+            elif len(self._tasks) == tasks_before:  # a worker that did nothing would do so again
                 break
         self.dropped += self._tasks
 
     def _one_worker(self) -> tuple[dict[str, Any], str | None]:
-        """Run one worker. What it was at last, and why it stopped early; None: it did not."""
+        """Run one worker.
+
+        Returns:
+            The last `doing` of an unfinished task, and why the worker ended early; None if it did
+            not end early.
+        """
         env, tasks = next(itertools.groupby(self._tasks.values(), lambda task: task.get("env")))
         request = {**self._request, "tasks": list(tasks), "first": self._first}
         child = processes.Child(self._command, request, {**self._env, **(env or {})}, self._loud)
-        at: dict[str, Any] = {}
-        why: str | None = None
+        last: dict[str, Any] = {}
+        reason: str | None = None
         try:
             while True:
-                wait = min(self._patience, self._end - time.time())
+                wait = min(self._patience, self._end_time - time.time())
                 try:
                     message = child.hear(timeout=max(wait, 0.0))
                 except queue.Empty:
                     silent = f"nothing heard for {wait:.0f} s"
-                    return at, silent if wait == self._patience else "the time was up"
+                    return last, silent if wait == self._patience else "the time was up"
                 if message is None:
-                    return at, (why or child.ending())[:300]
+                    return last, (reason or child.ending())[:300]
                 if "doing" in message:
-                    at = message
+                    last = message
                     self._doing(message)
                     continue
                 if "result" in message:
                     self.results.append(message["result"])
                     self._tasks.pop(message["result"]["id"])
-                    at = {}
+                    last = {}
                 elif "dropped" in message:
                     self.dropped.append(message["dropped"])
                     self._tasks.pop(message["dropped"])
                 elif "lost" in message or "failed" in message:
-                    why = message.get("lost") or message["failed"]
+                    reason = message.get("lost") or message["failed"]
                 elif "machine" in message:
                     self._first = False
                 elif "done" in message:
@@ -253,26 +271,29 @@ class Supervisor:
         finally:
             child.stop()
 
-    def _learn(self, at: dict[str, Any], why: str, moved: bool) -> None:
-        """Leave out the part that did it, or the task where it was no part. moved: it did some."""
-        name, entry = at.get("doing", ""), at.get("entry")
-        self.stops.append(": ".join(part for part in (name, entry, why) if part))
+    def _exclude(self, last: dict[str, Any], reason: str, progressed: bool) -> None:
+        """Leave out the entry that ended a worker, or the whole task if it was not at an entry.
+
+        last: as `_one_worker` returns it. progressed: whether the worker finished any task.
+        """
+        name, entry = last.get("doing", ""), last.get("entry")
+        self.stops.append(": ".join(text for text in (name, entry, reason) if text))
         if self._loud:
             print(f"stopped at {self.stops[-1]}", file=sys.stderr, flush=True)
         if name not in self._tasks:
-            if not moved:  # it cannot even start: no task would go better
+            if not progressed:  # the worker cannot even start, whatever the task
                 self.dropped += self._tasks
                 self._tasks.clear()
             return
         if entry is None or entry in self._tasks[name]["excluded"]:
-            self._fail(name, why)
+            self._fail(name, reason)
             return
         self._strikes[entry] = self._strikes.get(entry, 0) + 1
         tasks = self._tasks.values() if self._strikes[entry] >= _STRIKES else [self._tasks[name]]
         for task in tasks:
-            task["excluded"][entry] = f"it stopped the process: {why}"
+            task["excluded"][entry] = f"it stopped the process: {reason}"
 
-    def _fail(self, name: str, why: str) -> None:
-        result = {**self._tasks.pop(name), "failed": f"the process stopped: {why}"}
+    def _fail(self, name: str, reason: str) -> None:
+        result = {**self._tasks.pop(name), "failed": f"the process stopped: {reason}"}
         self.results.append(result)
         self._hear({"result": result})

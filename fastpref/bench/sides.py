@@ -21,14 +21,14 @@ from fastpref.logps.forward import HeadTensors
 from fastpref.logps.options import HeadOptions
 from fastpref.logps.prepared import plan_call
 
-_ALWAYS = (peers.EAGER, peers.TRL)  # what the ratios are to
+_ALWAYS = (peers.EAGER, peers.TRL)  # the speeds of other sides are relative to these
 
 
 class Sides:
     """The sides that a request asks for, on one device.
 
     Args:
-        backends: those of the package to compare; none for the one that the package picks.
+        backends: the package's backends to compare; empty for the one that it picks.
     """
 
     def __init__(self, device: Device, request: dict[str, Any], backends: list[Any]):
@@ -37,9 +37,9 @@ class Sides:
     def rows(
         self, shape: Shape, task: dict[str, Any], no_time: Callable[[str], bool]
     ) -> Iterator[tuple[Entry, dict[str, Any]]]:
-        """Each side with its row, which says where it is missing and why.
+        """Each side with its row, which has the reason if the side cannot take part.
 
-        no_time: says of another library's side, by name, that no time is left for it.
+        no_time: tells, by name, whether no time is left for another library's side.
         """
         mode, excluded = task["mode"], task.get("excluded", {})
         for entry in self._listed(mode, task["dtype"]):
@@ -65,12 +65,12 @@ class Sides:
                 try:
                     plan = self._plan(shape, mode, task["dtype"], options, entry.backend)
                     row["plan"] = plan
-                except (ValueError, RuntimeError) as error:  # which the call itself would raise
+                except (ValueError, RuntimeError) as error:  # the call would raise it, too
                     row["missing"] = failure(error)
             yield entry, row
 
     def fuses(self, shape: Shape, dtype: str) -> bool:
-        """Whether a pass without gradients runs without logits if it is left to the package."""
+        """Whether the package, by its own choice, computes a forward-only pass without logits."""
         fastest = {"strategy": "forward-only"} if self._device.like_gpu else {}
         return self._plan(shape, "forward-only", dtype, fastest)["logit_free"]
 
@@ -86,7 +86,7 @@ class Sides:
             tolerance=self._request.get("gradient_tolerance"),
         )
         only = self._request.get("only")
-        return [e for e in listed if not only or any(part in e.name for part in only)]
+        return [e for e in listed if not only or any(text in e.name for text in only)]
 
     def _plan(
         self,
@@ -96,7 +96,7 @@ class Sides:
         options: dict[str, Any],
         backend: str | None = None,
     ) -> dict[str, Any]:
-        """The plan of a call with these options, which has what its backend does by default."""
+        """The plan of a call with these options, including the defaults of its backend."""
         row = torch.empty(1, shape.h, dtype=DTYPES[dtype], device=self._device.device)
         head = HeadTensors(row.expand(shape.v, -1))
         head_options = HeadOptions(softcap=shape.softcap, backend=backend, **options)

@@ -1,4 +1,4 @@
-"""The tables of `fastpref bench`: headers and rows of texts, for a terminal and for a page."""
+"""The tables of `fastpref bench`: a header and rows of texts, for a terminal or an HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SCALED = {"tokens": "N", "vocab": "V", "threads": "threads"}
 
 
 def rates_table(rates: Sequence[dict[str, Any]]) -> Table:
-    """What the machine can do."""
+    """The rates of the machine, for each dtype."""
     lines = []
     for measured in rates:
         peak, product, copy = measured["peak_tflop_per_s"], measured["product"], measured["copy"]
@@ -25,7 +25,7 @@ def rates_table(rates: Sequence[dict[str, Any]]) -> Table:
 
 
 def title_of(cell: dict[str, Any]) -> str:
-    """One line on what a cell is about."""
+    """One line with the sizes, dtype, mode and threads of a cell."""
     size = cell["size"]
     text = f"N={size['n']:,} H={size['h']:,} V={size['v']:,}{size_notes(size)}"
     text += f", {cell['dtype']}, {cell['mode']}"
@@ -35,7 +35,7 @@ def title_of(cell: dict[str, Any]) -> str:
 
 
 def cell_table(cell: dict[str, Any]) -> Table:
-    """The sides of a cell. A side whose result is wrong has its errors, and no time or speed."""
+    """The sides of a cell. The row of a wrong result has errors, but no time and no speed."""
     header = ["", "ms", "spread", "x eager", "roofline", "extra MiB"]
     header += ["error, nat", "of dX", "of dW"]
     lines = []
@@ -44,7 +44,7 @@ def cell_table(cell: dict[str, Any]) -> Table:
             continue
         median, good = row["time"]["median_ms"], usable(row)
         errors = row["errors"] or {}
-        shown = [
+        times = [
             f"{median:,.2f}",
             spread_of(row) if row["time"]["repeats"] > 1 else "-",
             number(row.get("speed_over_eager"), ".2f"),
@@ -53,17 +53,17 @@ def cell_table(cell: dict[str, Any]) -> Table:
         lines.append(
             [
                 label_of(row),
-                *(shown if good else ["WRONG", "-", "-", "-"]),
+                *(times if good else ["WRONG", "-", "-", "-"]),
                 number(mib(row, "extra"), ",.0f"),
                 *(number(errors.get(k), ".1e") for k in ("sum_max", "dhidden", "dweight")),
             ]
         )
-    kept = [i for i in range(len(header)) if i == 0 or {line[i] for line in lines} != {"-"}]
-    return [header[i] for i in kept], [[line[i] for i in kept] for line in lines]
+    used_columns = [i for i in range(len(header)) if i == 0 or {line[i] for line in lines} != {"-"}]
+    return [header[i] for i in used_columns], [[line[i] for i in used_columns] for line in lines]
 
 
 def notes_of(cell: dict[str, Any]) -> list[str]:
-    """Sentences on a cell: what is wrong or missing, and whether the machine was quiet."""
+    """Sentences on a cell: wrong results, missing sides, and a machine that was not quiet."""
     out = []
     for row in cell["variants"]:
         if row.get("wrong"):
@@ -84,16 +84,18 @@ def notes_of(cell: dict[str, Any]) -> list[str]:
 
 
 def scaling_points(cells: Sequence[dict[str, Any]], scale: str) -> dict[str, dict[int, float]]:
-    """Milliseconds of each side by the size that was scaled: fastpref's fastest exact way, eager
-    and the fastest peer of each size."""
+    """The milliseconds of fastpref, eager and the fastest peer, by the size that was scaled.
+
+    Of fastpref the fastest exact variant of each size is taken.
+    """
     out: dict[str, dict[int, float]] = {}
     for cell in cells:
         size = int(cell["threads"] if scale == "threads" else cell["size"][_SCALED[scale].lower()])
         rows = cell["variants"]
         exact = [r for r in rows if r["ours"] and r["precision"] == "exact"]
         groups = {"fastpref": exact, "eager": [r for r in rows if r["variant"] == "eager"]}
-        others = [r for r in rows if not r["ours"] and not r["other_function"]]
-        groups["fastest peer"] = [r for r in others if r["variant"] != "eager"]
+        peers = [r for r in rows if not r["ours"] and not r["other_function"]]
+        groups["fastest peer"] = [r for r in peers if r["variant"] != "eager"]
         for name, group in groups.items():
             if (best := fastest(group)) is not None:
                 key = f"{name}, {cell['dtype']}, {cell['mode']}"
@@ -102,7 +104,7 @@ def scaling_points(cells: Sequence[dict[str, Any]], scale: str) -> dict[str, dic
 
 
 def scaling_table(cells: Sequence[dict[str, Any]], scale: str) -> Table:
-    """How the time grows: at each size the milliseconds, and in brackets over the first size's."""
+    """The milliseconds at each size. In brackets is their ratio to those of the first size."""
     points = scaling_points(cells, scale)
     sizes = sorted({size for times in points.values() for size in times})
     lines = []
@@ -121,7 +123,7 @@ def scaling_table(cells: Sequence[dict[str, Any]], scale: str) -> Table:
 
 
 def changes_table(changes: Sequence[Change]) -> Table:
-    """Each side then and now; the spread is that of the ratio between the quartiles."""
+    """The old and the new time of each side. The spread is that of their ratio by quartiles."""
     lines = []
     for c in changes:
         spread = "-" if c.low is None else f"{c.low:.2f} to {c.high:.2f}"

@@ -1,4 +1,4 @@
-"""Ratios between the sides of a result, and the aims beside what was measured."""
+"""Ratios between the sides of a result, and its targets with the figures that were measured."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from fastpref.bench.results import target
 
 Row = dict[str, Any]
 
-# Of the roofline, with a gradient: what the large heads allow, and the small ones, where the passes
-# over the logits weigh more.
+# Targets for the fraction of the roofline of a pass with gradients. Those of the smaller heads are
+# lower, because the passes over the logits take a larger share of their time.
 _ROOFLINE = {"a": 0.90, "e": 0.90, "c": 0.85, "b": 0.75, "d": 0.68}
-# Bytes at the peak beyond those before the call, the returned gradients among them, in GB.
+# Targets for the peak memory beyond that before the call, with the returned gradients, in GB.
 _MEMORY = {"trainable": {"a": 3.2, "b": 2.8, "c": 3.3, "d": 1.7, "e": 2.7}, "frozen": {"a": 1.1}}
 _WIDE = ("a", "c", "e")
 _SMALL_CALL_US = 100.0
 
 
 def usable(row: dict[str, Any]) -> bool:
+    """Whether a row has a time and a result that is not wrong."""
     return "time" in row and "missing" not in row and not row["wrong"]
 
 
@@ -32,24 +33,28 @@ def fastest(rows: list[Row]) -> Row | None:
 
 
 def compared(result: dict[str, Any]) -> dict[str, Any]:
-    """The result with each side's speed over eager and TRL, and its memory over eager's. A wrong
-    one has no speed."""
+    """The result, with each side's speed over eager and TRL and its memory over eager's.
+
+    A side whose result is wrong gets no speed.
+    """
     rows = {row["variant"]: row for row in result.get("variants", ())}
     for key, name in (("speed_over_eager", EAGER), ("speed_over_trl", TRL)):
         base = rows.get(name)
         for row in rows.values():
             if base is not None and usable(base) and usable(row):
                 row[key] = round(speed(base, row), 3)
-    most = rows.get(EAGER, {}).get("memory", {}).get("extra")
+    eager_extra = rows.get(EAGER, {}).get("memory", {}).get("extra")
     for row in rows.values():
-        if most and "extra" in row.get("memory", {}):
-            row["memory_over_eager"] = round(row["memory"]["extra"] / most, 4)
+        if eager_extra and "extra" in row.get("memory", {}):
+            row["memory_over_eager"] = round(row["memory"]["extra"] / eager_extra, 4)
     return result
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The aims of one task: on a CPU for fastpref, on a GPU for each of its backends in its default
-    precision."""
+    """The targets of one task: on a CPU of fastpref as a whole, on a GPU of each backend.
+
+    Those of a GPU are for the default precision.
+    """
     if "failed" in result:
         return []
     kind = result["kind"]
@@ -62,7 +67,7 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _cpu_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """fastpref's fastest strategy in each precision."""
+    """The targets of a cell on a CPU. Speeds are those of the fastest strategy in a precision."""
     rows = {row["variant"]: row for row in result["variants"]}
     trainable, narrow = result["mode"] == "trainable", result["dtype"] == "bf16"
     ours = [r for r in rows.values() if r["ours"]]
@@ -139,8 +144,9 @@ def _cell_targets(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _over(rows: list[dict[str, Any]], best: dict[str, Any] | None) -> float | None:
-    one = fastest(rows)
-    return speed(one, best) if one and best else None
+    """The time of the fastest row over that of `best`."""
+    row = fastest(rows)
+    return speed(row, best) if row and best else None
 
 
 def _row_targets(result: dict[str, Any]) -> list[dict[str, Any]]:

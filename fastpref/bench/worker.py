@@ -2,8 +2,8 @@
 
 A peer that crashes or hangs then costs its own figure and no other.
 
-A task is a dictionary of cases.py. Its kind is the name of a method: cell, memory, rows, logits,
-overhead or roofline.
+A task is a dictionary that cases.py made. Its kind is the name of a method here without the
+underscore: cell, memory, rows, logits, overhead or roofline.
 """
 
 from __future__ import annotations
@@ -15,37 +15,36 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastpref.backends import native
-from fastpref.bench import parts, rates, results
+from fastpref.bench import first_calls, parts, rates, results
 from fastpref.bench.device import Device, Lost, open_device
-from fastpref.bench.peers import Entry, Output, Side, step
+from fastpref.bench.peers import Entry, step
 from fastpref.bench.problem import (
     DTYPES,
     HeadProblem,
     Shape,
     Truth,
-    errors,
     float64_truth,
-    logp_errors,
     make_problem,
     parse_shape,
 )
 from fastpref.bench.runner import Rounds, Timing, failure, serve
 from fastpref.bench.sides import Sides
-from fastpref.bench.verdict import fault
 from fastpref.body import keep_cpu_memory
 
-# Seconds that are kept for each remaining task. A peer whose warm-up would use them is left out.
+# Seconds that are reserved for each remaining task. A peer whose warm-up would take them is left
+# out.
 _RESERVE_S = 3.0
 ROOFLINE, PEAK, CANARY = "products", "peak", "canary"
 Say = Callable[[dict[str, Any]], None]
 
 
 class Worker:
-    """Measures one task after another. say: tells the supervisor, who stops a worker that is silent
-    for long."""
+    """Measures one task after another.
+
+    say: sends a message to the supervisor, which stops a worker that is silent for too long.
+    """
 
     def __init__(self, device: Device, request: dict[str, Any], say: Say):
         import fastpref.backends
@@ -55,10 +54,10 @@ class Worker:
         self._backends: list[Any] = [b for b in backends if b in fastpref.backends.NAMES]
         self._sides = Sides(device, request, self._backends)
         self._inputs: tuple[HeadProblem, Truth, rates.Products | None] | None = None
-        self._warm: dict[str, float] = {}  # seconds that the warm-up of a side took at most
-        self._inputs_of: tuple[Shape, str] | None = None
-        self._tasks_left = 0  # tasks still to come
-        self._doing = ""
+        self._warm_up_s: dict[str, float] = {}  # the longest warm-up of each side
+        self._inputs_key: tuple[Shape, str] | None = None
+        self._remaining_tasks = 0  # after the present one
+        self._task_id = ""
         self._threads = torch.get_num_threads()
 
     def machine(self) -> dict[str, Any]:
@@ -68,18 +67,18 @@ class Worker:
         active = fastpref.backends.active(self._device.device, torch.bfloat16)
         return about | ({"backend": active} if self._device.like_gpu else {})
 
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         return self._request["deadline"] - time.time()
 
     def run(self) -> None:
         tasks = self._request["tasks"]
         for i, task in enumerate(tasks):
             task = {"dtype": "bf16", **task}
-            self._tasks_left = len(tasks) - i - 1
-            if self.left() < self._request["least_seconds"]:
+            self._remaining_tasks = len(tasks) - i - 1
+            if self.seconds_left() < self._request["least_seconds"]:
                 self._say({"dropped": task["id"]})
                 continue
-            self._doing = task["id"]
+            self._task_id = task["id"]
             self._alive()
             begun = time.perf_counter()
             torch.set_num_threads(task.get("threads") or self._threads)
@@ -97,7 +96,7 @@ class Worker:
 
     def _alive(self) -> None:
         """Say that the present task goes on."""
-        self._say({"doing": self._doing})
+        self._say({"doing": self._task_id})
 
     def _teller(self, task: dict[str, Any]) -> Callable[[str], None]:
         return lambda name: self._say({"doing": task["id"], "entry": name})
@@ -108,7 +107,7 @@ class Worker:
 
     def _problem(self, shape: Shape, dtype: str) -> HeadProblem:
         """New inputs. The previous ones are freed first, as both may not fit the memory."""
-        self._inputs_of = self._inputs = None
+        self._inputs_key = self._inputs = None
         self._device.free()
         size = shape.n, shape.h, shape.v, DTYPES[dtype], self._device.device, shape.softcap
         return make_problem(*size, zipf=self._device.like_gpu)
@@ -117,7 +116,7 @@ class Worker:
         self, shape: Shape, dtype: str
     ) -> tuple[HeadProblem, Truth, rates.Products | None]:
         """Inputs, their float64 truth and bare GEMMs. Consecutive tasks of a shape share them."""
-        if (shape, dtype) != self._inputs_of:
+        if (shape, dtype) != self._inputs_key:
             problem = self._problem(shape, dtype)
             truth = float64_truth(problem, self._alive)
             self._device.free()
@@ -125,7 +124,7 @@ class Worker:
                 products = rates.Products(problem)
             except torch.OutOfMemoryError:
                 products = None
-            self._inputs_of, self._inputs = (shape, dtype), (problem, truth, products)
+            self._inputs_key, self._inputs = (shape, dtype), (problem, truth, products)
         self._device.free()
         assert self._inputs is not None
         return self._inputs
@@ -136,33 +135,35 @@ class Worker:
         problem.set_trainable(mode == "trainable")
         calls: dict[str, Callable[[], object]] = {}
         cost: dict[str, float] = {}
-        once: dict[str, Timing] = {}
+        single_calls: dict[str, Timing] = {}
 
         def warm_up(entry: Entry, row: dict[str, Any]) -> None:
-            call, seconds = self._warm_up(entry, row, problem, truth, mode)
+            call, seconds = first_calls.warm_up(self._device, entry, row, problem, truth, mode)
             if self._device.like_gpu:
                 seconds = self._device.time(call, problem.clear).device
-            elif seconds > self._request["seconds"]:  # of a side so slow, one run is enough
-                once[entry.name] = Timing([seconds], limited=True)
+            elif seconds > self._request["seconds"]:  # so slow that one call is enough
+                single_calls[entry.name] = Timing([seconds], limited=True)
                 return
             calls[entry.name], cost[entry.name] = call, seconds
 
         rows = self._each(shape, task, problem, warm_up)
         peak = self._peak(problem.weight.dtype)
-        bare = self._bare(products, peak, mode, problem.weight.dtype)
-        for name, (_, call) in bare.items():
+        baselines = self._baselines(products, peak, mode, problem.weight.dtype)
+        for name, (_, call) in baselines.items():
             self._teller(task)(name)
             self._device.time(call)
             cost[name] = self._device.time(call).device
             calls[name] = call
         rounds = self._rounds()
-        with keep_cpu_memory(self._request.get("keep_memory", False)):
-            for call in calls.values() if self._request.get("keep_memory") else ():
+        keep_memory = self._request.get("keep_memory", False)
+        with keep_cpu_memory(keep_memory):
+            for call in calls.values() if keep_memory else ():
                 call()  # its memory is there from now on
                 problem.clear()
             rounds.run(calls, cost, problem.clear, self._teller(task))
             problem.clear()
-        timings = {n: t for n, t in (rounds.device | once).items() if n not in rounds.failed}
+        timings = rounds.device | single_calls
+        timings = {name: t for name, t in timings.items() if name not in rounds.failed}
         roofline = timings[ROOFLINE].median if ROOFLINE in timings else None
         if peak is not None and PEAK in timings:
             flops = 2 * rates.PRODUCTS[mode] * shape.n * shape.h * shape.v
@@ -176,11 +177,11 @@ class Worker:
                 if roofline is not None:
                     row["roofline_fraction"] = round(roofline / timings[name].median, 4)
         products_row = {}
-        for name, (n, _) in bare.items():
+        for name, (n, _) in baselines.items():
             if n and name in timings:
                 rate = 2 * n * shape.h * shape.v / timings[name].median / 1e12
-                more = {"rows": n, "tflop_per_s": round(rate, 4)}
-                products_row[name] = timings[name].to_json() | more
+                products_row[name] = timings[name].to_json()
+                products_row[name] |= {"rows": n, "tflop_per_s": round(rate, 4)}
         return {
             "size": asdict(shape),
             "sequences": problem.labels.shape[0],
@@ -200,9 +201,9 @@ class Worker:
         problem: HeadProblem,
         measure: Callable[[Entry, dict[str, Any]], None],
     ) -> dict[str, dict[str, Any]]:
-        """A row for each side; one that fails, or is not there, has the reason in its row."""
+        """A row for each side. The row of a side that fails or cannot run has the reason."""
         rows = {}
-        for entry, row in self._sides.rows(shape, task, self._short):
+        for entry, row in self._sides.rows(shape, task, self._lacks_time):
             rows[entry.name] = row
             if "missing" in row:
                 continue
@@ -218,86 +219,29 @@ class Worker:
             finally:
                 problem.clear()
                 took = time.perf_counter() - begun
-                self._warm[entry.name] = max(took, self._warm.get(entry.name, 0.0))
+                self._warm_up_s[entry.name] = max(took, self._warm_up_s.get(entry.name, 0.0))
         return rows
 
-    def _short(self, name: str) -> bool:
-        """Whether warming up a side again would take the time of the tasks to come."""
-        seconds = self._warm.get(name, 0.0)
-        return self.left() - seconds < _RESERVE_S * self._tasks_left
-
-    def _warm_up(
-        self, entry: Entry, row: dict[str, Any], problem: HeadProblem, truth: Truth, mode: str
-    ) -> tuple[Callable[[], object], float]:
-        """Run a side until it is warm. Returns the call, and the seconds of its last run.
-
-        The row gets the errors and, on a GPU, the memory and whether two runs give the same bits.
-        """
-        begun = time.perf_counter()
-        side = entry.make()
-        run = step(side, mode)
-        outputs: list[Any] = []
-
-        def call() -> None:
-            outputs[:] = [run(problem)]
-
-        seconds = self._device.wall(call).device
-        row["first_call_s"] = round(time.perf_counter() - begun, 3)
-        if entry.compiled:
-            seconds = self._device.wall(call, problem.clear).device
-        out = outputs.pop()
-        measured, loss = self._errors(entry, side, problem, truth, mode, out)
-        row["errors"], row["wrong"] = measured, False
-        if measured is not None:
-            dtype = "bf16" if problem.weight.dtype == torch.bfloat16 else "fp32"
-            tolerance = dict(entry.options).get("gradient_tolerance")
-            tokens = problem.labels.shape[1]
-            why = fault(measured, dtype, tokens=tokens, loss=loss, tolerance=tolerance)
-            row["wrong"] = why is not None
-            if why is not None:
-                row["wrong_because"] = why
-        if self._device.like_gpu:
-            before = _results(problem, out)
-            problem.clear()
-            row["memory"] = self._device.peak(call)
-            row["memory"]["extra"] = row["memory"]["peak_beyond"] - _returned(problem, mode)
-            after = _results(problem, outputs.pop())
-            row["same_bits_twice"] = all(map(torch.equal, before, after))
-        return lambda: run(problem), seconds
-
-    def _errors(
-        self, entry: Entry, side: Side, problem: HeadProblem, truth: Truth, mode: str, out: Any
-    ) -> tuple[dict[str, float | None] | None, float | None]:
-        """The errors, and the true loss of a call that has one."""
-        if entry.other:
-            return None, None
-        if mode == "forward-only":
-            return logp_errors(problem, truth, out, out.double().sum(1)), None
-        assert isinstance(out, Output)
-        tokens = out.token_logps
-        if tokens is None and side.logps is not None:
-            tokens = side.logps(problem).detach()
-        sums = torch.cat(out.sums) if isinstance(out.sums, tuple) else out.sums
-        assert sums is not None
-        loss = float(out.loss.detach())
-        measured = errors(problem, truth, loss, tokens, sums, entry.with_reference)
-        return measured, truth.loss[entry.with_reference]
+    def _lacks_time(self, name: str) -> bool:
+        """Whether warming up a side again would take time that is reserved for later tasks."""
+        seconds = self._warm_up_s.get(name, 0.0)
+        return self.seconds_left() - seconds < _RESERVE_S * self._remaining_tasks
 
     def _peak(self, dtype: torch.dtype) -> rates.Peak | None:
-        """The CPU's own best rate, if the native module, which measures it, is there."""
+        """The CPU's peak rate; None on a GPU, and without the native module, which measures it."""
         measures = not self._device.like_gpu and native.problem() is None
         return rates.Peak(dtype) if measures else None
 
-    def _bare(
+    def _baselines(
         self,
         products: rates.Products | None,
         peak: rates.Peak | None,
         mode: str,
         dtype: torch.dtype,
     ) -> dict[str, tuple[int, Callable[[], object]]]:
-        """Calls that others are compared with, each with the number of its rows: single GEMMs.
+        """The calls that the sides are compared with, each with its number of rows.
 
-        All GEMMs together, the CPU's best rate and the canary have 0 rows.
+        Single GEMMs have rows. All GEMMs together, the CPU's peak rate and the canary have 0.
         """
         out: dict[str, tuple[int, Callable[[], object]]] = {}
         if peak is not None:
@@ -311,7 +255,7 @@ class Worker:
         return out
 
     def _memory(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
-        """Peak resident memory of each side, in a process that has the allocator for that."""
+        """Peak resident memory of each side, in a process whose malloc returns freed blocks."""
         mode, dtype = task["mode"], task["dtype"]
         problem = self._problem(shape, dtype)
         problem.set_trainable(mode == "trainable")
@@ -322,8 +266,9 @@ class Worker:
             run = step(entry.make(), mode)
             run(problem if entry.compiled else small)
             problem.clear()
-            row["memory"] = self._device.peak(lambda: run(problem))
-            row["memory"]["extra"] = row["memory"]["peak_beyond"] - _returned(problem, mode)
+            row["memory"] = first_calls.peak_memory(
+                self._device, lambda: run(problem), problem, mode
+            )
 
         rows = self._each(shape, task, problem, peak)
         memory = {n: row.get("memory", {"failed": row.get("missing")}) for n, row in rows.items()}
@@ -331,32 +276,33 @@ class Worker:
 
     def _rows(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         problem, _, _ = self._prepare(shape, task["dtype"])
-        makers = parts.row_passes(problem, self._named(), self._request["precision"])
+        makers = parts.row_passes(problem, self._backend_names(), self._request["precision"])
         return self._passes(shape, task, makers)
 
     def _logits(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
         problem, _, _ = self._prepare(shape, task["dtype"])
-        makers = parts.logits_passes(self._device, problem, self._named(), self._request["peers"])
+        backends, peers = self._backend_names(), self._request["peers"]
+        makers = parts.logits_passes(self._device, problem, backends, peers)
         return self._passes(shape, task, makers)
 
-    def _named(self) -> list[str]:
+    def _backend_names(self) -> list[str]:
         import fastpref.backends
 
         return self._backends or [fastpref.backends.active(self._device.device, torch.bfloat16)]
 
     def _passes(self, shape: Shape, task: dict[str, Any], makers: Any) -> dict[str, Any]:
-        excluded, tell = task.get("excluded", {}), self._teller(task)
-        rows = parts.measure(self._device, self._rounds(), makers, excluded, tell)
+        excluded, doing = task.get("excluded", {}), self._teller(task)
+        rows = parts.measure(self._device, self._rounds(), makers, excluded, doing)
         return {"size": asdict(shape), **rows}
 
     def _roofline(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
-        """What the machine can do, before anything else is measured."""
+        """The rates of this machine, measured before anything else."""
         dtype = DTYPES[task["dtype"]]
         measured = rates.machine_rates(self._device, self._rounds(), dtype, self._peak(dtype))
         return {"size": asdict(shape), **measured}
 
     def _overhead(self, shape: Shape, task: dict[str, Any]) -> dict[str, Any]:
-        """All modes of a small batch. Its inputs need no float64 truth."""
+        """Every mode of a small batch, whose results are not compared with float64."""
         problem = self._problem(shape, task["dtype"])
         calls: dict[str, Callable[[], tuple[float, ...]]] = {}
         modes = {}
@@ -378,21 +324,8 @@ class Worker:
         return {"size": asdict(shape), "modes": modes}
 
 
-def _results(problem: HeadProblem, out: Any) -> list[Tensor]:
-    """What has to be the same in every run."""
-    if isinstance(out, Tensor):
-        return [out]
-    results = out.loss.detach(), problem.hidden.grad, problem.weight.grad
-    return [t for t in results if t is not None]
-
-
-def _returned(problem: HeadProblem, mode: str) -> int:
-    """Bytes of the gradients that a call returns."""
-    return 0 if mode == "forward-only" else problem.gradient_bytes()
-
-
 def answer(request: dict[str, Any], say: Say) -> None:
-    """The whole worker."""
+    """Do all tasks of a request, which `serve` has read from the supervisor."""
     worker = Worker(open_device(request["device"]), request, say)
     if request["first"]:
         say({"machine": worker.machine()})

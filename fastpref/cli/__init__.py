@@ -56,7 +56,7 @@ def sentence(error: BaseException) -> str:
 
 
 def speaker() -> str:
-    """Whose error it is: "fastpref", and of several processes, other than the first, which one."""
+    """The start of an error message: "fastpref", and the process's rank unless that is 0."""
     rank = os.environ.get("RANK", "0")
     return "fastpref" if rank == "0" else f"fastpref (process {rank})"
 

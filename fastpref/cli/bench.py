@@ -37,7 +37,7 @@ def command(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="N of models (by default 1024), or of all heads.")
+        int | None, typer.Option(min=2, help="N of all heads; by default 1024 for models.")
     ] = None,
     trained: Annotated[bool, typer.Option("--trained", help="Measure a head that trains.")] = False,
     frozen: Annotated[bool, typer.Option("--frozen", help="Measure a frozen head.")] = False,
@@ -59,7 +59,8 @@ def command(
     ] = None,
     precision: Annotated[str, typer.Option(help="exact, fast or both.")] = "exact,fast",
     gradient_tolerance: Annotated[
-        float | None, typer.Option(help="Measure approximate gradients of this error as well.")
+        float | None,
+        typer.Option(help="Also measure approximate gradients with this relative error."),
     ] = None,
     peers: Annotated[
         str,
@@ -70,10 +71,15 @@ def command(
     ] = "all",
     scale: Annotated[
         Scale | None,
-        typer.Option(help="Measure each head at a quarter, a half, once and twice its size."),
+        typer.Option(
+            help="Measure each head at 1/4, 1/2, 1 and 2 times the size, or with 1, 2, 4, ... "
+            "threads."
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each side.")] = 5,
-    seconds: Annotated[float, typer.Option(help="What one side may spend on its calls.")] = 1.5,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds that one side may spend on its calls.")
+    ] = 1.5,
     budget: Annotated[
         float, typer.Option(help="Seconds for everything; what does not fit is left out.")
     ] = 120.0,
@@ -86,7 +92,7 @@ def command(
         typer.Option(metavar="OLD.json", help="An earlier result; a regression is status 6."),
     ] = None,
     threshold: Annotated[
-        float, typer.Option(help="The part by which a time may grow before it is a regression.")
+        float, typer.Option(help="The fraction by which a time may grow before it is a regression.")
     ] = THRESHOLD,
     save: Annotated[
         Path | None, typer.Option(help="Write the result here, for a later --compare.")
@@ -163,7 +169,7 @@ def command(
 
 
 def _check_save(path: Path | None) -> None:
-    """Refuse a place of --save that is no JSON file, before minutes are spent."""
+    """Raise ValueError, before anything is measured, if --save could not be written."""
     from fastpref.bench.compare import load_result
 
     if path is None:
@@ -207,10 +213,10 @@ def _old_result(path: Path, options: Any) -> dict[str, Any]:
         for dtype in case.dtypes
         for mode in options.modes
     }
-    before, sides = sides_of(old), set(side_names(options))
-    if not keys & before.keys():
+    old_sides, sides = sides_of(old), set(side_names(options))
+    if not keys & old_sides.keys():
         raise ValueError(f"--compare {path} has none of the cases that would be measured")
-    if not any(before[key] & sides for key in keys & before.keys()):
+    if not any(old_sides[key] & sides for key in keys & old_sides.keys()):
         raise ValueError(f"--compare {path} has none of fastpref's ways that would be measured")
     return old
 
@@ -225,15 +231,18 @@ def _announce(options: Any) -> None:
         modes = ", ".join(options.modes)
         typer.echo(f"head {case.shape}{about}, {', '.join(case.dtypes)}{threads}: {modes}")
     typer.echo(f"sides: {', '.join(side_names(options))}")
-    for name, why in options.missing_peers.items():
-        typer.echo(f"{name} is left out: {why}")
+    for name, reason in options.missing_peers.items():
+        typer.echo(f"{name} is left out: {reason}")
     limit = f", at most {options.budget:.0f} s" if options.budget is not None else ""
     typer.echo(f"{options.repeats} calls of each, by turns{limit}")
 
 
 @contextlib.contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[tuple[Callable[..., None], Callable[..., None]]]:
-    """What hears of tasks, and of sides that begin: a bar in a terminal, lines elsewhere."""
+    """Shows progress: a bar in a terminal, lines elsewhere.
+
+    Yields the functions `hear` and `doing` of `run_tasks`.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -241,20 +250,20 @@ def _progress(total: int, quiet: bool) -> Iterator[tuple[Callable[..., None], Ca
 
     console = Console(stderr=True)
     bar = Progress(console=console, transient=True, disable=quiet or not console.is_terminal)
-    at = bar.add_task("Starting", total=total)
+    bar_task = bar.add_task("Starting", total=total)
     lines = not quiet and not console.is_terminal
-    seen: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
 
     def doing(message: dict[str, Any]) -> None:
         task, side = message["doing"], message.get("entry", "")
-        bar.update(at, description=f"{task}: {side}" if side else task)
-        if lines and side and (task, side) not in seen:
+        bar.update(bar_task, description=f"{task}: {side}" if side else task)
+        if lines and side and (task, side) not in printed:
             console.print(f"{task}: {side}", highlight=False, markup=False)
-        seen.add((task, side))
+        printed.add((task, side))
 
     def hear(message: dict[str, Any]) -> None:
         if "result" in message or "dropped" in message:
-            bar.advance(at)
+            bar.advance(bar_task)
             count()
         if "dropped" in message and not quiet:
             text = f"{message['dropped']}: left out, no time left"
@@ -273,7 +282,7 @@ def _progress(total: int, quiet: bool) -> Iterator[tuple[Callable[..., None], Ca
 
 
 def _parts(result: Any, scale: str | None, changes: list[Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Title, table and notes of each part of what is shown."""
+    """The title, the table and the notes of each part of the output."""
     from fastpref.bench import tables
 
     if result.rates:
@@ -290,9 +299,9 @@ def _parts(result: Any, scale: str | None, changes: list[Any]) -> Iterator[tuple
 
 def _left_out(result: Any) -> list[str]:
     """Sentences on what was not measured."""
-    out = [f"{name} was not measured: {why}" for name, why in result.missing_peers.items()]
+    out = [f"{name} was not measured: {reason}" for name, reason in result.missing_peers.items()]
     out += [f"{r['id']}: {r['failed']}" for r in result.results if "failed" in r]
-    out += [f"stopped: {why}" for why in result.stops]
+    out += [f"stopped: {reason}" for reason in result.stops]
     return out + ([f"no time left for: {', '.join(result.dropped)}"] if result.dropped else [])
 
 

@@ -24,7 +24,7 @@ def adapter_of(name: str, argument: str = "--model") -> dict[str, Any] | None:
 
 
 def continues(name: str, options: list[str]) -> bool:
-    """Whether --model is an adapter, which is trained further.
+    """Whether --model is an adapter, which the run would train further.
 
     options: the options of a new adapter that were passed; they raise ValueError then.
     """

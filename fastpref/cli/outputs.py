@@ -1,6 +1,6 @@
-"""What a command leaves behind: tables, JSON, and files whose place is checked first.
+"""The outputs of a command: tables, JSON, and files whose paths are checked before the work starts.
 
-A profile takes minutes, so that a place where its report cannot be written is an error before it.
+A profile takes minutes. So a path at which its report could not be written is an error before it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ def table_console(width: int = 120) -> Any:
     """
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
     columns = os.environ.get("COLUMNS", "")
-    if console.is_terminal or (columns.isdigit() and int(columns)):
-        return console
-    return Console(soft_wrap=True, width=width)
+    # `Dataset.map(num_proc=...)` replaces os.environ, and rich goes on reading the old one.
+    if columns.isdigit() and int(columns):
+        return Console(soft_wrap=True, width=int(columns))
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(soft_wrap=True, width=width)
 
 
 def print_json(value: Any) -> None:

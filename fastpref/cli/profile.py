@@ -129,7 +129,7 @@ def command(
 
 @contextlib.contextmanager
 def _progress(total: int, quiet: bool) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """What hears the sides' messages: a bar in a terminal, lines elsewhere."""
+    """Shows progress: a bar in a terminal, lines elsewhere. Yields `hear` of `profile_training`."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -197,8 +197,8 @@ def _show(profile: Any) -> None:
             column.justify = "right"
         for name, *values in lines:
             digits = ".3f" if unit == 1.0 else ",.0f"
-            shown = ["-" if v is None else format(v / unit, digits) for v in values]
-            table.add_row(name, *shown)
+            texts = ["-" if v is None else format(v / unit, digits) for v in values]
+            table.add_row(name, *texts)
         console.print(table)
     for sentence in _missing(profile):
         console.print(sentence, highlight=False, markup=False)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 
 class RunConsole(Console):
-    """A console whose run goes on, unseen, when nobody reads its output any more."""
+    """A console that does not end the run when the reader of its output is gone."""
 
     def on_broken_pipe(self) -> None:
         discard_output()

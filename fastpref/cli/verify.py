@@ -40,7 +40,8 @@ def command(
         int, typer.Option(min=1, help="Pairs that are checked, evenly spread over the data.")
     ] = 16,
     compared: Annotated[
-        int, typer.Option(min=1, help="Of them, pairs that are computed in every way.")
+        int,
+        typer.Option(min=1, help="Of these, the pairs that every way of computing is compared on."),
     ] = 2,
     bf16: Bf16 = None,
     fail_on: Annotated[

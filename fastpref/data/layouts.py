@@ -316,10 +316,10 @@ def _without_repeats(
     shared = next((i for i in range(limit) if not all(same(first[i], a[i]) for a in others)), limit)
     for end in range(shared, 0, -1):
         size = min(end, len(prompt))
-        again = first[end - size : end]
-        if size and same(again, prompt[-size:]):
-            before = prompt[: len(prompt) - end] if len(prompt) > end else []
-            return before + first[:end], {key: a[end:] for key, a in answers.items()}
+        repetition = first[end - size : end]
+        if size and same(repetition, prompt[-size:]):
+            unrepeated = prompt[: len(prompt) - end] if len(prompt) > end else []
+            return unrepeated + first[:end], {key: a[end:] for key, a in answers.items()}
     return prompt, answers
 
 

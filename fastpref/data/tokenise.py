@@ -272,12 +272,14 @@ def _check_prompts(empty: int, rows: int, layout: Layout, name: str) -> None:
     """Raise ValueError if all rows have an empty prompt; an unread column may hold it."""
     if empty < rows:
         return
-    why = f"the column {layout.prompt!r} is empty in all of them"
+    reason = f"the column {layout.prompt!r} is empty in all of them"
     if layout.prompt is None:
-        why = "there is no column 'prompt', and chosen and rejected do not start with the same text"
+        reason = (
+            "there is no column 'prompt', and chosen and rejected do not start with the same text"
+        )
     unread = f"; not read: {', '.join(map(repr, layout.unread))}" if layout.unread else ""
     raise ValueError(
-        f"{name} data: all of {rows} rows have an empty prompt, since {why}{unread}; rename the "
+        f"{name} data: all of {rows} rows have an empty prompt, since {reason}{unread}; rename the "
         "column with the prompt to 'prompt'"
     )
 

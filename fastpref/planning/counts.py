@@ -53,9 +53,9 @@ def _experts_of_a_token(config: Any) -> int:
 
 
 def count_weights(config: Any, options: StepOptions) -> tuple[int, int, int]:
-    """Weights of the model: all, those that train, and those of its layers that products read.
+    """The numbers of weights: all, those that train, and those of the layers that GEMMs read.
 
-    Of the experts of a layer those of one token are read.
+    A token reads only some experts of a layer, and only those count as read.
     """
     key = config.to_json_string(use_diff=False), options.method, options.lora_r
     if key not in _counts:

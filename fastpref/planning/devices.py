@@ -1,8 +1,8 @@
 """Common GPUs and CPUs: memory, and the rates that their vendors list.
 
-A GPU's `flops` are of dense bf16 products with sums in fp32. A CPU's are of fp32: cores, times a
-clock, times the multiply-adds of a cycle. Training reaches `REACHED` of them; the rest of a step's
-time is counted apart.
+A GPU's `flops` are those of dense bf16 GEMMs with fp32 sums. A CPU's are those of fp32: cores times
+clock rate times multiply-adds per cycle. The GEMMs of training reach the fraction `REACHED` of
+them. The other work of a step has rates of its own.
 """
 
 from __future__ import annotations

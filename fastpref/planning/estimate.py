@@ -2,7 +2,7 @@
 
 options, pairs of the data -> the longest pairs, simulated -> bytes by component (simulate.py)
                            -> evenly spread pairs -> seconds by the device's rates (times.py),
-                              times what a probe found here that they are off (probe.py)
+                              multiplied by the correction that a probe measured (probe.py)
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from fastpref.planning.simulate import (
 from fastpref.planning.times import Rates, StepTime, step_seconds
 from fastpref.profiling.lengths import Lengths
 
-# Of the predicted tensors. benchmarks/results/plan.json has a grid of real steps, which are closer.
+# Fraction of the predicted bytes of tensors. The real steps of benchmarks/results/plan.json are
+# closer.
 MEMORY_UNCERTAINTY = 0.10
-# Of all but the libraries, before something is said to fit. On a CPU it is more, since what malloc
-# keeps is an estimate.
+# Fraction of all bytes but the libraries' that must stay free for a plan to fit. It is larger on a
+# CPU, where the bytes that malloc keeps are an estimate.
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
-# What is resident beside tensors: the interpreter and its libraries, or a GPU's context.
+# Resident bytes besides tensors: the interpreter and its libraries, or a GPU's context.
 OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
 # What the allocator holds beyond live tensors: shares of the optimiser's states, and of the bytes
 # that come and go in a step. Gradients and states of many layers leave holes in malloc's heap that
@@ -38,8 +39,8 @@ OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
 KEPT = {"cpu": (1.2, 0.4), "cuda": (0.0, 0.10)}
 _PASSING = ("gradients", "activations", "head", "reference", "other")
 _SIZES = (1, 2, 4, 8, 16, 32)
-# Predicted seconds of a probe's steps: more micro-batches are added up to the first, and one that
-# takes more than the second is not probed.
+# Predicted seconds of a probe's steps. Micro-batches are added up to the first limit. A probe that
+# would take more than the second is not run.
 _PROBE_SECONDS, _MOST_SECONDS = 8.0, 60.0
 
 
@@ -69,7 +70,7 @@ class Estimate:
 
     @property
     def bytes(self) -> int:
-        """Of each device at the peak."""
+        """Bytes of each device at the peak."""
         return sum(self.components.values())
 
     def fits(self, memory: int) -> bool:
@@ -105,14 +106,14 @@ def kept_bytes(kind: str, components: dict[str, int]) -> int:
 
 
 def default_lengths(max_length: int) -> Lengths:
-    """The lengths of pairs where no data is given: the longest there can be, a quarter prompt."""
+    """The lengths without data: max_length tokens in each sequence, a quarter of them prompt."""
     prompt = np.full(64, max_length // 4)
     answer = np.full(64, max_length - max_length // 4)
     return Lengths(prompt, answer, answer, np.arange(64))
 
 
 class Planner:
-    """Estimates of one model on one data set; simulations are kept."""
+    """Estimates of one model on one data set. The results of simulations are cached."""
 
     def __init__(self, config: Any, lengths: Lengths, kind: str) -> None:
         self.config, self.lengths, self.kind = config, lengths, kind
@@ -170,8 +171,8 @@ class Planner:
     ) -> Estimate:
         """Memory and time of a configuration.
 
-        correction: for each part of a step what its seconds by rates are multiplied by, but seconds
-            of "other".
+        correction: for each part of a step the factor on its seconds by rates; for the part
+            "other" the seconds themselves.
         """
         account = highest(self.parts(options, size, max_length))
         components = {name: value for name, value in account.components.items() if value}
@@ -225,9 +226,9 @@ class Planner:
     def correction(
         self, options: StepOptions, size: int, max_length: int, rates: Rates, memory: int
     ) -> StepTime | None:
-        """What a probe on this CPU finds that the rates are off; None if it would be too large.
+        """The correction of the rates, from a probe on this CPU; None if a probe is too large.
 
-        memory: bytes that the probe may take twice of.
+        memory: bytes, half of which the probe may take.
         """
         key = options, size, max_length
         if key not in self._corrections:
@@ -282,7 +283,7 @@ class Planner:
         devices: int,
         rates: Rates | None,
     ) -> Estimate:
-        """The largest micro-batch that fits, of those that divide a step; else one pair."""
+        """The largest micro-batch that fits and divides a step; one pair if none fits."""
         best = None
         for size in (n for n in _SIZES if n <= per_step and per_step % n == 0):
             estimate = self.estimate(options, size, per_step // size, max_length, devices, rates)

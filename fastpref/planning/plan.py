@@ -1,7 +1,7 @@
 """`plan_training`: what fits a memory, and how fast it is, before any weight is loaded.
 
 config, lengths of the data's pairs
-     -> for each way to train (full, LoRA, QLoRA) the largest micro-batch that fits (estimate.py)
+     -> for each method (full, LoRA, QLoRA) the largest micro-batch that fits (estimate.py)
      -> the plan; and the changes that would make another configuration fit, the largest gain first
 """
 
@@ -30,11 +30,13 @@ class TrainingPlan:
         memory: bytes of each device.
         chosen: the configuration to take; None if nothing fits.
         asked: the configuration that was asked for, whether it fits or not.
-        ways: for full, lora and qlora the largest that fits, or the smallest there is.
-        changes: (what to change, the estimate then), by bytes saved, for `asked`.
-        table: for common devices the way, pairs and seconds; None where nothing fits.
-        weights: of the model: all, and those that train with the chosen way.
-        probed: whether the ways' seconds follow from measured steps, and not from rates alone.
+        ways: for each method ("full", "lora", "qlora") the largest configuration that fits, or the
+            smallest one if none fits.
+        changes: (what to change in `asked`, the estimate after it), the most bytes saved first.
+        table: for common devices the method, pairs and seconds; None where nothing fits.
+        weights: numbers of the model's weights: all, and those that train in the chosen
+            configuration.
+        probed: whether the seconds of `ways` follow from measured steps, not from rates alone.
     """
 
     memory: int
@@ -88,13 +90,13 @@ def plan_training(
         lengths: of the data's pairs; None: all pairs are as long as max_length.
         max_length: tokens of prompt and answer.
         batch_size: pairs of an optimiser step.
-        method: "full", "lora" or "qlora": the way that is asked for.
+        method: "full", "lora" or "qlora": the method that is asked for.
         options: its further options; its method is replaced.
         devices: GPUs that the weights are sharded over.
         rates: of a device, for the seconds.
         kind: "cpu" or "cuda".
         table: whether common devices are planned for, too.
-        why_oom: whether changes are estimated where the way that is asked for does not fit.
+        why_oom: whether changes are estimated if the method that is asked for does not fit.
         probe: whether steps of a model with fewer layers and random weights are measured on this
             CPU, which makes the seconds more exact; rates are of this CPU then. A model whose steps
             would take more than a minute, or half the memory, is left to the rates.
@@ -161,7 +163,7 @@ def _of(options: StepOptions, method: str) -> StepOptions:
 def _for_device(
     planner: Planner, device: Device, base: StepOptions, batch_size: int, max_length: int
 ) -> Estimate | None:
-    """The first way that fits a device, the most thorough first."""
+    """The first method that fits a device, the one that trains the most weights first."""
     device_planner = Planner(
         planner.config, planner.lengths, "cuda" if device.kind == "gpu" else "cpu"
     )
@@ -191,7 +193,7 @@ def _changes(
     rates: Rates | None,
     correction: StepTime | None,
 ) -> list[tuple[str, Estimate]]:
-    """What to change, one thing at a time, by the bytes that it saves."""
+    """Single changes with the estimates after them, the most bytes saved first."""
     options = asked.options
     candidates: list[tuple[str, StepOptions, int, int, int]] = []
     size, length = asked.pairs, asked.max_length

@@ -88,7 +88,7 @@ class _Tracker(TorchDispatchMode):
         return number
 
     def mark(self, text: str) -> None:
-        """A phase begins."""
+        """Record that a phase begins."""
         self.events.append(Event(len(self.events), 0, 0, text))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -334,14 +334,14 @@ def _run(
         )
     with rows:
         tracker.mark("body forward")
-        given = model_inputs(batch)
-        given.pop("logits_to_keep", None)
+        inputs = model_inputs(batch)
+        inputs.pop("logits_to_keep", None)
         with autocast:
-            hidden = base(**given, use_cache=False)[0]
+            hidden = base(**inputs, use_cache=False)[0]
             hidden.register_hook(lambda grad: tracker.mark("body backward"))
             tracker.mark("head")
             loss = _loss(hidden, weight, batch, options)
-        del hidden, given
+        del hidden, inputs
         loss.backward()
     del loss
     trained = [p for p in model.parameters() if p.grad is not None]
@@ -358,8 +358,8 @@ def _loss(hidden: Tensor, weight: Tensor, batch: dict[str, Any], options: StepOp
         logps = torch.log_softmax(logits.float(), -1)
         del logits
         counted = labels != -100
-        picked = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return (picked * counted).sum()
+        label_logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (label_logps * counted).sum()
     index = batch["hidden_indices"] if "hidden_indices" in batch else batch["token_indices"]
     dtype = torch.bfloat16 if options.bf16 else hidden.dtype
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype).index_select(0, index)

@@ -70,7 +70,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return self.body_forward + self.head + self.body_backward + self.optimiser + self.other
 
 
@@ -132,10 +132,11 @@ def step_seconds(
         head = passes + _PASSES_LOGITS * 4 * tokens * vocab / rates.bytes
     weights = trained_share(config, options)
     if options.reference != "precompute":
-        ahead = 2.0 * labelled * hidden * vocab / rates.head_flops
+        head_forward = 2.0 * labelled * hidden * vocab / rates.head_flops
         if options.head != "fastpref":
-            ahead = 2.0 * tokens * hidden * vocab / rates.flops + 16 * tokens * vocab / rates.bytes
-        reference = forward + ahead
+            head_forward = 2.0 * tokens * hidden * vocab / rates.flops
+            head_forward += 16 * tokens * vocab / rates.bytes
+        reference = forward + head_forward
     else:
         reference = 0.0
     # The norm of the gradients is computed as well.

@@ -29,13 +29,15 @@ from fastpref.profiling.processes import Child
 _SIDES = ("fastpref", "eager", "trl", "liger")
 _WORKER = [sys.executable, "-m", "fastpref.profiling.worker"]
 _QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "5"}
-_QUIET["PYTHONSAFEPATH"] = "1"  # a random.py of the user's directory is not the library's
+_QUIET["PYTHONSAFEPATH"] = (
+    "1"  # a module in the user's directory, such as random.py, does not replace a library's
+)
 ROWS = 20_000  # of the data whose tokens are counted
 
 
 @dataclass
 class SideProfile:
-    """What one side took.
+    """The time and the memory of one side.
 
     Attributes:
         name: "fastpref", "eager", "trl" or "liger".

@@ -126,6 +126,6 @@ class Resident:
     def at_peak(self) -> Sample | None:
         """The sample of the peak: of those with nearly the most resident memory the one with the
         least freed, because memory stays resident when its blocks are freed."""
-        most = max((sample.resident for sample in self.samples), default=0)
-        highest = [sample for sample in self.samples if sample.resident >= 0.99 * most]
+        peak = max((sample.resident for sample in self.samples), default=0)
+        highest = [sample for sample in self.samples if sample.resident >= 0.99 * peak]
         return min(highest, key=lambda sample: sample.freed, default=None)

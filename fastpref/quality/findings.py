@@ -40,11 +40,11 @@ class Finding:
         return {**asdict(self), "rows": list(self.rows)}
 
 
-def share(part: float, whole: float) -> str:
-    """A part of a whole as text, such as "3 of 200 rows (1.5 %)"."""
-    percent = 100 * part / whole if whole else 0.0
-    digits = 1 if percent >= 0.1 or part == 0 else 3
-    return f"{part:,} of {whole:,} rows ({percent:.{digits}f} %)"
+def share(count: float, whole: float) -> str:
+    """A count of a whole as text, such as "3 of 200 rows (1.5 %)"."""
+    percent = 100 * count / whole if whole else 0.0
+    digits = 1 if percent >= 0.1 or count == 0 else 3
+    return f"{count:,} of {whole:,} rows ({percent:.{digits}f} %)"
 
 
 def of_rows(

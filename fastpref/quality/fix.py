@@ -47,12 +47,12 @@ def write_fixed(
     dataset = load_preference_data(data)
     if len(dropped) >= len(dataset):
         raise ValueError("no row would be left; nothing was written")
-    part = path.with_name(path.name + ".part")
+    unfinished = path.with_name(path.name + ".part")
     with disk_errors(f"{path} could not be written"):
-        with open(part, "w", encoding="utf-8") as file:
+        with open(unfinished, "w", encoding="utf-8") as file:
             for number, row in enumerate(dataset):
                 if number not in dropped:
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        sync_file(part)
-        os.replace(part, path)
+        sync_file(unfinished)
+        os.replace(unfinished, path)
     return path, len(dropped)

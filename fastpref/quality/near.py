@@ -48,21 +48,21 @@ class Sketches:
         self.numbers.append(number)
         self.sketches.append(sketch(text))
 
-    def near(self, apart: set[int]) -> list[int]:
-        """The rows that are nearly the same as an earlier one, other than the rows in `apart`."""
+    def near(self, excluded: set[int]) -> list[int]:
+        """The rows, but for the excluded ones, that are nearly the same as an earlier row."""
         index: defaultdict[int, list[int]] = defaultdict(list)
         out = []
         for i, number in enumerate(self.numbers):
             keys = self.sketches[i][:KEYS].tolist()
-            if number not in apart:
+            if number not in excluded:
                 if self._has_alike(self.sketches[i], _candidates(index, keys)):
                     out.append(number)
                 for key in keys:
                     index[key].append(i)
         return out
 
-    def near_others(self, others: Sketches, apart: set[int]) -> list[int]:
-        """The rows that are nearly the same as one of `others`."""
+    def near_others(self, others: Sketches, excluded: set[int]) -> list[int]:
+        """The rows, but for the excluded ones, that are nearly the same as a row of `others`."""
         index: defaultdict[int, list[int]] = defaultdict(list)
         for i, values in enumerate(others.sketches):
             for key in values[:KEYS].tolist():
@@ -70,7 +70,7 @@ class Sketches:
         return [
             number
             for number, values in zip(self.numbers, self.sketches, strict=True)
-            if number not in apart
+            if number not in excluded
             and others._has_alike(values, _candidates(index, values[:KEYS].tolist()))
         ]
 

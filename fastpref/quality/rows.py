@@ -208,7 +208,7 @@ class Rows:
             "drop them: they weigh double, and in a held-out set they leak",
             drops=True,
         )
-        near = self.sketches.near(apart=set(repeats))
+        near = self.sketches.near(excluded=set(repeats))
         out += of_rows(
             "near_duplicate",
             "warning" if len(near) > 0.01 * total else "note",
@@ -258,7 +258,7 @@ def leakage(train: Rows, held_out: Rows) -> list[Finding]:
 
 def near_leakage(train: Rows, held_out: Rows, leaked: Iterable[int]) -> list[Finding]:
     """Rows of the held-out data that are nearly the same as one of the training data."""
-    rows = held_out.sketches.near_others(train.sketches, apart=set(leaked))
+    rows = held_out.sketches.near_others(train.sketches, excluded=set(leaked))
     return of_rows(
         "nearly_leaked",
         "warning",

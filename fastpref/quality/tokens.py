@@ -87,12 +87,12 @@ class Tokens:
             self._rows["prompt_too_long"].append(number)
             return
         cut = [prompt + length > limit for length in answers]
-        left = [min(length, limit - prompt) for length in answers]
+        kept_lengths = [min(length, limit - prompt) for length in answers]
         if cut[0] != cut[1]:
             self._rows["cut_one_side"].append(number)
         elif cut[0]:
             self._rows["cut_both_sides"].append(number)
-        if min(left) < 2:
+        if min(kept_lengths) < 2:
             self._rows["too_short"].append(number)
 
     def _turns(self, number: int, row: Mapping[str, Any], where: str) -> None:
@@ -171,17 +171,18 @@ class Tokens:
             + (f" within {cut}" if self.max_length else ""),
             "raise max_length if they are cut",
         )
-        one, both = len(rows["cut_one_side"]), len(rows["cut_both_sides"])
-        if one or both:
+        one_side, both_sides = len(rows["cut_one_side"]), len(rows["cut_both_sides"])
+        cut_rows = one_side + both_sides
+        if cut_rows:
             out.append(
                 Finding(
                     "truncated",
-                    "warning" if one + both > 0.01 * total else "note",
-                    f"{share(one + both, total)} are cut at {cut}: {one} in one answer alone, "
-                    f"{both} in both",
+                    "warning" if cut_rows > 0.01 * total else "note",
+                    f"{share(cut_rows, total)} are cut at {cut}: {one_side} in one answer alone, "
+                    f"{both_sides} in both",
                     "raise max_length; where one answer is cut, its missing end is what is taught",
                     tuple(sorted(rows["cut_one_side"] + rows["cut_both_sides"])),
-                    {"one_side": one, "both_sides": both},
+                    {"one_side": one_side, "both_sides": both_sides},
                 )
             )
         return out + self._length_bias()

@@ -59,7 +59,7 @@ def verify(
     data_collator: Any = None,
     show_progress: bool = False,
 ) -> Verification:
-    """Compare log-probs with exact ones, and check what has to hold before the first step.
+    """Compare log-probs with exact ones, and check title has to hold before the first step.
 
     Args:
         model: a causal language model or a PeftModel. As in the trainers its dropout is switched
@@ -122,14 +122,14 @@ class _Run:
     show_progress: bool
     tokens: list[Tensor] = field(default_factory=list)  # of the batches, by fastpref
 
-    def _watched(self, what: str, work: Iterator[Tensor], total: int) -> list[Tensor]:
-        """The results of the work on batches, with a line of progress for each part."""
-        return list(watched(work, what, "batches", total, 1, not self.show_progress))
+    def _watched(self, title: str, work: Iterator[Tensor], total: int) -> list[Tensor]:
+        """The results of the work on batches, with progress under this title."""
+        return list(watched(work, title, "batches", total, 1, not self.show_progress))
 
-    def _logps(self, what: str, reference: Any, few: bool) -> list[Tensor]:
+    def _logps(self, title: str, reference: Any, few: bool) -> list[Tensor]:
         """The token log-probs of all batches, or of those that are computed in every way."""
         batches = [self.batches[i] for i in self.few] if few else self.batches
-        return self._watched(what, map(reference.token_logps, batches), len(batches))
+        return self._watched(title, map(reference.token_logps, batches), len(batches))
 
     # ---- before the first step ----
 
@@ -288,27 +288,29 @@ class _Run:
                 return
             exact = self._exact(exact_model, out.exact)
         del exact_model
-        ours = _sums([self.batches[i] for i in self.few], [self.tokens[i] for i in self.few])
-        out.errors["fastpref"] = self._error(ours, exact)
+        fused = _sums([self.batches[i] for i in self.few], [self.tokens[i] for i in self.few])
+        out.errors["fastpref"] = self._error(fused, exact)
         name = f"eager ({out.dtype})"
-        eager = self._way(f"Log-probs of {name}", logp_paths.plain_logps, self.model)
+        eager = self._sequence_logps(f"Log-probs of {name}", logp_paths.plain_logps, self.model)
         out.errors[name] = self._error(eager, exact)
         if (missing := logp_paths.why_no_trl()) is not None:
             out.left_out["TRL"] = missing
         else:
             with logp_paths.with_trl_head(self.model):
-                theirs = self._way("Log-probs of TRL", logp_paths.trl_logps, self.model)
-            out.errors["TRL"] = self._error(theirs, exact)
+                trl = self._sequence_logps("Log-probs of TRL", logp_paths.trl_logps, self.model)
+            out.errors["TRL"] = self._error(trl, exact)
         self._judge(out)
 
     def _exact(self, model: Any, dtype: str) -> Tensor:
         with logp_paths.computing_in(dtype):
-            return self._way(f"Exact log-probs in {dtype}", logp_paths.plain_logps, model)
+            return self._sequence_logps(
+                f"Exact log-probs in {dtype}", logp_paths.plain_logps, model
+            )
 
-    def _way(self, what: str, function: Any, model: Any) -> Tensor:
+    def _sequence_logps(self, title: str, function: Any, model: Any) -> Tensor:
         """The sequence log-probs [2, P] of the compared pairs."""
         batches = [self.batches[i] for i in self.few]
-        parts = self._watched(what, logp_paths.each(function, model, batches), len(batches))
+        parts = self._watched(title, logp_paths.each(function, model, batches), len(batches))
         sides = [part.double().chunk(2) for part in parts]
         return torch.stack([torch.cat(side) for side in zip(*sides, strict=True)])
 
@@ -320,28 +322,28 @@ class _Run:
         return PathError(*(float(figure) for figure in figures))
 
     def _judge(self, out: Verification) -> None:
-        ours, (name, eager) = out.errors["fastpref"], [*out.errors.items()][1]
-        if not ours.max_nats <= max(2 * eager.max_nats, _NEGLIGIBLE):
+        fused, (name, eager) = out.errors["fastpref"], [*out.errors.items()][1]
+        if not fused.max_nats <= max(2 * eager.max_nats, _NEGLIGIBLE):
             out.findings.append(
                 Finding(
                     "inexact",
                     "error",
-                    f"fastpref's log-probs are off by up to {ours.max_nats:.3g} nats an answer, "
+                    f"fastpref's log-probs are off by up to {fused.max_nats:.3g} nats an answer, "
                     f"eager torch's in the same dtype by {eager.max_nats:.3g}",
                     "please report it with the model's name; FASTPREF_BACKEND=eager computes "
                     "without fastpref's kernels",
-                    values={"fastpref": ours.max_nats, "eager": eager.max_nats},
+                    values={"fastpref": fused.max_nats, "eager": eager.max_nats},
                 )
             )
-        elif ours.max_reward > _LARGE:
+        elif fused.max_reward > _LARGE:
             out.findings.append(
                 Finding(
                     "rounding",
                     "note",
-                    f"in {out.dtype} a pair's margin is off by up to {ours.max_reward:.2g} in "
+                    f"in {out.dtype} a pair's margin is off by up to {fused.max_reward:.2g} in "
                     f"fastpref and {eager.max_reward:.2g} in {name}: the body's rounding",
                     "margins of this size are noise; fp32 weights are more exact",
-                    values={"fastpref": ours.max_reward, "eager": eager.max_reward},
+                    values={"fastpref": fused.max_reward, "eager": eager.max_reward},
                 )
             )
 

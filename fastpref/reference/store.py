@@ -45,9 +45,10 @@ def _sha256(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _own_sha256(value: dict[str, Any]) -> str:
-    rest = {key: entry for key, entry in value.items() if key != "sha256"}
-    return _sha256(json.dumps(rest, sort_keys=True).encode())
+def _checksum(value: dict[str, Any]) -> str:
+    """The checksum of a store file, which covers everything in it but the checksum."""
+    content = {key: entry for key, entry in value.items() if key != "sha256"}
+    return _sha256(json.dumps(content, sort_keys=True).encode())
 
 
 def _mark(identity: dict[str, Any]) -> str:
@@ -134,7 +135,7 @@ class ReferenceStore:
             self.parts.mkdir(parents=True, exist_ok=True)
             value = {"version": VERSION, "identity": self.identity}
             try:
-                write_json(self.path / STORE_FILE, {**value, "sha256": _own_sha256(value)})
+                write_json(self.path / STORE_FILE, {**value, "sha256": _checksum(value)})
             except FileNotFoundError:  # another run has made the same file, without a lock
                 if not (written := self.check()):
                     raise
@@ -339,7 +340,7 @@ def _read_store_file(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))
         version = value["version"]
-        intact = value["sha256"] == _own_sha256(value) and isinstance(value["identity"], dict)
+        intact = value["sha256"] == _checksum(value) and isinstance(value["identity"], dict)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({type(error).__name__})") from error
     if version != VERSION:

@@ -270,4 +270,4 @@ def test_near_texts_are_told_from_others_of_the_same_words():
     texts.append(" ".join(sorted(texts[11].split())))
     for i, text in enumerate(texts):
         sketches.add(i, text)
-    assert sketches.near(apart=set()) == [50]
+    assert sketches.near(excluded=set()) == [50]

@@ -89,7 +89,7 @@ def without_config(path):
     file = path / "store" / "store.json"
     value = json.loads(file.read_text())
     del value["sha256"], value["identity"]["config"]
-    file.write_text(json.dumps({**value, "sha256": stores._own_sha256(value)}))
+    file.write_text(json.dumps({**value, "sha256": stores._checksum(value)}))
     for part in (path / "store" / "parts").iterdir():
         table = stores.pq.read_table(part)
         meta = {**table.schema.metadata, b"reference": stores._mark(value["identity"]).encode()}
