@@ -10,7 +10,7 @@ namespace {
 constexpr int ROWS = 6, COLS = 16;
 
 FP_AVX2 void multiply(int64_t words, const uint32_t* a_words, const uint32_t* b_words, float* out,
-                      int64_t stride, bool add, Ahead ahead) {
+                      int64_t stride, bool add, Ahead) {
     auto a = reinterpret_cast<const float*>(a_words), b = reinterpret_cast<const float*>(b_words);
     __m256 sum[ROWS][2];
 #pragma GCC unroll 6
@@ -20,8 +20,7 @@ FP_AVX2 void multiply(int64_t words, const uint32_t* a_words, const uint32_t* b_
         _mm_prefetch(reinterpret_cast<const char*>(out + i * stride + 15), _MM_HINT_T0);
     }
 #pragma GCC unroll 4
-    for (int64_t p = 0; p < words; ++p, a += ROWS, b += COLS, ahead.from += ahead.step) {
-        _mm_prefetch(ahead.from, _MM_HINT_T1);
+    for (int64_t p = 0; p < words; ++p, a += ROWS, b += COLS) {
         __m256 b0 = _mm256_load_ps(b), b1 = _mm256_load_ps(b + 8);
 #pragma GCC unroll 6
         for (int i = 0; i < ROWS; ++i) {

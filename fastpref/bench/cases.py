@@ -55,33 +55,28 @@ class Case:
 class BenchOptions:
     """The options of a run.
 
-        Attributes:
-            cases: what is measured, the most important first.
-            device: "cpu", "cuda", or "pretend" for tests.
-            modes: some of `MODES`.
-            parts: some of `PARTS`.
-            small: shapes of the part overhead.
-            precision: "exact", "fast", or both.
-            backends: fastpref's backends; None: all for a GPU, and on a CPU the one that it picks.
-            strategies: of a trainable head, "stash" and "recompute"; None: both.
-            gradient_tolerance: an error of approximate gradients, which are measured besides the exact
-                ones; None: not measured.
-            peers: names of the peers besides eager; None: those that are measured by default.
-            only: of the part head only the sides whose name contains one of these texts are measured.
-            repeats: calls of each side.
-    <<<<<<< HEAD
-            seconds: what one side may spend on its calls.
-            keep_memory: whether freed memory is kept from call to call while times are measured on a
-                CPU, as in a trainer's steps; otherwise each call has the page faults of new memory.
-            budget: seconds for everything; None: no limit.
-    =======
-            seconds: seconds that one side may spend on its calls.
-            budget: seconds of the whole run; None: no limit.
-    >>>>>>> wip-words
-            patience: seconds after which a silent worker is stopped.
-            memory: whether a second process measures the memory on a CPU.
-            memory_last: whether memory is measured after the times of all cases, or after each case's.
-            missing_peers: why peers that were asked for are not measured, by name.
+    Attributes:
+        cases: what is measured, the most important first.
+        device: "cpu", "cuda", or "pretend" for tests.
+        modes: some of `MODES`.
+        parts: some of `PARTS`.
+        small: shapes of the part overhead.
+        precision: "exact", "fast", or both.
+        backends: fastpref's backends; None: all for a GPU, and on a CPU the one that it picks.
+        strategies: of a trainable head, "stash" and "recompute"; None: both.
+        gradient_tolerance: an error of approximate gradients, which are measured besides the exact
+            ones; None: not measured.
+        peers: names of the peers besides eager; None: those that are measured by default.
+        only: of the part head only the sides whose name contains one of these texts are measured.
+        repeats: calls of each side.
+        seconds: seconds that one side may spend on its calls.
+        keep_memory: whether freed memory is kept from call to call while times are measured on
+            a CPU, as in a trainer's steps; otherwise each call has the page faults of new memory.
+        budget: seconds of the whole run; None: no limit.
+        patience: seconds after which a silent worker is stopped.
+        memory: whether a second process measures the memory on a CPU.
+        memory_last: whether memory is measured after the times of all cases, or after each case's.
+        missing_peers: why peers that were asked for are not measured, by name.
     """
 
     cases: list[Case]

@@ -31,6 +31,7 @@ from fastpref.trainer.adapter_loading import (
 from fastpref.trainer.checks import check_parallelism
 from fastpref.trainer.config import BaseConfig
 from fastpref.trainer.division import loads_whole, make_whole
+from fastpref.trainer.four_bits import keep_gradients
 from fastpref.trainer.pickles import readable_weights
 
 logger = logging.getLogger("fastpref")
@@ -67,6 +68,7 @@ def load_parts(
     for loaded in (model, ref_model):
         if loaded is not None:
             make_whole(loaded)
+            keep_gradients(loaded)
     check_parallelism((model, ref_model), getattr(args, "parallelism_config", None))
     tokenizer, pad_token_id = load_tokenizer(model, tokenizer, args, name)
     model = add_adapter(model, peft_config, ref_model is not None)
