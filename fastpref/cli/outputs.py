@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,14 @@ def table_console(width: int = 120) -> Any:
     """
     from rich.console import Console
 
+    # rich would look for the width in the os.environ of its import, which
+    # `Dataset.map(num_proc=...)` replaces.
     columns = os.environ.get("COLUMNS", "")
-    # `Dataset.map(num_proc=...)` replaces os.environ, and rich goes on reading the old one.
     if columns.isdigit() and int(columns):
-        return Console(soft_wrap=True, width=int(columns))
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=width)
+        width = int(columns)
+    elif sys.stdout.isatty():
+        width = shutil.get_terminal_size((width, 0)).columns
+    return Console(soft_wrap=True, width=width)
 
 
 def print_json(value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,7 @@ def test_tables_are_as_wide_as_columns_says(monkeypatch):
 
 def test_tables_are_as_wide_as_the_terminal(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((93, 30)))
     assert table_console().width == 93
 
