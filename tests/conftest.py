@@ -224,3 +224,12 @@ def unpatched():
     fastpref.unpatch_trl()
     yield
     fastpref.unpatch_trl()
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """os.environ stays one object. `Dataset.map(num_proc=...)` replaces it by a copy, in which what
+    a test has set would stay for all later ones."""
+    environment = os.environ
+    yield
+    os.environ = environment  # noqa: B003

@@ -33,10 +33,10 @@ MEMORY_UNCERTAINTY = 0.10
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # Resident bytes besides tensors: the interpreter and its libraries, or a GPU's context.
 OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
-# What the allocator holds beyond live tensors: shares of the optimiser's states, and of the bytes
-# that come and go in a step. Gradients and states of many layers leave holes in malloc's heap that
-# other tensors do not fit. A CPU's were chosen after profiles of SmolLM2-135M and of a small Llama.
-KEPT = {"cpu": (1.2, 0.4), "cuda": (0.0, 0.10)}
+# What the allocator holds beyond live tensors, as a share of the bytes that come and go in a step.
+# A CPU's was chosen after two profiles of SmolLM2-135M with torch's setting of huge pages, as
+# `fastpref train` has it. Without that setting malloc's heap has holes of several times its size.
+KEPT = {"cpu": 0.5, "cuda": 0.1}
 _PASSING = ("gradients", "activations", "head", "reference", "other")
 _SIZES = (1, 2, 4, 8, 16, 32)
 # Predicted seconds of a probe's steps. Micro-batches are added up to the first limit. A probe that
@@ -100,9 +100,7 @@ class Estimate:
 
 def kept_bytes(kind: str, components: dict[str, int]) -> int:
     """The bytes that the allocator of "cpu" or "cuda" holds beyond live tensors at a peak."""
-    of_states, of_passing = KEPT[kind]
-    passing = sum(components.get(name, 0) for name in _PASSING)
-    return int(of_states * components.get("optimiser", 0) + of_passing * passing)
+    return int(KEPT[kind] * sum(components.get(name, 0) for name in _PASSING))
 
 
 def default_lengths(max_length: int) -> Lengths:

@@ -42,7 +42,7 @@ def _plant(monkeypatch, *rows):
 
 def invoke(*arguments):
     given = ["bench", "16,8,64", "--frozen", "--dtype", "fp32", "--peers", "none"]
-    return CliRunner().invoke(cli.app, [*given, *map(str, arguments)])
+    return CliRunner().invoke(cli.app, [*given, *map(str, arguments)], env={"COLUMNS": "160"})
 
 
 def test_a_real_run(tmp_path):
