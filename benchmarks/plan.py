@@ -38,7 +38,7 @@ from fastpref.planning.probe import probe_steps
 from fastpref.planning.simulate import StepOptions, highest, simulate_parts
 from fastpref.profiling.account import COMPONENTS
 from fastpref.profiling.processes import Child
-from fastpref.profiling.profile import choose_rows
+from fastpref.profiling.profile import choose_rows, training_environment
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama, V 32000, H 128": {
@@ -119,12 +119,11 @@ def processors(alone: bool) -> Iterator[None]:
 
 
 _WORKER = [sys.executable, "-m", "fastpref.profiling.worker"]
-_QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "5"}
 
 
 def train(request: dict[str, Any]) -> dict[str, Any]:
     """What the worker of `fastpref profile` finds, in a process of its own."""
-    child = Child(_WORKER, request, _QUIET, loud=False)
+    child = Child(_WORKER, request, training_environment(), loud=False)
     try:
         while (message := child.hear()) is not None:
             if "result" in message:

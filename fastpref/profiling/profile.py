@@ -28,10 +28,6 @@ from fastpref.profiling.processes import Child
 
 _SIDES = ("fastpref", "eager", "trl", "liger")
 _WORKER = [sys.executable, "-m", "fastpref.profiling.worker"]
-_QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "KINETO_LOG_LEVEL": "5"}
-_QUIET["PYTHONSAFEPATH"] = (
-    "1"  # a module in the user's directory, such as random.py, does not replace a library's
-)
 ROWS = 20_000  # of the data whose tokens are counted
 
 
@@ -253,6 +249,17 @@ def _batch_facts(lengths: Lengths, size: int) -> list[dict[str, Any]]:
     return out
 
 
+def training_environment() -> dict[str, str]:
+    """The variables of a process in which a training is measured: quiet, and the huge pages of
+    `fastpref train`."""
+    return {
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "KINETO_LOG_LEVEL": "5",
+        TORCH_SETTING: os.environ.get(TORCH_SETTING, "1"),
+    }
+
+
 def _measure(
     name: str,
     settings: dict[str, Any],
@@ -273,9 +280,8 @@ def _measure(
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:  # here: the worker may be killed
         request["folder"] = folder
-        # As `fastpref train` sets it, for every side.
-        huge_pages = {TORCH_SETTING: os.environ.get(TORCH_SETTING, "1")}
-        environment = {**_QUIET, **huge_pages, "PYTHONPATH": path}
+        # A module in the user's directory, such as random.py, does not replace a library's.
+        environment = {**training_environment(), "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
         child = Child(_WORKER, request, environment, loud=False)
         try:
             while (message := child.hear()) is not None:
