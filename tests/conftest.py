@@ -227,6 +227,17 @@ def unpatched():
 
 
 @pytest.fixture(autouse=True)
+def _compiled_frames():
+    """What a test has compiled is forgotten: later tests that compile the same functions would
+    otherwise reach torch's limit of recompilations, depending on which tests ran before."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is not None and dynamo.counters["frames"]["total"]:
+        torch.compiler.reset()
+        dynamo.counters.clear()
+
+
+@pytest.fixture(autouse=True)
 def _environment():
     """os.environ stays one object. `Dataset.map(num_proc=...)` replaces it by a copy, in which what
     a test has set would stay for all later ones."""

@@ -114,6 +114,11 @@ def _row_scale(module: nn.Module, weight: Tensor) -> Tensor | None:
 
 def _check_weight(weight: Any, module: nn.Module) -> None:
     name = type(module).__name__
+    if isinstance(module, nn.ModuleList):
+        raise ValueError(
+            f"the output head is a list of {len(module)} layers; expected one linear layer: give "
+            "linear_token_logps the states and the weight of each"
+        )
     if not isinstance(weight, Tensor):
         packed = next((n for n in ("qweight", "W_q", "weight_packed") if hasattr(module, n)), None)
         reason = f"is quantised (it keeps {packed!r})" if packed else "has no weight"

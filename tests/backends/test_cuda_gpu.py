@@ -99,7 +99,7 @@ def test_in_a_graph():
     _check(tile, labels, stats, out)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_a_gpu_that_is_not_the_current_one():
     current = torch.cuda.current_device()
     other = torch.device("cuda", (current + 1) % torch.cuda.device_count())

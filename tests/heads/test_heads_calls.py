@@ -149,7 +149,6 @@ def test_torch_compile(where):
 
 @pytest.mark.parametrize("first", [pytest.param("compile", marks=pytest.mark.slow), "install"])
 def test_torch_compile_without_a_graph_break(first):
-    torch._dynamo.reset()  # frames of other tests' models count as recompilations
     inner, inputs = model(), families.batch(None)
     compiled = torch.compile(inner, backend="eager", fullgraph=True)
     if first == "compile":

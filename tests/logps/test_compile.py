@@ -121,7 +121,6 @@ def _compare(step, compiled, inputs, index=None, wanted=(0, 1, 2)):
 
 @pytest.mark.parametrize("step, dtype, known", CASES)
 def test_no_graph_break(device, step, dtype, known):
-    torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for ragged in (True, False):
         inputs = _inputs(dtype, ragged=ragged)
@@ -144,7 +143,6 @@ def test_inductor(device):
 
 
 def test_sequences_of_any_length_share_a_graph(device):
-    torch._dynamo.reset()
     graphs = []
 
     def count(graph, example_inputs):
@@ -164,7 +162,6 @@ def test_sequences_of_any_length_share_a_graph(device):
     ids=["frozen head", "frozen body"],
 )
 def test_only_what_needs_a_gradient_gets_one(device, frozen):
-    torch._dynamo.reset()
     inputs = _inputs()
     for i in range(3):
         inputs[i].requires_grad_(i in frozen)
@@ -172,8 +169,6 @@ def test_only_what_needs_a_gradient_gets_one(device, frozen):
 
 
 def test_without_gradients_and_under_autocast(device):
-    torch._dynamo.reset()
-
     def logps(hidden, weight, labels):
         with torch.autocast(device, torch.bfloat16):
             return fastpref.linear_token_logps(hidden, weight, labels)
@@ -224,14 +219,12 @@ def test_the_operators_keep_their_contract(device, weight_grad, known):
 
 @pytest.mark.slow  # eager calls check them as well
 def test_bad_shapes_still_raise():
-    torch._dynamo.reset()
     hidden, weight, bias, labels = _inputs()
     with pytest.raises(Exception, match="labels: got shape"):
         torch.compile(_dpo, backend="aot_eager")(hidden, weight, bias, labels[:, 1:])
 
 
 def test_bad_labels_still_raise():
-    torch._dynamo.reset()
     hidden, weight, bias, labels = _inputs()
     labels[0, 3] = V
     with pytest.raises(ValueError, match="labels: got 51"):

@@ -143,7 +143,6 @@ def test_under_autocast_and_compile():
 
     values = list(tensors.values())
     plain = torch.autograd.grad(step(*values), values)
-    torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for a, b in zip(torch.autograd.grad(compiled(*values), values), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -37,7 +37,6 @@ def inputs():
 
 
 def compare(step, arguments):
-    torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []
     for function in (step, compiled):

@@ -48,7 +48,14 @@ _MLA = {"head_dim": None, "num_key_value_heads": 4}  # the rotary part of a head
 OWN: dict[str, dict[str, Any]] = {
     "axk1": _MLA, "axk2": _MLA, "deepseek_v2": _MLA, "deepseek_v3": _MLA, "deepseek_v32": _MLA,
     "dots3_note_text": _MLA, "glm4_moe_lite": _MLA, "glm_moe_dsa": _MLA, "minicpm3": _MLA,
-    "youtu": _MLA,
+    "sarvam_mla": _MLA, "youtu": _MLA,
+    "cohere_compass_text": {
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
+            },
+        },
+    },
     "dbrx": {
         "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {
@@ -58,7 +65,10 @@ OWN: dict[str, dict[str, Any]] = {
     "doge": {"is_moe": True, "num_experts": 16},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_output_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "longcat_flash": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2},
+    "longcat_flash": {
+        "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "moe_topk": 2,
+        "num_key_value_heads": 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "mpt": {"logit_scale": None},  # a key that the model's forward does not read
@@ -66,6 +76,10 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True, "axial_pos_embds": False, "feed_forward_size": 48,
         "attention_head_size": 8, "attn_layers": ["local", "local"], "local_attn_chunk_length": 4,
+    },
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2,
     },
     "zamba2": {
         "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"],
