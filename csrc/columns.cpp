@@ -34,9 +34,7 @@ FP_INLINE void sum_columns(const ColumnSums& s, int64_t first, int64_t last, dou
         for (; j + LANES <= last; j += LANES)
             for (int k = 0; k < LANES; ++k) entry(j + k, k);
         for (int k = 0; j < last; ++j, ++k) entry(j, k);
-        double sum = 0;
-        for (int k = 0; k < LANES; ++k) sum += lane[k];
-        part[row * parts] = sum;
+        part[row * parts] = lanes_sum(lane);
     }
 }
 

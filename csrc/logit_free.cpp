@@ -71,19 +71,62 @@ template <class T, bool CAP> FP_INLINE void find_bases(Pass& pass, int64_t first
             for (int k = 0; k < LANES; ++k)
                 lane[k] += load(x + (j + k) * h.x.k) * load(w + (j + k) * h.weight.k);
         for (; j < h.hidden; ++j) lane[0] += load(x + j * h.x.k) * load(w + j * h.weight.k);
-        for (int k = 0; k < LANES; ++k) raw += lane[k];
+        raw += float(lanes_sum(lane));
         float z = logit<CAP>(pass.affine, raw) + OFFSET;
         // Where the label's logit is not finite, every block takes its maximum for base.
         pass.base[row] = std::fabs(z) < INF ? z : -INF;
     }
 }
 
-// Fold one row of a block of raw logits, and write its part of D.
+// A row's exponentials relative to base, which are also its part of D.
+struct Exponentials {
+    double sum;
+    float max;  // of z
+};
+// No z may be more than 88.7 above base, unless the result is thrown away. In `numbers` none is NaN: D is
+// then stored without a test for it.
+template <class O, bool CAP, bool NUMBERS>
+FP_INLINE Exponentials exponentials(const Pass& pass, int64_t row, int64_t col, int64_t cols, const float* z,
+                                    int64_t y, float base) {
+    constexpr bool WITH_D = !std::is_void_v<O>;
+    using Entry = std::conditional_t<WITH_D, O, float>;
+    constexpr uint32_t SIGN = WITH_D ? 0x80000000u : 0;
+    const float to_tanh = CAP ? pass.affine.inv_cap / pass.affine.inv_t : 0.f;
+    Entry streamed_d[WITH_D ? COLUMN_BLOCK : 1];
+    Entry* d = WITH_D ? static_cast<Entry*>(pass.d) + row * pass.d_stride + col - pass.first : nullptr;
+    Entry* to = pass.past_caches ? streamed_d : d;
+    float lane[LANES] = {}, highest[LANES];
+    for (int k = 0; k < LANES; ++k) highest[k] = -INF;
+    auto entry = [&](int64_t j, int k) FP_INLINE_LAMBDA {
+        const float e = signed_exp(z[j] - base, SIGN), th = CAP ? z[j] * to_tanh : 0.f;
+        highest[k] = z[j] > highest[k] ? z[j] : highest[k];
+        lane[k] += e;
+        if constexpr (WITH_D) {
+            const float value = CAP ? e * (1.f - th * th) : e;
+            if (NUMBERS) store_number(to + j, value);
+            else store(to + j, value);
+        }
+    };
+    int64_t j = 0;
+    for (; j + LANES <= cols; j += LANES) {
+        FP_IVDEP for (int k = 0; k < LANES; ++k) entry(j + k, k);
+    }
+    for (int k = 0; j < cols; ++j, ++k) entry(j, k);
+    if constexpr (WITH_D) {
+        if (CAP && 0 <= y && y < cols) store(to + y, 0.f);  // 0 * -inf
+        if (pass.past_caches) stream(d, streamed_d, cols);
+    }
+    const double sum = lanes_sum(lane);
+    return {WITH_D ? -sum : sum, lanes_max(highest)};
+}
+
+// Fold one row of a block of raw logits, and write its part of D; with O void there is no D.
 template <class O, bool CAP, bool EXTRAS>
 FP_INLINE void finish_row(Pass& pass, int64_t row, int64_t col, int64_t cols, float* z) {
     const LogitFree& h = pass.head;
     const Affine& a = pass.affine;
-    for (int64_t j = 0; j < cols; ++j) z[j] = logit<CAP>(a, h.bias ? z[j] + h.bias[col + j] : z[j]);
+    if (CAP || h.bias || a.scale != 1.f)
+        for (int64_t j = 0; j < cols; ++j) z[j] = logit<CAP>(a, h.bias ? z[j] + h.bias[col + j] : z[j]);
     const int64_t at = row * pass.blocks + col / COLUMN_BLOCK;
     const Affine as_is(Transform{1.f, 0.f, 1.f});
     if (EXTRAS) {
@@ -99,37 +142,14 @@ FP_INLINE void finish_row(Pass& pass, int64_t row, int64_t col, int64_t cols, fl
         pass.target[size_t(row)] = z[y];
         z[y] = -INF;  // left out of the sum: next to a confident label's the others would lose their digits
     }
-    const float max = row_max<float, false>(as_is, z, cols);
     float base = pass.base[size_t(row)];
-    if (max - base > LIMIT) base = max;
-    if (base == -INF) base = 0;  // nothing but -inf
-    const float to_tanh = CAP ? a.inv_cap / a.inv_t : 0.f;
-    O* d = pass.d ? static_cast<O*>(pass.d) + row * pass.d_stride + col - pass.first : nullptr;
-    float lane[LANES] = {};
-    auto entry = [&](int64_t j, int k) FP_INLINE_LAMBDA {
-        float e = exp_(z[j] - base), th = CAP ? z[j] * to_tanh : 0.f;
-        lane[k] += e;
-        z[j] = CAP ? -e * (1.f - th * th) : -e;
-    };
-    int64_t j = 0;
-    for (; j + LANES <= cols; j += LANES)
-        for (int k = 0; k < LANES; ++k) entry(j + k, k);
-    for (int k = 0; j < cols; ++j, ++k) entry(j, k);
-    if (CAP && 0 <= y && y < cols) z[y] = 0.f;  // 0 * -inf
-    if (d && pass.past_caches) {
-        if constexpr (std::is_same_v<O, float>) {
-            stream(d, z, cols);
-        } else {
-            O part[COLUMN_BLOCK];
-            for (j = 0; j < cols; ++j) store(part + j, z[j]);
-            stream(d, part, cols);
-        }
-    } else if (d) {
-        for (j = 0; j < cols; ++j) store(d + j, z[j]);
+    Exponentials e = exponentials<O, CAP, true>(pass, row, col, cols, z, y, base);
+    if (!(e.max - base <= LIMIT) || e.sum != e.sum) {  // once more
+        if (e.max - base > LIMIT) base = e.max;
+        if (base == -INF) base = 0;  // nothing but -inf
+        e = exponentials<O, CAP, false>(pass, row, col, cols, z, y, base);
     }
-    double sum = 0;
-    for (int k = 0; k < LANES; ++k) sum += lane[k];
-    pass.parts[size_t(at)] = {base, sum};
+    pass.parts[size_t(at)] = {base, e.sum};
 }
 
 struct Row {
@@ -263,6 +283,9 @@ template <class O, bool CAP, bool EXTRAS> struct FinishRows {
         if (pass.past_caches) streamed();
     }
 };
+template <class O, bool CAP> auto rows_of(const Pass& pass) {
+    return pass.extras.empty() ? clone_of<FinishRows<O, CAP, false>>() : clone_of<FinishRows<O, CAP, true>>();
+}
 template <class O, bool CAP> struct FinishD {
     FP_INLINE void run(const Pass& pass, int64_t first, int64_t last) {
         for (int64_t row = first; row < last; ++row) finish_d<O, CAP>(pass, row);
@@ -310,8 +333,7 @@ template <class T, bool CAP> void run(const LogitFree& head, const MicroKernel& 
     Pass pass(head);
     auto bases = clone_of<FindBases<T, CAP>>();
     parallel_ranges(head.tokens, threads, [&](int64_t first, int64_t last) { bases(pass, first, last); });
-    auto block =
-        pass.extras.empty() ? clone_of<FinishRows<T, CAP, false>>() : clone_of<FinishRows<T, CAP, true>>();
+    auto block = head.d || head.u ? rows_of<T, CAP>(pass) : rows_of<void, CAP>(pass);
     const Finish finish = [&](int64_t row, int64_t rows, int64_t col, int64_t cols, float* sums,
                               int64_t stride) {
         block(pass, row, rows, pass.first + col, cols, sums, stride);

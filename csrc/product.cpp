@@ -100,7 +100,7 @@ class Run {
         const bool whole = words * COLUMN_BLOCK * 4 <= WHOLE;
         depth = std::max<int64_t>(words, 1);
         if (whole) {
-            if (words * width * 4 > WHOLE / 4) width = least(width, COLUMN_BLOCK);
+            if (words * width * 4 > WHOLE / 2) width = least(width, COLUMN_BLOCK);
         } else {
             width = least(width, WHOLE / 4 / (4 * chunk) / kernel.cols * kernel.cols);
             if (p.out_dtype != Dtype::f32)

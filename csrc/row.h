@@ -10,6 +10,19 @@ namespace fastpref {
 constexpr int LANES = 64;    // independent accumulators: the reductions vectorise without -ffast-math
 constexpr int BLOCK = 2048;  // columns summed in fp32 before the sum goes on in double
 
+// The sum and the largest of LANES lanes. In a chain of 64, each would wait for the one before.
+FP_INLINE double lanes_sum(const float* lane) {
+    double part[8] = {};
+    for (int i = 0; i < LANES; i += 8)
+        for (int k = 0; k < 8; ++k) part[k] += lane[i + k];
+    return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+}
+FP_INLINE float lanes_max(float* lane) {  // which it overwrites
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int k = 0; k < n; ++k) lane[k] = lane[k + n] > lane[k] ? lane[k + n] : lane[k];
+    return lane[0];
+}
+
 struct Affine {  // the transform, with reciprocals in place of divisors
     float scale, cap, inv_cap, inv_t, slope;
     explicit Affine(const Transform& t)
@@ -33,8 +46,7 @@ template <class T, bool CAP> FP_INLINE float row_max(const Affine& a, const T* x
             float v = sign * load(x + j + k);
             lane[k] = v > lane[k] ? v : lane[k];
         }
-    float m = lane[0];
-    for (int k = 1; k < LANES; ++k) m = lane[k] > m ? lane[k] : m;
+    float m = lanes_max(lane);
     for (; j < cols; ++j) {
         float v = sign * load(x + j);
         m = v > m ? v : m;
@@ -67,10 +79,8 @@ FP_INLINE Sums row_sums(const Affine& a, const T* x, int64_t cols, float m) {
             for (int k = 0; k < LANES; ++k) add(k, j + k);
         }
         for (int k = 0; j < end; ++j, ++k) add(k, j);
-        for (int k = 0; k < LANES; ++k) {
-            s.e += e_[k];
-            if (EXTRAS) s.weighted += w_[k], s.squared += q_[k], s.total += t_[k];
-        }
+        s.e += lanes_sum(e_);
+        if (EXTRAS) s.weighted += lanes_sum(w_), s.squared += lanes_sum(q_), s.total += lanes_sum(t_);
     }
     return s;
 }

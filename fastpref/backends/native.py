@@ -145,7 +145,7 @@ def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
     # torch rounds the products of 16-bit matrices, and is slow without bf16 units.
     has_units = dtype == torch.bfloat16 and bf16_is_fast("cpu")
     exact = fastest in ("amx_bf16", "avx512_bf16")  # at the units' rate
-    return None if has_units and (out == dtype or not exact) else fastest
+    return None if has_units and ((out == dtype and not _cpu.is_amd()) or not exact) else fastest
 
 
 def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
