@@ -31,31 +31,51 @@ FP_INLINE void sum_columns(const ColumnSums& s, int64_t first, int64_t last, dou
             s.squares[j] += scaled * scaled;
         };
         int64_t j = first;
-        for (; j + LANES <= last; j += LANES)
+        for (; j + LANES <= last; j += LANES) {
+            // Of the next row, which the processor's own prefetcher finds too late.
+            for (int k = 0; k < LANES; k += 64 / int(sizeof(T))) FP_PREFETCH(d + s.stride + j + k);
             for (int k = 0; k < LANES; ++k) entry(j + k, k);
+        }
         for (int k = 0; j < last; ++j, ++k) entry(j, k);
         part[row * parts] = lanes_sum(lane);
     }
+}
+
+// Several sums, so that no entry waits for the one before.
+constexpr int CHAINS = 8;
+FP_INLINE double chains_sum(const double* chain) {
+    double sum = 0;
+    for (int k = 0; k < CHAINS; ++k) sum += chain[k];
+    return sum;
 }
 
 template <class T> FP_INLINE void gather_block(const GatherColumns& s, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
         const T* d = static_cast<const T*>(s.d) + row * s.stride;
         T* out = static_cast<T*>(s.out) + row * s.out_stride;
-        double rest = s.row_sums[row];
-        for (int64_t j = 0; j < s.kept; ++j) {
+        double kept[CHAINS] = {}, drawn[CHAINS] = {};
+        auto keep = [&](int64_t j, int k) FP_INLINE_LAMBDA {
             const T value = d[s.index[j]];
             out[j] = value;
-            rest -= load(&value);
+            kept[k] += load(&value);
+        };
+        int64_t j = 0;
+        for (; j + CHAINS <= s.kept; j += CHAINS) {
+            FP_PREFETCH(d + s.stride + s.index[j]);  // the next row's
+            FP_PREFETCH(d + s.stride + s.index[j + CHAINS / 2]);
+            for (int k = 0; k < CHAINS; ++k) keep(j + k, k);
         }
-        const float r = float(rest);
-        double left = r;
-        for (int64_t j = s.kept; j < s.count; ++j) {
+        for (int k = 0; j < s.kept; ++j, ++k) keep(j, k);
+        const float r = float(s.row_sums[row] - chains_sum(kept));
+        auto draw = [&](int64_t j, int k) FP_INLINE_LAMBDA {
             const float value = (load(d + s.index[j]) - r * s.mean[j]) * s.factor[j];
             store(out + j, value);
-            left -= value;
-        }
-        store(out + s.count, float(left));
+            drawn[k] += value;
+        };
+        for (; j + CHAINS <= s.count; j += CHAINS)
+            for (int k = 0; k < CHAINS; ++k) draw(j + k, k);
+        for (int k = 0; j < s.count; ++j, ++k) draw(j, k);
+        store(out + s.count, float(r - chains_sum(drawn)));
         s.rest[row] = r;
     }
 }

@@ -27,6 +27,7 @@ from fastpref.backends.column_choice import HEAD_MARGIN, block_hash
 from fastpref.backends.tile import Backend
 
 _ROWS = 2048  # of the weight that are widened at a time
+_MEAN_ROWS = 4096  # of the weight, whose mean stands for that of all
 _NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
 _NORM_SHARE = 128  # one column in so many is enough for that
 
@@ -80,17 +81,21 @@ def last_gradient_report() -> GradientReport | None:
 
 
 class Spread(NamedTuple):
-    """How far the rows of W are from their mean."""
+    """How far the rows of W are from the mean of some of them.
+
+    Any vector would do in place of the mean: the nearer, the smaller are the bounds and estimates.
+    """
 
     mean: Tensor  # [H]
     distance: Tensor  # [V], |W_v - mean|
 
 
-def spread(backend: Backend, weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Spread:
+def spread(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Spread:
     """The `Spread` of scale W in this dtype; scale [V] or None."""
     vocab = weight.shape[0]
-    ones = torch.ones(vocab, dtype=dtype, device=weight.device)
-    mean = backend.weighted_rows((ones if scale is None else ones * scale) / vocab, weight)
+    step = max(1, vocab // _MEAN_ROWS)
+    some = weight[::step].to(dtype)
+    mean = (some if scale is None else some * scale[::step, None]).mean(0)
     distance = torch.empty(vocab, dtype=dtype, device=weight.device)
     for a in range(0, vocab, _ROWS):
         rows = weight[a : a + _ROWS].to(dtype)
@@ -118,7 +123,7 @@ class Sampler:
         self.count, self.seed = count, options.seed
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.scale = None if dora_scale is None else dora_scale.to(dtype)
-        self.spread = spread(backend, weight, self.scale, dtype)
+        self.spread = spread(weight, self.scale, dtype)
         self.blocks: list[ColumnBlock] = []
         self.remainders: list[Tensor] = []  # |r| of the rows
         self.bounds: list[Tensor] = []  # on the error of the rows of u
@@ -127,6 +132,7 @@ class Sampler:
         # On a CPU, |u|^2 of the last block over the sum of squares times distance^2: blocks of one
         # call are alike, so that the next need not estimate it.
         self._ratio: float | None = None
+        self._distribution: tuple[Tensor, Tensor] | None = None  # of `_rest`, likewise
         self._memories: dict[str, Tensor] = {}  # of one block, for the next
 
     def add(
@@ -156,11 +162,9 @@ class Sampler:
             self._add_all(d, row_scale, u, squares)
             return
         index, kept, factor, variance, head_variance = chosen
-        # The distribution on R; a column that is drawn twice writes the same number twice.
+        # 1 on R; a column that is drawn twice writes the same number twice.
         in_rest = torch.ones_like(totals).scatter_(0, index, (~kept).to(totals.dtype))
-        q = totals * in_rest
-        sum_q = q.sum()
-        q = torch.where(sum_q == 0, 0.0, q / sum_q)
+        q, m = self._rest(totals, in_rest)
         size = d.shape[0], index.shape[0] + 1
         g = d.new_empty(size) if self.needs_head else self._memory("g", *size)
         mean = q[index].masked_fill(kept, 0.0)
@@ -168,7 +172,6 @@ class Sampler:
         if self.scale is not None:
             q = q * self.scale
             g[:, :-1] *= self.scale[index]
-        m = backend.weighted_rows(q, self.weight)
         if u is not None and tolerances[0] is not None:
             rows = self._memory("rows", g.shape[1], self.weight.shape[1])
             backend.gather_rows(self.weight, index, m, rows)
@@ -183,6 +186,31 @@ class Sampler:
         farthest = (self.spread.distance * in_rest).max()
         farthest = farthest + torch.linalg.vector_norm(self.spread.mean - m)
         self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
+
+    def _rest(self, totals: Tensor, in_rest: Tensor) -> tuple[Tensor, Tensor]:
+        """A distribution q [V] on R, and the mean [H] of the rows of W that has these weights.
+
+        It is the block's own mean distribution or, on a CPU, that of an earlier block of the call
+        without what is kept here: u has the same mean with any q, and the sum over the rows that
+        are left out takes less time than a pass over W.
+        """
+        if self._distribution is not None:
+            q, m = self._distribution
+            left_out = q * (1 - in_rest)
+            share = 1 - float(left_out.sum())
+            if share > 0.5:  # otherwise too much would cancel
+                return q * in_rest / share, (m - self._weighted_rows(left_out)) / share
+        q = totals * in_rest
+        sum_q = q.sum()
+        q = torch.where(sum_q == 0, 0.0, q / sum_q)
+        m = self._weighted_rows(q)
+        if q.device.type == "cpu" and sum_q != 0:
+            self._distribution = q, m
+        return q, m
+
+    def _weighted_rows(self, q: Tensor) -> Tensor:
+        scaled = q if self.scale is None else q * self.scale
+        return self.backend.weighted_rows(scaled, self.weight)
 
     def _memory(self, name: str, rows: int, cols: int) -> Tensor:
         """The memory of the last block once more: fresh pages cost as much as a pass over them."""

@@ -39,7 +39,7 @@ def _block(d, weight, labels, tolerance, seed=0, count=None):
     sampler.add(d, labels, lse, None, u)
     norm = (d @ weight).square().sum()
     squares = d.square().sum(0)
-    distance = spread(eager, weight, None, d.dtype).distance
+    distance = spread(weight, None, d.dtype).distance
     state = block_hash(labels, lse, seed)
     chosen = choose_columns(squares, labels, distance, norm, (tolerance, None), state, count)
     return chosen, sampler, u
