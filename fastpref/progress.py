@@ -150,7 +150,8 @@ def watched(
     if stream is None:
         from tqdm.auto import tqdm
 
-        yield from tqdm(work, desc=what, disable=disabled)
+        items = -(-total // units_per_item)
+        yield from tqdm(work, desc=what, total=items, disable=disabled)
         return
     lines = ProgressLines(what, unit, total, stream)
     done = 0

@@ -26,6 +26,7 @@ from fastpref.cli import doctor, exit_codes
 
 NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
 _TRAIN = ("train", "demo", "precompute")
+MOST = 2**31 - 1  # of a whole number; a seed has a limit of its own
 app: Any = None  # the typer application; None where typer is not installed
 
 
@@ -67,6 +68,14 @@ def check_backend() -> None:
     backends.choose(device, torch.float32)
 
 
+def check_numbers(options: dict[str, Any]) -> None:
+    """Raise ValueError for a whole number that libraries below could not hold."""
+    for name, value in options.items():
+        if name != "seed" and isinstance(value, int) and value > MOST:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}; expected at most {MOST}")
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with its errors turned into one sentence on stderr and an exit status."""
 
@@ -76,6 +85,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(missing, err=True)
             raise typer.Exit(2)
         try:
+            check_numbers(options)
             check_backend()  # before anything is loaded
         except (RuntimeError, ValueError) as error:
             typer.echo(f"{speaker()}: {sentence(error)}", err=True)

@@ -54,7 +54,7 @@ def check_report(path: Path | None) -> None:
     """
     if path is None:
         return
-    path = _checked("--report", path)
+    path = check_place("--report", path)
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
             if file.read(len(_PAGE)).lower() != _PAGE:
@@ -63,11 +63,26 @@ def check_report(path: Path | None) -> None:
 
 def check_plot(path: Path | None) -> None:
     """Check the place of a `--plot`; None is fine. Raises as `check_report` does."""
-    if path is not None and _checked("--plot", path).suffix.lower() not in _PICTURES:
+    if path is not None and check_place("--plot", path).suffix.lower() not in _PICTURES:
         raise ValueError(f"--plot {path}: expected a name that ends in {', '.join(_PICTURES)}")
 
 
-def _checked(option: str, path: Path) -> Path:
+def write_plot(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write the figure of a `--plot`.
+
+    Raises:
+        StorageError: a full, failing or read-only disk.
+    """
+    from fastpref.cli.report import save_figure
+    from fastpref.storage import disk_errors
+
+    path = path.expanduser()
+    with disk_errors(f"--plot {path} could not be written"):
+        save_figure(figure, path, dpi)
+
+
+def check_place(option: str, path: Path) -> Path:
+    """The path that an option names, in full; raises as `check_report` does."""
     from fastpref.storage import StorageError
 
     path = path.expanduser()

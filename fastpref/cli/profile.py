@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
+from fastpref.cli.outputs import check_plot, check_report, print_json, table_console, write_plot
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
@@ -115,7 +115,7 @@ def command(
             hear=hear,
         )
     if plot is not None:
-        _write_plot(profile, plot)
+        write_plot(_figure(profile), plot)
     if report is not None:
         _write_report(profile, report)
     if as_json:
@@ -236,15 +236,6 @@ def _figure(profile: Any) -> Any:
     figure = Figure(figsize=(9, 4), layout="constrained")
     draw_memory(figure.subplots(), profile)
     return figure
-
-
-def _write_plot(profile: Any, path: Path) -> None:
-    from fastpref.storage import disk_errors
-
-    path = path.expanduser()
-    with disk_errors(f"--plot {path} could not be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _figure(profile).savefig(path, dpi=120)
 
 
 def _write_report(profile: Any, path: Path) -> None:
