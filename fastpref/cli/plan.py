@@ -17,8 +17,8 @@ from fastpref.cli.outputs import (
     table_console,
     write_plot,
 )
-from fastpref.progress import size_text
 from fastpref.cli.shared_options import AsJson, Bf16, Debug, MaxLength, TrustRemoteCode
+from fastpref.progress import size_text
 
 SAMPLE = 5_000  # pairs of the data whose tokens are counted
 
