@@ -11,7 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.outputs import check_place, check_plot, check_report, print_json, table_console, write_plot
+from fastpref.cli.outputs import (
+    check_place,
+    check_plot,
+    check_report,
+    print_json,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import AsJson, Debug, TrustRemoteCode
 
 THRESHOLD = 0.05

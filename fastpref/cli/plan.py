@@ -121,6 +121,7 @@ def command(
     """
     import torch
 
+    from fastpref.backends.processor import bf16_is_fast
     from fastpref.cli.models import load_config, load_tokenizer, missing_sizes
     from fastpref.cli.train_run import hide_library_bars
     from fastpref.planning import StepOptions, plan_training
@@ -151,7 +152,7 @@ def command(
     if data is not None:
         tokenizer = load_tokenizer(model, trust_remote_code)
         lengths = token_lengths(data, tokenizer, max_length, SAMPLE)
-    half = bf16 if bf16 is not None else kind == "cuda"
+    half = bf16 if bf16 is not None else kind == "cuda" or bf16_is_fast("cpu")
     plan = plan_training(
         config,
         memory=available,

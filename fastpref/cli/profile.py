@@ -14,11 +14,11 @@ from fastpref.cli.shared_options import (
     AsJson,
     Beta,
     Bf16,
-    Data,
     Debug,
     LogitsPrecision,
-    Loss,
-    LossOptions,
+    PairLoss,
+    PairLossOptions,
+    Pairs,
     TrustRemoteCode,
 )
 from fastpref.cli.train_options import Precision, PrefixSharing
@@ -29,9 +29,9 @@ COLOURS = {"fastpref": "#1b7f79", "eager": "#c8553d", "trl": "#6b7280", "liger":
 
 def command(
     model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
-    data: Data,
-    loss: Loss = "dpo",
-    loss_option: LossOptions = None,
+    data: Pairs,
+    loss: PairLoss = "dpo",
+    loss_option: PairLossOptions = None,
     sides: Annotated[
         str | None,
         typer.Option(

@@ -21,9 +21,10 @@ from fastpref.cli.shared_options import (
     Beta,
     Bf16,
     Debug,
-    Loss,
-    LossOptions,
     MaxLength,
+    PairLoss,
+    PairLossOptions,
+    Pairs,
     TrustRemoteCode,
 )
 
@@ -32,14 +33,12 @@ def command(
     model: Annotated[
         str, typer.Option(help="Directory or hub name of a causal model or of a LoRA adapter.")
     ],
-    data: Annotated[
-        str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
-    ],
+    data: Pairs,
     ref_model: Annotated[
         str | None, typer.Option(help="The reference; by default the model, or the data's columns.")
     ] = None,
-    loss: Loss = "dpo",
-    loss_option: LossOptions = None,
+    loss: PairLoss = "dpo",
+    loss_option: PairLossOptions = None,
     beta: Beta = 0.1,
     max_length: MaxLength = 1024,
     rows: Annotated[

@@ -176,6 +176,8 @@ def _of(options: StepOptions, method: str) -> StepOptions:
     if method == "full":
         reference = "precompute" if options.reference == "adapter" else options.reference
         return replace(options, method=method, reference=reference)
+    if options.bf16:  # `fastpref train` loads weights that do not train in bf16 then
+        options = replace(options, dtype=torch.bfloat16, bf16=False)
     return replace(options, method=method, reference="adapter")
 
 
@@ -195,8 +197,6 @@ def _for_device(
             base, bf16=half, device=device_planner.kind, memory_budget=device.memory // 16
         )
         options = _of(options, method)
-        if method != "full" and half:
-            options = replace(options, dtype=torch.bfloat16, bf16=False)
         estimate = device_planner.largest(
             options, batch_size, max_length, device.memory, 1, device.rates()
         )
@@ -244,13 +244,17 @@ def _changes(
         add(f"max_length {length // 2} instead of {length}", length=length // 2)
     if options.method == "full":
         lora = {"method": "lora", "reference": "adapter"}
-        add("LoRA instead of all weights", options=lora)
+        if not options.bf16:
+            add("LoRA instead of all weights", options=lora)
         if options.dtype == torch.float32:
-            add("LoRA over weights in bf16", options={**lora, "dtype": torch.bfloat16})
+            narrow = {**lora, "dtype": torch.bfloat16, "bf16": False}
+            add("LoRA over weights in bf16", options=narrow)
     elif options.dtype == torch.float32:
         add("weights in bf16", options={"dtype": torch.bfloat16})
     if options.method != "qlora" and planner.kind == "cuda":
-        qlora = {"method": "qlora", "reference": "adapter", "dtype": torch.bfloat16}
+        qlora = {
+            "method": "qlora", "reference": "adapter", "dtype": torch.bfloat16, "bf16": False
+        }  # fmt: skip
         add("QLoRA: weights of 4 bits under an adapter", options=qlora)
     if planner.kind == "cuda":
         twice = size if asked.accumulation % 2 == 0 else max(size // 2, 1)

@@ -46,7 +46,7 @@ def invoke(*arguments):
 
 
 def test_a_real_run(tmp_path):
-    page, plot, old = tmp_path / "page.html", tmp_path / "plot.png", tmp_path / "old.json"
+    page, plot, old = tmp_path / "page.html", tmp_path / "plot.png", tmp_path / "new" / "old.json"
     given = ("--no-memory", "--repeats", 2, "--report", page, "--plot", plot, "--save", old)
     result = invoke(*given)
     assert result.exit_code == 0, result.output

@@ -157,6 +157,16 @@ def test_devices_share_the_pairs_of_a_step(config):
     assert text == "2 GPUs that share the weights" and way.pairs * way.accumulation * 2 == 6
 
 
+def test_an_adapter_under_bf16_trains_over_bf16_weights_as_fastpref_train_does(config):
+    options = StepOptions(bf16=True)
+    given = {"memory": 2**36, "batch_size": 1, "max_length": 16, "options": options}
+    ways = plan_training(config, table=False, **given).ways
+    assert ways["full"].options.dtype == torch.float32 and ways["full"].options.bf16
+    assert ways["lora"].options.dtype == torch.bfloat16 and not ways["lora"].options.bf16
+    weights = [way.components["weights"] for way in ways.values()]
+    assert weights[1] < 0.6 * weights[0]
+
+
 def test_the_head_s_strategy_is_the_one_that_the_step_takes(config):
     ways = plan_training(config, memory=2**36, max_length=64, table=False).ways
     assert ways["full"].head_strategy == "stash" and ways["lora"].head_strategy == "frozen"
