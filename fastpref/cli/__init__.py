@@ -110,6 +110,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 if not isinstance(error, RuntimeError):
                     text = f"{type(error).__name__}: {text}"  # a KeyError's message is its key
                 text += " (--debug shows the traceback)"
+            elif exit_codes.no_memory(error):
+                text += "; fastpref plan --why-oom says what takes less memory"
             elif code == exit_codes.RESUMABLE:
                 text = f"another process of this run was lost ({text})"
                 text += "; --resume latest goes on from the newest complete checkpoint"

@@ -76,9 +76,7 @@ def command(
     check_plot(plot)
     check_report(report)
     if plot is not None and model is None:
-        raise ValueError(
-            "--plot shows numbers of tokens; pass --model, whose tokenizer counts them"
-        )
+        raise ValueError("--plot shows numbers of tokens; pass --model, which has a tokenizer")
     path = fixed_path(data)
     if fix and not Path(data).is_file():
         raise ValueError(f"--fix: {data} is no file beside which the clean data could stand")

@@ -116,13 +116,13 @@ def test_tools_and_template_options_are_kept_as_they_are():
         (
             "a.jsonl",
             '{"prompt": "a"}\n{"prompt": null}\n',
-            "row 1: prompt is missing; all rows must",
+            "row 1: prompt is missing; all",
         ),
         ("a.jsonl", '{"other": "a"}\n{"prompt": "a"}\n', "row 0: prompt is missing; all rows must"),
         (
             "a.csv",
             '{"prompt": "a", "chosen": "b"}\n',
-            "line 1 is JSON; expected CSV, or a name that",
+            "line 1 is JSON; expected CSV",
         ),
         ("a.csv", '[{"prompt": 1}]', "line 1 is JSON; expected CSV"),
     ],

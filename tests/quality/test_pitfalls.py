@@ -163,7 +163,7 @@ LIKED = 20  # a token that a model is made to favour
 
 
 def liked(side, count):
-    """Pairs in which one side has the token that the model favours, and the other side in the rest."""
+    """16 pairs, in so many of which this side has the token that the model favours."""
     other = {"chosen": "rejected", "rejected": "chosen"}[side]
     rows = []
     for i in range(16):
