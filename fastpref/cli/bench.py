@@ -16,6 +16,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
+    say,
     table_console,
     write_plot,
 )
@@ -170,7 +171,7 @@ def command(
         _show(result, scaled, changes)
         for kind, path in (("Saved", save), ("Plot", plot), ("Report", report)):
             if path is not None:
-                typer.echo(f"{kind}: {path}")
+                say(f"{kind}: {path}")
     if result.wrong() or any(change.regression for change in changes):
         raise typer.Exit(exit_codes.FINDINGS)
 
@@ -234,12 +235,12 @@ def _announce(options: Any) -> None:
         about = f" ({case.model})" if case.model else ""
         threads = f", {case.threads} threads" if case.threads else ""
         modes = ", ".join(options.modes)
-        typer.echo(f"head {case.shape}{about}, {', '.join(case.dtypes)}{threads}: {modes}")
-    typer.echo(f"sides: {', '.join(side_names(options))}")
+        say(f"head {case.shape}{about}, {', '.join(case.dtypes)}{threads}: {modes}")
+    say(f"sides: {', '.join(side_names(options))}")
     for name, reason in options.missing_peers.items():
-        typer.echo(f"{name} is left out: {reason}")
+        say(f"{name} is left out: {reason}")
     limit = f", at most {options.budget:.0f} s" if options.budget is not None else ""
-    typer.echo(f"{options.repeats} calls of each, by turns{limit}")
+    say(f"{options.repeats} calls of each, by turns{limit}")
 
 
 @contextlib.contextmanager

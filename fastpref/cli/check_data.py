@@ -13,6 +13,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
+    say,
     table_console,
     write_plot,
 )
@@ -106,10 +107,10 @@ def command(
     else:
         _show(quality)
         if fixed is not None:
-            typer.echo(f"{fixed[1]:,} rows left out of {fixed[0]}")
+            say(f"{fixed[1]:,} rows left out of {fixed[0]}")
         for kind, place in (("Plot", plot), ("Report", report)):
             if place is not None:
-                typer.echo(f"{kind}: {place}")
+                say(f"{kind}: {place}")
     if fails(quality.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 

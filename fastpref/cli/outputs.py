@@ -28,7 +28,7 @@ def table_console(width: int = 120) -> Any:
     Args:
         width: in characters, where neither is known, as in a log file.
     """
-    from rich.console import Console
+    from fastpref.cli.progress import RunConsole
 
     # rich would look for the width in the os.environ of its import, which
     # `Dataset.map(num_proc=...)` replaces.
@@ -37,12 +37,22 @@ def table_console(width: int = 120) -> Any:
         width = int(columns)
     elif sys.stdout.isatty():
         width = shutil.get_terminal_size((width, 0)).columns
-    return Console(soft_wrap=True, width=width)
+    return RunConsole(soft_wrap=True, width=width)
 
 
 def print_json(value: Any) -> None:
     """Print one object. Figures that are not finite are null, since JSON has no NaN."""
-    typer.echo(json.dumps(jsonable(value), allow_nan=False))
+    say(json.dumps(jsonable(value), allow_nan=False))
+
+
+def say(text: str) -> None:
+    """Print a line; it is lost if the reader of the output is gone, as with `| head`."""
+    from fastpref.cli.progress import discard_output
+
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        discard_output()
 
 
 def check_report(path: Path | None) -> None:

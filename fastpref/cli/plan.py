@@ -14,6 +14,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
+    say,
     table_console,
     write_plot,
 )
@@ -187,7 +188,7 @@ def command(
         _show(plan, lengths, missing)
         for name, path in (("Plot", plot), ("Report", report)):
             if path is not None:
-                typer.echo(f"{name}: {path}")
+                say(f"{name}: {path}")
     if not plan.asked.fits(plan.memory):
         raise typer.Exit(exit_codes.FINDINGS)
 

@@ -9,7 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli.outputs import check_plot, check_report, print_json, table_console, write_plot
+from fastpref.cli.outputs import (
+    check_plot,
+    check_report,
+    print_json,
+    say,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
@@ -124,7 +131,7 @@ def command(
         _show(profile)
         for kind, path in (("Plot", plot), ("Report", report)):
             if path is not None:
-                typer.echo(f"{kind}: {path}")
+                say(f"{kind}: {path}")
 
 
 @contextlib.contextmanager

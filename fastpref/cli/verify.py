@@ -13,6 +13,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
+    say,
     table_console,
     write_plot,
 )
@@ -123,7 +124,7 @@ def command(
         _show(result)
         for kind, path in (("Plot", plot), ("Report", report)):
             if path is not None:
-                typer.echo(f"{kind}: {path}")
+                say(f"{kind}: {path}")
     if fails(result.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 

@@ -1,6 +1,9 @@
 """`fastpref check-data`: the tables, the JSON, the exit status and the fixed file."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -85,6 +88,25 @@ def test_bad_input_is_one_sentence_and_no_file_is_lost(pairs, tmp_path):
         assert result.exit_code == 2 and message in result.stderr, result.output
         assert not result.stdout
     assert pairs.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_reader_that_is_gone_and_an_encoding_without_a_word(pairs, tmp_path, options):
+    words = [
+        {"prompt": f"a {i}", "chosen": f"b {i} \u6f22", "rejected": f"c {i}"} for i in range(120)
+    ]
+    data = tmp_path / "words.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in words))
+    command = [sys.executable, "-m", "fastpref", "check-data", str(data), *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    done = subprocess.run(command, **pipes)
+    assert done.returncode == 0 and b"\\u6f22" in done.stdout, done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, **{**pipes, "stdout": write})
+    os.close(write)
+    assert done.returncode == 0 and b"fastpref:" not in done.stderr, done.stderr
 
 
 def test_a_tokenizer_without_a_model_is_enough(pairs, tmp_path):
