@@ -161,12 +161,12 @@ def profile_training(
             raise ValueError(f"{name}: got {value}, expected at least 1")
     if steps > MOST_STEPS:
         raise ValueError(f"steps: got {steps}, expected at most {MOST_STEPS}")
-    for name, value, expected in (
+    for name, given, expected in (
         ("dtype", dtype, ("float32", "bfloat16", "float16")),
         ("reference", reference, ("auto", "precompute", "model", "adapter")),
     ):
-        if value not in expected:
-            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(expected)}")
+        if given not in expected:
+            raise ValueError(f"{name}: got {given!r}, expected one of {', '.join(expected)}")
     if reference == "auto":
         reference = "precompute" if lora is None else "adapter"
     if (reference == "adapter") != (lora is not None):
