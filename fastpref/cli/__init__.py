@@ -6,6 +6,7 @@ status of `fastpref.cli.exit_codes`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -36,8 +37,10 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in _TRAIN:  # a trainer would set it too late
         os.environ.setdefault(TORCH_SETTING, "1")
     for stream in (sys.stdout, sys.stderr):  # a log file's encoding may lack a word of the data
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        # A file that has become a pipe, which has no position.
+        with contextlib.suppress(OSError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     if app is not None:
         app(prog_name="fastpref")
     elif sys.argv[1:2] == ["doctor"]:  # it works where only torch is installed

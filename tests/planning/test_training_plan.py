@@ -284,6 +284,22 @@ def test_sizes_that_a_config_lacks_are_said(config, tmp_path):
     )
 
 
+def test_sizes_under_other_names_and_of_a_part_are_given(tmp_path):
+    from transformers import Gemma3Config, GPT2Config
+
+    from fastpref.cli.models import missing_sizes
+
+    for config in (GPT2Config(n_embd=64, n_layer=2), Gemma3Config()):
+        config.save_pretrained(tmp_path)
+        assert missing_sizes(str(tmp_path), config) == {}
+    given = json.loads((tmp_path / "config.json").read_text())
+    del given["text_config"]["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    config = Gemma3Config.from_pretrained(tmp_path)
+    size = config.get_text_config().vocab_size
+    assert missing_sizes(str(tmp_path), config) == {"vocab_size": size}
+
+
 @pytest.mark.parametrize("size", [None, "32", 33])
 def test_a_config_that_cannot_be_is_one_sentence(config, size, tmp_path):
     given = {**config.to_dict(), "model_type": "llama", "hidden_size": size}
