@@ -22,7 +22,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fastpref.storage import disk_errors, sync_file
+from fastpref.storage import disk_errors, whole_file
 
 LEVELS = ("error", "warning", "note")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -200,12 +200,8 @@ class HtmlReport:
             StorageError: a full, failing or read-only disk.
         """
         path = Path(path).expanduser()
-        part = path.with_name(f".{path.name}.new")
-        with disk_errors(f"the report {path} could not be written"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(self.html(), "utf-8", errors="replace")
-            sync_file(part)
-            os.replace(part, path)
+        with disk_errors(f"the report {path} could not be written"), whole_file(path) as beside:
+            beside.write_text(self.html(), "utf-8", errors="replace")
         return path
 
     def _add(self, heading: str, body: str) -> None:

@@ -146,18 +146,32 @@ def watched(
         units_per_item: how much an item adds to the count.
         disabled: whether to show no progress.
     """
+    done = 0
+    with advancing(what, unit, total, disabled) as advance:
+        for item in work:
+            yield item
+            units = min(units_per_item, total - done)
+            done += units
+            advance(units)
+
+
+@contextlib.contextmanager
+def advancing(
+    what: str, unit: str, total: int, disabled: bool
+) -> Iterator[Callable[[int], object]]:
+    """Show a bar or lines. Yields the function that increases the count.
+
+    Arguments as in `watched`.
+    """
     stream = stream_for_lines(disabled)
     if stream is None:
         from tqdm.auto import tqdm
 
-        yield from tqdm(work, desc=what, disable=disabled)
+        with tqdm(total=total, desc=what, unit=f" {unit}", disable=disabled) as bar:
+            yield bar.update
         return
     lines = ProgressLines(what, unit, total, stream)
-    done = 0
-    for item in work:
-        yield item
-        done = min(done + units_per_item, total)
-        lines.update(done)
+    yield lines.add
     lines.close()
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,25 @@ def write_json(path: Path, value: Any) -> None:
             beside.unlink()
         raise
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Have a file at `path` that is either the whole new one or the old one, whatever happens.
+
+    Yields a path beside it, in a directory that is made. What the block writes there takes its
+    place at the end; after an error or Ctrl-C it is removed. Each call has a name of its own, so
+    that of two processes which write the same file the last one wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.new")
+    try:
+        yield beside
+        sync_file(beside)
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def files_under(folder: Path) -> Iterator[Path]:

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "planning": {
         "progress", "attention", "backends", "data", "heads", "logps", "profiling",
     },
-    "bench": {"validation", "backends", "body", "logps", "profiling"},
+    "bench": {"validation", "storage", "backends", "body", "logps", "profiling"},
     "integrations": {"validation", "backends", "fused", "heads", "logps", "losses"},
     "cli": {
         "progress", "storage", "html_report", "backends", "bench", "data", "fused", "heads",

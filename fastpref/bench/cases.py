@@ -171,8 +171,10 @@ def _shape_of_model(text: str, tokens: int | None, trust: bool) -> tuple[Any, st
         ) from error
     try:
         config: Any = AutoConfig.from_pretrained(text, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    except Exception as error:  # a config with a size of the wrong type fails in many ways
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # A strict config's first line names the check alone.
+        reason = lines[-1 if lines[0].endswith(":") else 0].strip()[:200]
         raise ValueError(
             f"shape: got {text!r}, expected N,H,V, or the name or folder of a model ({reason})"
         ) from error

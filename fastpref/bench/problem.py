@@ -56,7 +56,7 @@ def parse_shape(text: str) -> Shape:
     if shape is None:
         sizes = name.split(",")
         if len(sizes) not in (3, 4):
-            raise ValueError(f"shape: got {text}, expected a letter, a/1024 or N,H,V")
+            raise ValueError(f"shape: got {text}, expected N,H,V or N,H,V,softcap")
         try:
             n, h, v = map(int, sizes[:3])
             softcap = float(sizes[3]) if len(sizes) == 4 else None

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fastpref.storage import whole_file
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -118,5 +120,5 @@ def target_table(targets: list[dict]) -> str:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(results, indent=1) + "\n")

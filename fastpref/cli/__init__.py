@@ -6,7 +6,9 @@ status of `fastpref.cli.exit_codes`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from fastpref.cli import doctor, exit_codes
 
 NEEDED = ("transformers", "accelerate", "datasets", "peft", "typer", "rich", "matplotlib")
 _TRAIN = ("train", "demo", "precompute")
+MOST = 2**31 - 1  # of a whole number; a seed has a limit of its own
 app: Any = None  # the typer application; None where typer is not installed
 
 
@@ -33,6 +36,11 @@ def main() -> None:
     """Entry point of the `fastpref` command."""
     if sys.argv[1:2] and sys.argv[1] in _TRAIN:  # a trainer would set it too late
         os.environ.setdefault(TORCH_SETTING, "1")
+    for stream in (sys.stdout, sys.stderr):  # a log file's encoding may lack a word of the data
+        # A file that has become a pipe, which has no position.
+        with contextlib.suppress(OSError):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     if app is not None:
         app(prog_name="fastpref")
     elif sys.argv[1:2] == ["doctor"]:  # it works where only torch is installed
@@ -67,6 +75,14 @@ def check_backend() -> None:
     backends.choose(device, torch.float32)
 
 
+def check_numbers(options: dict[str, Any]) -> None:
+    """Raise ValueError for a whole number that libraries below could not hold."""
+    for name, value in options.items():
+        if name != "seed" and isinstance(value, int) and value > MOST:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}; expected at most {MOST}")
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with its errors turned into one sentence on stderr and an exit status."""
 
@@ -76,6 +92,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(missing, err=True)
             raise typer.Exit(2)
         try:
+            check_numbers(options)
             check_backend()  # before anything is loaded
         except (RuntimeError, ValueError) as error:
             typer.echo(f"{speaker()}: {sentence(error)}", err=True)
@@ -100,6 +117,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 if not isinstance(error, RuntimeError):
                     text = f"{type(error).__name__}: {text}"  # a KeyError's message is its key
                 text += " (--debug shows the traceback)"
+            elif exit_codes.no_memory(error):
+                text += "; fastpref plan --why-oom says what takes less memory"
             elif code == exit_codes.RESUMABLE:
                 text = f"another process of this run was lost ({text})"
                 text += "; --resume latest goes on from the newest complete checkpoint"

@@ -11,7 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
+from fastpref.cli.outputs import (
+    check_place,
+    check_plot,
+    check_report,
+    print_json,
+    say,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import AsJson, Debug, TrustRemoteCode
 
 THRESHOLD = 0.05
@@ -163,20 +171,18 @@ def command(
         _show(result, scaled, changes)
         for kind, path in (("Saved", save), ("Plot", plot), ("Report", report)):
             if path is not None:
-                typer.echo(f"{kind}: {path}")
+                say(f"{kind}: {path}")
     if result.wrong() or any(change.regression for change in changes):
         raise typer.Exit(exit_codes.FINDINGS)
 
 
 def _check_save(path: Path | None) -> None:
-    """Raise ValueError, before anything is measured, if --save could not be written."""
+    """Raise, before anything is measured, if --save could not be written."""
     from fastpref.bench.compare import load_result
 
     if path is None:
         return
-    path = path.expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"--save {path}: expected a file in a folder that exists")
+    path = check_place("--save", path)
     if path.is_file() and path.stat().st_size:
         try:
             load_result(path)
@@ -229,12 +235,12 @@ def _announce(options: Any) -> None:
         about = f" ({case.model})" if case.model else ""
         threads = f", {case.threads} threads" if case.threads else ""
         modes = ", ".join(options.modes)
-        typer.echo(f"head {case.shape}{about}, {', '.join(case.dtypes)}{threads}: {modes}")
-    typer.echo(f"sides: {', '.join(side_names(options))}")
+        say(f"head {case.shape}{about}, {', '.join(case.dtypes)}{threads}: {modes}")
+    say(f"sides: {', '.join(side_names(options))}")
     for name, reason in options.missing_peers.items():
-        typer.echo(f"{name} is left out: {reason}")
+        say(f"{name} is left out: {reason}")
     limit = f", at most {options.budget:.0f} s" if options.budget is not None else ""
-    typer.echo(f"{options.repeats} calls of each, by turns{limit}")
+    say(f"{options.repeats} calls of each, by turns{limit}")
 
 
 @contextlib.contextmanager
@@ -338,15 +344,10 @@ def _figures(result: Any, scale: str | None) -> list[tuple[Any, str]]:
 
 
 def _write_plot(result: Any, scale: str | None, path: Path) -> None:
-    from fastpref.storage import disk_errors
-
-    path = path.expanduser()
-    with disk_errors(f"--plot {path} could not be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure = next((figure for figure, _ in _figures(result, scale) if figure), None)
-        if figure is None:
-            raise ValueError(f"--plot {path}: nothing was measured that can be drawn")
-        figure.savefig(path, dpi=110)
+    figure = next((figure for figure, _ in _figures(result, scale) if figure), None)
+    if figure is None:
+        raise ValueError(f"--plot {path}: nothing was measured that can be drawn")
+    write_plot(figure, path, dpi=110)
 
 
 def _write_report(result: Any, scale: str | None, changes: list[Any], path: Path) -> None:

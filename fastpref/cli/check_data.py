@@ -9,8 +9,16 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
-from fastpref.cli.outputs import check_report, print_json, table_console
+from fastpref.cli.outputs import (
+    check_plot,
+    check_report,
+    print_json,
+    say,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import Debug, TrustRemoteCode
+from fastpref.progress import size_text
 
 
 def command(
@@ -44,6 +52,10 @@ def command(
     fail_on: Annotated[
         FailOn, typer.Option(help="The least level of a finding that makes the exit status 6.")
     ] = FailOn.error,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A PNG, SVG or PDF of the lengths and of eager logits; needs --model."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML page with findings and lengths here.")
     ] = None,
@@ -62,7 +74,10 @@ def command(
     from fastpref.quality import check_data, write_fixed
     from fastpref.quality.fix import fixed_path
 
+    check_plot(plot)
     check_report(report)
+    if plot is not None and model is None:
+        raise ValueError("--plot shows numbers of tokens; pass --model, which has a tokenizer")
     path = fixed_path(data)
     if fix and not Path(data).is_file():
         raise ValueError(f"--fix: {data} is no file beside which the clean data could stand")
@@ -78,6 +93,10 @@ def command(
         show_progress=not as_json,
     )
     fixed = write_fixed(pairs, quality.findings, path) if fix else None
+    if plot is not None:
+        if "histogram" not in quality.figures:
+            raise ValueError(f"--plot {plot}: no row was tokenised; see --sample and the findings")
+        write_plot(_histograms(quality.figures), plot)
     if report is not None:
         html_report(quality, data, model).write(report)
     if as_json:
@@ -88,9 +107,10 @@ def command(
     else:
         _show(quality)
         if fixed is not None:
-            typer.echo(f"{fixed[1]:,} rows left out of {fixed[0]}")
-        if report is not None:
-            typer.echo(f"Report: {report}")
+            say(f"{fixed[1]:,} rows left out of {fixed[0]}")
+        for kind, place in (("Plot", plot), ("Report", report)):
+            if place is not None:
+                say(f"{kind}: {place}")
     if fails(quality.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 
@@ -102,7 +122,9 @@ def _show(quality: Any) -> None:
     rows = ", ".join(f"{count:,} rows of {name} data" for name, count in quality.rows.items())
     console.print(f"{rows}; {quality.sampled:,} rows tokenised", highlight=False)
     show_findings(console, quality.findings)
-    if not quality.figures:
+    for name, text in _biases(quality.figures):
+        console.print(f"{name}: {text}", highlight=False)
+    if "histogram" not in quality.figures:
         return
     table = Table("tokens", "median", "90 %", "99 %", "max", box=None)
     for name in ("prompt", "chosen", "rejected", "pair"):
@@ -112,9 +134,22 @@ def _show(quality: Any) -> None:
     console.print(
         f"padding in batches of 8 pairs: {100 * figures['padding']:.0f} % of the tokens; the "
         f"prompt's second copy: {100 * figures['shared_prompt']:.0f} %; an eager head's fp32 "
-        f"logits of the longest such batch: {figures['eager_logits_bytes'] / 2**30:.2f} GiB",
+        f"logits of the longest such batch: {size_text(figures['eager_logits_bytes'])}",
         highlight=False,
     )
+
+
+def _biases(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What tells chosen from rejected answers: names and figures, as far as they are known."""
+    rows = []
+    if "length_bias" in figures:
+        wins, r2 = figures["length_bias"]["longer_wins"], figures["length_bias"]["r2"]
+        text = f"the chosen one in {100 * wins:.0f} % of the pairs (R^2 {r2:.2f})"
+        rows.append(("the longer answer", text))
+    if "separability" in figures:
+        text = f"tell {100 * figures['separability']:.0f} % of unseen pairs apart"
+        rows.append(("single words", text))
+    return rows
 
 
 def html_report(quality: Any, data: str, model: str | None) -> Any:
@@ -124,41 +159,49 @@ def html_report(quality: Any, data: str, model: str | None) -> Any:
     page = HtmlReport("fastpref check-data", data)
     add_findings(page, quality.findings)
     rows = [(f"rows of {name} data", count) for name, count in quality.rows.items()]
-    page.facts([*rows, ("rows tokenised", quality.sampled), ("tokenizer", model)], "Data")
     figures = quality.figures
-    if figures:
+    rows += [("rows tokenised", quality.sampled), ("tokenizer", model), *_biases(figures)]
+    page.facts(rows, "Data")
+    if "histogram" in figures:
         page.facts(
             [
                 ("padding in batches of 8 pairs", f"{100 * figures['padding']:.0f} %"),
                 ("the prompt's second copy", f"{100 * figures['shared_prompt']:.0f} % of tokens"),
                 (
                     "an eager head's fp32 logits of the longest such batch",
-                    f"{figures['eager_logits_bytes'] / 2**30:.2f} GiB",
+                    size_text(figures["eager_logits_bytes"]),
                 ),
             ]
         )
         names = ("prompt", "chosen", "rejected", "pair")
         lines = [[name, *figures[name].values()] for name in names]
         page.table(["tokens", "median", "90 %", "99 %", "max"], lines, "Lengths")
-        page.figure(png_bytes(_histograms(figures["histogram"])), "Rows by number of tokens")
+        page.figure(png_bytes(_histograms(figures)), "Rows by tokens, batches by eager logits")
     return page
 
 
-def _histograms(histogram: dict[str, list[int]]) -> Any:
-    """A figure of the token counts of prompts and of both answers."""
+def _histograms(figures: dict[str, Any]) -> Any:
+    """A figure of the tokens of prompts and of both answers, and of eager logits by batch."""
     from matplotlib.figure import Figure
 
     from fastpref.cli.report import CHOSEN, NEUTRAL, REJECTED, tidy
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    axes = figure.subplots(1, 3)
+    histogram, logits = figures["histogram"], figures["eager_logits_histogram"]
     edges = histogram["edges"]
     axes[0].stairs(histogram["prompt"], edges, color=NEUTRAL, fill=True, label="prompt")
     for name, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
         axes[1].stairs(histogram[name], edges, color=colour, linewidth=1.6, label=name)
-    for axis in axes:
+    for axis in axes[:2]:
         axis.set_xlabel("tokens", fontsize=9)
         axis.set_ylabel("rows", fontsize=9)
         axis.legend(frameon=False, fontsize=9)
+    unit, scale = ("GB", 1e9) if logits["edges"][-1] >= 1e9 else ("MB", 1e6)
+    sizes = [edge / scale for edge in logits["edges"]]
+    axes[2].stairs(logits["batches"], sizes, color=NEUTRAL, fill=True)
+    axes[2].set_xlabel(f"{unit} of an eager head's fp32 logits", fontsize=9)
+    axes[2].set_ylabel("batches of 8 pairs", fontsize=9)
+    for axis in axes:
         tidy(axis)
     return figure

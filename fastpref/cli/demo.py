@@ -373,4 +373,4 @@ def plot(runs: dict[str, dict], helpful: dict[str, float], head: dict, path: Pat
         axis.set_title(title, loc="left", fontsize=10)
         axis.margins(y=0.15)
         report.tidy(axis)
-    figure.savefig(path, dpi=120)
+    report.save_figure(figure, path)

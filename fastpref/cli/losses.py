@@ -13,14 +13,16 @@ from fastpref.losses.unpaired import UNPAIRED_LOSS_TYPES, check_unpaired_options
 ALIASES = {"dpo": "sigmoid"}
 OPTIONS = sorted(LOSS_OPTIONS - {"loss_type", "beta"} | {"nll_on_prompt"})
 UNPAIRED_OPTIONS = ["desirable_weight", "undesirable_weight"]
+PAIR_LOSS_HELP = (
+    f"Preference loss: dpo, {', '.join(LOSS_TYPES)}; several, joined by +, are added up."
+)
 LOSS_HELP = (
-    f"Preference loss: dpo, {', '.join(LOSS_TYPES)}; several, joined by +, are added up. Or one of "
-    f"single answers that are labelled desirable or not: {', '.join(UNPAIRED_LOSS_TYPES)}."
+    f"{PAIR_LOSS_HELP} Or one of single answers that are labelled desirable or not: "
+    f"{', '.join(UNPAIRED_LOSS_TYPES)}."
 )
-OPTION_HELP = (
-    f"An option of the loss, such as label_smoothing=0.1: {', '.join(OPTIONS)}; of single answers: "
-    f"{', '.join(UNPAIRED_OPTIONS)}."
-)
+_PAIR_OPTIONS = f"An option of the loss, such as label_smoothing=0.1: {', '.join(OPTIONS)}"
+PAIR_OPTION_HELP = f"{_PAIR_OPTIONS}."
+OPTION_HELP = f"{_PAIR_OPTIONS}; of single answers: {', '.join(UNPAIRED_OPTIONS)}."
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,35 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     return from_pretrained(AutoConfig, name, **options)
 
 
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+
+
+def missing_sizes(name: str, config: Any) -> dict[str, int]:
+    """The sizes that a model's config.json does not give, with those of its class."""
+    from transformers import PretrainedConfig
+
+    adapter = adapter_of(name)
+    base = (adapter or {}).get("base_model_name_or_path") or name
+    try:
+        given, _ = PretrainedConfig.get_config_dict(str(Path(base).expanduser()))
+    except (OSError, ValueError):
+        return {}
+    text = config.get_text_config()
+    for part in (given, *(value for value in given.values() if isinstance(value, dict))):
+        names = {text.attribute_map.get(size, size) for size in _SIZES} | set(_SIZES)
+        if names & set(part):
+            given = part
+            break
+    own = {size: {size, text.attribute_map.get(size, size)} for size in _SIZES}
+    return {s: getattr(text, s) for s, names in own.items() if not names & set(given)}
+
+
 def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **options: Any) -> Any:
     """`auto_class.from_pretrained`, with errors of one sentence.
 
     argument: what errors call the name.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from fastpref.trainer.adapter_loading import is_path
@@ -128,8 +152,14 @@ def from_pretrained(auto_class: Any, name: str, argument: str = "--model", **opt
     try:
         with readable_weights(name):
             return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
+    # A config with a size of the wrong type fails in many ways.
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError,
+        SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        # The first line of a strict config names the check, and the last one the problem.
+        first = message[-1 if isinstance(error, StrictDataclassError) else 0].strip().rstrip(" .:")
         if "backend tokenizer" in first:
             first = "it has no files of one, such as tokenizer.json"
         if "trust_remote_code" in str(error):

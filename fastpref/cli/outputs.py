@@ -28,7 +28,7 @@ def table_console(width: int = 120) -> Any:
     Args:
         width: in characters, where neither is known, as in a log file.
     """
-    from rich.console import Console
+    from fastpref.cli.progress import RunConsole
 
     # rich would look for the width in the os.environ of its import, which
     # `Dataset.map(num_proc=...)` replaces.
@@ -37,12 +37,22 @@ def table_console(width: int = 120) -> Any:
         width = int(columns)
     elif sys.stdout.isatty():
         width = shutil.get_terminal_size((width, 0)).columns
-    return Console(soft_wrap=True, width=width)
+    return RunConsole(soft_wrap=True, width=width)
 
 
 def print_json(value: Any) -> None:
     """Print one object. Figures that are not finite are null, since JSON has no NaN."""
-    typer.echo(json.dumps(jsonable(value), allow_nan=False))
+    say(json.dumps(jsonable(value), allow_nan=False))
+
+
+def say(text: str) -> None:
+    """Print a line; it is lost if the reader of the output is gone, as with `| head`."""
+    from fastpref.cli.progress import discard_output
+
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        discard_output()
 
 
 def check_report(path: Path | None) -> None:
@@ -54,7 +64,7 @@ def check_report(path: Path | None) -> None:
     """
     if path is None:
         return
-    path = _checked("--report", path)
+    path = check_place("--report", path)
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
             if file.read(len(_PAGE)).lower() != _PAGE:
@@ -63,11 +73,26 @@ def check_report(path: Path | None) -> None:
 
 def check_plot(path: Path | None) -> None:
     """Check the place of a `--plot`; None is fine. Raises as `check_report` does."""
-    if path is not None and _checked("--plot", path).suffix.lower() not in _PICTURES:
+    if path is not None and check_place("--plot", path).suffix.lower() not in _PICTURES:
         raise ValueError(f"--plot {path}: expected a name that ends in {', '.join(_PICTURES)}")
 
 
-def _checked(option: str, path: Path) -> Path:
+def write_plot(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write the figure of a `--plot`.
+
+    Raises:
+        StorageError: a full, failing or read-only disk.
+    """
+    from fastpref.cli.report import save_figure
+    from fastpref.storage import disk_errors
+
+    path = path.expanduser()
+    with disk_errors(f"--plot {path} could not be written"):
+        save_figure(figure, path, dpi)
+
+
+def check_place(option: str, path: Path) -> Path:
+    """The path that an option names, in full; raises as `check_report` does."""
     from fastpref.storage import StorageError
 
     path = path.expanduser()

@@ -10,8 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from fastpref.cli import exit_codes
-from fastpref.cli.outputs import check_report, print_json, table_console
+from fastpref.cli.outputs import (
+    check_plot,
+    check_report,
+    print_json,
+    say,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import AsJson, Bf16, Debug, MaxLength, TrustRemoteCode
+from fastpref.progress import size_text
 
 SAMPLE = 5_000  # pairs of the data whose tokens are counted
 
@@ -59,7 +67,11 @@ def command(
         typer.Option(help="Of each device, such as 24GB; by default this machine's."),
     ] = None,
     gpus: Annotated[
-        int, typer.Option(min=1, help="Devices that share weights, gradients and optimiser (FSDP).")
+        int,
+        typer.Option(
+            min=1,
+            help="Devices that share a step's pairs, weights, gradients and optimiser (FSDP).",
+        ),
     ] = 1,
     where: Annotated[
         Where, typer.Option(help="cpu or gpu; auto: gpu if one is here or --gpus is above 1.")
@@ -67,7 +79,14 @@ def command(
     method: Annotated[
         Method, typer.Option(help="What is asked for: all weights, LoRA or QLoRA.")
     ] = Method.full,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs of an optimiser step.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pairs of an optimiser step on all devices; by default 8, or the next multiple "
+            "of --gpus.",
+        ),
+    ] = None,
     max_length: MaxLength = 1024,
     bf16: Bf16 = None,
     dtype: Annotated[Dtype, typer.Option(help="The weights' dtype.")] = Dtype.float32,
@@ -88,6 +107,10 @@ def command(
         bool,
         typer.Option(help="Measure steps of a few layers on this CPU; without: seconds by rates."),
     ] = True,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A PNG, SVG or PDF of each way's memory by component, and the limit."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -99,13 +122,15 @@ def command(
     """
     import torch
 
-    from fastpref.cli.models import load_config, load_tokenizer
+    from fastpref.backends.processor import bf16_is_fast
+    from fastpref.cli.models import load_config, load_tokenizer, missing_sizes
     from fastpref.cli.train_run import hide_library_bars
     from fastpref.planning import StepOptions, plan_training
     from fastpref.planning.devices import own_memory, parse_memory
     from fastpref.planning.times import measured_rates
     from fastpref.profiling.lengths import token_lengths
 
+    check_plot(plot)
     check_report(report)
     if reference not in ("precompute", "model"):
         raise ValueError(f"--reference is {reference!r}; expected precompute or model")
@@ -116,19 +141,25 @@ def command(
     if method is Method.qlora and kind == "cpu":
         raise ValueError("--method qlora needs a GPU's kernels; expected full or lora on a CPU")
     available = own_memory() if memory is None else parse_memory(memory)
+    pairs = -(-8 // gpus) * gpus if batch_size is None else batch_size
+    if pairs % gpus:
+        raise ValueError(
+            f"--batch-size is {pairs}, which --gpus {gpus} cannot share evenly; expected a "
+            f"multiple of {gpus}, such as {-(-pairs // gpus) * gpus}"
+        )
     hide_library_bars()
     config = load_config(model, trust_remote_code)
     lengths = None
     if data is not None:
         tokenizer = load_tokenizer(model, trust_remote_code)
         lengths = token_lengths(data, tokenizer, max_length, SAMPLE)
-    half = bf16 if bf16 is not None else kind == "cuda"
+    half = bf16 if bf16 is not None else kind == "cuda" or bf16_is_fast("cpu")
     plan = plan_training(
         config,
         memory=available,
         lengths=lengths,
         max_length=max_length,
-        batch_size=batch_size,
+        batch_size=pairs,
         method=method.value,
         options=StepOptions(
             head=head.value,
@@ -144,15 +175,20 @@ def command(
         table=table,
         why_oom=why_oom,
         probe=probe and kind == "cpu",
+        show_progress=not as_json,
     )
+    missing = missing_sizes(model, config)
+    if plot is not None:
+        write_plot(_figure(plan), plot)
     if report is not None:
-        _write_report(plan, model, lengths, report)
+        _write_report(plan, model, lengths, missing, report)
     if as_json:
-        print_json(plan.as_dict())
+        print_json({**plan.as_dict(), "sizes_by_default": missing})
     else:
-        _show(plan, lengths)
-        if report is not None:
-            typer.echo(f"Report: {report}")
+        _show(plan, lengths, missing)
+        for name, path in (("Plot", plot), ("Report", report)):
+            if path is not None:
+                say(f"{name}: {path}")
     if not plan.asked.fits(plan.memory):
         raise typer.Exit(exit_codes.FINDINGS)
 
@@ -219,11 +255,16 @@ def _changes(plan: Any) -> tuple[list[str], list[list[str]]]:
     return ["change", "GB saved", "GB then", "fits"], rows
 
 
-def _sentences(plan: Any, lengths: Any) -> list[str]:
+def _sentences(plan: Any, lengths: Any, missing: dict[str, int]) -> list[str]:
     from fastpref.planning.estimate import MARGIN, MEMORY_UNCERTAINTY
     from fastpref.planning.plan import length_facts
 
-    out = [f"{plan.weights[0] / 1e6:,.0f} million weights; {plan.memory / 1e9:.1f} GB a device"]
+    weights = plan.weights[0]
+    count = f"{weights / 1e6:,.0f} million" if weights >= 1e7 else f"{weights:,}"
+    out = [f"{count} weights; {size_text(plan.memory)} a device"]
+    if missing:
+        sizes = ", ".join(f"{name} {value:,}" for name, value in missing.items())
+        out.append(f"config.json lacks sizes, for which its class has defaults: {sizes}")
     if lengths is not None:
         facts = ", ".join(f"{name} {value:,}" for name, value in length_facts(lengths).items())
         out.append(f"tokens of the longer sequence of a pair: {facts}")
@@ -234,8 +275,8 @@ def _sentences(plan: Any, lengths: Any) -> list[str]:
         out.append(
             f"take: {_NAMES[way.options.method]}, {_pairs(way.pairs)} a micro-batch, "
             f"accumulation {way.accumulation}, max_length {way.max_length}, "
-            f"head {way.options.head_strategy}"
-            + (f", sharded over {way.devices} devices" if way.devices > 1 else "")
+            f"head {way.head_strategy or 'with logits'}"
+            + (f", each on {way.devices} devices with sharded weights" if way.devices > 1 else "")
         )
     if plan.asked.options.device == "cpu" and plan.asked.seconds is not None:
         out.append(
@@ -263,11 +304,11 @@ def _load() -> str | None:
     return f"a load of {load:.1f} on {cores} processors" if load > 1.5 * cores else None
 
 
-def _show(plan: Any, lengths: Any) -> None:
+def _show(plan: Any, lengths: Any, missing: dict[str, int]) -> None:
     from rich.table import Table
 
     console = table_console()
-    for sentence in _sentences(plan, lengths):
+    for sentence in _sentences(plan, lengths, missing):
         console.print(sentence, highlight=False, markup=False)
     for header, rows in (_ways(plan), _changes(plan), _table(plan)):
         if not rows:
@@ -281,12 +322,36 @@ def _show(plan: Any, lengths: Any) -> None:
         console.print(table)
 
 
-def _write_report(plan: Any, model: str, lengths: Any, path: Path) -> None:
-    from fastpref.html_report import HtmlReport
+def _figure(plan: Any) -> Any:
+    """A figure of each way's bytes by component, with the memory of a device as a line."""
+    from matplotlib.figure import Figure
+
+    from fastpref.cli.report import REJECTED, tidy
+
+    figure = Figure(figsize=(8, 1.4 + 0.5 * len(plan.ways)), layout="constrained")
+    axis = figure.subplots()
+    names = list(dict.fromkeys(name for way in plan.ways.values() for name in way.components))
+    ways = list(plan.ways)[::-1]
+    left = [0.0] * len(ways)
+    for name in names:
+        sizes = [plan.ways[way].components.get(name, 0) / 1e9 for way in ways]
+        axis.barh([_NAMES[way] for way in ways], sizes, left=left, height=0.6, label=name)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axis.axvline(plan.memory / 1e9, color=REJECTED, linestyle="--", label="memory")
+    axis.set_xlabel("GB of each device at the peak", fontsize=9)
+    tidy(axis)
+    axis.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def _write_report(plan: Any, model: str, lengths: Any, missing: dict[str, int], path: Path) -> None:
+    from fastpref.html_report import HtmlReport, png_bytes
 
     html = HtmlReport("fastpref plan", Path(model).name)
-    for sentence in _sentences(plan, lengths):
+    for sentence in _sentences(plan, lengths, missing):
         html.text(sentence)
+    html.figure(png_bytes(_figure(plan)), "Memory by component, and that of a device")
     parts = (("Ways to train", _ways), ("What to change", _changes), ("Common devices", _table))
     for heading, make in parts:
         header, rows = make(plan)

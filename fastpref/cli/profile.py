@@ -9,16 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from fastpref.cli.outputs import check_plot, check_report, print_json, table_console
+from fastpref.cli.outputs import (
+    check_plot,
+    check_report,
+    print_json,
+    say,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
     Bf16,
-    Data,
     Debug,
     LogitsPrecision,
-    Loss,
-    LossOptions,
+    PairLoss,
+    PairLossOptions,
+    Pairs,
     TrustRemoteCode,
 )
 from fastpref.cli.train_options import Precision, PrefixSharing
@@ -29,9 +36,9 @@ COLOURS = {"fastpref": "#1b7f79", "eager": "#c8553d", "trl": "#6b7280", "liger":
 
 def command(
     model: Annotated[str, typer.Option(help="Directory or hub name of a causal model.")],
-    data: Data,
-    loss: Loss = "dpo",
-    loss_option: LossOptions = None,
+    data: Pairs,
+    loss: PairLoss = "dpo",
+    loss_option: PairLossOptions = None,
     sides: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +122,7 @@ def command(
             hear=hear,
         )
     if plot is not None:
-        _write_plot(profile, plot)
+        write_plot(_figure(profile), plot)
     if report is not None:
         _write_report(profile, report)
     if as_json:
@@ -124,7 +131,7 @@ def command(
         _show(profile)
         for kind, path in (("Plot", plot), ("Report", report)):
             if path is not None:
-                typer.echo(f"{kind}: {path}")
+                say(f"{kind}: {path}")
 
 
 @contextlib.contextmanager
@@ -236,15 +243,6 @@ def _figure(profile: Any) -> Any:
     figure = Figure(figsize=(9, 4), layout="constrained")
     draw_memory(figure.subplots(), profile)
     return figure
-
-
-def _write_plot(profile: Any, path: Path) -> None:
-    from fastpref.storage import disk_errors
-
-    path = path.expanduser()
-    with disk_errors(f"--plot {path} could not be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _figure(profile).savefig(path, dpi=120)
 
 
 def _write_report(profile: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastpref.profiling.resident import life_peak, reset_peak, status_bytes
+from fastpref.storage import whole_file
 
 CHOSEN, REJECTED, NEUTRAL = "#1b7f79", "#c8553d", "#6b7280"
 
@@ -87,7 +88,9 @@ def jsonable(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n"
+    with whole_file(path) as beside:
+        beside.write_text(text, "utf-8")
 
 
 def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -150,4 +153,10 @@ def training_figure(history: Sequence[Mapping[str, Any]], title: str) -> Any:
 
 def plot_training(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Write `training_figure` to a PNG file."""
-    training_figure(history, title).savefig(path, dpi=120)
+    save_figure(training_figure(history, title), path)
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write a matplotlib figure to a PNG, SVG or PDF file, by its name."""
+    with whole_file(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:].lower(), dpi=dpi)

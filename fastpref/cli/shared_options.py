@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastpref.cli.losses import LOSS_HELP, OPTION_HELP
+from fastpref.cli.losses import LOSS_HELP, OPTION_HELP, PAIR_LOSS_HELP, PAIR_OPTION_HELP
 from fastpref.cli.train_options import CpuLinear, Precision
 
 Data = Annotated[
@@ -14,6 +14,9 @@ Data = Annotated[
     typer.Option(
         help="Preference pairs, or labelled answers: .jsonl, .json, .csv, .parquet or a hub name."
     ),
+]
+Pairs = Annotated[
+    str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pairs or answers per device.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer.")]
@@ -36,6 +39,10 @@ TrustRemoteCode = Annotated[
 ]
 Loss = Annotated[str, typer.Option(help=LOSS_HELP)]
 LossOptions = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help=OPTION_HELP)]
+PairLoss = Annotated[str, typer.Option(help=PAIR_LOSS_HELP)]
+PairLossOptions = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help=PAIR_OPTION_HELP)
+]
 Beta = Annotated[float, typer.Option(help="Strength of the pull to the reference.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")]

@@ -9,15 +9,23 @@ import typer
 
 from fastpref.cli import exit_codes
 from fastpref.cli.findings import FailOn, add_findings, fails, show_findings
-from fastpref.cli.outputs import check_report, print_json, table_console
+from fastpref.cli.outputs import (
+    check_plot,
+    check_report,
+    print_json,
+    say,
+    table_console,
+    write_plot,
+)
 from fastpref.cli.shared_options import (
     AsJson,
     Beta,
     Bf16,
     Debug,
-    Loss,
-    LossOptions,
     MaxLength,
+    PairLoss,
+    PairLossOptions,
+    Pairs,
     TrustRemoteCode,
 )
 
@@ -26,14 +34,12 @@ def command(
     model: Annotated[
         str, typer.Option(help="Directory or hub name of a causal model or of a LoRA adapter.")
     ],
-    data: Annotated[
-        str, typer.Option(help="Preference pairs: .jsonl, .json, .csv, .parquet or a hub name.")
-    ],
+    data: Pairs,
     ref_model: Annotated[
         str | None, typer.Option(help="The reference; by default the model, or the data's columns.")
     ] = None,
-    loss: Loss = "dpo",
-    loss_option: LossOptions = None,
+    loss: PairLoss = "dpo",
+    loss_option: PairLossOptions = None,
     beta: Beta = 0.1,
     max_length: MaxLength = 1024,
     rows: Annotated[
@@ -47,6 +53,9 @@ def command(
     fail_on: Annotated[
         FailOn, typer.Option(help="The least level of a finding that makes the exit status 6.")
     ] = FailOn.error,
+    plot: Annotated[
+        Path | None, typer.Option(help="A PNG, SVG or PDF of the errors of log-probs.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML page with checks and errors here.")
     ] = None,
@@ -69,6 +78,7 @@ def command(
     from fastpref.losses.options import LOSS_OPTIONS
     from fastpref.quality import verify
 
+    check_plot(plot)
     check_report(report)
     chosen = choose_loss(loss, beta, loss_option or [])
     if chosen.unpaired:
@@ -102,14 +112,19 @@ def command(
         compared=compared,
         show_progress=not as_json,
     )
+    if plot is not None:
+        if not result.errors:
+            raise ValueError(f"--plot {plot}: nothing was compared ({result.exact})")
+        write_plot(_errors_figure(result), plot)
     if report is not None:
         html_report(result, model, data).write(report)
     if as_json:
         print_json(result.as_dict())
     else:
         _show(result)
-        if report is not None:
-            typer.echo(f"Report: {report}")
+        for kind, path in (("Plot", plot), ("Report", report)):
+            if path is not None:
+                say(f"{kind}: {path}")
     if fails(result.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from fastpref.data.columns import TEXT, UNPAIRED, check_encodable
@@ -144,11 +145,24 @@ def _from_rows(rows: list, name: str) -> Any:
             check_encodable(key, f"{name}: the column name {key!r}")
         values.extend(row.get(key) for row in rows)
         if key in (*TEXT, *UNPAIRED.answers):
-            kinds = [type(value) for value in values]
-            odd = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), None)
-            if odd is not None:
-                raise ValueError(
-                    f"{name}: row {odd}: {key} is a {kinds[odd].__name__} but in row 0 it is a "
-                    f"{kinds[0].__name__}; all rows must have the same form"
-                )
+            _check_form(key, values, name)
     return dataset_of(columns, name)
+
+
+def _check_form(key: str, values: list, name: str) -> None:
+    """Raise ValueError unless the values of a column are all text or all lists.
+
+    A column that no row has is reported with the columns that were found.
+    """
+    kinds = [type(value) for value in values]
+    present = next((kind for kind in kinds if kind is not NoneType), None)
+    if present is None:
+        return
+    for row, kind in enumerate(kinds):
+        if kind is NoneType:
+            raise ValueError(f"{name}: row {row}: {key} is missing; all rows must have it")
+        if kind is not present:
+            raise ValueError(
+                f"{name}: row {row}: {key} is a {kind.__name__} but in row 0 it is a "
+                f"{present.__name__}; all rows must have the same form"
+            )

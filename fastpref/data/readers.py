@@ -22,6 +22,23 @@ _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 _DAMAGED = (OSError, ValueError, KeyError, OverflowError, MemoryError)
 
 
+# The first bytes of files that are named as text of UTF-8, what they are and what is expected.
+_OTHERS = (
+    (b"PAR1", "is a Parquet file; expected a name that ends in .parquet"),
+    (b"\x1f\x8b", "is compressed with gzip; expected a name that ends in .gz"),
+    (b"PK\x03\x04", "is a ZIP archive or a spreadsheet; expected text"),
+    (b"\xff\xfe", "line 1 is UTF-16 text; expected UTF-8"),
+    (b"\xfe\xff", "line 1 is UTF-16 text; expected UTF-8"),
+)
+
+
+def _check_start(raw: bytes, path: Path) -> None:
+    """Raise ValueError if the first line of a file tells that it holds no text of UTF-8."""
+    for magic, problem in _OTHERS:
+        if raw.startswith(magic):
+            raise ValueError(f"{path}: {problem}" if "line" in problem else f"{path} {problem}")
+
+
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their numbers, one in memory at a time.
 
@@ -34,6 +51,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             for raw in file:
                 number += 1
                 if number == 1:
+                    _check_start(raw, path)
                     raw = raw.removeprefix(_BOM)
                 yield number, raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -95,7 +113,7 @@ def read_json(path: Path) -> Iterable[dict]:
 def read_csv(path: Path) -> Iterator[dict]:
     """The rows of a CSV file as dicts, by its header."""
     csv.field_size_limit(2**31 - 1)  # a long answer exceeds the default of 128 KiB
-    reader = csv.reader((line for _, line in lines(path)), strict=True)
+    reader = csv.reader(_csv_lines(path), strict=True)
     header = _next_record(reader, path)
     if header is None:
         return
@@ -108,6 +126,13 @@ def read_csv(path: Path) -> Iterator[dict]:
             )
         pairs = zip(header, fields, strict=True)
         yield {key: _csv_cell(key, value) for key, value in pairs}
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    for number, line in lines(path):
+        if number == 1 and line.lstrip().startswith(('{"', "[{")):
+            raise ValueError(f"{path}: line 1 is JSON; expected CSV, or a name that ends in .jsonl")
+        yield line
 
 
 def _check_names(names: list[str], what: str) -> None:

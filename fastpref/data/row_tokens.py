@@ -46,7 +46,9 @@ class RowTokenizer:
         values = [row[key] for key in keys]
         if all(isinstance(value, str) for value in values):
             return self._texts(values[0], values[1:], where)
-        for key, value in zip(keys, values, strict=True):
+        # A number beside two strings is what is wrong with the row, and not the strings.
+        order = sorted(zip(keys, values, strict=True), key=lambda item: isinstance(item[1], str))
+        for key, value in order:
             if not is_messages(value):
                 raise ValueError(
                     f"{where}: {key} is {describe(value)}; expected {self._names()} to be all "

@@ -58,20 +58,27 @@ DEVICES = (
     Device("desktop, 8 AVX2 cores, 32GB", "cpu", 32768 * MIB, 0.9e12, 60e9),
     Device("server, 32 AVX-512 cores, 256GB", "cpu", 262144 * MIB, 5e12, 300e9),
 )
-_UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+# K, KB: 1000; KI, KIB: 1024; and so on. No unit: bytes.
+_UNITS = {"": 1.0}
+for _power, _letter in enumerate("KMGTP", 1):
+    _UNITS |= dict.fromkeys((_letter, f"{_letter}B"), 1000.0**_power)
+    _UNITS |= dict.fromkeys((f"{_letter}I", f"{_letter}IB"), 1024.0**_power)
+_LEAST_MEMORY = 10**6  # bytes; less is a unit that was forgotten
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a text such as 24GB, 24GiB or 800MB. Raises ValueError."""
+    """Bytes of a text such as 24GB, 24G, 24GiB or 800MB. Raises ValueError."""
     found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     unit = "" if found is None else found[2].upper()
     if found is None or unit not in _UNITS or found[1].count(".") > 1 or found[1] == ".":
-        raise ValueError(f"memory: got {text!r}, expected a size such as 24GB")
+        raise ValueError(
+            f"memory: got {text!r}, expected a size such as 24GB, 24GiB, 800MB or 1.5TB"
+        )
     exact = float(found[1]) * _UNITS[unit]
     size = int(exact) if exact < 2**62 else 0
-    if size <= 0:
-        raise ValueError(f"memory: got {text!r}, expected a size above 0 and below 4 EiB")
+    if size < _LEAST_MEMORY:
+        expected = "a size from 1 MB to 4 EiB" + ("" if unit else ", with its unit, such as 24GB")
+        raise ValueError(f"memory: got {text!r}, expected {expected}")
     return size
 
 

@@ -51,12 +51,15 @@ class Estimate:
     Attributes:
         options: how it is trained.
         pairs: of a micro-batch.
-        accumulation: micro-batches of a step.
+        accumulation: micro-batches of a step, on each device.
         max_length: tokens of prompt and answer.
-        devices: over which weights, gradients and optimiser are sharded.
+        devices: that share the pairs of a step, and over which weights, gradients and optimiser
+            are sharded.
         components: bytes of each device at the peak: tensors by component, "allocator" (what it
             holds beyond them) and "libraries".
-        seconds: of an optimiser step, by part; None without rates.
+        seconds: of an optimiser step, by part, without the communication of several devices;
+            None without rates.
+        head_strategy: how fastpref computes the head of the longest micro-batch; None: with logits.
     """
 
     options: StepOptions
@@ -67,6 +70,7 @@ class Estimate:
     components: dict[str, int]
     peak_phase: str
     seconds: StepTime | None = None
+    head_strategy: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -94,6 +98,7 @@ class Estimate:
             "components": self.components,
             "bytes": self.bytes,
             "peak_phase": self.peak_phase,
+            "head_strategy": self.head_strategy,
             "seconds": seconds,
         }
 
@@ -149,13 +154,16 @@ class Planner:
         pairs = self._pairs(self._cut(max_length), size, longest=True)
         key: Any = options, size, max_length
         if options.head == "fastpref":  # many budgets give one plan of the head
-            text = self.config.get_text_config()
-            labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
-            head = step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
+            head = self._head(options, pairs)
             key = replace(options, memory_budget=None), head, size, max_length
         if key not in self._parts:
             self._parts[key] = simulate_parts(self.config, pairs, options)
         return self._parts[key]
+
+    def _head(self, options: StepOptions, pairs: list[Pair]) -> Any:
+        text = self.config.get_text_config()
+        labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
+        return step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
 
     def estimate(
         self,
@@ -185,9 +193,14 @@ class Planner:
         seconds = None
         if rates is not None:
             seconds = self._seconds(options, size, accumulation, max_length, rates, correction)
+            seconds = replace(seconds, optimiser=seconds.optimiser / devices)  # of its own part
+        strategy = None
+        if options.head == "fastpref":
+            pairs = self._pairs(self._cut(max_length), size, longest=True)
+            strategy = self._head(options, pairs)[0].strategy
         return Estimate(
             options, size, accumulation, max_length, devices, components,
-            account.peak_phase, seconds,
+            account.peak_phase, seconds, strategy,
         )  # fmt: skip
 
     def _seconds(
@@ -281,7 +294,10 @@ class Planner:
         devices: int,
         rates: Rates | None,
     ) -> Estimate:
-        """The largest micro-batch that fits and divides a step; one pair if none fits."""
+        """The largest micro-batch that fits and divides a step; one pair if none fits.
+
+        per_step: pairs of a step on each device.
+        """
         best = None
         for size in (n for n in _SIZES if n <= per_step and per_step % n == 0):
             estimate = self.estimate(options, size, per_step // size, max_length, devices, rates)

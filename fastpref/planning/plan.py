@@ -20,6 +20,9 @@ from fastpref.planning.estimate import MEMORY_UNCERTAINTY, Estimate, Planner, de
 from fastpref.planning.model import METHODS, StepOptions, check_config
 from fastpref.planning.times import Rates, StepTime
 from fastpref.profiling.lengths import Lengths
+from fastpref.progress import advancing
+
+MOST_TOKENS = 2**22  # of a sequence: the simulation has rows of that many ids
 
 
 @dataclass
@@ -81,6 +84,7 @@ def plan_training(
     table: bool = True,
     why_oom: bool = True,
     probe: bool = False,
+    show_progress: bool = False,
 ) -> TrainingPlan:
     """Plan the training of a model from its config and the lengths of its data.
 
@@ -89,10 +93,10 @@ def plan_training(
         memory: bytes of each device.
         lengths: of the data's pairs; None: all pairs are as long as max_length.
         max_length: tokens of prompt and answer.
-        batch_size: pairs of an optimiser step.
+        batch_size: pairs of an optimiser step, on all devices together.
         method: "full", "lora" or "qlora": the method that is asked for.
         options: its further options; its method is replaced.
-        devices: GPUs that the weights are sharded over.
+        devices: GPUs that the pairs of a step and the weights are divided among.
         rates: of a device, for the seconds.
         kind: "cpu" or "cuda".
         table: whether common devices are planned for, too.
@@ -100,56 +104,71 @@ def plan_training(
         probe: whether steps of a model with fewer layers and random weights are measured on this
             CPU, which makes the seconds more exact; rates are of this CPU then. A model whose steps
             would take more than a minute, or half the memory, is left to the rates.
+        show_progress: whether progress is shown.
 
     Returns:
         A `TrainingPlan`.
 
     Raises:
-        ValueError: a size that is not positive, an unknown method, a probe without rates of this
-            CPU, or a config whose model cannot be simulated.
+        ValueError: a size that is not positive, pairs that the devices cannot share, an unknown
+            method, a probe without rates of this CPU, or a config whose model cannot be simulated.
     """
     check_config(config)
     for name, value in (("memory", memory), ("batch_size", batch_size), ("devices", devices)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+    if batch_size % devices:
+        more = -(-batch_size // devices) * devices
+        raise ValueError(
+            f"batch_size: got {batch_size}, which {devices} devices cannot share evenly; expected "
+            f"a multiple of {devices}, such as {more}"
+        )
     if probe and not (kind == "cpu" and rates is not None and rates.measured):
         raise ValueError("probe: got True, expected kind 'cpu' and measured rates")
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected {', '.join(METHODS)}")
     if lengths is None:
         lengths = default_lengths(max_length)
+    if (tokens := min(int(lengths.longest.max()), max_length)) > MOST_TOKENS:
+        raise ValueError(
+            f"max_length: got sequences of {tokens:,} tokens; a plan is made for at most "
+            f"{MOST_TOKENS:,}"
+        )
     base = replace(options or StepOptions(), method=method)
     base = replace(base, device=kind, memory_budget=max(memory // 16, 1))
     planner = Planner(config, lengths, kind)
-    asked = planner.largest(_of(base, method), batch_size, max_length, memory, devices, rates)
-    ways = {method: asked}
-    for other in ("full", "lora", *(["qlora"] if kind == "cuda" else [])):
-        if other not in ways:
-            ways[other] = planner.largest(
-                _of(base, other), batch_size, max_length, memory, devices, rates
+    others = ("full", "lora", *(["qlora"] if kind == "cuda" else []))
+    names = list(dict.fromkeys((method, *others)))
+    parts = len(names) * (1 + probe) + (len(DEVICES) if table else 0)
+    with advancing("Planning", "parts", parts, not show_progress) as advance:
+        ways = {}
+        for name in names:
+            ways[name] = planner.largest(
+                _of(base, name), batch_size // devices, max_length, memory, devices, rates
             )
-    corrections: dict[str, StepTime | None] = {}
-    if probe and rates is not None:
-        for name, way in ways.items():
-            sizes = way.pairs, max_length
-            corrections[name] = planner.correction(way.options, *sizes, rates, memory)
-            ways[name] = planner.estimate(
-                way.options, way.pairs, way.accumulation, max_length, devices, rates,
-                corrections[name],
-            )  # fmt: skip
+            advance(1)
+        corrections: dict[str, StepTime | None] = {}
+        if probe and rates is not None:
+            for name, way in ways.items():
+                sizes = way.pairs, max_length
+                corrections[name] = planner.correction(way.options, *sizes, rates, memory)
+                ways[name] = planner.estimate(
+                    way.options, way.pairs, way.accumulation, max_length, devices, rates,
+                    corrections[name],
+                )  # fmt: skip
+                advance(1)
         asked = ways[method]
-    fitting = [way for way in ways.values() if way.fits(memory)]
-    chosen = fitting[0] if fitting else None
-    plan = TrainingPlan(memory, chosen, asked, ways)
-    plan.probed = all(corrections.values()) if corrections else False
-    plan.weights = count_weights(config, (chosen or asked).options)[:2]
-    if why_oom and not asked.fits(memory):
-        plan.changes = _changes(planner, asked, devices, rates, corrections.get(method))
-    if table:
-        plan.table = [
-            (device, _for_device(planner, device, base, batch_size, max_length))
-            for device in DEVICES
-        ]
+        fitting = [way for way in ways.values() if way.fits(memory)]
+        chosen = fitting[0] if fitting else None
+        plan = TrainingPlan(memory, chosen, asked, ways)
+        plan.probed = all(corrections.values()) if corrections else False
+        plan.weights = count_weights(config, (chosen or asked).options)[:2]
+        if why_oom and not asked.fits(memory):
+            plan.changes = _changes(planner, asked, devices, rates, corrections.get(method))
+        for device in DEVICES if table else ():
+            found = _for_device(planner, device, base, batch_size, max_length)
+            plan.table.append((device, found))
+            advance(1)
     return plan
 
 
@@ -157,6 +176,8 @@ def _of(options: StepOptions, method: str) -> StepOptions:
     if method == "full":
         reference = "precompute" if options.reference == "adapter" else options.reference
         return replace(options, method=method, reference=reference)
+    if options.bf16:  # `fastpref train` loads weights that do not train in bf16 then
+        options = replace(options, dtype=torch.bfloat16, bf16=False)
     return replace(options, method=method, reference="adapter")
 
 
@@ -176,8 +197,6 @@ def _for_device(
             base, bf16=half, device=device_planner.kind, memory_budget=device.memory // 16
         )
         options = _of(options, method)
-        if method != "full" and half:
-            options = replace(options, dtype=torch.bfloat16, bf16=False)
         estimate = device_planner.largest(
             options, batch_size, max_length, device.memory, 1, device.rates()
         )
@@ -197,6 +216,7 @@ def _changes(
     options = asked.options
     candidates: list[tuple[str, StepOptions, int, int, int]] = []
     size, length = asked.pairs, asked.max_length
+    per_step = asked.pairs * asked.accumulation * devices
 
     def add(text: str, **changes: Any) -> None:
         other = replace(options, **changes.pop("options", {}))
@@ -224,21 +244,29 @@ def _changes(
         add(f"max_length {length // 2} instead of {length}", length=length // 2)
     if options.method == "full":
         lora = {"method": "lora", "reference": "adapter"}
-        add("LoRA instead of all weights", options=lora)
+        if not options.bf16:
+            add("LoRA instead of all weights", options=lora)
         if options.dtype == torch.float32:
-            add("LoRA over weights in bf16", options={**lora, "dtype": torch.bfloat16})
+            narrow = {**lora, "dtype": torch.bfloat16, "bf16": False}
+            add("LoRA over weights in bf16", options=narrow)
     elif options.dtype == torch.float32:
         add("weights in bf16", options={"dtype": torch.bfloat16})
     if options.method != "qlora" and planner.kind == "cuda":
-        qlora = {"method": "qlora", "reference": "adapter", "dtype": torch.bfloat16}
+        qlora = {
+            "method": "qlora", "reference": "adapter", "dtype": torch.bfloat16, "bf16": False
+        }  # fmt: skip
         add("QLoRA: weights of 4 bits under an adapter", options=qlora)
     if planner.kind == "cuda":
-        add(f"{2 * devices} GPUs that share the weights", devices=2 * devices)
-    per_step = asked.pairs * asked.accumulation
-    estimates = [
-        (text, planner.estimate(other, n, per_step // n, cut, count, rates, correction))
-        for text, other, n, cut, count in candidates
-    ]
+        twice = size if asked.accumulation % 2 == 0 else max(size // 2, 1)
+        text = f"{2 * devices} GPUs that share the weights"
+        if per_step % (2 * devices):
+            text += f", {2 * devices} pairs or more a step"
+        add(text, devices=2 * devices, size=twice)
+    estimates = []
+    for text, other, n, cut, count in candidates:
+        accumulation = max(per_step // (n * count), 1)
+        found = planner.estimate(other, n, accumulation, cut, count, rates, correction)
+        estimates.append((text, found))
     estimates = [(text, estimate) for text, estimate in estimates if estimate.bytes < asked.bytes]
     return sorted(estimates, key=lambda change: change[1].bytes)
 

@@ -27,6 +27,7 @@ from fastpref.profiling.lengths import Lengths, token_lengths
 from fastpref.profiling.processes import Child
 
 _SIDES = ("fastpref", "eager", "trl", "liger")
+MOST_STEPS = 10_000  # whose rows all go to the process of a side
 _WORKER = [sys.executable, "-m", "fastpref.profiling.worker"]
 ROWS = 20_000  # of the data whose tokens are counted
 
@@ -158,6 +159,14 @@ def profile_training(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+    if steps > MOST_STEPS:
+        raise ValueError(f"steps: got {steps}, expected at most {MOST_STEPS}")
+    for name, given, expected in (
+        ("dtype", dtype, ("float32", "bfloat16", "float16")),
+        ("reference", reference, ("auto", "precompute", "model", "adapter")),
+    ):
+        if given not in expected:
+            raise ValueError(f"{name}: got {given!r}, expected one of {', '.join(expected)}")
     if reference == "auto":
         reference = "precompute" if lora is None else "adapter"
     if (reference == "adapter") != (lora is not None):

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.data.columns import IDS, PAIRS, UNPAIRED
+from fastpref.data.columns import IDS, PAIRS, TEXT, UNPAIRED, describe, is_messages
 from fastpref.data.files import load_preference_data
 from fastpref.data.layouts import Layout, arrange_batch, find_layout, sample
-from fastpref.progress import count, counting
+from fastpref.progress import watched
 from fastpref.quality.findings import LEVELS, Finding
 from fastpref.quality.rows import Rows, leakage, near_leakage
 from fastpref.quality.separable import Separability
@@ -38,7 +38,9 @@ class DataQuality:
         figures: percentiles of token counts of prompt, chosen, rejected and pair within max_length;
             the share of padding in batches of 8 pairs; the share of a pair's tokens that its
             prompt's second copy takes; bytes of an eager head's fp32 logits for the longest batch;
-            histograms of the token counts.
+            the rate at which the longer answer is the chosen one, with its R^2; histograms of the
+            token counts and of those bytes by batch; the share of unseen pairs that single words
+            tell apart ("separability").
     """
 
     rows: dict[str, int]
@@ -90,10 +92,13 @@ def check_data(
         data, "train", tokenizer, max_length, sample_rows, show_progress
     )
     out = DataQuality({"train": len(dataset)}, sampled=len(tokens.lengths) if tokens else 0)
-    findings = _unread(layout) + train.findings() + separable.findings()
+    separability = separable.accuracy()
+    findings = _unread(layout) + train.findings() + separable.findings(separability)
     if tokens is not None:
         findings += tokens.findings()
         out.figures = tokens.figures(len(tokenizer))
+    if separability is not None:
+        out.figures["separability"] = separability
     if eval_data is not None:
         held_out, rows, *_ = _look(eval_data, "eval", None, max_length, 0, show_progress)
         out.rows["eval"] = len(rows)
@@ -122,15 +127,25 @@ def _look(
     chosen = total if sample_rows is None else min(sample_rows, total)
     sampled = set(np.linspace(0, total - 1, chosen).astype(int).tolist()) if chosen else set()
     title = f"Checking {name} data"
-    with counting(title, "rows", total, disabled=not show_progress, shared=False):
-        for number, row, had_nulls in _arranged(dataset, layout, f"{name} data"):
-            rows.add(number, row, had_nulls)
-            if number in sampled:
-                separable.add(row)
-                if tokens is not None and row["chosen"] and row["rejected"]:
-                    tokens.add(number, row, f"{name} data: row {number}")
-            count()
+    arranged = _arranged(dataset, layout, f"{name} data")
+    for number, row, had_nulls in watched(arranged, title, "rows", total, 1, not show_progress):
+        where = f"{name} data: row {number}"
+        _check_text(row, where)
+        rows.add(number, row, had_nulls)
+        if number in sampled:
+            separable.add(row)
+            if tokens is not None and row["chosen"] and row["rejected"]:
+                tokens.add(number, row, where)
     return rows, dataset, layout, separable, tokens
+
+
+def _check_text(row: dict, where: str) -> None:
+    for key in TEXT:
+        if not isinstance(row[key], str) and not is_messages(row[key]):
+            raise ValueError(
+                f"{where}: {key} is {describe(row[key])}; expected a string or a list of messages "
+                "with role and content"
+            )
 
 
 def _layout(dataset: Any, name: str) -> Layout:

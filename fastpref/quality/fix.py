@@ -10,7 +10,7 @@ from typing import Any
 
 from fastpref.data.files import load_preference_data
 from fastpref.quality.findings import Finding
-from fastpref.storage import disk_errors, sync_file
+from fastpref.storage import disk_errors, whole_file
 
 
 def fixed_path(path: str | os.PathLike[str]) -> Path:
@@ -47,12 +47,9 @@ def write_fixed(
     dataset = load_preference_data(data)
     if len(dropped) >= len(dataset):
         raise ValueError("no row would be left; nothing was written")
-    unfinished = path.with_name(path.name + ".part")
-    with disk_errors(f"{path} could not be written"):
-        with open(unfinished, "w", encoding="utf-8") as file:
+    with disk_errors(f"{path} could not be written"), whole_file(path) as beside:
+        with open(beside, "w", encoding="utf-8") as file:
             for number, row in enumerate(dataset):
                 if number not in dropped:
                     file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        sync_file(unfinished)
-        os.replace(unfinished, path)
     return path, len(dropped)

@@ -30,22 +30,24 @@ class Separability:
         chosen, rejected = (_features(contents_of(row[key])) for key in ("chosen", "rejected"))
         self.pairs.append((chosen - rejected, rejected - chosen))
 
-    def findings(self) -> list[Finding]:
-        """What was found."""
+    def accuracy(self) -> float | None:
+        """The share of unseen pairs that words tell apart; None of too few pairs."""
         if len(self.pairs) < LEAST:
-            return []
+            return None
         correct = 0.0
-        words: Counter[str] = Counter()
         for half in (0, 1):
             taught = _log_odds(self.pairs[half::2])
             for chosen, rejected in self.pairs[1 - half :: 2]:
                 score = sum(taught.get(w, 0.0) for w in chosen)
                 score -= sum(taught.get(w, 0.0) for w in rejected)
                 correct += 0.5 if score == 0 else float(score > 0)
-        accuracy = correct / len(self.pairs)
-        values = {"accuracy": round(accuracy, 4)}
-        if accuracy < LIMIT:
+        return round(correct / len(self.pairs), 4)
+
+    def findings(self, accuracy: float | None) -> list[Finding]:
+        """What was found. accuracy: that of `accuracy`."""
+        if accuracy is None or accuracy < LIMIT:
             return []
+        words: Counter[str] = Counter()
         odds = _log_odds(self.pairs)
         for chosen, rejected in self.pairs:
             words.update(chosen | rejected)
@@ -59,7 +61,7 @@ class Separability:
                 f"(above all {shown})",
                 "see whether the two sides come from different models or formats; a model learns "
                 "that difference instead of quality",
-                values={**values, "words": telling},
+                values={"accuracy": accuracy, "words": telling},
             )
         ]
 

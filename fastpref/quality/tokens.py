@@ -16,6 +16,7 @@ LONGER_WINS = 0.7  # share of pairs from which on length is said to give the ans
 _LEAST = 100  # pairs below which nothing is said of length
 _LEAST_TEXT = 12  # characters of a message that is looked for in a rendered conversation
 BINS = 40  # of the histograms of token counts
+_SIDES = ("chosen", "rejected")
 BATCH = 8  # pairs in the batches whose padding is counted
 
 
@@ -29,10 +30,11 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, max_length: int | None) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.encode = RowTokenizer(tokenizer, ("chosen", "rejected"))
+        self.encode = RowTokenizer(tokenizer, _SIDES)
         self.lengths: list[tuple[int, int, int]] = []  # tokens of prompt, chosen and rejected
         self._rows: defaultdict[str, list[int]] = defaultdict(list)
         self._total = 0
+        self._answer_tokens = self._lost_tokens = 0  # of all answers, and what is cut of them
         self._ends = {i for i in map(_id_of(tokenizer), self.encode.ends) if i is not None}
         self._blank: dict[int, bool] = {}
 
@@ -49,7 +51,7 @@ class Tokens:
             self._rows["not_prefix"].append(number)
         answers = [ids[start:] for ids in whole]
         self.lengths.append((start, len(answers[0]), len(answers[1])))
-        for side, ids in zip(("chosen", "rejected"), answers, strict=True):
+        for side, ids in zip(_SIDES, answers, strict=True):
             self._ends_of(number, side, ids)
         self._begins(number, whole[0], answers)
         self._cut(number, start, [len(ids) for ids in answers])
@@ -62,8 +64,9 @@ class Tokens:
             return
         if ids[:2] == [bos, bos]:
             self._rows["bos_doubled"].append(number)
-        if any(bos in answer for answer in answers):
-            self._rows["bos_inside"].append(number)
+        for side, answer in zip(_SIDES, answers, strict=True):
+            if bos in answer:
+                self._rows[f"bos_inside_{side}"].append(number)
 
     def _ends_of(self, number: int, side: str, ids: list[int]) -> None:
         last = len(ids) - 1
@@ -72,7 +75,7 @@ class Tokens:
         if last < 0 or ids[last] not in self._ends:
             self._rows[f"no_end_{side}"].append(number)
         elif last > 0 and ids[last - 1] in self._ends:
-            self._rows["end_doubled"].append(number)
+            self._rows[f"end_doubled_{side}"].append(number)
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
@@ -88,17 +91,19 @@ class Tokens:
             return
         cut = [prompt + length > limit for length in answers]
         kept_lengths = [min(length, limit - prompt) for length in answers]
-        if cut[0] != cut[1]:
-            self._rows["cut_one_side"].append(number)
-        elif cut[0]:
-            self._rows["cut_both_sides"].append(number)
+        self._answer_tokens += sum(answers)
+        self._lost_tokens += sum(answers) - sum(kept_lengths)
+        if cut[0] and cut[1]:
+            self._rows["cut_both"].append(number)
+        elif cut[0] or cut[1]:
+            self._rows[f"cut_{_SIDES[cut[1]]}"].append(number)
         if min(kept_lengths) < 2:
             self._rows["too_short"].append(number)
 
     def _turns(self, number: int, row: Mapping[str, Any], where: str) -> None:
         """Whether the template renders each message once."""
         options = template_options(row, where)
-        for side in ("chosen", "rejected"):
+        for side in _SIDES:
             messages = [*row["prompt"], *row[side]]
             texts = [m["content"] for m in messages if isinstance(m.get("content"), str)]
             texts = [" ".join(text.split()) for text in texts]
@@ -129,6 +134,13 @@ class Tokens:
         def add(check: str, level: str, what: str, advice: str, drops: bool = False) -> None:
             out.extend(of_rows(check, level, rows[check], total, what, advice, drops=drops))
 
+        def add_by_side(check: str, level: str, what: str, advice: str) -> None:
+            sides = {side: rows[f"{check}_{side}"] for side in _SIDES}
+            counts = {side: len(numbers) for side, numbers in sides.items()}
+            both = [number for numbers in sides.values() for number in numbers]
+            what += f" (chosen: {counts['chosen']}, rejected: {counts['rejected']})"
+            out.extend(of_rows(check, level, both, total, what, advice, values=counts))
+
         add(
             "not_prefix",
             "warning",
@@ -149,13 +161,18 @@ class Tokens:
             "see whether the prompt stands in the answers as well",
         )
         add("bos_doubled", "error", "start with two BOS tokens", "remove BOS from the texts")
-        add(
+        add_by_side(
             "bos_inside",
             "error",
             "have a BOS token inside an answer",
             "give the turns as messages, or remove the marks from the text",
         )
-        add("end_doubled", "error", "end with two end tokens", "remove one from the texts")
+        add_by_side(
+            "end_doubled",
+            "error",
+            "have an answer that ends with two end tokens",
+            "remove one from the texts",
+        )
         out += self._missing_ends()
         add(
             "prompt_too_long",
@@ -171,25 +188,30 @@ class Tokens:
             + (f" within {cut}" if self.max_length else ""),
             "raise max_length if they are cut",
         )
-        one_side, both_sides = len(rows["cut_one_side"]), len(rows["cut_both_sides"])
-        cut_rows = one_side + both_sides
-        if cut_rows:
-            out.append(
-                Finding(
-                    "truncated",
-                    "warning" if cut_rows > 0.01 * total else "note",
-                    f"{share(cut_rows, total)} are cut at {cut}: {one_side} in one answer alone, "
-                    f"{both_sides} in both",
-                    "raise max_length; where one answer is cut, its missing end is what is taught",
-                    tuple(sorted(rows["cut_one_side"] + rows["cut_both_sides"])),
-                    {"one_side": one_side, "both_sides": both_sides},
-                )
+        return out + self._truncated(cut) + self._length_bias()
+
+    def _truncated(self, cut: str) -> list[Finding]:
+        rows = {which: self._rows[f"cut_{which}"] for which in (*_SIDES, "both")}
+        values: dict[str, Any] = {which: len(numbers) for which, numbers in rows.items()}
+        if not (count := sum(values.values())):
+            return []
+        lost = self._lost_tokens / self._answer_tokens
+        return [
+            Finding(
+                "truncated",
+                "warning" if count > 0.01 * self._total else "note",
+                f"{share(count, self._total)} are cut at {cut}: {values['chosen']} in the chosen "
+                f"answer alone, {values['rejected']} in the rejected one alone, {values['both']} "
+                f"in both; {100 * lost:.2g} % of the answers' tokens are lost",
+                "raise max_length; where one answer is cut, its missing end is what is taught",
+                tuple(sorted(number for numbers in rows.values() for number in numbers)),
+                {**values, "lost_tokens": self._lost_tokens},
             )
-        return out + self._length_bias()
+        ]
 
     def _missing_ends(self) -> list[Finding]:
         total = self._total
-        sides = {side: set(self._rows[f"no_end_{side}"]) for side in ("chosen", "rejected")}
+        sides = {side: set(self._rows[f"no_end_{side}"]) for side in _SIDES}
         counts = {side: len(rows) for side, rows in sides.items()}
         rows = sides["chosen"] | sides["rejected"]
         if not rows:
@@ -208,14 +230,9 @@ class Tokens:
         )
 
     def _length_bias(self) -> list[Finding]:
-        if self._total < _LEAST:
-            return []
-        lengths = np.array(self.lengths, dtype=float)
-        difference = lengths[:, 1] - lengths[:, 2]
-        wins = float((difference > 0).mean() + 0.5 * (difference == 0).mean())
-        r2 = _correlation(difference)
-        values = {"longer_wins": round(wins, 4), "r2": round(r2, 4)}
-        if max(wins, 1 - wins) < LONGER_WINS:
+        values = self._length_figures()
+        wins, r2 = values["longer_wins"], values["r2"]
+        if self._total < _LEAST or max(wins, 1 - wins) < LONGER_WINS:
             return []
         which, rate = ("longer", wins) if wins > 0.5 else ("shorter", 1 - wins)
         return [
@@ -230,8 +247,14 @@ class Tokens:
             )
         ]
 
+    def _length_figures(self) -> dict[str, float]:
+        lengths = np.array(self.lengths, dtype=float)
+        difference = lengths[:, 1] - lengths[:, 2]
+        wins = float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+        return {"longer_wins": round(wins, 4), "r2": round(_correlation(difference), 4)}
+
     def figures(self, vocab_size: int) -> dict[str, Any]:
-        """Percentiles of token counts, the padding of batches, and the memory of eager logits."""
+        """Token counts, length bias, padding of batches, and the memory of eager logits."""
         if not self.lengths:
             return {}
         lengths = np.array(self.lengths)
@@ -254,6 +277,13 @@ class Tokens:
         out["padding"] = round(1 - float(batches.sum()) / padded, 4) if padded else 0.0
         out["shared_prompt"] = round(float(lengths[:, 0].sum() / max(columns["pair"].sum(), 1)), 4)
         out["eager_logits_bytes"] = int(2 * BATCH * rows.max() * vocab_size * 4)
+        out["length_bias"] = self._length_figures()
+        logits = batches.max(1).astype(float) * batches.shape[1] * vocab_size * 4
+        counts_of_batches, byte_edges = np.histogram(logits, BINS, (0, max(logits.max(), 1.0)))
+        out["eager_logits_histogram"] = {
+            "edges": byte_edges.tolist(),
+            "batches": counts_of_batches.tolist(),
+        }
         edges = np.unique(np.linspace(0, rows.max() + 1, BINS + 1).astype(int))
         counts = {name: columns[name] for name in ("prompt", "chosen", "rejected")}
         out["histogram"] = {

@@ -59,7 +59,7 @@ def verify(
     data_collator: Any = None,
     show_progress: bool = False,
 ) -> Verification:
-    """Compare log-probs with exact ones, and check title has to hold before the first step.
+    """Compare log-probs with exact ones, and check what has to hold before the first step.
 
     Args:
         model: a causal language model or a PeftModel. As in the trainers its dropout is switched

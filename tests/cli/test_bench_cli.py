@@ -46,7 +46,7 @@ def invoke(*arguments):
 
 
 def test_a_real_run(tmp_path):
-    page, plot, old = tmp_path / "page.html", tmp_path / "plot.png", tmp_path / "old.json"
+    page, plot, old = tmp_path / "page.html", tmp_path / "plot.png", tmp_path / "new" / "old.json"
     given = ("--no-memory", "--repeats", 2, "--report", page, "--plot", plot, "--save", old)
     result = invoke(*given)
     assert result.exit_code == 0, result.output
@@ -152,6 +152,9 @@ def test_an_old_result_of_another_machine(monkeypatch, tmp_path):
 def test_odd_input_is_one_sentence(tmp_path):
     data = tmp_path / "pairs.json"
     data.write_text('{"prompt": "a"}\n')
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "llama", "hidden_size": null}')
     for given, said in (
         (("--compare", tmp_path / "none.json"), "none.json could not be read"),
         (("--compare", data), "is no result of fastpref bench"),
@@ -160,6 +163,8 @@ def test_odd_input_is_one_sentence(tmp_path):
         (("--trained", "--strategy", "x"), "strategies"),
         (("--seconds", -1), "seconds"),
         (("--", "-4,8,64"), "sizes of at least 1"),
+        (("8,64",), "expected N,H,V or N,H,V,softcap"),
+        ((broken,), "expected int, got NoneType"),
     ):
         result = invoke(*given)
         assert result.exit_code == 2 and said in result.stderr, (given, result.output)

@@ -1,6 +1,9 @@
 """`fastpref check-data`: the tables, the JSON, the exit status and the fixed file."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -55,8 +58,12 @@ def test_data_that_cannot_be_read_is_one_sentence(tmp_path):
 
 def test_the_report_has_findings_and_lengths(pairs, tmp_path):
     page = tmp_path / "report.html"
-    result = invoke(pairs, "--model", ASSETS, "--report", page, "--fail-on", "never")
+    plot = tmp_path / "new" / "lengths.PNG"
+    given = ("--model", ASSETS, "--report", page, "--plot", plot, "--fail-on", "never")
+    result = invoke(pairs, *given)
     assert result.exit_code == 0 and f"Report: {page}" in result.stdout
+    assert f"Plot: {plot}" in result.stdout and plot.read_bytes().startswith(b"\x89PNG")
+    assert "the longer answer: the chosen one in" in result.stdout
     text = page.read_text("utf-8")
     assert "1 of 150 rows (0.7 %) have identical answers (rows 7)" in text
     assert text.count("data:image/png;base64,") == 1 and "padding in batches" in text
@@ -71,6 +78,8 @@ def test_bad_input_is_one_sentence_and_no_file_is_lost(pairs, tmp_path):
         ((pairs, "--model", tmp_path), "is a directory without config.json"),
         ((pairs, "--model", "./nowhere"), "--model ./nowhere is not a directory"),
         ((pairs, "--report", pairs), "is no HTML page, so it stays"),
+        ((pairs, "--plot", tmp_path / "a.png"), "--plot shows numbers of tokens; pass --model"),
+        ((pairs, "--max-length", 10**20), f"--max-length is {10**20}; expected at most 2147483647"),
         ((answers,), "is single answers; the checks read pairs"),
         ((tmp_path / "empty.jsonl",), "is empty"),
         ((tmp_path / "absent.jsonl",), "does not exist"),
@@ -79,6 +88,25 @@ def test_bad_input_is_one_sentence_and_no_file_is_lost(pairs, tmp_path):
         assert result.exit_code == 2 and message in result.stderr, result.output
         assert not result.stdout
     assert pairs.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_reader_that_is_gone_and_an_encoding_without_a_word(pairs, tmp_path, options):
+    words = [
+        {"prompt": f"a {i}", "chosen": f"b {i} \u6f22", "rejected": f"c {i}"} for i in range(120)
+    ]
+    data = tmp_path / "words.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in words))
+    command = [sys.executable, "-m", "fastpref", "check-data", str(data), *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    done = subprocess.run(command, **pipes)
+    assert done.returncode == 0 and b"\\u6f22" in done.stdout, done.stderr
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, **{**pipes, "stdout": write})
+    os.close(write)
+    assert done.returncode == 0 and b"fastpref:" not in done.stderr, done.stderr
 
 
 def test_a_tokenizer_without_a_model_is_enough(pairs, tmp_path):

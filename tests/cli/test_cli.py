@@ -277,6 +277,24 @@ def test_unexpected_errors_are_one_sentence(monkeypatch):
     assert complaint(result) == "fastpref: KeyError: 'what' (--debug shows the traceback)\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 30 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_too_little_memory_is_no_fault_of_fastpref(error):
+    @cli.guarded
+    def command(**options):
+        raise error
+
+    result = CliRunner().invoke(_app(command), [])
+    assert result.exit_code == 2 and "--debug" not in complaint(result)
+    assert complaint(result).endswith("; fastpref plan --why-oom says what takes less memory\n")
+
+
 def _app(command):
     import typer
 

@@ -22,12 +22,14 @@ def invoke(*arguments):
 
 def test_a_sound_model_passes_and_has_a_page(tmp_path):
     page = tmp_path / "report.html"
-    result = invoke("--data", ASSETS / "train.jsonl", "--report", page)
+    plot = tmp_path / "errors.svg"
+    result = invoke("--data", ASSETS / "train.jsonl", "--report", page, "--plot", plot)
     assert result.exit_code == 0, result.output
     assert "(2 pairs in float32, against float64)" in result.stdout
     assert "ok    the first loss (sigmoid): 0.693147" in result.stdout
     assert "highest CHES, likelihood displacement: rows " in result.stdout
     assert "nothing found" in result.stdout and f"Report: {page}" in result.stdout
+    assert f"Plot: {plot}" in result.stdout and "<svg" in plot.read_text()
     text = page.read_text("utf-8")
     assert "Nothing found." in text and text.count("data:image/png;base64,") == 1
 

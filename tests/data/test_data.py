@@ -113,6 +113,18 @@ def test_tools_and_template_options_are_kept_as_they_are():
         ("a.jsonl.gz", "x", "is not a complete gzip file"),
         ("a.xlsx", "x", "has no known ending"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": [1]}\n', "row 1: prompt is a list but in row 0"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": null}\n',
+            "row 1: prompt is missing; all",
+        ),
+        ("a.jsonl", '{"other": "a"}\n{"prompt": "a"}\n', "row 0: prompt is missing; all rows must"),
+        (
+            "a.csv",
+            '{"prompt": "a", "chosen": "b"}\n',
+            "line 1 is JSON; expected CSV",
+        ),
+        ("a.csv", '[{"prompt": 1}]', "line 1 is JSON; expected CSV"),
     ],
 )
 def test_bad_files_get_one_sentence(tmp_path, name, content, message):
@@ -121,6 +133,22 @@ def test_bad_files_get_one_sentence(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         load_preference_data(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+@pytest.mark.parametrize(
+    "start, message",
+    [
+        (b"PAR1\0\xf4", "is a Parquet file; expected a name that ends in .parquet"),
+        (gzip.compress(b"{}"), "is compressed with gzip; expected a name that ends in .gz"),
+        (b"PK\3\4\xff", "is a ZIP archive or a spreadsheet; expected text"),
+        ("{}".encode("utf-16"), "line 1 is UTF-16 text; expected UTF-8"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_name_says(tmp_path, ending, start, message):
+    (tmp_path / f"a.{ending}").write_bytes(start)
+    with pytest.raises(ValueError, match=message):
+        load_preference_data(tmp_path / f"a.{ending}")
 
 
 def test_not_utf8_and_wrong_types(tmp_path):

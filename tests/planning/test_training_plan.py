@@ -49,26 +49,34 @@ def config():
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-@pytest.mark.parametrize(
-    "side, kept, method, reference",
-    [
-        ("fastpref", False, "full", "precompute"),
-        ("fastpref", True, "lora", "adapter"),
-        ("eager", True, "full", "model"),
-        ("eager", False, "full", "precompute"),
-    ],
+# Weights, reference, and whether activations are kept; each with both heads and two shapes.
+SETTINGS = (
+    ("full", "precompute", False),
+    ("full", "precompute", True),
+    ("full", "model", False),
+    ("full", "model", True),
+    ("lora", "adapter", False),
+    ("lora", "adapter", True),
 )
-def test_a_real_step_has_the_predicted_memory(model, config, side, kept, method, reference):
+
+
+@pytest.mark.parametrize("batch_size, max_length", [(2, 128), (3, 96)])
+@pytest.mark.parametrize("side", ["fastpref", "eager"])
+@pytest.mark.parametrize("method, reference, kept", SETTINGS)
+def test_a_real_step_has_the_predicted_memory(
+    model, config, side, kept, method, reference, batch_size, max_length
+):
     request = {
         "model": model, "side": side, "loss": {"loss_type": "sigmoid", "beta": 0.1}, "steps": 2,
-        "batch_size": 2, "grad_accumulation": 1, "max_length": 128, "reference": reference,
+        "batch_size": batch_size, "grad_accumulation": 1, "max_length": max_length,
+        "reference": reference,
         "lora": LORA if method == "lora" else None, "bf16": False, "dtype": "float32",
         "gradient_checkpointing": not kept, "optim": None, "learning_rate": 1e-6, "seed": 0,
         "trust_remote_code": False, "device": "cpu", "prefix_sharing": True,
     }  # fmt: skip
     rows, batches = choose_rows(model, tiny.rows(16, longest=80), request, 1)
     # One step warms up, and the other is watched.
-    rows = rows[:2] + rows[-2:]
+    rows = rows[:batch_size] + rows[-batch_size:]
     with FakeTensorMode():
         fake = torch.empty(8)  # of somebody else, alive in this process
     real = torch.empty(2_000_000)  # too, as what other tests have left
@@ -133,6 +141,43 @@ def test_sharding_divides_what_is_sharded(config):
     assert four["activations"] == one["activations"]
 
 
+def test_devices_share_the_pairs_of_a_step(config):
+    given = {"memory": 2**36, "batch_size": 8, "max_length": 64, "kind": "cuda", "table": False}
+    way = plan_training(config, devices=4, **given).asked
+    assert way.pairs * way.accumulation * way.devices == 8
+    with pytest.raises(ValueError, match="batch_size: got 8, which 3 devices .* such as 9"):
+        plan_training(config, devices=3, **given)
+    rates = Rates("one", 1e11, 1e11, 1e10, 1e10, 1e-5, measured=False)
+    planner = Planner(config, default_lengths(64), "cuda")
+    one, two = (planner.estimate(StepOptions(device="cuda"), 1, 1, 64, n, rates) for n in (1, 2))
+    assert two.seconds.optimiser == one.seconds.optimiser / 2
+    tight = plan_training(config, **{**given, "memory": 2**20, "batch_size": 6, "max_length": 16})
+    doubled = {text: way for text, way in tight.changes if "GPUs" in text}
+    ((text, way),) = doubled.items()
+    assert text == "2 GPUs that share the weights" and way.pairs * way.accumulation * 2 == 6
+
+
+def test_an_adapter_under_bf16_trains_over_bf16_weights_as_fastpref_train_does(config):
+    options = StepOptions(bf16=True)
+    given = {"memory": 2**36, "batch_size": 1, "max_length": 16, "options": options}
+    ways = plan_training(config, table=False, **given).ways
+    assert ways["full"].options.dtype == torch.float32 and ways["full"].options.bf16
+    assert ways["lora"].options.dtype == torch.bfloat16 and not ways["lora"].options.bf16
+    weights = [way.components["weights"] for way in ways.values()]
+    assert weights[1] < 0.6 * weights[0]
+
+
+def test_the_head_s_strategy_is_the_one_that_the_step_takes(config):
+    ways = plan_training(config, memory=2**36, max_length=64, table=False).ways
+    assert ways["full"].head_strategy == "stash" and ways["lora"].head_strategy == "frozen"
+    little = plan_training(config, memory=2**22, max_length=64, table=False).asked
+    assert little.head_strategy in ("mixed", "recompute")
+    eager = plan_training(
+        config, memory=2**36, max_length=64, table=False, options=StepOptions(head="eager")
+    )
+    assert eager.asked.head_strategy is None
+
+
 def test_seconds_grow_with_the_work(config):
     rates = Rates("one", 1e11, 1e11, 1e10, 1e10, 1e-5, measured=False)
     full = StepOptions()
@@ -147,13 +192,24 @@ def test_seconds_grow_with_the_work(config):
 
 
 @pytest.mark.parametrize(
-    "text, size", [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("800mb", 8 * 10**8), ("7", 7)]
+    "text, size",
+    [
+        ("24GB", 24 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("800mb", 8 * 10**8),
+        ("24G", 24 * 10**9),
+        ("2Gi", 2**31),
+        ("1PB", 10**15),
+        ("8000000", 8_000_000),
+    ],
 )
 def test_memory_sizes(text, size):
     assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["24 apples", "", "GB", "1.2.3GB", "0GB", ".", "9" * 400])
+@pytest.mark.parametrize(
+    "text", ["24 apples", "", "GB", "1.2.3GB", "0GB", ".", "9" * 400, "-1", "24", "1,5GB", "9EB"]
+)
 def test_bad_memory_sizes(text):
     with pytest.raises(ValueError, match="memory: got"):
         parse_memory(text)
@@ -176,8 +232,12 @@ def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatc
         assert "this machine is busy (a load of 100000.0 on" in result.stdout
     assert "take: all weights, 1 pair a micro-batch" in result.stdout
     assert "H100 80GB" in result.stdout
-    assert "Common devices" in (tmp_path / "p.html").read_text()
-    result = invoke(*given, "--memory", "1MB", "--json", "--why-oom", "--no-table")
+    page = (tmp_path / "p.html").read_text()
+    assert "Common devices" in page and page.count("data:image/png;base64,") == 1
+    assert "config.json lacks" not in result.stdout
+    plot = tmp_path / "new" / "plan.svg"
+    result = invoke(*given, "--memory", "1MB", "--json", "--why-oom", "--no-table", "--plot", plot)
+    assert plot.read_text().startswith("<?xml")
     assert result.exit_code == 6
     out = json.loads(result.stdout)
     assert out["chosen"] is None and out["changes"] and not out["asked"]["fits"]
@@ -191,6 +251,11 @@ def test_the_command_writes_tables_json_and_a_report(model, tmp_path, monkeypatc
         (["--reference", "adapter"], "--reference is 'adapter'"),
         (["--model", "./nowhere"], "--model ./nowhere is not a directory"),
         (["--method", "qlora", "--where", "cpu"], "--method qlora needs a GPU's kernels"),
+        (["--gpus", 3, "--batch-size", 8], "--batch-size is 8, which --gpus 3 cannot share"),
+        (["--memory", "24"], "memory: got '24', expected a size from 1 MB to 4 EiB, with its unit"),
+        (["--memory", "1GB", "--max-length", 2**31 - 1], "a plan is made for at most 4,194,304"),
+        (["--max-length", 10**20], f"--max-length is {10**20}; expected at most 2147483647"),
+        (["--plot", "memory"], "--plot memory: expected a name that ends in .png"),
     ],
 )
 def test_bad_options_are_one_sentence(model, options, message):
@@ -201,11 +266,47 @@ def test_bad_options_are_one_sentence(model, options, message):
 def test_a_config_alone_is_enough(config, tmp_path):
     config.save_pretrained(tmp_path)
     given = ["--model", tmp_path, "--max-length", 64, "--memory", "64GB", "--no-table", "--json"]
-    result = invoke(*given, "--gpus", 10**6, "--batch-size", 1)
+    result = invoke(*given, "--gpus", 10**6)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["asked"]["devices"] == 10**6
     result = invoke(*given, "--data", "pairs.jsonl")
     assert result.exit_code == 2 and "it has no files of one" in result.stderr
+
+
+def test_sizes_that_a_config_lacks_are_said(config, tmp_path):
+    given = {**config.to_dict(), "model_type": "llama"}
+    del given["hidden_size"], given["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps({**given, "hidden_size": 64}))
+    arguments = ["--model", tmp_path, "--max-length", 64, "--memory", "64GB", "--no-table"]
+    result = invoke(*arguments)
+    assert "config.json lacks sizes, for which its class has defaults: vocab_size 32,000" in (
+        " ".join(result.stdout.split())
+    )
+
+
+def test_sizes_under_other_names_and_of_a_part_are_given(tmp_path):
+    from transformers import Gemma3Config, GPT2Config
+
+    from fastpref.cli.models import missing_sizes
+
+    for config in (GPT2Config(n_embd=64, n_layer=2), Gemma3Config()):
+        config.save_pretrained(tmp_path)
+        assert missing_sizes(str(tmp_path), config) == {}
+    given = json.loads((tmp_path / "config.json").read_text())
+    del given["text_config"]["vocab_size"]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    config = Gemma3Config.from_pretrained(tmp_path)
+    size = config.get_text_config().vocab_size
+    assert missing_sizes(str(tmp_path), config) == {"vocab_size": size}
+
+
+@pytest.mark.parametrize("size", [None, "32", 33])
+def test_a_config_that_cannot_be_is_one_sentence(config, size, tmp_path):
+    given = {**config.to_dict(), "model_type": "llama", "hidden_size": size}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    result = invoke("--model", tmp_path, "--memory", "64GB", "--no-table")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "no config could be loaded" in result.stderr and "hidden" in result.stderr
 
 
 def test_configs_of_no_causal_model_are_one_sentence():

@@ -95,6 +95,10 @@ def test_plot_and_report_are_written(profiled, files):
         (["--model", "./nowhere"], "--model ./nowhere is not a directory"),
         (["--loss", "kto"], "--loss kto: profile reads losses of pairs"),
         (["--reference", "adapter"], "reference: got 'adapter' without an adapter"),
+        (["--reference", "base"], "reference: got 'base', expected one of auto, precompute"),
+        (["--dtype", "float8"], "dtype: got 'float8', expected one of float32, bfloat16"),
+        (["--steps", "20000"], "steps: got 20000, expected at most 10000"),
+        (["--data", "./nowhere.jsonl"], "data file ./nowhere.jsonl does not exist"),
     ],
 )
 def test_bad_options_are_one_sentence(files, options, message):

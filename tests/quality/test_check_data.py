@@ -237,11 +237,55 @@ def test_a_sample_is_tokenised_and_all_rows_are_read(tokenizer):
         ([{"prompt": "a", "completion": "b", "label": True}], "single answers"),
         ([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}], "token ids"),
         ([{"prompt": "a", "chosen": "b"}], "column 'rejected' is missing"),
+        ([{"prompt": "a", "chosen": 3, "rejected": "c"}], "row 0: chosen is a int; expected a str"),
+        ([{"prompt": "a", "chosen": [1], "rejected": ["c"]}], "row 0: chosen is a list; expected"),
     ],
 )
-def test_other_data_is_refused(rows, message):
+def test_other_data_is_refused(rows, message, tokenizer):
     with pytest.raises(ValueError, match=message):
         check_data(rows)
+    if "row 0" in message:
+        with pytest.raises(ValueError, match="row 0: chosen is a"):
+            check_data(rows, tokenizer)
+
+
+def test_clean_data_has_the_figures_of_bias_and_of_eager_logits(tokenizer):
+    figures = check_data(clean(), tokenizer).figures
+    assert 0.3 < figures["separability"] < 0.7
+    assert 0.4 < figures["length_bias"]["longer_wins"] < 0.6 and figures["length_bias"]["r2"] < 0.1
+    batches = figures["eager_logits_histogram"]
+    assert sum(batches["batches"]) == ROWS // 8
+    assert batches["edges"][-1] == figures["eager_logits_bytes"]
+    assert list(check_data(clean()).figures) == ["separability"]
+
+
+def test_what_is_cut_and_what_ends_twice_is_told_by_side(tokenizer):
+    rows = clean()
+    for i in range(6):
+        one_side_cut(rows, i)
+    content(rows[9], "rejected", lambda text: " ".join([text] * 12))
+    for key in ("chosen", "rejected"):
+        content(rows[8], key, lambda text: " ".join([text] * 12))
+    for i in (20, 21):
+        content(rows[i], "rejected", lambda text: f"{text} </s>")
+    checks = found(check_data(rows, tokenizer, max_length=64))
+    cut = checks["truncated"]
+    assert {k: cut.values[k] for k in ("chosen", "rejected", "both")} == {
+        "chosen": 6, "rejected": 1, "both": 1,
+    }  # fmt: skip
+    assert "6 in the chosen answer alone, 1 in the rejected one alone, 1 in both" in cut.message
+    assert cut.values["lost_tokens"] > 6 * 30
+    assert checks["end_doubled"].values == {"chosen": 0, "rejected": 2}
+
+
+def test_progress_is_a_line_in_a_log_file(monkeypatch, capsys):
+    from fastpref import progress
+
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    check_data(clean(rows=3), show_progress=True)
+    assert "Checking train data: 3 of 3 rows (100%)" in capsys.readouterr().err
+    check_data(clean(rows=3))
+    assert "Checking" not in capsys.readouterr().err
 
 
 def test_the_fixed_file_lacks_what_should_not_be_trained_on(tmp_path, tokenizer):

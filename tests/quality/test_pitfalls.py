@@ -34,11 +34,11 @@ def checked(rows, **options):
     return set(by_name(check_data(rows, tiny.tokenizer(), **options)))
 
 
-def verified(rows=None, model=None, **options):
-    rows = tiny.rows(16) if rows is None else rows
+def verified(data=None, model=None, **options):
+    data = tiny.rows(16) if data is None else data
     options = {"rows": 16, "compared": 1, "max_length": 64, **options}
     model = tiny.model() if model is None else model
-    return set(by_name(verify(model, rows, tiny.tokenizer(), **options)))
+    return set(by_name(verify(model, data, tiny.tokenizer(), **options)))
 
 
 def trained(tmp_path, caplog, **options):
@@ -118,6 +118,23 @@ def shifted(examples):
     return batch
 
 
+def other_first_token(examples):
+    batch = PreferenceCollator(0, 64)(examples)
+    batch["input_ids"][len(examples) :, 0] = 199
+    return batch
+
+
+def of_each_row(model):
+    """The model, whose hidden states depend on a sequence's place in the batch."""
+
+    def scale(module, args, output):
+        states = output.last_hidden_state
+        output.last_hidden_state = states * (1 + torch.arange(len(states)).view(-1, 1, 1) / 8)
+
+    model.model.register_forward_hook(scale)
+    return model
+
+
 def other_question(row):
     row["chosen"] = [*row["prompt"], *row["chosen"]]
     row["rejected"] = [{"role": "user", "content": "w100 w101 w102"}, *row["rejected"]]
@@ -138,18 +155,22 @@ def test_2_length_exploitation(caplog):
 
 def test_3_reward_accuracy_that_is_no_ranking(caplog):
     assert watched(caplog, accuracy=0.9, ranked=0.2) == {"ranking"}
-    # A model prefers what it repeats; here that is what is rejected.
-    model = tiny.model()
-    collator = PreferenceCollator(0, 64)
-    with torch.no_grad():
-        batch = collator([{"prompt_ids": [9], "chosen_ids": [8] * 6, "rejected_ids": [7] * 6}])
-        logits = model(batch["input_ids"]).logits
-    best = int(logits[:, 0].mean(0).argmax())
+    # A model prefers what is rejected, in 13 of 16 pairs.
+    assert verified(liked("rejected", 13), favouring(tiny.model(), LIKED)) == {"ranking"}
+
+
+LIKED = 20  # a token that a model is made to favour
+
+
+def liked(side, count):
+    """16 pairs, in so many of which this side has the token that the model favours."""
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
     rows = []
     for i in range(16):
-        rows.append({"prompt_ids": [9 + i], "chosen_ids": [50 + i, 1], "rejected_ids": [best, 1]})
-    names = verified(rows, favouring(model, best))
-    assert names & {"ranking", "off_policy"}
+        best, worse = (side, other) if i < count else (other, side)
+        answers = {f"{best}_ids": [LIKED, 1], f"{worse}_ids": [50 + i, 1]}
+        rows.append({"prompt_ids": [9 + i], **answers})
+    return rows
 
 
 def favouring(model, token):
@@ -216,6 +237,21 @@ def test_9_a_template_that_drops_a_turn_or_breaks_the_prefix():
     assert "first_tokens" in verified(rows, model)
 
 
+def test_9_a_prompt_whose_tokens_the_answer_joins():
+    rows = [{"prompt": f"w{i} w1", "chosen": "3 w4", "rejected": "4 w5"} for i in range(20, 60)]
+    assert "not_prefix" in checked(rows)
+    spaced = [{**row, "prompt": f"{row['prompt']} w"} for row in rows]
+    assert "not_prefix" in checked(spaced)
+    for row in rows:
+        row["chosen"], row["rejected"] = " w3 w4", " w4 w5"
+    assert "not_prefix" not in checked(rows)
+
+
+def test_10_answers_of_different_models():
+    assert verified(liked("rejected", 16), favouring(tiny.model(), LIKED)) == {"off_policy"}
+    assert verified(liked("chosen", 16), favouring(tiny.model(), LIKED)) == {"off_policy"}
+
+
 def test_10_pairs_that_are_told_apart_by_a_word(caplog):
     certain = lambda row: content(row, "chosen", lambda text: f"{text} Certainly")  # noqa: E731
     assert "separable" in checked(every_row(clean(), certain))
@@ -229,7 +265,20 @@ def test_11_a_target_of_ipo_that_is_out_of_scale(caplog):
 
 def test_12_labels_and_prompts_that_are_not_aligned():
     assert "labels" in verified(data_collator=shifted)
+    assert "prompts_differ" in verified(data_collator=other_first_token)
     assert "different_prompts" in checked(every_row(clean(), other_question))
+
+
+def test_12_log_probs_that_are_not_those_of_the_answers():
+    rows = tiny.rows(16)
+    for row in rows:
+        row["chosen"], row["rejected"] = f"w1 {row['chosen']}", f"w1 {row['rejected']}"
+    assert verified(rows) == set()
+    model = tiny.model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely
+    assert "same_where_parting" in verified(rows, model)
+    assert "differs_early" in verified(rows, of_each_row(tiny.model()))
 
 
 def test_13_a_tied_head_that_an_adapter_copies():
@@ -256,13 +305,23 @@ def test_16_keys_of_tool_calls_that_arrow_has_merged():
     assert "merged_keys" in set(by_name(check_data(tool_calls())))
 
 
-def test_17_a_margin_whose_sign_depends_on_batches():
-    from fastpref.quality.first_step import check_batch_means
+def test_17_a_margin_whose_sign_depends_on_batches(tmp_path):
+    rows = tiny.rows(9)
+    exact = tiny.trainer(tmp_path, train=rows, precompute_ref_log_probs=True).train_dataset
 
-    margins = torch.tensor([-0.1] * 8 + [0.5])
-    (finding,) = check_batch_means(margins, 8)
-    assert finding.check == "batch_means" and finding.values["rows"] < 0
-    assert check_batch_means(margins[:8], 8) == []
+    def size(row):
+        return max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+    # The shortest row is a batch of its own, since the longest come first. Its log-ratios are 5
+    # apart, and those of each other row -1.
+    shortest = min(range(9), key=lambda i: size(exact[i]))
+    for i, row in enumerate(rows):
+        chosen, rejected = (5.0, 0.0) if i == shortest else (0.0, 1.0)
+        row["ref_chosen_logps"] = exact[i]["ref_chosen_logps"] - chosen
+        row["ref_rejected_logps"] = exact[i]["ref_rejected_logps"] - rejected
+    assert "batch_means" in verified(rows, rows=9)
+    del rows[shortest]
+    assert "batch_means" not in verified(rows, rows=8)
 
 
 def test_every_pitfall_has_a_test():
