@@ -47,7 +47,8 @@ class RowTokenizer:
         if all(isinstance(value, str) for value in values):
             return self._texts(values[0], values[1:], where)
         # A number beside two strings is what is wrong with the row, and not the strings.
-        order = sorted(zip(keys, values, strict=True), key=lambda item: isinstance(item[1], str))
+        pairs = zip(keys, values, strict=True)
+        order = sorted(pairs, key=lambda item: isinstance(item[1], (str, list)))
         for key, value in order:
             if not is_messages(value):
                 raise ValueError(

@@ -23,8 +23,8 @@ from typing import Any
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz")
 # Where a fault is: a line, a row, the names of the columns, or the whole file.
 _PLACE = re.compile(
-    r"\bline \d|\brow \d|\brows \d|column|header|has no rows|is empty|is not a Parquet file|"
-    r"its contents cannot be read|of \d+ rows|data has "
+    r"\bline \d|\brow \d|\brows \d|column|header|has no rows|is empty|is (not )?a Parquet file|"
+    r"is compressed with gzip|is a ZIP archive|its contents cannot be read|of \d+ rows|data has "
 )
 _MOST_BYTES = 20_000
 _PAIR = {"prompt": "w1 ", "chosen": "w2 w3", "rejected": "w4"}
