@@ -51,6 +51,10 @@ def fp32() -> str:
     return head_report.fp32_ratios(_results("head_fp32"), _results("head_avx2_fp32"))
 
 
+def head_limit() -> str:
+    return head_report.shares_of_limit(_results("head_kept_memory"))
+
+
 def trl() -> str:
     return head_report.against_trl(_results("head"), _results("head_fp32"))
 
@@ -142,14 +146,21 @@ def cpu_linear() -> str:
     return table(header, rows) + f"\n{versions}.\n"
 
 
-def columns() -> str:
-    results = _results("columns")
+def _gains(name: str) -> str:
+    results = _results(name)
     return table(*columns_report.gains(results)) + "\n" + columns_report.about_gains(results)
+
+
+def columns() -> str:
+    return _gains("columns")
+
+
+def columns_avx512() -> str:
+    return _gains("columns_avx512")
 
 
 def columns_large_vocabulary() -> str:
-    results = _results("columns_large_vocabulary")
-    return table(*columns_report.gains(results)) + "\n" + columns_report.about_gains(results)
+    return _gains("columns_large_vocabulary")
 
 
 def block_filter() -> str:
@@ -162,7 +173,15 @@ def columns_training() -> str:
 
 
 def rlhf() -> str:
-    found = _results("rlhf")
+    return _rlhf("rlhf")
+
+
+def rlhf_smollm2() -> str:
+    return _rlhf("rlhf_smollm2")
+
+
+def _rlhf(name: str) -> str:
+    found = _results(name)
     options, machine = found["settings"], found["machine"]
     seeds = len(found["start"])
     truth = [r["accuracy"]["held_out_pairs"]["truth"] for r in found["runs"] if "accuracy" in r]
@@ -235,6 +254,7 @@ BLOCKS = {
         first,
         head,
         fp32,
+        head_limit,
         trl,
         trl_step,
         liger,
@@ -245,9 +265,11 @@ BLOCKS = {
         host_time,
         columns,
         block_filter,
+        columns_avx512,
         columns_large_vocabulary,
         columns_training,
         rlhf,
+        rlhf_smollm2,
         faults,
         plan,
         profile,

@@ -108,6 +108,24 @@ def fp32_ratios(avx512: Result, avx2: Result) -> str:
     )
 
 
+def shares_of_limit(results: Result) -> str:
+    """The least FLOPs at the processor's own rate over the time of fastpref, and of eager torch."""
+    modes = ("trainable", "frozen", "forward-only")
+    shares: dict[tuple[str, str], dict[str, str]] = {}
+    for raw in results["cells"]:
+        cell = Cell(raw)
+        both = [raw["roofline_ms"] / cell.ms(name) for name in ("fastpref exact", "eager")]
+        row = shares.setdefault((cell.shape, raw["dtype"]), {})
+        row[cell.mode] = " / ".join(f"{share:.0%}" for share in both)
+    rows = [[shape, dtype, *(row[mode] for mode in modes)] for (shape, dtype), row in shares.items()]
+    machine = results["machine"]
+    return (
+        table(["N, H, V", "dtype", "head trains", "frozen", "forward only"], rows) + "\n"
+        f"fastpref / eager; {machine['threads']} threads of {machine['cpu']}, "
+        f"{', '.join(machine['cpu_features'])}; memory is kept from call to call.\n"
+    )
+
+
 def against(results: Result, peer: str, title: str) -> str:
     """Times, memory and errors of one peer beside those of fastpref."""
 

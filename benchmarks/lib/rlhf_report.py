@@ -164,12 +164,17 @@ def text(found: dict[str, Any]) -> str:
     accuracy = [
         run["accuracy"]["held_out_pairs"] for run in found["runs"] if run["stage"] == "reward"
     ]
-    said = ", ".join(f"{a['truth']:.2f}" for a in accuracy)
+    starting = f"starting model: true reward {start:.3f}."
+    if accuracy:
+        said = ", ".join(f"{a['truth']:.2f}" for a in accuracy)
+        starting += (
+            " The reward model finds the truly better held-out answer in a share of "
+            f"{said} (a seed each)."
+        )
     return "\n\n".join(
         [
             results.table(header, points),
-            f"starting model: true reward {start:.3f}. The reward model finds the truly better "
-            f"held-out answer in a share of {said} (a seed each).",
+            starting,
             results.table(*cost_rows(found)),
             found["compared"],
         ]

@@ -132,7 +132,6 @@ class Sampler:
         # On a CPU, |u|^2 of the last block over the sum of squares times distance^2: blocks of one
         # call are alike, so that the next need not estimate it.
         self._ratio: float | None = None
-        self._distribution: tuple[Tensor, Tensor] | None = None  # of `_rest`, likewise
         self._memories: dict[str, Tensor] = {}  # of one block, for the next
 
     def add(
@@ -164,7 +163,11 @@ class Sampler:
         index, kept, factor, variance, head_variance = chosen
         # 1 on R; a column that is drawn twice writes the same number twice.
         in_rest = torch.ones_like(totals).scatter_(0, index, (~kept).to(totals.dtype))
-        q, m = self._rest(totals, in_rest)
+        # The block's own distribution: with another one, r q is no small part of the columns that
+        # are rarely drawn, and the error of dW is several times as large.
+        q = totals * in_rest
+        sum_q = q.sum()
+        q = torch.where(sum_q == 0, 0.0, q / sum_q)
         size = d.shape[0], index.shape[0] + 1
         g = d.new_empty(size) if self.needs_head else self._memory("g", *size)
         mean = q[index].masked_fill(kept, 0.0)
@@ -172,6 +175,7 @@ class Sampler:
         if self.scale is not None:
             q = q * self.scale
             g[:, :-1] *= self.scale[index]
+        m = backend.weighted_rows(q, self.weight)
         if u is not None and tolerances[0] is not None:
             rows = self._memory("rows", g.shape[1], self.weight.shape[1])
             backend.gather_rows(self.weight, index, m, rows)
@@ -186,31 +190,6 @@ class Sampler:
         farthest = (self.spread.distance * in_rest).max()
         farthest = farthest + torch.linalg.vector_norm(self.spread.mean - m)
         self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
-
-    def _rest(self, totals: Tensor, in_rest: Tensor) -> tuple[Tensor, Tensor]:
-        """A distribution q [V] on R, and the mean [H] of the rows of W that has these weights.
-
-        It is the block's own mean distribution or, on a CPU, that of an earlier block of the call
-        without what is kept here: u has the same mean with any q, and the sum over the rows that
-        are left out takes less time than a pass over W.
-        """
-        if self._distribution is not None:
-            q, m = self._distribution
-            left_out = q * (1 - in_rest)
-            share = 1 - float(left_out.sum())
-            if share > 0.5:  # otherwise too much would cancel
-                return q * in_rest / share, (m - self._weighted_rows(left_out)) / share
-        q = totals * in_rest
-        sum_q = q.sum()
-        q = torch.where(sum_q == 0, 0.0, q / sum_q)
-        m = self._weighted_rows(q)
-        if q.device.type == "cpu" and sum_q != 0:
-            self._distribution = q, m
-        return q, m
-
-    def _weighted_rows(self, q: Tensor) -> Tensor:
-        scaled = q if self.scale is None else q * self.scale
-        return self.backend.weighted_rows(scaled, self.weight)
 
     def _memory(self, name: str, rows: int, cols: int) -> Tensor:
         """The memory of the last block once more: fresh pages cost as much as a pass over them."""
