@@ -11,6 +11,10 @@ D is replaced by a sparse random matrix whose mean is D. For a block of n tokens
     u     = G W[S, J] + a (q^T W)             one product of k + t columns, with a as one more
     dW    = G^T (c X), added to the rows S and J, + q^T (a^T (c X))
 
+Each block has its own q: it makes the columns of (D - r q)[:, R] sum to 0, or nearly, as the
+error of dW needs it. The distances that the choice and the bound take are from the mean of about
+_MEAN_ROWS rows of W.
+
 Nothing but u and dW is approximated: log-probs and losses come from the whole product.
 """
 
@@ -28,6 +32,7 @@ from fastpref.backends.tile import Backend
 
 _ROWS = 2048  # of the weight that are widened at a time
 _MEAN_ROWS = 4096  # of the weight, whose mean stands for that of all
+_SUM_LENGTH = 16384  # of the vocabulary
 _NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
 _NORM_SHARE = 128  # one column in so many is enough for that
 
@@ -50,7 +55,7 @@ class GradientReport(NamedTuple):
         are 1 and there is no softcap.
     bound_mean, bound_max: over tokens, of a bound on the error of u without the drawn columns,
         relative to the root mean square norm of u. It is |r| (max |W_v - w| + |w - q^T W|), w the
-        mean row of W, and so no less than |r| max |W_v - q^T W|.
+        mean of some rows of W, and so no less than |r| max |W_v - q^T W|.
     """
 
     tokens: int
@@ -148,7 +153,7 @@ class Sampler:
         tolerances = (None if u is None else self.tolerances[0]), self.tolerances[1]
         estimated = u is None or (self.count is None and tolerances[0] is not None)
         norm = squares.new_ones(())
-        spread_out = (squares * self.spread.distance.square()).sum()
+        spread_out = _sum(squares * self.spread.distance.square())
         if estimated and self._ratio is not None:
             norm = spread_out * self._ratio
         elif estimated:
@@ -166,7 +171,7 @@ class Sampler:
         # The block's own distribution: with another one, r q is no small part of the columns that
         # are rarely drawn, and the error of dW is several times as large.
         q = totals * in_rest
-        sum_q = q.sum()
+        sum_q = _sum(q)
         q = torch.where(sum_q == 0, 0.0, q / sum_q)
         size = d.shape[0], index.shape[0] + 1
         g = d.new_empty(size) if self.needs_head else self._memory("g", *size)
@@ -217,7 +222,7 @@ class Sampler:
         if self.scale is not None:
             weight = weight * self.scale[index, None]
         u = rows @ (weight - self.spread.mean)
-        return u.square().sum() * (d.shape[0] / max(rows.shape[0], 1))
+        return self._squared(u, None, u.dtype) * (d.shape[0] / max(rows.shape[0], 1))
 
     @staticmethod
     def _squared(u: Tensor, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -258,7 +263,7 @@ class Sampler:
             norm = self._squared(u, row_scale, r.dtype)
         self.remainders.append(remainder)
         self.bounds.append(remainder * farthest)
-        sums = norm, variance, squares.sum(), head_variance
+        sums = norm, variance, _sum(squares), head_variance
         self.sums.append(torch.stack([t.double() for t in sums]))
 
     def finish(self) -> tuple[ColumnBlock, ...]:
@@ -279,6 +284,14 @@ class Sampler:
             bound = (_quotient(t, unit) for t in (bounds.mean(), bounds.max()))
             _last.report = GradientReport(n, columns, error.sqrt(), remainders.mean(), *bound)
         return tuple(self.blocks)
+
+
+def _sum(t: Tensor) -> Tensor:
+    """The sum [] of t [V]: on a CPU the same bits with any number of threads."""
+    if t.device.type != "cpu":
+        return t.sum()
+    # torch gives no part of so few numbers to another thread.
+    return torch.stack([part.sum() for part in t.split(_SUM_LENGTH)]).sum()
 
 
 def _quotient(part: Tensor, whole: Tensor) -> Tensor:

@@ -192,6 +192,24 @@ def test_the_same_call_has_the_same_bits(threads):
     assert not any(torch.equal(first[k], other[k]) for k in first)
 
 
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_the_same_bits_with_more_threads(threads, backend):
+    """A vocabulary whose sums torch shares out among the threads."""
+    if machine.why_not(backend) is not None:
+        pytest.skip(machine.why_not(backend))
+    torch.manual_seed(0)
+    # Few hidden columns, so that the products of torch's libraries have one order of summation.
+    hidden, weight = torch.randn(40, 4), torch.randn(70_000, 4)
+    tensors = dict(hidden=hidden, weight=weight, bias=torch.randn(70_000))
+    labels, found = torch.randint(70_000, (40,)), []
+    options = dict(backend=backend, gradient_tolerance=0.1, head_gradient_tolerance=0.1)
+    for count in (1, 2, 3, 8):
+        threads(count)
+        _, gradients = _gradients(tensors, labels, **options)
+        found.append([*gradients.values(), *last_gradient_report()[1:]])
+    assert all(torch.equal(a, b) for more in found[1:] for a, b in zip(found[0], more, strict=True))
+
+
 def test_the_report_is_of_what_takes_columns():
     """A tolerance of u counts where u is computed; without any error it is 0, and not no number."""
     hidden, weight, labels = _problem(torch.float32)
