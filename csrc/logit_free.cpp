@@ -86,8 +86,8 @@ struct Exponentials {
 // No z may be more than 88.7 above base, unless the result is thrown away. In `numbers` none is NaN: D is
 // then stored without a test for it.
 template <class O, bool CAP, bool NUMBERS>
-FP_INLINE Exponentials exponentials(const Pass& pass, int64_t row, int64_t col, int64_t cols, const float* z,
-                                    int64_t y, float base) {
+FP_INLINE Exponentials exponentials(const Pass& pass, int64_t row, int64_t col, int64_t cols,
+                                    const float* z, int64_t y, float base) {
     constexpr bool WITH_D = !std::is_void_v<O>;
     using Entry = std::conditional_t<WITH_D, O, float>;
     constexpr uint32_t SIGN = WITH_D ? 0x80000000u : 0;
@@ -167,8 +167,10 @@ FP_INLINE Row join_blocks(const Pass& pass, int64_t row) {
         if (part[i].sum != 0 && part[i].base > high) high = part[i].base;
     }
     if (high == -double(INF)) high = 0;
-    for (int64_t i = 0; i < pass.blocks; ++i)
+    for (int64_t i = 0; i < pass.blocks; ++i) {
+        if (part[i].sum == 0) continue;  // its base may be any number, and 0 * inf is none
         sum += part[i].base == high ? part[i].sum : part[i].sum * std::exp(part[i].base - high);
+    }
     return {std::log(sum) + high, moved};
 }
 
@@ -207,13 +209,16 @@ template <bool CAP> FP_INLINE Finished finish_statistics(const Pass& pass, int64
     const Affine& a = pass.affine;
     const Row r = join_blocks(pass, row);
     const double target = pass.target[size_t(row)], odds = r.log_others - target;
-    const double logp = odds > 0 ? -(odds + std::log1p(std::exp(-odds))) : -std::log1p(std::exp(odds));
+    // Of a label at infinity there is no log-prob. One at -infinity has a normaliser: the others'.
+    const double rest = std::log1p(std::exp(-std::fabs(odds)));
+    const double logp = target == INF ? NO_NUMBER : odds > 0 ? -(odds + rest) : -rest;
+    const double lse = target == INF ? NO_NUMBER : (odds > 0 ? r.log_others : target) + rest;
     h.stats.logps[row] = logp == 0 ? 0.f : float(logp);
-    h.stats.lse[row] = float(target - logp);
+    h.stats.lse[row] = float(lse);
     if (!pass.extras.empty()) join_extras(pass, row);
     // From the log-prob: a difference of probabilities would lose its digits.
     const double th = CAP ? target * (double(a.inv_cap) / a.inv_t) : 0;
-    return {target - logp, -std::expm1(logp) * (1 - th * th), r.moved};
+    return {lse, -std::expm1(logp) * (1 - th * th), r.moved};
 }
 
 // Bring D of `cols` columns from the bases of their blocks to another one. A block of nothing but -inf has
@@ -284,7 +289,8 @@ template <class O, bool CAP, bool EXTRAS> struct FinishRows {
     }
 };
 template <class O, bool CAP> auto rows_of(const Pass& pass) {
-    return pass.extras.empty() ? clone_of<FinishRows<O, CAP, false>>() : clone_of<FinishRows<O, CAP, true>>();
+    return pass.extras.empty() ? clone_of<FinishRows<O, CAP, false>>()
+                               : clone_of<FinishRows<O, CAP, true>>();
 }
 template <class O, bool CAP> struct FinishD {
     FP_INLINE void run(const Pass& pass, int64_t first, int64_t last) {

@@ -144,6 +144,74 @@ def test_a_block_of_minus_infinity_beside_an_unlikely_label(dtype, trains):
 
 
 @needs_native
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("vocab", [1, 40, 1100])
+@pytest.mark.parametrize("label_logit", [-2e4, 600.0, 800.0, 2e4])
+def test_a_label_beside_which_nothing_else_is_possible(label_logit, vocab, trains):
+    """No other exponential is above 0, however far the label's logit is from 0."""
+    hidden = torch.ones(1, 1, requires_grad=True)
+    weight = torch.full((vocab, 1), label_logit - 200).requires_grad_(trains)
+    weight.data[vocab // 2] = label_logit
+    for bias in (None, torch.full((vocab,), -math.inf).index_fill(0, torch.tensor(vocab // 2), 0)):
+        options = {"backend": "native", "fused": True, "extras": ["entropy", "is_top1"]}
+        out = fastpref.linear_token_logps(
+            hidden, weight, torch.tensor([vocab // 2]), bias, **options
+        )
+        gradients = torch.autograd.grad(out.logps.sum(), [hidden, weight] if trains else [hidden])
+        assert out.logps == 0 and out.is_top1 and abs(out.entropy) < 1e-6
+        assert not any(g.any() for g in gradients)
+
+
+# Logits of a row over blocks of 512, as functions of the columns' numbers; 3 is the label.
+_ROWS = {
+    "nan beside the label": lambda j: torch.where(j == 5, math.nan, 0.0),
+    "nan in another block": lambda j: torch.where(j == 700, math.nan, 0.0),
+    "nan label": lambda j: torch.where(j == 3, math.nan, 0.0),
+    "inf": lambda j: torch.where(j == 700, math.inf, 0.0),
+    "inf label": lambda j: torch.where(j == 3, math.inf, 0.0),
+    "-inf label": lambda j: torch.where(j == 3, -math.inf, -900.0),
+    "-inf label and block": lambda j: torch.where((j == 3) | (j >= 512), -math.inf, -900.0),
+    "all -inf": lambda j: torch.full_like(j, -math.inf, dtype=torch.float32),
+    "-inf but for the label": lambda j: torch.where(j == 3, 0.0, -math.inf),
+    "-inf but for another": lambda j: torch.where(j == 700, 0.0, -math.inf),
+    "1e4": lambda j: (j % 3 - 1) * 1e4,
+    "1e30": lambda j: torch.where(j == 3, 1e30, torch.where(j == 700, -1e30, 0.0)),
+    "-1e30 label": lambda j: torch.where(j == 3, -1e30, torch.where(j == 700, 1e30, 0.0)),
+    "label of 1e-300": lambda j: torch.where(j == 3, -690.0, 0.0),
+    "at the limit": lambda j: torch.where(j == 3, 0.0, torch.where(j == 700, 83.2, 83.1)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("row", _ROWS)
+def test_rows_of_extreme_logits(row, trains, dtype):
+    """As float64 has them, and no number where that has none."""
+    vocab = 1100
+    bias = _ROWS[row](torch.arange(vocab)).float().to(dtype)
+    inputs = [torch.randn(1, 2).to(dtype), (torch.randn(vocab, 2) * 0.3).to(dtype)]
+    found = []
+    for name, wide in (("eager", torch.float64), ("eager", dtype), ("native", dtype)):
+        hidden, weight = (t.to(wide).requires_grad_() for t in inputs)
+        weight.requires_grad_(trains)
+        options = {"backend": name} | ({"fused": True} if name == "native" else {})
+        logps = fastpref.linear_token_logps(
+            hidden, weight, torch.tensor([3]), bias.to(wide), **options
+        )
+        leaves = [hidden, weight] if trains else [hidden]
+        found.append([logps.detach(), *torch.autograd.grad(logps.sum(), leaves)])
+    for truth, theirs, ours in zip(*found, strict=True):
+        finite = truth.isfinite()
+        assert torch.equal(ours.isfinite(), finite)
+        if finite.any():
+            allowed = 2 * (theirs - truth)[finite].abs().max() + 1e-5 * (
+                1 + truth[finite].abs().max()
+            )
+            oracle.assert_within(ours[finite], truth[finite], float(allowed))
+
+
+@needs_native
 def test_the_names_of_the_losses():
     assert native.PAIR_FORMS == native._cpu.pair_forms
 
