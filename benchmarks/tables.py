@@ -173,15 +173,7 @@ def columns_training() -> str:
 
 
 def rlhf() -> str:
-    return _rlhf("rlhf")
-
-
-def rlhf_smollm2() -> str:
-    return _rlhf("rlhf_smollm2")
-
-
-def _rlhf(name: str) -> str:
-    found = _results(name)
+    found = _results("rlhf")
     options, machine = found["settings"], found["machine"]
     seeds = len(found["start"])
     truth = [r["accuracy"]["held_out_pairs"]["truth"] for r in found["runs"] if "accuracy" in r]
@@ -269,7 +261,6 @@ BLOCKS = {
         columns_large_vocabulary,
         columns_training,
         rlhf,
-        rlhf_smollm2,
         faults,
         plan,
         profile,
