@@ -117,7 +117,7 @@ def shares_of_limit(results: Result) -> str:
         both = [raw["roofline_ms"] / cell.ms(name) for name in ("fastpref exact", "eager")]
         row = shares.setdefault((cell.shape, raw["dtype"]), {})
         row[cell.mode] = " / ".join(f"{share:.0%}" for share in both)
-    rows = [[shape, dtype, *(row[mode] for mode in modes)] for (shape, dtype), row in shares.items()]
+    rows = [[*key, *(row[mode] for mode in modes)] for key, row in shares.items()]
     machine = results["machine"]
     return (
         table(["N, H, V", "dtype", "head trains", "frozen", "forward only"], rows) + "\n"
