@@ -24,7 +24,7 @@ constexpr float INF = std::numeric_limits<float>::infinity(),
 // A row's base is the label's logit + OFFSET: the exponentials of a row whose label has probability 1 reach
 // down to 2^-70 of it before they become 0. A block whose maximum is more than LIMIT above the base (the
 // label's probability is then below 2^-120) takes its maximum for base, and the whole row is brought to its
-// normaliser afterwards. So D stays below 2^LIMIT and row_scale times dlogp is no subnormal number.
+// normaliser afterwards. So D stays below e^LIMIT, 2^64, and row_scale times dlogp is no subnormal number.
 constexpr float OFFSET = 38.8f, LIMIT = 44.4f;
 
 struct Block {  // of a row: the sum of exponentials relative to base, without the label's

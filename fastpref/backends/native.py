@@ -142,10 +142,12 @@ def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
         return fastest if dtype != torch.float32 and out == torch.float32 else None
     if dtype == torch.float32:
         return fastest if _cpu.is_amd() else None
-    # torch rounds the products of 16-bit matrices, and is slow without bf16 units.
-    has_units = dtype == torch.bfloat16 and bf16_is_fast("cpu")
-    exact = fastest in ("amx_bf16", "avx512_bf16")  # at the units' rate
-    return None if has_units and ((out == dtype and not _cpu.is_amd()) or not exact) else fastest
+    if not (dtype == torch.bfloat16 and bf16_is_fast("cpu")):
+        return fastest  # torch is slow without bf16 units
+    if fastest not in ("amx_bf16", "avx512_bf16"):
+        return None  # torch's runs at the units' rate, ours would not
+    # torch rounds its products to 16 bits, and its library serves AMD's processors badly.
+    return None if out == dtype and not _cpu.is_amd() else fastest
 
 
 def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:

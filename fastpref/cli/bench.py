@@ -17,6 +17,7 @@ from fastpref.cli.outputs import (
     check_report,
     print_json,
     say,
+    say_paths,
     table_console,
     write_plot,
 )
@@ -169,9 +170,7 @@ def command(
         print_json(record | more)
     else:
         _show(result, scaled, changes)
-        for kind, path in (("Saved", save), ("Plot", plot), ("Report", report)):
-            if path is not None:
-                say(f"{kind}: {path}")
+        say_paths(saved=save, plot=plot, report=report)
     if result.wrong() or any(change.regression for change in changes):
         raise typer.Exit(exit_codes.FINDINGS)
 

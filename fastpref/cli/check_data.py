@@ -14,6 +14,7 @@ from fastpref.cli.outputs import (
     check_report,
     print_json,
     say,
+    say_paths,
     table_console,
     write_plot,
 )
@@ -108,9 +109,7 @@ def command(
         _show(quality)
         if fixed is not None:
             say(f"{fixed[1]:,} rows left out of {fixed[0]}")
-        for kind, place in (("Plot", plot), ("Report", report)):
-            if place is not None:
-                say(f"{kind}: {place}")
+        say_paths(plot=plot, report=report)
     if fails(quality.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 

@@ -55,6 +55,13 @@ def say(text: str) -> None:
         discard_output()
 
 
+def say_paths(**paths: Path | None) -> None:
+    """Say by its kind where each file is that was written; None: it was not asked for."""
+    for kind, path in paths.items():
+        if path is not None:
+            say(f"{kind.capitalize()}: {path}")
+
+
 def check_report(path: Path | None) -> None:
     """Check the place of a `--report`; None is fine.
 

@@ -14,7 +14,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
-    say,
+    say_paths,
     table_console,
     write_plot,
 )
@@ -186,9 +186,7 @@ def command(
         print_json({**plan.as_dict(), "sizes_by_default": missing})
     else:
         _show(plan, lengths, missing)
-        for name, path in (("Plot", plot), ("Report", report)):
-            if path is not None:
-                say(f"{name}: {path}")
+        say_paths(plot=plot, report=report)
     if not plan.asked.fits(plan.memory):
         raise typer.Exit(exit_codes.FINDINGS)
 

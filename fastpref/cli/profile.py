@@ -13,7 +13,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
-    say,
+    say_paths,
     table_console,
     write_plot,
 )
@@ -129,9 +129,7 @@ def command(
         print_json(profile.as_dict())
     else:
         _show(profile)
-        for kind, path in (("Plot", plot), ("Report", report)):
-            if path is not None:
-                say(f"{kind}: {path}")
+        say_paths(plot=plot, report=report)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from fastpref.cli.outputs import (
     check_plot,
     check_report,
     print_json,
-    say,
+    say_paths,
     table_console,
     write_plot,
 )
@@ -122,9 +122,7 @@ def command(
         print_json(result.as_dict())
     else:
         _show(result)
-        for kind, path in (("Plot", plot), ("Report", report)):
-            if path is not None:
-                say(f"{kind}: {path}")
+        say_paths(plot=plot, report=report)
     if fails(result.findings, fail_on):
         raise typer.Exit(exit_codes.FINDINGS)
 
