@@ -58,16 +58,23 @@ PYBIND11_MODULE(MODULE, m) {
         for (auto* kernel : micro_kernels(dtype_of(dtype))) names.push_back(kernel->name);
         return names;
     });
-    m.def("product", [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k,
-                        int dtype, Address out, int out_dtype, int64_t out_stride, int64_t rows,
-                        int64_t cols, int64_t k, const std::string& name, int threads) {
-        if ((a_row != 1 && a_k != 1) || (b_row != 1 && b_k != 1))
+    m.def("product",
+          [](Address a, int64_t a_row, int64_t a_k, Address b, int64_t b_row, int64_t b_k, int dtype,
+             Address out, int out_dtype, int64_t out_stride, int64_t rows, int64_t cols, int64_t k,
+             Address index, Address last, const std::string& name, int threads) {
+        if ((a_row != 1 && a_k != 1) || (b_row != 1 && b_k != 1) || (index && b_row != 1))
             throw std::invalid_argument("product: expected operands with a stride of 1");
         Dtype type = dtype_of(dtype), out_type = dtype_of(out_dtype);
         const MicroKernel* kernel = micro_kernel(type, name);
         if (!kernel) throw std::invalid_argument("product: this processor has no kernel named " + name);
+        // With index, element p of b's rows stands where element index[p] does; the last one at `last`, if given.
+        std::vector<const void*> columns(index ? size_t(k) : 0);
+        for (size_t p = 0; p < columns.size(); ++p)
+            columns[p] = last && p + 1 == columns.size()
+                             ? at<void>(last)
+                             : at<char>(b) + at<int64_t>(index)[p] * b_k * (type == Dtype::f32 ? 4 : 2);
         Product p{{at<void>(a), type, a_row, a_k},
-                  {at<void>(b), type, b_row, b_k},
+                  {at<void>(b), type, b_row, index ? 0 : b_k, index ? columns.data() : nullptr},
                   rows,
                   cols,
                   k,
@@ -171,17 +178,11 @@ PYBIND11_MODULE(MODULE, m) {
         gather_columns(s, threads);
     });
     m.def("weighted_rows", [](Address weight, int dtype, int64_t rows, int64_t cols, int64_t stride,
-                              Address q, Address out, int threads) {
-        WeightedRows s{at<void>(weight), dtype_of(dtype), rows, cols, stride, at<float>(q), at<float>(out)};
+                              Address q, int64_t count, Address out, int threads) {
+        WeightedRows s{at<void>(weight), dtype_of(dtype), rows,  cols,
+                       stride,           at<float>(q),    count, at<float>(out)};
         py::gil_scoped_release release;
         weighted_rows(s, threads);
-    });
-    m.def("gather_rows", [](Address weight, int dtype, int64_t cols, int64_t stride, Address index,
-                            int64_t count, Address last, Address out, int threads) {
-        GatherRows s{at<void>(weight), dtype_of(dtype), cols, stride, at<int64_t>(index), count,
-                     at<float>(last),  at<void>(out)};
-        py::gil_scoped_release release;
-        gather_rows(s, threads);
     });
     py::list names;
     for (const char* name : PAIR_FORMS) names.append(name);

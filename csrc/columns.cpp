@@ -1,7 +1,6 @@
 // Columns of a block of D: the sums of all of them, and a gather of some. See fastpref/logps/columns.py.
 #include "columns.h"
 
-#include <cstring>
 #include <vector>
 
 #include "clones.h"
@@ -12,7 +11,6 @@ namespace fastpref {
 namespace {
 
 constexpr int64_t PARTS = 64;    // of a sum over the vocabulary, whatever the threads
-constexpr int64_t AHEAD = 3;     // rows of a gather
 constexpr int64_t WIDTH = 2048;  // columns whose sums stay in the first cache
 
 // Columns [first, last) of all rows. part[row * parts] takes the row's sum over them.
@@ -86,13 +84,18 @@ template <class T> struct SumColumns {
     }
 };
 
+// out [count, cols]: a row of the weight is in the first cache while it is added to each of the sums.
 template <class T> FP_INLINE void add_rows(const WeightedRows& s, int64_t first, int64_t last, float* out) {
-    for (int64_t j = 0; j < s.cols; ++j) out[j] = 0;
+    for (int64_t j = 0; j < s.count * s.cols; ++j) out[j] = 0;
     for (int64_t row = first; row < last; ++row) {
-        const float q = s.q[row];
-        if (q == 0) continue;
         const T* w = static_cast<const T*>(s.weight) + row * s.stride;
-        for (int64_t j = 0; j < s.cols; ++j) out[j] += q * load(w + j);
+        for (int64_t i = 0; i < s.count; ++i) {
+            const float q = s.q[i * s.rows + row];
+            if (q == 0) continue;
+            float* to = out + i * s.cols;
+            FP_IVDEP
+            for (int64_t j = 0; j < s.cols; ++j) to[j] += q * load(w + j);
+        }
     }
 }
 
@@ -101,23 +104,6 @@ template <class T> struct AddRows {
         add_rows<T>(s, first, last, out);
     }
 };
-
-template <class T> void copy_rows(const GatherRows& s, int threads) {
-    T* out = static_cast<T*>(s.out);
-    auto row = [&](int64_t i) { return static_cast<const T*>(s.weight) + s.index[i] * s.stride; };
-    const int64_t bytes = s.cols * int64_t(sizeof(T));
-    parallel_ranges(s.count, threads, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-            // The processor's own prefetcher does not see where the next rows begin.
-            if (i + AHEAD < last) {
-                const char* next = reinterpret_cast<const char*>(row(i + AHEAD));
-                for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at);
-            }
-            std::memcpy(out + i * s.cols, row(i), size_t(bytes));
-        }
-    });
-    for (int64_t j = 0; j < s.cols; ++j) store(out + s.count * s.cols + j, s.last[j]);
-}
 
 }  // namespace
 
@@ -149,26 +135,19 @@ void gather_columns(const GatherColumns& s, int threads) {
 }
 
 void weighted_rows(const WeightedRows& s, int threads) {
-    std::vector<float> part(size_t(PARTS * s.cols));
+    const int64_t size = s.count * s.cols;
+    std::vector<float> part(size_t(PARTS * size));
     auto f = s.dtype == Dtype::bf16  ? clone_of<AddRows<bf16>>()
              : s.dtype == Dtype::f16 ? clone_of<AddRows<f16>>()
                                      : clone_of<AddRows<float>>();
     parallel_ranges(PARTS, threads, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
-            f(s, s.rows * i / PARTS, s.rows * (i + 1) / PARTS, part.data() + i * s.cols);
+            f(s, s.rows * i / PARTS, s.rows * (i + 1) / PARTS, part.data() + i * size);
     });
-    for (int64_t j = 0; j < s.cols; ++j) {
+    for (int64_t j = 0; j < size; ++j) {
         double sum = 0;
-        for (int64_t i = 0; i < PARTS; ++i) sum += part[size_t(i * s.cols + j)];
+        for (int64_t i = 0; i < PARTS; ++i) sum += part[size_t(i * size + j)];
         s.out[j] = float(sum);
-    }
-}
-
-void gather_rows(const GatherRows& s, int threads) {
-    switch (s.dtype) {
-        case Dtype::bf16: return copy_rows<bf16>(s, threads);
-        case Dtype::f16: return copy_rows<f16>(s, threads);
-        default: return copy_rows<float>(s, threads);
     }
 }
 

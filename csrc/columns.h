@@ -32,26 +32,15 @@ struct GatherColumns {
 };
 void gather_columns(const GatherColumns& s, int threads);
 
-// out [cols] = q^T weight. The order of the sum does not depend on the threads.
+// out [count, cols] = q weight, in one pass over weight. The order of the sums does not depend on the threads.
 struct WeightedRows {
     const void* weight;
     Dtype dtype;
     int64_t rows, cols, stride;
-    const float* q;  // [rows]
-    float* out;      // [cols]
+    const float* q;  // [count, rows]
+    int64_t count;
+    float* out;      // [count, cols]
 };
 void weighted_rows(const WeightedRows& s, int threads);
-
-// out [count + 1, cols] = rows of weight, then `last`.
-struct GatherRows {
-    const void* weight;
-    Dtype dtype;
-    int64_t cols, stride;
-    const int64_t* index;  // [count]
-    int64_t count;
-    const float* last;     // [cols]
-    void* out;             // in weight's dtype
-};
-void gather_rows(const GatherRows& s, int threads);
 
 }  // namespace fastpref

@@ -84,7 +84,8 @@ template <class T> void pack_groups(const Packing& pack) {
                     }
             else
                 for (; p < pack.p1; ++p, to += group)
-                    for (int g = 0; g < group; g += 4) vst1q_f32(to + g, load4(data + p * k + i + g));
+                    for (int g = 0; g < group; g += 4)
+                        vst1q_f32(to + g, load4(column_at<T>(pack.from, p) + i + g));
         }
         pack_words(pack, false, i, p, pack.p1, out + (p - pack.p0) * group);
     }

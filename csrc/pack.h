@@ -5,21 +5,24 @@
 
 namespace fastpref {
 
+// Where the elements p of an operand begin, those of its rows 0, 1, 2 and so on.
+template <class T> FP_INLINE const T* column_at(const Operand& from, int64_t p) {
+    return static_cast<const T*>(from.columns ? from.columns[p] : from.data) + p * from.k;
+}
+
 // Word (i, p) of an operand: zero beyond its last row and its last element.
 FP_INLINE uint32_t word_at(const Packing& pack, bool pairs, int64_t i, int64_t p) {
     if (i >= pack.last) return 0;
     const Operand& from = pack.from;
-    auto element = [&](int64_t e) { return i * from.row + e * from.k; };
+    const int64_t at = i * from.row;
     if (pairs) {
-        auto data = static_cast<const uint16_t*>(from.data);
-        uint32_t low = data[element(2 * p)];
-        return 2 * p + 1 < pack.size ? uint32_t(data[element(2 * p + 1)]) << 16 | low : low;
+        uint32_t low = column_at<uint16_t>(from, 2 * p)[at];
+        return 2 * p + 1 < pack.size ? uint32_t(column_at<uint16_t>(from, 2 * p + 1)[at]) << 16 | low : low;
     }
-    int64_t at = element(p);
     switch (from.dtype) {
-        case Dtype::bf16: return as_bits(load(static_cast<const bf16*>(from.data) + at));
-        case Dtype::f16: return as_bits(load(static_cast<const f16*>(from.data) + at));
-        default: return as_bits(static_cast<const float*>(from.data)[at]);
+        case Dtype::bf16: return as_bits(load(column_at<bf16>(from, p) + at));
+        case Dtype::f16: return as_bits(load(column_at<f16>(from, p) + at));
+        default: return as_bits(column_at<float>(from, p)[at]);
     }
 }
 

@@ -78,17 +78,20 @@ template <class T, bool PAIRS> FP_AVX2 static inline void pack_groups(const Pack
     }
     for (int64_t p = pack.p0; p < pack.p1; ++p) {  // rows are adjacent
         uint32_t* out = pack.out + (p - pack.p0) * group;
-        const T* from = data + PER * p * k;
-        const bool second = PER * p + 1 < pack.size;
+        const int64_t element = PER * p, later = element + 4 * PER;
+        const bool second = element + 1 < pack.size;
+        const T* from = column_at<T>(pack.from, element);
+        const T* from_second = second ? column_at<T>(pack.from, element + 1) : nullptr;
+        const T* ahead = later < pack.size ? column_at<T>(pack.from, later) : from;
         int64_t i = pack.first;
         for (; i + (group + 7) / 8 * 8 <= pack.last; i += group, out += pack.group_stride)
             for (int g = 0; g < group; g += 8) {
                 __m256 v = load8(from + i + g);
-                _mm_prefetch(reinterpret_cast<const char*>(from + 4 * PER * k + i + g), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(ahead + i + g), _MM_HINT_T0);
                 if (PAIRS) {  // v has the first element in the upper half of each word
                     __m256i low = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
                     __m256i high =
-                        second ? _mm256_castps_si256(load8(from + k + i + g)) : _mm256_setzero_si256();
+                        second ? _mm256_castps_si256(load8(from_second + i + g)) : _mm256_setzero_si256();
                     v = _mm256_castsi256_ps(_mm256_or_si256(low, high));
                 }
                 _mm256_storeu_ps(reinterpret_cast<float*>(out + g), v);

@@ -11,11 +11,13 @@
 
 namespace fastpref {
 
-// Element (i, p) of an operand stands at data + i * row + p * k elements; one of the strides is 1.
+// Element (i, p) of an operand stands at data + i * row + p * k elements; one of the strides is 1. With
+// `columns` it stands at columns[p] + i: the columns, elements of one p, are scattered, and row is 1, k is 0.
 struct Operand {
     const void* data;
     Dtype dtype;
     int64_t row, k;
+    const void* const* columns = nullptr;
 };
 
 // Takes the sums of rows [row, row + rows) and columns [col, col + cols), which it may overwrite. The blocks

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastpref.backends import gemm
+
 # Rows of D that are widened at a time: few stay in a CPU's cache, many keep a GPU busy.
 _ROWS = {"cpu": 64, "cuda": 256}
 
@@ -43,18 +45,22 @@ def column_sums(d: Tensor, row_scale: Tensor | None) -> tuple[Tensor, Tensor, Te
 def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
     """As `Backend.weighted_rows`."""
     if weight.dtype == q.dtype:
-        return torch.mv(weight.t(), q)
-    total = q.new_zeros(weight.shape[1])
+        return torch.mm(q, weight)
+    total = q.new_zeros((q.shape[0], weight.shape[1]))
     for a in range(0, weight.shape[0], _WEIGHT_ROWS):
-        part = weight[a : a + _WEIGHT_ROWS].to(q.dtype)
-        total += torch.mv(part.t(), q[a : a + _WEIGHT_ROWS])
+        total.addmm_(q[:, a : a + _WEIGHT_ROWS], weight[a : a + _WEIGHT_ROWS].to(q.dtype))
     return total
 
 
-def gather_rows(weight: Tensor, index: Tensor, last: Tensor, out: Tensor) -> None:
-    """As `Backend.gather_rows`."""
-    torch.index_select(weight, 0, index, out=out[:-1])
-    out[-1] = last
+def project_rows(
+    d: Tensor, weight: Tensor, index: Tensor, last: Tensor | None, memory: Tensor, out: Tensor
+) -> None:
+    """As `Backend.project_rows`."""
+    count = index.shape[0]
+    torch.index_select(weight, 0, index, out=memory[:count])
+    if last is not None:
+        memory[count] = last
+    gemm.project(d, memory[: d.shape[1]], out)
 
 
 def gather_columns(

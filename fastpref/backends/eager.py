@@ -13,7 +13,7 @@ from fastpref.backends.column_choice import choose_columns
 from fastpref.backends.columns import (
     column_sums,
     gather_columns,
-    gather_rows,
+    project_rows,
     weighted_rows,
 )
 from fastpref.backends.gemm import (

@@ -14,13 +14,12 @@ from typing import Any
 import torch  # before _cpu: both then share the OpenMP pool that torch loads
 from torch import Tensor
 
-from fastpref.backends import gemm
+from fastpref.backends import columns, gemm
 from fastpref.backends.gemm import scale_rows
 from fastpref.backends.native_columns import (
     choose_columns,
     column_sums,
     gather_columns,
-    gather_rows,
     weighted_rows,
 )
 from fastpref.backends.native_module import DTYPES as _DTYPES
@@ -150,22 +149,33 @@ def product_kernel(dtype: torch.dtype, out: torch.dtype) -> str | None:
     return None if out == dtype and not _cpu.is_amd() else fastest
 
 
-def _product_arguments(a: Tensor, b: Tensor, out: Tensor, kernel: str) -> tuple:
-    """The arguments of `_cpu.product` for out [m, n] = a [m, k] @ b [n, k]^T."""
+def _product_arguments(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    kernel: str,
+    index: Tensor | None = None,
+    last: Tensor | None = None,
+) -> tuple:
+    """The arguments of `_cpu.product` for out [m, n] = a [m, k] @ b [n, k]^T.
+
+    index [k]: these columns of b instead, the last of which is `last` [n] if it is given.
+    """
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
     result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
-    return *operands, *result, kernel, _threads()
+    columns = _vector(index, torch.int64), 0 if last is None else last.data_ptr()
+    return *operands, *result, *columns, kernel, _threads()
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> tuple | None:
+def _product(a: Tensor, b: Tensor, out: Tensor, *columns: Tensor | None) -> tuple | None:
     """`_product_arguments` with the kernel of these dtypes; None: torch's product is better."""
     if a.dtype != b.dtype or 0 in out.shape:
         return None
     kernel = product_kernel(a.dtype, out.dtype)
     if kernel is None or 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1:
         return None
-    return _product_arguments(a, b, out, kernel)
+    return _product_arguments(a, b, out, kernel, *columns)
 
 
 def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -199,6 +209,18 @@ def project(d: Tensor, weight: Tensor, out: Tensor) -> None:
     product = _product(d, weight.t(), out)
     if product is None:
         gemm.project(d, weight, out)
+    else:
+        _cpu.product(*product)
+
+
+def project_rows(
+    d: Tensor, weight: Tensor, index: Tensor, last: Tensor | None, memory: Tensor, out: Tensor
+) -> None:
+    """As `Backend.project_rows`."""
+    row = None if last is None else last.to(weight.dtype).contiguous()
+    product = _product(d, weight.t(), out, index, row)
+    if product is None:
+        columns.project_rows(d, weight, index, last, memory, out)
     else:
         _cpu.product(*product)
 

@@ -88,18 +88,10 @@ def gather_columns(
 
 def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
     """As `Backend.weighted_rows`."""
-    out = torch.empty(weight.shape[1])
+    assert q.is_contiguous() and q.dtype == torch.float32 and q.shape[1] == weight.shape[0]
+    out = torch.empty((q.shape[0], weight.shape[1]))
     address, stride = rows_of(weight)
     kind = DTYPES[weight.dtype]
-    vectors = vector(q), vector(out)
-    MODULE.weighted_rows(address, kind, *weight.shape, stride, *vectors, threads())
+    sums = q.data_ptr(), q.shape[0], out.data_ptr()
+    MODULE.weighted_rows(address, kind, *weight.shape, stride, *sums, threads())
     return out
-
-
-def gather_rows(weight: Tensor, index: Tensor, last: Tensor, out: Tensor) -> None:
-    """As `Backend.gather_rows`."""
-    assert out.is_contiguous() and out.dtype == weight.dtype
-    address, stride = rows_of(weight)
-    kind, hidden = DTYPES[weight.dtype], weight.shape[1]
-    rows = vector(index, torch.int64), index.shape[0], vector(last), out.data_ptr()
-    MODULE.gather_rows(address, kind, hidden, stride, *rows, threads())

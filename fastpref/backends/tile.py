@@ -270,19 +270,24 @@ class Backend(Protocol):
 
     def weighted_rows(
         self,
-        q: Tensor,  # [V], float32, or float64 with a float64 weight
+        q: Tensor,  # [B, V], float32, or float64 with a float64 weight
         weight: Tensor,  # [V, H]
     ) -> Tensor:
-        """q^T weight [H], in q's dtype."""
+        """q weight [B, H], in q's dtype, in one pass over the weight."""
 
-    def gather_rows(
+    def project_rows(
         self,
+        d: Tensor,  # [n, K], or [n, K + 1] with last
         weight: Tensor,  # [V, H]
         index: Tensor,  # [K] int64
-        last: Tensor,  # [H]
-        out: Tensor,  # [K + 1, H], in weight's dtype
+        last: Tensor | None,  # [H]
+        memory: Tensor,  # [K + 1, H], in weight's dtype
+        out: Tensor,  # [n, H]
     ) -> None:
-        """out = weight[index], and `last` as one more row."""
+        """out = d weight[index], with `last` as one more row of the weight's.
+
+        memory is for what it likes: fresh pages cost as much as a pass over them.
+        """
 
 
 class FoldGrad(Protocol):

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastpref.backends.column_choice import choose_columns
 from fastpref.backends.columns import (
     gather_columns,
-    gather_rows,
+    project_rows,
     weighted_rows,
 )
 from fastpref.backends.gemm import linear, outer, project, scale_rows

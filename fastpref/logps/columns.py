@@ -8,11 +8,13 @@ D is replaced by a sparse random matrix whose mean is D. For a block of n tokens
     q     = totals[R] / sum(totals[R])        the mean distribution on R
     r     = sum of D[:, R]                    per row
     G     = [D[:, S], (D[:, J] - r q[J]) / pi[J]],   a = r - sum of G's drawn columns
-    u     = G W[S, J] + a (q^T W)             one product of k + t columns, with a as one more
+    u     = G W[S, J] + a (q^T W)             one product of k + t columns
     dW    = G^T (c X), added to the rows S and J, + q^T (a^T (c X))
 
 Each block has its own q: it makes the columns of (D - r q)[:, R] sum to 0, or nearly, as the
-error of dW needs it. The distances that the choice and the bound take are from the mean of about
+error of dW needs it. q^T W takes a pass over W, which several blocks share: a (q^T W) is added
+to their u afterwards. A u of 16 bits, which would be rounded twice, takes a as one more column
+of its product. The distances that the choice and the bound take are from the mean of about
 _MEAN_ROWS rows of W.
 
 Nothing but u and dW is approximated: log-probs and losses come from the whole product.
@@ -35,6 +37,7 @@ _MEAN_ROWS = 4096  # of the weight, whose mean stands for that of all
 _SUM_LENGTH = 16384  # of the vocabulary
 _NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
 _NORM_SHARE = 128  # one column in so many is enough for that
+_TOGETHER = 8  # blocks whose q^T W are computed in one pass over W
 
 
 class ColumnOptions(NamedTuple):
@@ -110,6 +113,21 @@ def spread(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Spread:
     return Spread(mean, distance)
 
 
+class _Waiting(NamedTuple):
+    """A block that lacks q^T W."""
+
+    q: Tensor  # [V], times dora_scale
+    u: Tensor | None  # [n, H], lacks row_scale
+    a: Tensor | None  # [n], where a (q^T W) is to be added to u
+    r: Tensor  # [n], lacks row_scale
+    row_scale: Tensor | None  # [n]
+    farthest: Tensor  # [], max |W_v - mean| over R
+    norm: Tensor  # [], |u|^2 without u
+    size: Tensor  # [], |D|^2
+    variance: Tensor  # []
+    head_variance: Tensor  # []
+
+
 class Sampler:
     """Columns of a call's blocks, one after the other."""
 
@@ -133,6 +151,8 @@ class Sampler:
         self.remainders: list[Tensor] = []  # |r| of the rows
         self.bounds: list[Tensor] = []  # on the error of the rows of u
         self.sums: list[Tensor] = []  # [4] of each block: |u|^2, variance, |D|^2, variance of D
+        self._waiting: list[_Waiting] = []
+        self._adds_later = weight.dtype == dtype
         self.multiplied = 0  # columns times tokens
         # On a CPU, |u|^2 of the last block over the sum of squares times distance^2: blocks of one
         # call are alike, so that the next need not estimate it.
@@ -147,7 +167,10 @@ class Sampler:
         row_scale: Tensor | None,  # [n]
         u: Tensor | None,  # [n, H]
     ) -> None:
-        """Write u of a block, and keep the block by columns where dW needs it."""
+        """Write u of a block, and keep the block by columns where dW needs it.
+
+        u may lack its last part until `finish`.
+        """
         backend, vocab = self.backend, d.shape[1]
         squares, totals, row_sums = backend.column_sums(d, row_scale)
         tolerances = (None if u is None else self.tolerances[0]), self.tolerances[1]
@@ -180,21 +203,50 @@ class Sampler:
         if self.scale is not None:
             q = q * self.scale
             g[:, :-1] *= self.scale[index]
-        m = backend.weighted_rows(q, self.weight)
-        if u is not None and tolerances[0] is not None:
-            rows = self._memory("rows", g.shape[1], self.weight.shape[1])
-            backend.gather_rows(self.weight, index, m, rows)
-            backend.project(g, rows, u)
+        by_columns = u is not None and tolerances[0] is not None
+        m = a = None
+        if by_columns and self._adds_later:
+            a = g[:, -1].clone()
+        elif by_columns:
+            m = backend.weighted_rows(q[None], self.weight)[0]
+        if u is not None and by_columns:
+            memory = self._memory("rows", g.shape[1], self.weight.shape[1])
+            taken = g if m is not None else g[:, :-1]
+            backend.project_rows(taken, self.weight, index, m, memory, u)
         elif u is not None:
             backend.project(d, self.weight, u)
         if self.needs_head:
             self.blocks.append(ColumnBlock(g, index, q))
         if u is not None and u.device.type == "cpu":
-            ratio = float(self._squared(u, row_scale, squares.dtype) / spread_out)
+            # W's mean stands for q^T W, where that is still to come.
+            known = u if a is None else torch.addr(u, a, self.spread.mean)
+            ratio = float(self._squared(known, row_scale, squares.dtype) / spread_out)
             self._ratio = ratio if 0 < ratio < math.inf else None
-        farthest = (self.spread.distance * in_rest).max()
-        farthest = farthest + torch.linalg.vector_norm(self.spread.mean - m)
-        self._note(r, row_scale, farthest, u, norm, squares, variance, head_variance)
+        farthest, size = (self.spread.distance * in_rest).max(), _sum(squares)
+        block = _Waiting(q, u, a, r, row_scale, farthest, norm, size, variance, head_variance)
+        if m is not None:
+            self._complete(block, m)
+            return
+        self._waiting.append(block)
+        if len(self._waiting) == _TOGETHER:
+            self._complete_waiting()
+
+    def _complete_waiting(self) -> None:
+        """q^T W of the blocks that lack it."""
+        if not self._waiting:
+            return
+        means = self.backend.weighted_rows(torch.stack([b.q for b in self._waiting]), self.weight)
+        for block, m in zip(self._waiting, means.unbind(), strict=True):
+            self._complete(block, m)
+        self._waiting.clear()
+
+    def _complete(self, b: _Waiting, m: Tensor) -> None:
+        """Add a m to u, and note its error. m: q^T W [H]."""
+        if b.u is not None and b.a is not None:
+            b.u.addr_(b.a, m)
+        farthest = b.farthest + torch.linalg.vector_norm(self.spread.mean - m)
+        sizes = b.norm, b.size, b.variance, b.head_variance
+        self._note(b.r, b.row_scale, farthest, b.u, *sizes)
 
     def _memory(self, name: str, rows: int, cols: int) -> Tensor:
         """The memory of the last block once more: fresh pages cost as much as a pass over them."""
@@ -245,7 +297,7 @@ class Sampler:
             self.blocks.append(ColumnBlock(g, index, torch.zeros_like(squares)))
         zero = squares.new_zeros(())
         nothing = squares.new_zeros(d.shape[0])
-        self._note(nothing, row_scale, zero, u, zero, squares, zero, zero)
+        self._note(nothing, row_scale, zero, u, zero, _sum(squares), zero, zero)
 
     def _note(
         self,
@@ -254,7 +306,7 @@ class Sampler:
         farthest: Tensor,  # []
         u: Tensor | None,  # [n, H], lacks row_scale
         norm: Tensor,  # [], |u|^2 without u
-        squares: Tensor,  # [V]
+        size: Tensor,  # [], |D|^2
         variance: Tensor,  # []
         head_variance: Tensor,  # []
     ) -> None:
@@ -263,11 +315,12 @@ class Sampler:
             norm = self._squared(u, row_scale, r.dtype)
         self.remainders.append(remainder)
         self.bounds.append(remainder * farthest)
-        sums = norm, variance, _sum(squares), head_variance
+        sums = norm, variance, size, head_variance
         self.sums.append(torch.stack([t.double() for t in sums]))
 
     def finish(self) -> tuple[ColumnBlock, ...]:
-        """The kept blocks, after the report is left for `last_gradient_report`."""
+        """The kept blocks, after u is whole and the report is left for `last_gradient_report`."""
+        self._complete_waiting()
         n = sum(t.shape[0] for t in self.remainders)
         if n:
             norm, variance, size, head_variance = torch.stack(self.sums).sum(0).unbind()

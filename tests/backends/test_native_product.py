@@ -25,11 +25,11 @@ def _fold_and_product() -> list[torch.Tensor]:
     native.fold(tile, torch.arange(9), 0, stats, Transform())
     d, index = torch.randn(9, 5000, generator=generator), torch.arange(6)
     *sums, row_sums = native.column_sums(d, None)
-    g, rows, ones = torch.empty(9, 7), torch.empty(7, 20), torch.ones(6)
+    g, u, ones = torch.empty(9, 7), torch.empty(9, 20), torch.ones(6)
     rest = native.gather_columns(d, index, ones == 1, ones, 0 * ones, row_sums, g)
-    mean = native.weighted_rows(torch.ones(70), weight)
-    native.gather_rows(weight, index, mean, rows)
-    return [tile, stats.logps, *sums, row_sums, g, rest, mean, rows]
+    means = native.weighted_rows(torch.ones(2, 70), weight)
+    native.project_rows(g, weight, index, means[0], torch.empty(7, 20), u)
+    return [tile, stats.logps, *sums, row_sums, g, rest, means, u]
 
 
 @needs_native
@@ -80,12 +80,13 @@ def _operand(rows, k, transposed, dtype):
     return t[:, :rows].t() if transposed else t[:, :k]
 
 
-def _product(a, b, name, out_dtype, threads=1):
-    """a b^T from the kernel, after a look at what is beside it."""
+def _product(a, b, name, out_dtype, threads=1, index=None, last=None):
+    """a b^T, or a b[:, index]^T, from the kernel, after a look at what is beside it."""
     out = torch.full((a.shape[0] + 1, b.shape[0] + 3), torch.nan, dtype=out_dtype)
     strides = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), CODES[a.dtype]
     sizes = out.data_ptr(), CODES[out_dtype], out.stride(0), a.shape[0], b.shape[0], a.shape[1]
-    native._cpu.product(*strides, *sizes, name, threads)
+    columns = (0 if t is None else t.data_ptr() for t in (index, last))
+    native._cpu.product(*strides, *sizes, *columns, name, threads)
     assert out[a.shape[0] :].isnan().all() and out[:, b.shape[0] :].isnan().all()
     return out[:-1, :-3]
 
@@ -126,6 +127,27 @@ def test_product(threads, m, n, k, dtype, name):
                 assert torch.equal(out[:, n // 2 :], _product(a, b[n // 2 :], name, out_dtype))
 
 
+@pytest.mark.only_if(lambda name, dtype, **_: name not in BF16_KERNELS or dtype == torch.bfloat16)
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (7, 65, 513), (13, 130, 1031)])
+def test_product_of_scattered_columns(m, n, k, dtype, name):
+    """The bits of the product with these columns side by side."""
+    _needs_kernel(name, dtype)
+    b, last = _operand(n, 90, True, dtype), torch.randn(n).to(dtype)
+    index = torch.randint(90, (k,))
+    for transposed in (False, True):
+        a = _operand(m, k, transposed, dtype)
+        taken = b[:, index]
+        assert torch.equal(
+            _product(a, b, name, torch.float32, 2, index), _product(a, taken, name, torch.float32)
+        )
+        taken[:, -1] = last
+        assert torch.equal(
+            _product(a, b, name, dtype, 2, index, last), _product(a, taken, name, dtype)
+        )
+
+
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 def test_product_of_a_long_sum(dtype, threads):
     """k beyond what is packed at once: sums wait for the rest, whatever the threads."""
@@ -144,3 +166,10 @@ def test_product_of_a_long_sum(dtype, threads):
 def test_a_kernel_that_is_not_there():
     with pytest.raises(ValueError, match="no kernel named sse9"):
         _product(torch.zeros(2, 3), torch.zeros(2, 3), "sse9", torch.float32)
+
+
+@needs_native
+def test_scattered_columns_need_a_stride():
+    with pytest.raises(ValueError, match="stride of 1"):
+        index = torch.arange(3)
+        _product(torch.zeros(2, 3), torch.zeros(2, 3), "portable", torch.float32, 1, index)

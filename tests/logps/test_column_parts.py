@@ -37,6 +37,7 @@ def _block(d, weight, labels, tolerance, seed=0, count=None):
     sampler = Sampler(options, eager, weight, None, count, False)
     u, lse = torch.empty(d.shape[0], weight.shape[1], dtype=d.dtype), d.sum(1)
     sampler.add(d, labels, lse, None, u)
+    sampler.finish()
     norm = (d @ weight).square().sum()
     squares = d.square().sum(0)
     distance = spread(weight, None, d.dtype).distance
@@ -195,14 +196,17 @@ def test_primitives(backend, dtype, n, v, scaled):
 @pytest.mark.parametrize("v, h", [(1, 1), (70, 5), (3001, 40)])
 def test_primitives_of_the_weight(backend, dtype, v, h):
     module = machine.backends._MODULES[machine.backend_of(backend)]
-    weight, q = torch.randn(v, h + 1).to(dtype)[:, :h], torch.rand(v)
-    q[::3] = 0
+    weight, q = torch.randn(v, h + 1).to(dtype)[:, :h], torch.rand(3, v)
+    q[:, ::3] = 0
     found = module.weighted_rows(q, weight)
     assert torch.allclose(found.double(), q.double() @ weight.double(), rtol=1e-4, atol=1e-4)
     index = torch.randint(v, (7,))
-    out = weight.new_empty((8, h))
-    module.gather_rows(weight, index, found, out)
-    assert torch.equal(out[:-1], weight[index]) and torch.equal(out[-1], found.to(dtype))
+    for rows, last in ((weight[index], None), (torch.cat([weight[index], found[:1]]), found[0])):
+        d, memory = torch.randn(4, rows.shape[0]).to(dtype), weight.new_empty((8, h))
+        out, expected = weight.new_empty((4, h)), weight.new_empty((4, h))
+        module.project_rows(d, weight, index, last, memory, out)
+        eager.project(d, rows.to(dtype), expected)
+        assert torch.allclose(out.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_the_oracle_of_these_tests():

@@ -180,6 +180,31 @@ def test_blocks_that_have_little_in_common(name):
     assert all(math.sqrt(s) < 1.2 * tolerance for s in squares.values()), squares
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["eager", "native"])
+def test_blocks_that_share_a_pass_over_the_weight(name, dtype, monkeypatch):
+    """As many blocks as may wait, fewer and more: the gradients are those of one after the other."""
+    if name == "native" and dtype == torch.float64:
+        pytest.skip("the native backend has no float64")
+    # Of no other test: plans are remembered.
+    hidden, weight, labels = _problem(dtype, n=157)
+    names = dict(gradient_tolerance=0.05, head_gradient_tolerance=0.05, backend=name)
+    monkeypatch.setattr("fastpref.logps.plan._COLUMN_TOKENS", 32)  # five blocks
+    results = []
+    for together in (1, 2, 5, 8):
+        monkeypatch.setattr("fastpref.logps.columns._TOGETHER", together)
+        tensors = dict(hidden=hidden, weight=weight)
+        results.append((*_gradients(tensors, labels, **names)[1].values(), last_gradient_report()))
+    rtol = 1e-9 if dtype == torch.float64 else 1e-5
+    for *gradients, report in results[1:]:
+        for a, b in zip(gradients, results[0], strict=False):
+            assert torch.allclose(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
+        assert all(
+            torch.allclose(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-5)
+            for a, b in zip(report, results[0][2], strict=True)
+        )
+
+
 def test_the_same_call_has_the_same_bits(threads):
     hidden, weight, labels = _problem(torch.float32)
     tensors = dict(hidden=hidden, weight=weight)
