@@ -183,7 +183,7 @@ def test_blocks_that_have_little_in_common(name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["eager", "native"])
 def test_blocks_that_share_a_pass_over_the_weight(name, dtype, monkeypatch):
-    """As many blocks as may wait, fewer and more: the gradients are those of one after the other."""
+    """However many wait for one pass, the gradients are those of one after the other."""
     if name == "native" and dtype == torch.float64:
         pytest.skip("the native backend has no float64")
     # Of no other test: plans are remembered.
