@@ -173,7 +173,15 @@ def columns_training() -> str:
 
 
 def rlhf() -> str:
-    found = _results("rlhf")
+    return _against_rlhf("rlhf")
+
+
+def rlhf_smollm2() -> str:
+    return _against_rlhf("rlhf_smollm2")
+
+
+def _against_rlhf(name: str) -> str:
+    found = _results(name)
     options, machine = found["settings"], found["machine"]
     seeds = len(found["start"])
     truth = [r["accuracy"]["held_out_pairs"]["truth"] for r in found["runs"] if "accuracy" in r]
@@ -182,7 +190,8 @@ def rlhf() -> str:
     sampling = sum(part["pairs"]["seconds"] for part in found["pairs"]) / seeds
     return (
         table(*rlhf_report.cost_rows(found)) + "\n"
-        f"{found['model']}, {pairs[0]} pairs, {options['epochs']} epochs, {options['batch']} pairs "
+        f"{found['model']}, {pairs[0]} pairs, {options['epochs']} "
+        f"{'epoch' if options['epochs'] == 1 else 'epochs'}, {options['batch']} pairs "
         f"or prompts a step, {options['generations']} answers a prompt in RLOO,\n"
         f"{'one seed' if seeds == 1 else f'{seeds} seeds'}; threads: {machine['threads']} of "
         f"{machine['cpu']}. The starting model gets {start:.2f}; the reward model\nfinds the truly "
@@ -261,6 +270,7 @@ BLOCKS = {
         columns_large_vocabulary,
         columns_training,
         rlhf,
+        rlhf_smollm2,
         faults,
         plan,
         profile,
