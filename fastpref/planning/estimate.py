@@ -33,8 +33,8 @@ MEMORY_UNCERTAINTY = 0.10
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # Resident bytes besides tensors: the interpreter and its libraries, or a GPU's context.
 OUTSIDE = {"cpu": 590 * 2**20, "cuda": 900 * 2**20}
-# What the allocator holds beyond live tensors: bytes of any step, and a share of those that come and
-# go in it. A CPU's were chosen after the trainings of benchmarks/plan.py and two profiles of
+# What the allocator holds beyond live tensors: bytes of any step, and a share of those that come
+# and go in it. A CPU's were chosen after the trainings of benchmarks/plan.py and two profiles of
 # SmolLM2-135M with torch's setting of huge pages, as `fastpref train` has it. Without that setting
 # malloc's heap has holes of several times its size.
 KEPT_ALWAYS = {"cpu": 60 * 10**6, "cuda": 0}
