@@ -63,7 +63,7 @@ FP_AVX2 void pack_left(const Packing& p, int64_t first, int64_t p0, int64_t p1, 
             continue;
         }
         std::memcpy(out, data + i * p.from.row + 2 * p0, size_t(end - p0) * 4);
-        for (int64_t w = end; w < p1; ++w) out[w - p0] = word_at(p, true, i, w);
+        for (int64_t w = end; w < p1; ++w) out[w - p0] = pair_at(p, i, w);
     }
 }
 

@@ -11,8 +11,6 @@
 #include "tile.h"
 
 namespace fastpref {
-
-extern const float EXP_LOW = -87.33f, EXP_HIGH = 88.7f;
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();

@@ -102,17 +102,10 @@ def sync_directory(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is either the whole new one or the whole old one, whatever happens."""
     beside = path.with_name(f".{path.name}.new")
-    try:
+    with _in_place_of(path, beside):
         with open(beside, "w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
     sync_directory(path.parent)
 
 
@@ -126,8 +119,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}.new")
-    try:
+    with _in_place_of(path, beside):
         yield beside
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path, beside: Path) -> Iterator[None]:
+    """Put the file that the block writes in the place of another, or remove it after an error."""
+    try:
+        yield
         sync_file(beside)
         os.replace(beside, path)
     finally:

@@ -234,7 +234,23 @@ def headline(options: TrainOptions, plan: Plan) -> str:
         f"{plan.loss.title} on [bold]{escape(options.model)}[/bold]: {len(plan.train_set)} {rows}"
         f"{held_out}, {'LoRA' if plan.lora else 'all weights'}, {numbers}, "
         f"learning rate {plan.learning_rate:g}, beta {options.beta:g}, "
-        f"reference: {plan.reference_text}"
+        f"reference: {plan.reference_text}{_untrained_rows(options, plan)}"
+    )
+
+
+def _untrained_rows(options: TrainOptions, plan: Plan) -> str:
+    """What to do about a reference of many rows for a run of few steps; or nothing."""
+    ahead = plan.reference is Reference.precompute and options.reference_store is None
+    if options.max_steps < 1 or not ahead:
+        return ""
+    size = options.batch_size * options.grad_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+    rows, trained = len(plan.train_set), options.max_steps * size
+    if 4 * trained > rows:
+        return ""
+    steps = "1 step trains" if options.max_steps == 1 else f"{options.max_steps} steps train"
+    return (
+        f" of all rows, of which {steps} {trained} "
+        "(--reference model computes those alone, with the reference in memory)"
     )
 
 

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from fastpref.backends.column_choice import HEAD_MARGIN, block_hash
 from fastpref.backends.tile import Backend
+from fastpref.logps.plan import BLOCKS_TOGETHER
 
 _ROWS = 2048  # of the weight that are widened at a time
 _MEAN_ROWS = 4096  # of the weight, whose mean stands for that of all
 _SUM_LENGTH = 16384  # of the vocabulary
 _NORM_TOKENS = 64  # of a block, whose u is estimated before the columns are chosen
 _NORM_SHARE = 128  # one column in so many is enough for that
-_TOGETHER = 8  # blocks whose q^T W are computed in one pass over W
 
 
 class ColumnOptions(NamedTuple):
@@ -228,7 +228,7 @@ class Sampler:
             self._complete(block, m)
             return
         self._waiting.append(block)
-        if len(self._waiting) == _TOGETHER:
+        if len(self._waiting) == BLOCKS_TOGETHER:
             self._complete_waiting()
 
     def _complete_waiting(self) -> None:

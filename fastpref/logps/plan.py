@@ -49,6 +49,8 @@ _FUSED_BYTES = 2**27  # what that kernel keeps at most
 # Tokens that share a choice of columns. More tokens need more columns; with fewer tokens the weight
 # is read more often, for the mean distribution of each block.
 _COLUMN_TOKENS = 512
+# Blocks of columns that share a pass over the weight, for their mean distributions.
+BLOCKS_TOGETHER = 8
 # Tokens whose D a logit-free product makes for columns: for each call the weight is packed again.
 _LOGIT_FREE_TOKENS = 1024
 _PACKED_BYTES = (
@@ -318,6 +320,7 @@ def _plan(
         tile_bytes = 0 if logit_free or forward_item == item else tile_bytes
         tile_bytes += 0 if stash == n else min(d_tokens, n) * v * item
         tile_bytes += multiplied * (column_tokens + h) * item + 8 * 8 * v  # G, W[S, J], the choice
+        tile_bytes += 2 * 4 * v * min(-(-n // max(column_tokens, 1)), BLOCKS_TOGETHER)  # q
     if at_once:
         token_bytes = native.scratch_bytes_of_token(h, v, item, extras=False, projects=True)
         tile_bytes = min(n * token_bytes, native.SCRATCH_BYTES)

@@ -32,10 +32,12 @@ MEMORY_UNCERTAINTY = 0.10
 # CPU, where the bytes that malloc keeps are an estimate.
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # Resident bytes besides tensors: the interpreter and its libraries, or a GPU's context.
-OUTSIDE = {"cpu": 550 * 2**20, "cuda": 900 * 2**20}
-# What the allocator holds beyond live tensors, as a share of the bytes that come and go in a step.
-# A CPU's was chosen after two profiles of SmolLM2-135M with torch's setting of huge pages, as
-# `fastpref train` has it. Without that setting malloc's heap has holes of several times its size.
+OUTSIDE = {"cpu": 590 * 2**20, "cuda": 900 * 2**20}
+# What the allocator holds beyond live tensors: bytes of any step, and a share of those that come
+# and go in it. A CPU's were chosen after the trainings of benchmarks/plan.py and two profiles of
+# SmolLM2-135M with torch's setting of huge pages, as `fastpref train` has it. Without that setting
+# malloc's heap has holes of several times its size.
+KEPT_ALWAYS = {"cpu": 60 * 10**6, "cuda": 0}
 KEPT = {"cpu": 0.5, "cuda": 0.1}
 _PASSING = ("gradients", "activations", "head", "reference", "other")
 _SIZES = (1, 2, 4, 8, 16, 32)
@@ -105,7 +107,8 @@ class Estimate:
 
 def kept_bytes(kind: str, components: dict[str, int]) -> int:
     """The bytes that the allocator of "cpu" or "cuda" holds beyond live tensors at a peak."""
-    return int(KEPT[kind] * sum(components.get(name, 0) for name in _PASSING))
+    passing = sum(components.get(name, 0) for name in _PASSING)
+    return KEPT_ALWAYS[kind] + int(KEPT[kind] * passing)
 
 
 def default_lengths(max_length: int) -> Lengths:

@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from fastpref import cli
-from fastpref.cli import demo, report
+from fastpref.cli import demo, report, train_run
 from fastpref.cli.demo import ASSETS
+from fastpref.cli.train_options import Reference
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -110,6 +112,29 @@ def test_train_dpo(tmp_path):
     start = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is not None
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, " of all rows, of which 3 steps train 24 (--reference model computes those alone,"),
+        ({"max_steps": 1}, " of all rows, of which 1 step trains 8 (--reference"),
+        ({"max_steps": -1}, ""),
+        ({"max_steps": 40}, ""),
+        ({"reference_store": "store"}, ""),
+        ({"reference": Reference.model}, ""),
+    ],
+)
+def test_few_steps_of_much_data(changes, expected, monkeypatch):
+    """The reference's log-probs of all rows take longer than such a training."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    values = dict(batch_size=4, grad_accumulation=1, max_steps=3, reference_store=None)
+    options = SimpleNamespace(**{**values, **changes})
+    reference = changes.get("reference", Reference.precompute)
+    found = train_run._untrained_rows(
+        options, SimpleNamespace(reference=reference, train_set=range(1000))
+    )
+    assert found.startswith(expected) and bool(found) == bool(expected)
 
 
 def test_train_ipo_lora_and_resume(tmp_path):

@@ -192,7 +192,7 @@ def test_blocks_that_share_a_pass_over_the_weight(name, dtype, monkeypatch):
     monkeypatch.setattr("fastpref.logps.plan._COLUMN_TOKENS", 32)  # five blocks
     results = []
     for together in (1, 2, 5, 8):
-        monkeypatch.setattr("fastpref.logps.columns._TOGETHER", together)
+        monkeypatch.setattr("fastpref.logps.columns.BLOCKS_TOGETHER", together)
         tensors = dict(hidden=hidden, weight=weight)
         results.append((*_gradients(tensors, labels, **names)[1].values(), last_gradient_report()))
     rtol = 1e-9 if dtype == torch.float64 else 1e-5
