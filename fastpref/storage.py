@@ -85,7 +85,8 @@ def disk_errors(text: str) -> Iterator[None]:
 
 def sync_file(path: Path) -> None:
     """Have the system write a file's contents to the device."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows synchronises what may be written alone.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -130,9 +131,10 @@ def _in_place_of(path: Path, beside: Path) -> Iterator[None]:
         yield
         sync_file(beside)
         os.replace(beside, path)
-    finally:
+    except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink()
+        raise
 
 
 def files_under(folder: Path) -> Iterator[Path]:

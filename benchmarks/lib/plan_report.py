@@ -15,18 +15,20 @@ def _percent(share: float) -> str:
 def grid(found: Result) -> str:
     """How far the predictions of the grid are off, by head."""
     lines = [
-        "| head | runs | tensors, at most | resident, median | resident, at most | within 10 % | "
-        "seconds, median | seconds, at most | within 10 % |",
+        "| head | runs | tensors, at most | resident, median | from, to | resident within 10 % | "
+        "seconds, median | from, to | seconds within 10 % |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for head in ("fastpref", "eager"):
         rows = [row for row in found["rows"] if row["head"] == head]
-        off = [abs(row["predicted_seconds"] / row["step_seconds"] - 1) for row in rows]
+        seconds = [row["predicted_seconds"] / row["step_seconds"] - 1 for row in rows]
         memory = max(abs(row["error"]) for row in rows)
         cells = [head, len(rows), _percent(memory)]
-        for errors in ([abs(row["resident_error"]) for row in rows], off):
-            within = sum(error <= 0.1 for error in errors)
-            cells += [_percent(statistics.median(errors)), _percent(max(errors)), within]
+        for errors in ([row["resident_error"] for row in rows], seconds):
+            sizes = [abs(error) for error in errors]
+            within = f"{sum(size <= 0.1 for size in sizes)} of {len(rows)}"
+            span = f"{round(100 * min(errors)):+d} to {round(100 * max(errors)):+d} %"
+            cells += [_percent(statistics.median(sizes)), span, within]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machine = found["machine"]
     return "\n".join(lines) + (

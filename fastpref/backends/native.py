@@ -159,7 +159,7 @@ def _product_arguments(
 ) -> tuple:
     """The arguments of `_cpu.product` for out [m, n] = a [m, k] @ b [n, k]^T.
 
-    index [k]: these columns of b instead, the last of which is `last` [n] if it is given.
+    index: these columns of b instead, and after them `last` [n] if it is given: k in all.
     """
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
@@ -217,8 +217,12 @@ def project_rows(
     d: Tensor, weight: Tensor, index: Tensor, last: Tensor | None, memory: Tensor, out: Tensor
 ) -> None:
     """As `Backend.project_rows`."""
+    count = index.shape[0]
+    assert d.shape[1] == count + (last is not None)
     row = None if last is None else last.to(weight.dtype).contiguous()
-    product = _product(d, weight.t(), out, index, row)
+    # C++ takes rows whose elements are adjacent, and at least one.
+    adjacent = count > 0 and weight.stride(1) == 1
+    product = _product(d, weight.t(), out, index, row) if adjacent else None
     if product is None:
         columns.project_rows(d, weight, index, last, memory, out)
     else:

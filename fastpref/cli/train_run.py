@@ -241,17 +241,19 @@ def headline(options: TrainOptions, plan: Plan) -> str:
 def _untrained_rows(options: TrainOptions, plan: Plan) -> str:
     """What to do about a reference of many rows for a run of few steps; or nothing."""
     ahead = plan.reference is Reference.precompute and options.reference_store is None
-    if options.max_steps < 1 or not ahead:
+    if options.max_steps < 1 or not ahead or set(plan.train_set.column_names) >= REFERENCE_COLUMNS:
         return ""
     size = options.batch_size * options.grad_accumulation * int(os.environ.get("WORLD_SIZE", 1))
     rows, trained = len(plan.train_set), options.max_steps * size
     if 4 * trained > rows:
         return ""
     steps = "1 step trains" if options.max_steps == 1 else f"{options.max_steps} steps train"
-    return (
-        f" of all rows, of which {steps} {trained} "
-        "(--reference model computes those alone, with the reference in memory)"
+    other = (
+        "--reference adapter computes those alone"
+        if plan.lora
+        else "--reference model computes those alone, with the reference in memory"
     )
+    return f" of all rows, of which {steps} {trained} ({other})"
 
 
 def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:

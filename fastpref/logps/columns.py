@@ -154,8 +154,8 @@ class Sampler:
         self._waiting: list[_Waiting] = []
         self._adds_later = weight.dtype == dtype
         self.multiplied = 0  # columns times tokens
-        # On a CPU, |u|^2 of the last block over the sum of squares times distance^2: blocks of one
-        # call are alike, so that the next need not estimate it.
+        # On a CPU, |u|^2 of the last block over the sum of squares times distance^2, with W's mean
+        # for q^T W: blocks of one call are alike, so that the next need not estimate it.
         self._ratio: float | None = None
         self._memories: dict[str, Tensor] = {}  # of one block, for the next
 
@@ -196,8 +196,8 @@ class Sampler:
         q = totals * in_rest
         sum_q = _sum(q)
         q = torch.where(sum_q == 0, 0.0, q / sum_q)
-        size = d.shape[0], index.shape[0] + 1
-        g = d.new_empty(size) if self.needs_head else self._memory("g", *size)
+        shape = d.shape[0], index.shape[0] + 1
+        g = d.new_empty(shape) if self.needs_head else self._memory("g", *shape)
         mean = q[index].masked_fill(kept, 0.0)
         r = backend.gather_columns(d, index, kept, factor, mean, row_sums, g)
         if self.scale is not None:

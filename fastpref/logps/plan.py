@@ -46,8 +46,8 @@ _COLUMNS_STEP = 128  # whole GEMM tiles, and rows that start at multiples of 16 
 # a pass over the tile: predicted 9 to 15 % faster at H <= 896, equal at 2304, 3 % slower at 4096.
 _FUSED_HIDDEN_SIZE = 2304
 _FUSED_BYTES = 2**27  # what that kernel keeps at most
-# Tokens that share a choice of columns. More tokens need more columns; with fewer tokens the weight
-# is read more often, for the mean distribution of each block.
+# Tokens that share a choice of columns. More tokens need more columns; with fewer, rows of the
+# weight are packed more often.
 _COLUMN_TOKENS = 512
 # Blocks of columns that share a pass over the weight, for their mean distributions.
 BLOCKS_TOGETHER = 8
@@ -320,7 +320,10 @@ def _plan(
         tile_bytes = 0 if logit_free or forward_item == item else tile_bytes
         tile_bytes += 0 if stash == n else min(d_tokens, n) * v * item
         tile_bytes += multiplied * (column_tokens + h) * item + 8 * 8 * v  # G, W[S, J], the choice
-        tile_bytes += 2 * 4 * v * min(-(-n // max(column_tokens, 1)), BLOCKS_TOGETHER)  # q
+        blocks = -(-n // max(column_tokens, 1))
+        together = min(blocks, BLOCKS_TOGETHER)
+        # q of the blocks that wait, and of all that dW needs; beside them those of one pass.
+        tile_bytes += max(item, 4) * v * ((blocks if head_columns else together) + together)
     if at_once:
         token_bytes = native.scratch_bytes_of_token(h, v, item, extras=False, projects=True)
         tile_bytes = min(n * token_bytes, native.SCRATCH_BYTES)

@@ -28,8 +28,8 @@ from fastpref.profiling.lengths import Lengths
 # Fraction of the predicted bytes of tensors. The real steps of benchmarks/results/plan.json are
 # closer.
 MEMORY_UNCERTAINTY = 0.10
-# Fraction of all bytes but the libraries' that must stay free for a plan to fit. It is larger on a
-# CPU, where the bytes that malloc keeps are an estimate.
+# Fraction of the predicted bytes that must stay free for a plan to fit. It is larger on a CPU,
+# where the bytes that malloc keeps are an estimate.
 MARGIN = {"cpu": 0.20, "cuda": 0.10}
 # Resident bytes besides tensors: the interpreter and its libraries, or a GPU's context.
 OUTSIDE = {"cpu": 590 * 2**20, "cuda": 900 * 2**20}
@@ -81,9 +81,7 @@ class Estimate:
 
     def fits(self, memory: int) -> bool:
         """Whether it fits with the uncertainty of the prediction."""
-        outside = self.components.get("libraries", 0)
-        margin = 1 + MARGIN[self.options.device]
-        return outside + margin * (self.bytes - outside) <= memory
+        return (1 + MARGIN[self.options.device]) * self.bytes <= memory
 
     def as_dict(self) -> dict[str, Any]:
         """The attributes, as values for JSON."""

@@ -123,17 +123,24 @@ def test_train_dpo(tmp_path):
         ({"max_steps": 40}, ""),
         ({"reference_store": "store"}, ""),
         ({"reference": Reference.model}, ""),
+        ({"lora": True}, " of all rows, of which 3 steps train 24 (--reference adapter computes"),
+        ({"columns": ["ref_chosen_logps", "ref_rejected_logps"]}, ""),  # held-out data lacks them
     ],
 )
 def test_few_steps_of_much_data(changes, expected, monkeypatch):
     """The reference's log-probs of all rows take longer than such a training."""
+    import datasets
+
     monkeypatch.setenv("WORLD_SIZE", "2")
     values = dict(batch_size=4, grad_accumulation=1, max_steps=3, reference_store=None)
     options = SimpleNamespace(**{**values, **changes})
-    reference = changes.get("reference", Reference.precompute)
-    found = train_run._untrained_rows(
-        options, SimpleNamespace(reference=reference, train_set=range(1000))
+    columns = {name: [0.0] * 1000 for name in ["row", *changes.get("columns", [])]}
+    plan = SimpleNamespace(
+        reference=changes.get("reference", Reference.precompute),
+        lora=changes.get("lora", False),
+        train_set=datasets.Dataset.from_dict(columns),
     )
+    found = train_run._untrained_rows(options, plan)
     assert found.startswith(expected) and bool(found) == bool(expected)
 
 
