@@ -85,7 +85,7 @@ def disk_errors(text: str) -> Iterator[None]:
 
 def sync_file(path: Path) -> None:
     """Have the system write a file's contents to the device."""
-    # Windows synchronises what may be written alone.
+    # Windows does not synchronise a file that is open for reading alone.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

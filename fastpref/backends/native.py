@@ -168,14 +168,14 @@ def _product_arguments(
     return *operands, *result, *columns, kernel, _threads()
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, *columns: Tensor | None) -> tuple | None:
+def _product(a: Tensor, b: Tensor, out: Tensor, *scattered: Tensor | None) -> tuple | None:
     """`_product_arguments` with the kernel of these dtypes; None: torch's product is better."""
     if a.dtype != b.dtype or 0 in out.shape:
         return None
     kernel = product_kernel(a.dtype, out.dtype)
     if kernel is None or 1 not in a.stride() or 1 not in b.stride() or out.stride(1) != 1:
         return None
-    return _product_arguments(a, b, out, kernel, *columns)
+    return _product_arguments(a, b, out, kernel, *scattered)
 
 
 def own_product(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -203,18 +203,17 @@ class Sampler:
         if self.scale is not None:
             q = q * self.scale
             g[:, :-1] *= self.scale[index]
-        by_columns = u is not None and tolerances[0] is not None
         m = a = None
-        if by_columns and self._adds_later:
-            a = g[:, -1].clone()
-        elif by_columns:
-            m = backend.weighted_rows(q[None], self.weight)[0]
-        if u is not None and by_columns:
-            memory = self._memory("rows", g.shape[1], self.weight.shape[1])
-            taken = g if m is not None else g[:, :-1]
-            backend.project_rows(taken, self.weight, index, m, memory, u)
-        elif u is not None:
+        if u is not None and tolerances[0] is None:
             backend.project(d, self.weight, u)
+        elif u is not None:
+            memory = self._memory("rows", g.shape[1], self.weight.shape[1])
+            taken = g
+            if self._adds_later:
+                taken, a = g[:, :-1], g[:, -1].clone()
+            else:
+                m = backend.weighted_rows(q[None], self.weight)[0]
+            backend.project_rows(taken, self.weight, index, m, memory, u)
         if self.needs_head:
             self.blocks.append(ColumnBlock(g, index, q))
         if u is not None and u.device.type == "cpu":
