@@ -164,8 +164,8 @@ def _product_arguments(
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), _DTYPES[a.dtype]
     address, stride = _rows(out)
     result = address, _DTYPES[out.dtype], stride, *out.shape, a.shape[1]
-    columns = _vector(index, torch.int64), 0 if last is None else last.data_ptr()
-    return *operands, *result, *columns, kernel, _threads()
+    scattered = _vector(index, torch.int64), 0 if last is None else last.data_ptr()
+    return *operands, *result, *scattered, kernel, _threads()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *scattered: Tensor | None) -> tuple | None:

@@ -88,10 +88,10 @@ def gather_columns(
 
 def weighted_rows(q: Tensor, weight: Tensor) -> Tensor:
     """As `Backend.weighted_rows`."""
-    assert q.is_contiguous() and q.dtype == torch.float32 and q.shape[1] == weight.shape[0]
+    assert q.shape[1] == weight.shape[0]
     out = torch.empty((q.shape[0], weight.shape[1]))
     address, stride = rows_of(weight)
     kind = DTYPES[weight.dtype]
-    sums = q.data_ptr(), q.shape[0], out.data_ptr()
+    sums = vector(q), q.shape[0], vector(out)
     MODULE.weighted_rows(address, kind, *weight.shape, stride, *sums, threads())
     return out

@@ -286,7 +286,7 @@ class Backend(Protocol):
     ) -> None:
         """out = d weight[index], with `last` as one more row of the weight's.
 
-        memory is for what it likes: fresh pages cost as much as a pass over them.
+        memory is scratch memory that it may use: fresh pages cost as much as a pass over them.
         """
 
 
