@@ -76,6 +76,13 @@ def command(
     where: Annotated[
         Where, typer.Option(help="cpu or gpu; auto: gpu if one is here or --gpus is above 1.")
     ] = Where.auto,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="One of the table, such as h100: its memory, and the seconds by its rates. By "
+            "default this machine's GPU, if the table has it."
+        ),
+    ] = None,
     method: Annotated[
         Method, typer.Option(help="What is asked for: all weights, LoRA or QLoRA.")
     ] = Method.full,
@@ -126,7 +133,7 @@ def command(
     from fastpref.cli.models import load_config, load_tokenizer, missing_sizes
     from fastpref.cli.train_run import hide_library_bars
     from fastpref.planning import StepOptions, plan_training
-    from fastpref.planning.devices import own_memory, parse_memory
+    from fastpref.planning.devices import find_device, own_device, own_memory, parse_memory
     from fastpref.planning.times import measured_rates
     from fastpref.profiling.lengths import token_lengths
 
@@ -134,13 +141,23 @@ def command(
     check_report(report)
     if reference not in ("precompute", "model"):
         raise ValueError(f"--reference is {reference!r}; expected precompute or model")
+    named = None if device is None else find_device(device)
     kind = where.value
-    if where is Where.auto:
+    if named is not None:
+        if where not in (Where.auto, Where(named.kind)):
+            raise ValueError(f"--where {kind} contradicts --device {device}, a {named.kind}")
+        kind = named.kind
+    elif where is Where.auto:
         kind = "gpu" if gpus > 1 or torch.cuda.is_available() else "cpu"
     kind = "cuda" if kind == "gpu" else "cpu"
+    if gpus > 1 and kind == "cpu":
+        raise ValueError(f"--gpus is {gpus}, but a CPU is planned for; expected --gpus 1 or a GPU")
     if method is Method.qlora and kind == "cpu":
         raise ValueError("--method qlora needs a GPU's kernels; expected full or lora on a CPU")
-    available = own_memory() if memory is None else parse_memory(memory)
+    if memory is not None:
+        available = parse_memory(memory)
+    else:
+        available = own_memory() if named is None else named.memory
     pairs = -(-8 // gpus) * gpus if batch_size is None else batch_size
     if pairs % gpus:
         raise ValueError(
@@ -153,7 +170,15 @@ def command(
     if data is not None:
         tokenizer = load_tokenizer(model, trust_remote_code)
         lengths = token_lengths(data, tokenizer, max_length, SAMPLE)
-    half = bf16 if bf16 is not None else kind == "cuda" or bf16_is_fast("cpu")
+    half = bf16
+    if half is None:
+        half = kind == "cuda" or (named is None and bf16_is_fast("cpu"))
+    rates = None
+    if kind == "cuda":
+        own = own_device() if named is None else named
+        rates = None if own is None else own.rates()
+    else:
+        rates = measured_rates(half) if named is None else named.rates()
     plan = plan_training(
         config,
         memory=available,
@@ -170,11 +195,11 @@ def command(
             lora_r=lora_r,
         ),
         devices=gpus,
-        rates=measured_rates(half) if kind == "cpu" else None,
+        rates=rates,
         kind=kind,
         table=table,
         why_oom=why_oom,
-        probe=probe and kind == "cpu",
+        probe=probe and rates is not None and rates.measured,
         show_progress=not as_json,
     )
     missing = missing_sizes(model, config)
@@ -276,7 +301,13 @@ def _sentences(plan: Any, lengths: Any, missing: dict[str, int]) -> list[str]:
             f"head {way.head_strategy or 'with logits'}"
             + (f", each on {way.devices} devices with sharded weights" if way.devices > 1 else "")
         )
-    if plan.asked.options.device == "cpu" and plan.asked.seconds is not None:
+    rates = plan.rates
+    if rates is None:
+        out.append("no seconds: --device says which GPU it is, such as h100")
+    elif not rates.measured:
+        links = " and of its links" if plan.asked.devices > 1 else ""
+        out.append(f"seconds follow from listed rates of {rates.name}{links}, not measured")
+    else:
         out.append(
             "seconds follow from steps of a few layers, measured here"
             if plan.probed

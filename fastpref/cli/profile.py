@@ -72,6 +72,13 @@ def command(
         typer.Option(help="A PNG, SVG or PDF of the memory over the step on the longest pairs."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="An HTML file with everything.")] = None,
+    snapshots: Annotated[
+        Path | None,
+        typer.Option(
+            help="On a GPU: a directory for each side's history of allocations in that step, which "
+            "pytorch.org/memory_viz shows."
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -119,6 +126,7 @@ def command(
                 "precision": precision.value,
                 "prefix_sharing": prefix_sharing.value_of_config,
             },
+            snapshots=snapshots,
             hear=hear,
         )
     if plot is not None:
@@ -129,7 +137,7 @@ def command(
         print_json(profile.as_dict())
     else:
         _show(profile)
-        say_paths(plot=plot, report=report)
+        say_paths(plot=plot, report=report, snapshots=snapshots)
 
 
 @contextlib.contextmanager
@@ -173,6 +181,8 @@ def _rows(profile: Any) -> tuple[list[str], list[list[Any]], list[list[Any]]]:
         ["measured peak", *(side.peak_bytes for side in sides)],
         ["tensors alone", *(side.tensor_bytes for side in sides)],
     ]
+    if any(side.reserved_bytes is not None for side in sides):
+        memory.append(["held by the allocator", *(side.reserved_bytes for side in sides)])
     time: list[list[Any]] = [
         [phase, *(side.phases.get(phase, 0.0) for side in sides)]
         for phase in PHASES

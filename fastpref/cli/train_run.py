@@ -243,8 +243,7 @@ def _untrained_rows(options: TrainOptions, plan: Plan) -> str:
     ahead = plan.reference is Reference.precompute and options.reference_store is None
     if options.max_steps < 1 or not ahead or set(plan.train_set.column_names) >= REFERENCE_COLUMNS:
         return ""
-    size = options.batch_size * options.grad_accumulation * int(os.environ.get("WORLD_SIZE", 1))
-    rows, trained = len(plan.train_set), options.max_steps * size
+    rows, trained = len(plan.train_set), options.max_steps * _rows_per_step(options)
     if 4 * trained > rows:
         return ""
     steps = "1 step trains" if options.max_steps == 1 else f"{options.max_steps} steps train"
@@ -256,14 +255,19 @@ def _untrained_rows(options: TrainOptions, plan: Plan) -> str:
     return f" of all rows, of which {steps} {trained} ({other})"
 
 
+def _rows_per_step(options: TrainOptions) -> int:
+    """The rows of an optimiser step, of all processes."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return options.batch_size * options.grad_accumulation * processes
+
+
 def make_config(options: TrainOptions, plan: Plan, disable_tqdm: bool) -> Any:
     """The configuration of the trainer."""
     from fastpref.trainer.config import PreferenceConfig, UnpairedPreferenceConfig
 
     steps = options.max_steps
     if steps < 1:
-        rows_per_step = options.batch_size * options.grad_accumulation
-        steps = math.ceil(options.epochs * len(plan.train_set) / rows_per_step)
+        steps = math.ceil(options.epochs * len(plan.train_set) / _rows_per_step(options))
     config_class: Any = UnpairedPreferenceConfig if plan.loss.unpaired else PreferenceConfig
     return config_class(
         output_dir=str(options.output),

@@ -15,24 +15,36 @@ from fastpref.planning.times import Rates
 
 REACHED = {"gpu": 0.5, "cpu": 0.6}
 _CALL = 10e-6  # seconds that the host takes for an operation
+_LINK_REACHED = 0.7  # of a link's rate, by collectives of large messages
+_PCIE_4, _PCIE_5 = 32e9, 64e9  # bytes a second of 16 lanes, each way
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device of the table. memory: bytes; flops and bandwidth (bytes): per second."""
+    """A device of the table.
+
+    Attributes:
+        name: with its memory.
+        kind: "gpu" or "cpu".
+        memory: bytes.
+        flops, bandwidth: FLOPs and bytes in a second.
+        link: bytes that it sends in a second to others in the same machine; 0 for a CPU.
+    """
 
     name: str
-    kind: str  # "gpu" or "cpu"
+    kind: str
     memory: int
     flops: float
     bandwidth: float
+    link: float = 0.0
 
     def rates(self) -> Rates:
         """Its rates in training."""
         reached = REACHED[self.kind]
         flops = reached * self.flops
         moved = 0.8 * self.bandwidth
-        return Rates(self.name, flops, flops, moved, moved, _CALL, measured=False)
+        link = _LINK_REACHED * self.link
+        return Rates(self.name, flops, flops, moved, moved, _CALL, measured=False, link=link)
 
 
 MIB = 2**20
@@ -40,24 +52,71 @@ MIB = 2**20
 # GA102 (3090), Ada (4090) and RTX Blackwell (5090), of its data sheets of the L4, A10, L40S, A100
 # (40 GB: 1,555 GB/s; SXM 80 GB: 2,039 GB/s), H100 SXM, H200 SXM and HGX B200, whose tables halve
 # for products without sparsity, and of AMD's data sheet of the MI300X.
+# Links, each way: NVLink of the A100, H100, H200 and B200, the Infinity Fabric of the MI300X to the
+# seven others of a node, and PCIe of the others.
 # Memory: what nvidia-smi and rocm-smi show as a device's total. The error correction of the A10, L4
 # and L40S takes a part of what their names say.
 DEVICES = (
-    Device("RTX 3090 24GB", "gpu", 24576 * MIB, 71e12, 936e9),
-    Device("RTX 4090 24GB", "gpu", 24564 * MIB, 165.2e12, 1008e9),
-    Device("RTX 5090 32GB", "gpu", 32607 * MIB, 209.5e12, 1792e9),
-    Device("L4 24GB", "gpu", 23034 * MIB, 121e12, 300e9),
-    Device("A10 24GB", "gpu", 23028 * MIB, 125e12, 600e9),
-    Device("L40S 48GB", "gpu", 46068 * MIB, 362e12, 864e9),
-    Device("A100 40GB", "gpu", 40960 * MIB, 312e12, 1555e9),
-    Device("A100 80GB", "gpu", 81920 * MIB, 312e12, 2039e9),
-    Device("H100 80GB", "gpu", 81559 * MIB, 989.4e12, 3350e9),
-    Device("H200 141GB", "gpu", 143771 * MIB, 989.4e12, 4800e9),
-    Device("B200 180GB", "gpu", 183359 * MIB, 2250e12, 8000e9),
-    Device("MI300X 192GB", "gpu", 196592 * MIB, 1307.4e12, 5300e9),
+    Device("RTX 3090 24GB", "gpu", 24576 * MIB, 71e12, 936e9, _PCIE_4),
+    Device("RTX 4090 24GB", "gpu", 24564 * MIB, 165.2e12, 1008e9, _PCIE_4),
+    Device("RTX 5090 32GB", "gpu", 32607 * MIB, 209.5e12, 1792e9, _PCIE_5),
+    Device("L4 24GB", "gpu", 23034 * MIB, 121e12, 300e9, _PCIE_4),
+    Device("A10 24GB", "gpu", 23028 * MIB, 125e12, 600e9, _PCIE_4),
+    Device("L40S 48GB", "gpu", 46068 * MIB, 362e12, 864e9, _PCIE_4),
+    Device("A100 40GB", "gpu", 40960 * MIB, 312e12, 1555e9, 300e9),
+    Device("A100 80GB", "gpu", 81920 * MIB, 312e12, 2039e9, 300e9),
+    Device("H100 80GB", "gpu", 81559 * MIB, 989.4e12, 3350e9, 450e9),
+    Device("H200 141GB", "gpu", 143771 * MIB, 989.4e12, 4800e9, 450e9),
+    Device("B200 180GB", "gpu", 183359 * MIB, 2250e12, 8000e9, 900e9),
+    Device("MI300X 192GB", "gpu", 196592 * MIB, 1307.4e12, 5300e9, 448e9),
     Device("desktop, 8 AVX2 cores, 32GB", "cpu", 32768 * MIB, 0.9e12, 60e9),
     Device("server, 32 AVX-512 cores, 256GB", "cpu", 262144 * MIB, 5e12, 300e9),
 )
+
+
+def find_device(text: str) -> Device:
+    """The device of the table whose name has these words, such as "h100" or "A100 40GB".
+
+    Raises:
+        ValueError: none or several.
+    """
+    asked = set(_words(text))
+    found = [d for d in DEVICES if asked and asked <= set(_words(d.name))]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f"'{d.name}'" for d in (found or DEVICES))
+    raise ValueError(f"device: got {text!r}, expected one of {names}")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9-]+", text.lower())
+
+
+def own_device() -> Device | None:
+    """The table's entry of this machine's first GPU; None without a GPU, or if it has none.
+
+    A variant with other rates, such as a card for PCIe, is left out.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return _matching(properties.name, properties.total_memory)
+
+
+def _matching(name: str, memory: int) -> Device | None:
+    """The table's entry of a GPU by the driver's name for it, and its bytes."""
+    words = set(_words(name.replace("-", " ")))
+    if words & {"pcie", "nvl", "laptop"}:
+        return None
+    for device in DEVICES:
+        named = set(_words(device.name)[:-1]) <= words
+        if device.kind == "gpu" and named and abs(memory / device.memory - 1) < 0.1:
+            return device
+    return None
+
+
 # K, KB: 1000; KI, KIB: 1024; and so on. No unit: bytes.
 _UNITS = {"": 1.0}
 for _power, _letter in enumerate("KMGTP", 1):

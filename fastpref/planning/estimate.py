@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fastpref.planning.counts import trained_share
 from fastpref.planning.model import StepOptions, with_layers
 from fastpref.planning.probe import ROUNDS, probe_layers, probe_steps
 from fastpref.planning.simulate import (
@@ -22,7 +23,7 @@ from fastpref.planning.simulate import (
     simulate_parts,
     step_head,
 )
-from fastpref.planning.times import Rates, StepTime, step_seconds
+from fastpref.planning.times import Rates, StepTime, exchange_seconds, step_seconds
 from fastpref.profiling.lengths import Lengths
 
 # Fraction of the predicted bytes of tensors. The real steps of benchmarks/results/plan.json are
@@ -59,8 +60,8 @@ class Estimate:
             are sharded.
         components: bytes of each device at the peak: tensors by component, "allocator" (what it
             holds beyond them) and "libraries".
-        seconds: of an optimiser step, by part, without the communication of several devices;
-            None without rates.
+        seconds: of an optimiser step, by part, with the exchange of several devices; None without
+            rates, or without the rate of the devices' links.
         head_strategy: how fastpref computes the head of the longest micro-batch; None: with logits.
     """
 
@@ -153,6 +154,7 @@ class Planner:
             one, two = (self.parts(options, n, max_length) for n in (1, 2))
             return extrapolated(one, two, size - 1)
         pairs = self._pairs(self._cut(max_length), size, longest=True)
+        options = replace(options, sync_each_batch=False)  # without effect on one device's tensors
         key: Any = options, size, max_length
         if options.head == "fastpref":  # many budgets give one plan of the head
             head = self._head(options, pairs)
@@ -183,18 +185,22 @@ class Planner:
         """
         account = highest(self.parts(options, size, max_length))
         components = {name: value for name, value in account.components.items() if value}
+        weights = components.get("weights", 0)
         if devices > 1:  # FSDP: each device keeps its part, and gathers a layer at a time
-            layer = components.get("weights", 0) // max(self._layers, 1)
             for name in ("weights", "optimiser", "gradients", "reference"):
                 if name in components:
                     components[name] //= devices
-            components["gathered"] = 2 * layer
+            components["gathered"] = 2 * (weights // max(self._layers, 1))
+            # Gradients are whole until the last micro-batch reduces them.
+            if accumulation > 1 and not options.sync_each_batch:
+                components["gradients"] = 4 * trained_share(self.config, options)
         components["allocator"] = kept_bytes(self.kind, components)
         components["libraries"] = OUTSIDE[self.kind]
         seconds = None
-        if rates is not None:
+        if rates is not None and (devices == 1 or rates.link):
             seconds = self._seconds(options, size, accumulation, max_length, rates, correction)
-            seconds = replace(seconds, optimiser=seconds.optimiser / devices)  # of its own part
+            if devices > 1:
+                seconds = self._shared(seconds, options, weights, accumulation, devices, rates.link)
         strategy = None
         if options.head == "fastpref":
             pairs = self._pairs(self._cut(max_length), size, longest=True)
@@ -227,6 +233,34 @@ class Planner:
             mean("optimiser") * by.optimiser,
             accumulation * by.other,
         )
+
+    def _shared(
+        self,
+        seconds: StepTime,
+        options: StepOptions,
+        weights: int,
+        accumulation: int,
+        devices: int,
+        link: float,
+    ) -> StepTime:
+        """The seconds of a step on several devices, from those on one and the weights' bytes."""
+        item = 2 if options.bf16 or options.dtype.itemsize == 2 else 4
+        gathered = weights * item / options.dtype.itemsize  # autocast's dtype is sent
+        forward = gathered if options.reference == "precompute" else 2 * gathered
+        reduced = item * trained_share(self.config, options)
+        batch = replace(
+            seconds,
+            body_forward=seconds.body_forward / accumulation,
+            body_backward=seconds.body_backward / accumulation,
+        )
+        sent = (devices - 1) / devices / link  # seconds for a byte of what all hold together
+        once = exchange_seconds(batch, forward * sent, (gathered + reduced) * sent)
+        others = once
+        if not options.sync_each_batch:
+            others = exchange_seconds(batch, forward * sent, gathered * sent)
+        waits = once + (accumulation - 1) * others
+        # Each device has its own part of the optimiser's work.
+        return replace(seconds, optimiser=seconds.optimiser / devices, exchange=waits)
 
     def _micro_batches(self, size: int, max_length: int) -> list[list[Pair]]:
         """Micro-batches of evenly spread pairs, those of middle length first."""

@@ -8,7 +8,7 @@ config, lengths of the data's pairs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class TrainingPlan:
         weights: numbers of the model's weights: all, and those that train in the chosen
             configuration.
         probed: whether the seconds of `ways` follow from measured steps, not from rates alone.
+        rates: of the device that is planned for; None: no seconds.
     """
 
     memory: int
@@ -50,6 +51,7 @@ class TrainingPlan:
     table: list[tuple[Device, Estimate | None]] = field(default_factory=list)
     weights: tuple[int, int] = (0, 0)
     probed: bool = False
+    rates: Rates | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The attributes, as values for JSON."""
@@ -57,6 +59,7 @@ class TrainingPlan:
             "memory": self.memory,
             "memory_uncertainty": MEMORY_UNCERTAINTY,
             "probed": self.probed,
+            "rates": None if self.rates is None else asdict(self.rates),
             "weights": {"all": self.weights[0], "trained": self.weights[1]},
             "chosen": None if self.chosen is None else self.chosen.as_dict(),
             "asked": {**self.asked.as_dict(), "fits": self.asked.fits(self.memory)},
@@ -97,7 +100,7 @@ def plan_training(
         method: "full", "lora" or "qlora": the method that is asked for.
         options: its further options; its method is replaced.
         devices: GPUs that the pairs of a step and the weights are divided among.
-        rates: of a device, for the seconds.
+        rates: of a device, for the seconds; with several devices they need a `link`.
         kind: "cpu" or "cuda".
         table: whether common devices are planned for, too.
         why_oom: whether changes are estimated if the method that is asked for does not fit.
@@ -160,7 +163,7 @@ def plan_training(
         asked = ways[method]
         fitting = [way for way in ways.values() if way.fits(memory)]
         chosen = fitting[0] if fitting else None
-        plan = TrainingPlan(memory, chosen, asked, ways)
+        plan = TrainingPlan(memory, chosen, asked, ways, rates=rates)
         plan.probed = all(corrections.values()) if corrections else False
         plan.weights = count_weights(config, (chosen or asked).options)[:2]
         if why_oom and not asked.fits(memory):
@@ -232,6 +235,9 @@ def _changes(
 
     if size > 1:
         add(f"1 pair a micro-batch instead of {size}, with accumulation", size=1)
+    if devices > 1 and asked.accumulation > 1 and not options.sync_each_batch:
+        text = "gradients exchanged after each micro-batch (accelerate's sync_each_batch)"
+        add(text, options={"sync_each_batch": True})
     if not options.gradient_checkpointing:
         add("gradient checkpointing", options={"gradient_checkpointing": True})
     if options.head == "eager":

@@ -6,6 +6,8 @@
     passes    what elementwise work reads and writes, in memory that is new each time
     optimiser bytes of weights, gradients and two states, in place
     calls     a fixed time for each operation, which small models consist of
+    exchange  with several devices: the weights that a layer gathers for each of its passes, and
+              the gradients, as far as the passes' own work does not hide them
 
 A rate is measured here, on this processor, or listed for a device (devices.py) as its peak and the
 share of it that training reaches.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ class Rates:
         bytes: that elementwise work reads and writes, into new memory.
         stream: bytes that work in place reads and writes.
         call: seconds of an operation on hardly any data, with its part in autograd.
+        link: bytes that a device sends in a second to others of its kind; 0: unknown.
         measured: whether they were measured, and not listed.
     """
 
@@ -56,6 +59,7 @@ class Rates:
     stream: float
     call: float
     measured: bool
+    link: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,12 @@ class StepTime:
     body_backward: float
     optimiser: float
     other: float = 0.0  # of the host alone: batches, callbacks
+    exchange: float = 0.0  # of several devices, beyond what they compute at the same time
 
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return self.body_forward + self.head + self.body_backward + self.optimiser + self.other
+        return sum(astuple(self))
 
 
 def _best(call: Callable[[], object], seconds: float = 0.2) -> float:
@@ -142,3 +147,18 @@ def step_seconds(
     # The norm of the gradients is computed as well.
     optimiser = 9 * 4 * weights / rates.stream
     return StepTime(forward + reference, head, backward, optimiser)
+
+
+def exchange_seconds(step: StepTime, forward: float, backward: float) -> float:
+    """The seconds that devices with sharded weights (FSDP) wait for each other in a micro-batch.
+
+    A pass hides what takes no longer than itself, because the next layer is on its way while one
+    computes.
+
+    Args:
+        step: the micro-batch's seconds on one device.
+        forward: seconds for the weights that the forward pass gathers.
+        backward: seconds for those that the backward pass gathers, and for the gradients that it
+            reduces.
+    """
+    return max(0.0, forward - step.body_forward) + max(0.0, backward - step.body_backward)

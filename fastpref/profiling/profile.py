@@ -48,6 +48,8 @@ class SideProfile:
         peak_phase: the phase in which the tensors' peak was.
         components: bytes at the peak, by name.
         unaccounted_bytes: peak_bytes less the components.
+        reserved_bytes: the most that torch's allocator held of a GPU's memory, with what was free
+            in it; None on a CPU.
         timeline: (milliseconds, bytes of each component) during that step.
     """
 
@@ -62,6 +64,7 @@ class SideProfile:
     peak_phase: str | None = None
     components: dict[str, int] = field(default_factory=dict)
     unaccounted_bytes: int | None = None
+    reserved_bytes: int | None = None
     timeline: list[tuple[float, dict[str, int]]] = field(default_factory=list)
 
 
@@ -113,6 +116,7 @@ def profile_training(
     seed: int = 42,
     trust_remote_code: bool = False,
     options: Mapping[str, Any] | None = None,
+    snapshots: str | Path | None = None,
     hear: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Profile:
     """Measure memory by component and time by phase of a few training steps.
@@ -134,6 +138,8 @@ def profile_training(
         gradient_checkpointing, optim, seed: as in `TrainingArguments`.
         trust_remote_code: whether code that the model brings along runs.
         options: further options of fastpref's own trainer, such as precision or prefix_sharing.
+        snapshots: a directory for the history of each side's allocations on a GPU, in the step on
+            the longest pairs: SIDE.pickle, which https://pytorch.org/memory_viz shows.
         hear: called with a side's name and its messages: {"stage": ...}, {"step": ..., "of": ...}.
 
     Returns:
@@ -175,6 +181,8 @@ def profile_training(
             f"expected {'precompute or model' if lora is None else 'adapter'}"
         )
     device = training_device()
+    if snapshots is not None and device == "cpu":
+        raise ValueError("snapshots: training is on a CPU, whose allocations torch does not record")
     settings: dict[str, Any] = {
         **(options or {}),
         "model": str(model),
@@ -194,7 +202,8 @@ def profile_training(
         "device": device,
     }
     rows, batches = choose_rows(model, data, settings, steps, tokenizer)
-    measured = [_measure(name, settings, rows, steps + 2, hear) for name in names]
+    folder = None if snapshots is None else Path(snapshots).absolute()
+    measured = [_measure(name, settings, rows, steps + 2, hear, folder) for name in names]
     profiles = [side for side, _ in measured]
     if all(side.missing for side in profiles):
         of_input = all(of_input for _, of_input in measured)
@@ -275,6 +284,7 @@ def _measure(
     rows: list[dict[str, Any]],
     steps: int,
     hear: Callable[[str, dict[str, Any]], None] | None,
+    snapshots: Path | None,
 ) -> tuple[SideProfile, bool]:
     """The side, and whether it is missing because of the input."""
     from fastpref.profiling.sides import unavailable_side
@@ -285,6 +295,8 @@ def _measure(
     # Columns that no trainer reads may hold dates or bytes, which JSON has as texts.
     rows = json.loads(json.dumps(rows, default=str))
     request = {**settings, "side": name, "rows": rows, "steps": steps}
+    if snapshots is not None:
+        request["snapshot"] = str(snapshots / f"{name}.pickle")
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:  # here: the worker may be killed

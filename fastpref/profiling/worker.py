@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from fastpref.heads.reading import unwrap
 from fastpref.profiling.account import Account, account_of, known_blocks, read_profiler
+from fastpref.profiling.gpu_memory import GpuMemory
 from fastpref.profiling.phases import StepClock
 from fastpref.profiling.processes import Say, serve
 from fastpref.profiling.resident import Resident
@@ -45,8 +46,8 @@ def all_tensors() -> Iterator[torch.Tensor]:
 class MemoryStep(TrainerCallback):
     """Watches the memory of the last step."""
 
-    def __init__(self, clock: StepClock, say: Say) -> None:
-        self.clock, self.say = clock, say
+    def __init__(self, clock: StepClock, say: Say, snapshot: str | None = None) -> None:
+        self.clock, self.say, self.snapshot = clock, say, snapshot
         self.found: dict[str, Any] = {}
         self.account: Account | None = None
         self._began = time.perf_counter()
@@ -77,14 +78,13 @@ class MemoryStep(TrainerCallback):
         }
         self.known = known_blocks(groups, self.device)
         del groups, state
-        self.resident = None
+        self.memory: GpuMemory | Resident
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            self.memory = GpuMemory(self.snapshot)
         else:
-            self.resident = Resident()
-            self.before = self.resident.sample()
-            self.resident.__enter__()
+            self.memory = Resident()
+            self.before = self.memory.sample()
+        self.memory.__enter__()
         activity = torch.profiler.ProfilerActivity
         kinds = [activity.CPU] if self.device.type == "cpu" else [activity.CPU, activity.CUDA]
         self.profiler = torch.profiler.profile(activities=kinds, profile_memory=True)
@@ -94,18 +94,14 @@ class MemoryStep(TrainerCallback):
     def _finish(self) -> None:
         self.clock.marking = False
         self.profiler.__exit__(None, None, None)
-        peak: int | None = None
+        memory = self.memory
+        memory.__exit__(None, None, None)
+        peak: int | None = memory.peak
         outside: dict[str, int] = {}
-        if self.resident is None:
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            self.resident.__exit__(None, None, None)
-            peak = self.resident.peak
-            if self.before is not None and self.resident.at_peak is not None:
-                known = sum(block.size for block in self.known)
-                libraries = self.before.resident - self.before.freed - known
-                outside = {"malloc": self.resident.at_peak.freed, "libraries": max(libraries, 0)}
+        if isinstance(memory, Resident) and self.before is not None and memory.at_peak is not None:
+            known = sum(block.size for block in self.known)
+            libraries = self.before.resident - self.before.freed - known
+            outside = {"malloc": memory.at_peak.freed, "libraries": max(libraries, 0)}
         events = read_profiler(self.profiler, self.device)
         self.account = account = account_of(self.known, events, self.clock.gradients)
         components = {**account.components, **outside}
@@ -113,6 +109,7 @@ class MemoryStep(TrainerCallback):
             "peak_bytes": peak,
             "tensor_bytes": account.peak_bytes,
             "peak_phase": account.peak_phase,
+            "reserved_bytes": memory.reserved if isinstance(memory, GpuMemory) else None,
             "components": components,
             "unaccounted_bytes": None if peak is None else peak - sum(components.values()),
             "timeline": account.timeline,
@@ -127,7 +124,7 @@ def profile_side(request: dict[str, Any], say: Say) -> dict[str, Any]:
         trainer = make_trainer(request["side"], request, request["rows"], out)
         setup = time.perf_counter() - began
         say({"stage": "training"})
-        memory = MemoryStep(clock, say)
+        memory = MemoryStep(clock, say, request.get("snapshot"))
         clock.attach(trainer)
         trainer.add_callback(memory)
         trainer.train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from support import tiny
 
 from fastpref.planning import StepOptions, plan_training, probe
 from fastpref.planning.probe import probe_layers, probe_steps
-from fastpref.planning.times import Rates
+from fastpref.planning.times import Rates, StepTime
 
 BATCHES = [[(4, 6, 5)], [(3, 8, 4)]]
 THIS_CPU = Rates("this CPU", 1e10, 1e10, 1e10, 1e10, 1e-5, measured=True)
@@ -48,9 +48,7 @@ def test_phases_are_linear_in_layers_but_the_head(monkeypatch):
     monkeypatch.setattr(probe, "_measure", measured)
     steps = probe_steps(config(10), BATCHES, StepOptions())
     # The phase "reference" is a part of the forward pass, "data" of the rest.
-    assert [asdict(step) for step in steps] == [
-        {"body_forward": 21.5, "head": 7.5, "body_backward": 0.5, "optimiser": 30, "other": 1.0}
-    ] * 2
+    assert steps == [StepTime(21.5, 7.5, 0.5, 30.0, 1.0)] * 2
 
 
 @pytest.mark.parametrize(
@@ -83,7 +81,6 @@ def test_what_needs_a_gpu_is_refused():
 
 def test_a_plan_takes_the_probes_seconds(monkeypatch):
     from fastpref.planning import estimate
-    from fastpref.planning.times import StepTime
 
     given = {"memory": 2**33, "batch_size": 2, "max_length": 32, "table": False}
     step = StepTime(1.0, 2.0, 3.0, 4.0, 0.5)

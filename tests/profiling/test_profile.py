@@ -7,6 +7,7 @@ import json
 import os
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
@@ -98,6 +99,11 @@ def test_plot_and_report_are_written(profiled, files):
         (["--reference", "base"], "reference: got 'base', expected one of auto, precompute"),
         (["--dtype", "float8"], "dtype: got 'float8', expected one of float32, bfloat16"),
         (["--steps", "20000"], "steps: got 20000, expected at most 10000"),
+        pytest.param(
+            ["--snapshots", "histories"],
+            "snapshots: training is on a CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["--data", "./nowhere.jsonl"], "data file ./nowhere.jsonl does not exist"),
     ],
 )

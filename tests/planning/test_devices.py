@@ -1,0 +1,190 @@
+"""Plans for devices of the table, and for several that share a training."""
+
+from __future__ import annotations
+
+import json
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("typer")
+
+from support import tiny
+from typer.testing import CliRunner
+
+from fastpref import cli
+from fastpref.planning import StepOptions, plan_training
+from fastpref.planning.counts import count_weights, trained_share
+from fastpref.planning.devices import DEVICES, find_device, own_device, parse_memory
+from fastpref.planning.estimate import Planner, default_lengths
+from fastpref.planning.times import Rates
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.model(vocab_size=4_000).config
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, ["plan", "--no-probe", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("24GB", 24 * 10**9),
+        ("1.5 GiB", 3 * 2**29),
+        ("800mb", 8 * 10**8),
+        ("24G", 24 * 10**9),
+        ("2Gi", 2**31),
+        ("1PB", 10**15),
+        ("8000000", 8_000_000),
+    ],
+)
+def test_memory_sizes(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["24 apples", "", "GB", "1.2.3GB", "0GB", ".", "9" * 400, "-1", "24", "1,5GB", "9EB"]
+)
+def test_bad_memory_sizes(text):
+    with pytest.raises(ValueError, match="memory: got"):
+        parse_memory(text)
+
+
+def test_sharding_divides_what_is_sharded(config):
+    planner = Planner(config, default_lengths(64), "cuda")
+    options = StepOptions(device="cuda", memory_budget=2**30)
+    one, four = (planner.estimate(options, 1, 1, 64, n).components for n in (1, 4))
+    assert four["optimiser"] == one["optimiser"] // 4
+    assert four["activations"] == one["activations"]
+
+
+def test_devices_share_the_pairs_of_a_step(config):
+    given = {"memory": 2**36, "batch_size": 8, "max_length": 64, "kind": "cuda", "table": False}
+    way = plan_training(config, devices=4, **given).asked
+    assert way.pairs * way.accumulation * way.devices == 8
+    with pytest.raises(ValueError, match="batch_size: got 8, which 3 devices .* such as 9"):
+        plan_training(config, devices=3, **given)
+    rates = Rates("one", 1e11, 1e11, 1e10, 1e10, 1e-5, measured=False, link=1e9)
+    planner = Planner(config, default_lengths(64), "cuda")
+    one, two = (planner.estimate(StepOptions(device="cuda"), 1, 1, 64, n, rates) for n in (1, 2))
+    assert two.seconds.optimiser == one.seconds.optimiser / 2
+    tight = plan_training(config, **{**given, "memory": 2**20, "batch_size": 6, "max_length": 16})
+    doubled = {text: way for text, way in tight.changes if "GPUs" in text}
+    ((text, way),) = doubled.items()
+    assert text == "2 GPUs that share the weights" and way.pairs * way.accumulation * 2 == 6
+
+
+def test_gradients_are_whole_until_devices_exchange_them(config):
+    planner = Planner(config, default_lengths(64), "cuda")
+    options = StepOptions(device="cuda", memory_budget=2**30)
+    trained = 4 * trained_share(config, options)
+    accumulated = planner.estimate(options, 1, 2, 64, 4)
+    assert accumulated.components["gradients"] == trained
+    each = replace(options, sync_each_batch=True)
+    at_once = planner.estimate(each, 1, 2, 64, 4)
+    assert at_once.components.get("gradients", 0) <= trained // 4
+    assert planner.estimate(options, 1, 1, 64, 4).components == at_once.components
+    given = {"memory": 2**20, "batch_size": 32, "max_length": 64, "kind": "cuda", "table": False}
+    changes = dict(plan_training(config, devices=4, **given).changes)
+    (change,) = (way for text, way in changes.items() if "sync_each_batch" in text)
+    assert change.options.sync_each_batch
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_devices_wait_for_what_their_work_does_not_hide(config, method):
+    def seconds(link, devices=4, accumulation=2, **changes):
+        rates = Rates("one", 1e11, 1e11, 1e10, 1e10, 1e-5, measured=False, link=link)
+        planner = Planner(config, default_lengths(64), "cuda")
+        options = StepOptions(method=method, device="cuda", **changes)
+        return planner.estimate(options, 1, accumulation, 64, devices, rates).seconds
+
+    assert seconds(0.0) is None and seconds(0.0, devices=1).exchange == 0.0
+    assert seconds(1e15).exchange == 0.0
+    slow, slower = seconds(1e6), seconds(1e5)
+    # Bytes that each of 4 devices sends: weights of both passes and micro-batches, gradients once.
+    total, trained, _ = count_weights(config, StepOptions(method=method))
+    sent = 0.75 * 4 * (4 * total + trained)
+    assert slower.exchange - slow.exchange == pytest.approx(sent * (1e-5 - 1e-6), rel=0.01)
+    assert slow.total == pytest.approx(
+        slow.exchange + slow.body_forward + slow.head + slow.body_backward + slow.optimiser
+    )
+    again = seconds(1e5, sync_each_batch=True).exchange
+    assert again - slower.exchange == pytest.approx(0.75 * 4 * trained * 1e-5, rel=0.01)
+    if method == "full":  # a second model is gathered as well
+        two = seconds(1e5, reference="model").exchange
+        assert two - slower.exchange == pytest.approx(0.75 * 4 * 2 * total * 1e-5, rel=0.01)
+    half = seconds(1e5, bf16=True).exchange
+    assert half == pytest.approx(slower.exchange / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("h100", "H100 80GB"),
+        ("A100 40GB", "A100 40GB"),
+        ("4090", "RTX 4090 24GB"),
+        ("a10", "A10 24GB"),
+        ("desktop", "desktop, 8 AVX2 cores, 32GB"),
+    ],
+)
+def test_devices_are_found_by_words_of_their_names(text, name):
+    assert find_device(text).name == name
+
+
+@pytest.mark.parametrize("text, number", [("a100", 2), ("", len(DEVICES)), ("tpu", len(DEVICES))])
+def test_a_name_of_no_device_or_of_several_lists_them(text, number):
+    with pytest.raises(ValueError, match=f"device: got '{text}', expected one of") as error:
+        find_device(text)
+    assert sum(f"'{d.name}'" in str(error.value) for d in DEVICES) == number
+
+
+@pytest.mark.parametrize(
+    "driver, mib, name",
+    [
+        ("NVIDIA H200", 143771, "H200 141GB"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "A100 40GB"),
+        ("NVIDIA H100 80GB HBM3", 81559, "H100 80GB"),
+        ("NVIDIA GeForce RTX 4090", 24564, "RTX 4090 24GB"),
+        ("AMD Instinct MI300X", 196592, "MI300X 192GB"),
+        ("NVIDIA A10G", 23028, None),
+        ("NVIDIA H100 PCIe", 81559, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, None),
+        ("NVIDIA L40S", 46068, "L40S 48GB"),
+    ],
+)
+def test_this_machine_s_gpu_is_found_by_its_driver_s_name(monkeypatch, driver, mib, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = types.SimpleNamespace(name=driver, total_memory=mib * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    device = own_device()
+    assert (None if device is None else device.name) == name
+
+
+def test_a_device_of_the_table_gives_memory_and_seconds(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    given = ["--model", tmp_path, "--max-length", 64, "--batch-size", 16, "--no-table"]
+    out = json.loads(invoke(*given, "--device", "h100", "--gpus", 4, "--json").stdout)
+    h100 = find_device("h100")
+    assert out["memory"] == h100.memory and out["rates"]["name"] == "H100 80GB"
+    assert not out["probed"] and out["asked"]["seconds"]["total"] > 0
+    assert out["asked"]["options"]["bf16"] and out["ways"]["qlora"]["seconds"]["exchange"] >= 0
+    text = " ".join(invoke(*given, "--device", "h100", "--gpus", 4).stdout.split())
+    assert "seconds follow from listed rates of H100 80GB and of its links, not measured" in text
+    out = json.loads(invoke(*given, "--device", "server", "--json").stdout)
+    assert not out["asked"]["options"]["bf16"] and not out["rates"]["measured"]
+    if not torch.cuda.is_available():
+        text = invoke(*given, "--where", "gpu", "--memory", "24GB").stdout
+        assert "no seconds: --device says which GPU it is, such as h100" in text
+
+
+def test_devices_have_no_more_memory_than_their_names_say():
+    for device in DEVICES:
+        named = parse_memory(device.name.split()[-1].rsplit(",")[-1].replace("GB", "GiB"))
+        assert 0.92 * named < device.memory <= 1.01 * named
