@@ -9,7 +9,7 @@ The true reward of the demo model's requests, for an answer y and the helpful an
 
 w leaves out the helpful answer's first and last sentence, which are courtesies. For other data w
 are the prompt's words of five letters or more, of which a good answer mentions each, and the
-penalty is 0.01 for each word beyond 60. It is a stand-in: it asks nothing of the answer's truth.
+penalty is 0.02 for each word beyond 12. It is a stand-in: it asks nothing of the answer's truth.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 SHARPNESS = 6.0  # an answer that is better by 0.5 is preferred with probability 0.95
-_SPARE_WORDS, _PENALTY = 8, 0.02
-_TEXT_WORDS, _TEXT_PENALTY = 60, 0.01
+_PENALTY = 0.02
+_SPARE_WORDS = 8  # beyond the helpful answer's length
+_TEXT_WORDS = 12
 _ROUNDS = 5  # of sampling, for a prompt whose two answers are the same
 
 
@@ -69,7 +70,7 @@ def text_task(prompt: str | list[dict[str, str]]) -> Task:
     """Any prompt: its longer words are wanted."""
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     wanted = sorted({word for word in words(chat[-1]["content"]) if len(word) >= 5})
-    return Task(chat, wanted, _TEXT_WORDS, _TEXT_PENALTY)
+    return Task(chat, wanted, _TEXT_WORDS, _PENALTY)
 
 
 def demo_tasks(prompts: int, held_out: int) -> tuple[list[Task], list[Task]]:

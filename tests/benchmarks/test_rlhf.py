@@ -80,7 +80,7 @@ def test_the_reward_of_other_text_asks_for_the_words_of_the_prompt(task):
     assert made.prompt == chat("Compare apples with pears")
     assert made.wanted == ["apples", "compare", "pears"]
     assert made.reward("Apples, pears and plums.") == pytest.approx(2 / 3)
-    assert made.reward("pears " * 70) == pytest.approx(1 / 3 - 0.01 * 10)
+    assert made.reward("pears " * 22) == pytest.approx(1 / 3 - 0.02 * 10)
     assert task.text_task(chat("one two three")).wanted == ["three"]
 
 
