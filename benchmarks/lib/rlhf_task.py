@@ -173,15 +173,17 @@ def sample(
 @torch.no_grad()
 def answer_logps(model: Any, samples: Samples, rows: int = 32) -> Tensor:
     """The summed log-probability [rows] of each answer."""
-    from fastpref import token_logps
+    from fastpref import linear_token_logps
+    from fastpref.heads import hidden_states, read_head
 
-    found = []
+    found, head = [], read_head(model)
     for start in range(0, len(samples.ids), rows):
         ids, mask, answers = (t[start : start + rows] for t in samples[1:])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1]
+        hidden = hidden_states(model, input_ids=ids, attention_mask=mask, position_ids=positions)
         labels = ids[:, 1:].masked_fill(answers[:, 1:] == 0, -100)
-        found.append(token_logps(logits.float(), labels).double().sum(1))
+        logps = linear_token_logps(hidden[:, :-1], head.weight, labels, **head.options())
+        found.append(logps.double().sum(1))
     return torch.cat(found)
 
 
@@ -199,7 +201,9 @@ def judge(
     rewards = torch.tensor(
         [tasks[i // copies].reward(text) for i, text in enumerate(made.texts)], dtype=torch.float64
     )
-    kl = answer_logps(policy, made) - answer_logps(start, made)
+    kl = torch.zeros(len(rewards), dtype=torch.float64)
+    if policy is not start:
+        kl = answer_logps(policy, made) - answer_logps(start, made)
     ended = ((made.ids == tokenizer.eos_token_id) & (made.answers == 1)).any(1)
     root = len(rewards) ** 0.5
     return {

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fastpref.bench.device import peak_resident_bytes, resident_bytes
+from fastpref.body.attach import choose_layers
 
 from . import rlhf_task
 from .training import write_lines
@@ -338,6 +339,9 @@ class Judge:
         load = AutoModelForCausalLM.from_pretrained
         self.start = load(settings["model"], dtype=torch.float32).eval()
         self.policy = load(settings["model"], dtype=torch.float32).eval()
+        models = self.start, self.policy
+        heads = [model.get_output_embeddings() for model in models]
+        self.products = choose_layers(models, heads=heads)  # judging is no part of what is timed
         tasks = rlhf_task.read_tasks
         self.tasks, self.held_out = tasks(settings["train"]), tasks(settings["held_out"])
 
@@ -367,14 +371,10 @@ class Judge:
             self.policy.load_state_dict(torch.load(job["path"], weights_only=True))
             Path(job["path"]).unlink()
         torch.manual_seed(job["seed"])
-        return rlhf_task.judge(
-            self.policy if job["path"] is not None else self.start,
-            self.start,
-            self.tokenizer,
-            self.held_out,
-            tokens=self.settings["tokens"],
-            copies=self.settings["answers"],
-        )
+        policy = self.start if job["path"] is None else self.policy
+        options = {"tokens": self.settings["tokens"], "copies": self.settings["answers"]}
+        with self.products.attached():
+            return rlhf_task.judge(policy, self.start, self.tokenizer, self.held_out, **options)
 
 
 def answer(settings: Settings, say: Callable[[dict[str, Any]], None]) -> None:
