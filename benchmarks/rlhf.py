@@ -82,6 +82,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reward-learning-rate", type=float, help="of the reward model; the same by default")
     add("--threads", type=int, default=0, help="of each process; torch's choice by default")
     add("--budget", type=float, help="seconds; seeds that do not fit any more are left out")
+    add("--resume", action="store_true", help="keep the seeds that --output has already")
     add("--output", default="rlhf", help="name of the files in results/, or a path")
     args = parser.parse_args(argv)
     args.methods = [name for name in args.methods.split(",") if name]
@@ -178,22 +179,39 @@ def measure(args: argparse.Namespace, folder: Path, found: dict[str, Any], path:
     for name, some in zip(("train", "held_out"), tasks, strict=True):
         settings[name] = rlhf_task.write_tasks(folder / f"{name}_tasks.jsonl", some)
     wanted = [part for method in args.methods for part in rlhf_report.STAGES[method]]
-    begun, longest = time.perf_counter(), 0.0
+    begun, longest, before = time.perf_counter(), 0.0, found.get("wall_s", 0.0)
+    done = {pairs["seed"] for pairs in found["pairs"]}
     stages = {name: Stage(settings | {"stage": name}) for name in ("judge", *wanted)}
     try:
-        for seed in range(args.seeds):
+        for seed in (n for n in range(args.seeds) if n not in done):
             spent = time.perf_counter() - begun
-            if args.budget and seed and spent + longest > args.budget:
+            if args.budget and longest and spent + longest > args.budget:
                 print(f"  seeds from {seed} on: no time left", file=sys.stderr)
                 break
             one_seed(seed, args, stages, folder, found)
             longest = max(longest, time.perf_counter() - begun - spent)
-            found["wall_s"] = round(time.perf_counter() - begun, 1)
+            found["wall_s"] = round(before + time.perf_counter() - begun, 1)
             rlhf_report.summarise(found)
             results.write_json(path, found)
     finally:
         for stage in stages.values():
             stage.stop()
+
+
+def resumed(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run found, to which seeds are added. Exits if it had other settings."""
+    free = ("seeds", "budget")
+
+    def same(one: dict[str, Any]) -> dict[str, Any]:
+        settings = {k: v for k, v in one["settings"].items() if k not in free}
+        machine = {k: one["machine"][k] for k in ("cpu", "threads", "packages")}
+        return {"settings": settings, "machine": machine, "model": one["model"]}
+
+    before, now = same(earlier), json.loads(json.dumps(same(found)))
+    if differing := [name for name in now if before[name] != now[name]]:
+        raise SystemExit(f"--resume: the earlier run had other {' and other '.join(differing)}")
+    earlier["settings"] |= {name: found["settings"][name] for name in free}
+    return earlier
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -203,13 +221,13 @@ def main(argv: list[str] | None = None) -> None:
         runner.serve(rlhf_worker.answer)
         return
     args = arguments(argv)
-    skipped = ("model", "data", "output", "rloo_learning_rate", "reward_learning_rate")
+    own = ("model", "data", "output", "rloo_learning_rate", "reward_learning_rate", "resume")
     found: dict[str, Any] = {
         "benchmark": "rlhf: preference optimisation against a reward model and RLOO",
         "compared": COMPARED,
         "machine": results.machine() | {"threads": args.threads or results.machine()["threads"]},
         "model": "fastpref's demo model" if args.model is None else Path(args.model).name,
-        "settings": {k: v for k, v in vars(args).items() if k not in skipped}
+        "settings": {k: v for k, v in vars(args).items() if k not in own}
         | {"sharpness": rlhf_task.SHARPNESS}
         | NOTES,
         "pairs": [],
@@ -217,6 +235,8 @@ def main(argv: list[str] | None = None) -> None:
         "runs": [],
     }
     path = results.results_path(args.output)
+    if args.resume and path.exists():
+        found = resumed(json.loads(path.read_text()), found)
     with tempfile.TemporaryDirectory() as folder:
         measure(args, Path(folder), found, path)
     rlhf_report.plot(found, path.with_suffix(".png"))

@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "logps", "losses", "reference",
     },
     "profiling": {
-        "progress", "backends.huge_pages", "backends.processor", "data", "fused", "heads", "logps",
+        "progress", "storage", "backends.huge_pages", "backends.processor", "data", "fused", "heads", "logps",
         "reference", "trainer",
     },
     "planning": {

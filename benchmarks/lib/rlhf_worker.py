@@ -29,6 +29,7 @@ from torch.utils.flop_counter import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from fastpref.backends.host_memory import release_memory
 from fastpref.bench.device import peak_resident_bytes, resident_bytes
 from fastpref.body.attach import choose_layers
 
@@ -244,7 +245,7 @@ def train(settings: Settings, job: dict[str, Any]) -> dict[str, Any]:
             }
             trainer.save_model(job["output"])
     del trainer
-    gc.collect()
+    release_memory()
     return found
 
 
@@ -265,7 +266,7 @@ def count(settings: Settings, job: dict[str, Any]) -> dict[str, float]:
         trainer.train()
         total.stop()
     del trainer
-    gc.collect()
+    release_memory()
     return {"step": total.flops / _COUNTED_STEPS, "ahead": float(ahead.flops)}
 
 

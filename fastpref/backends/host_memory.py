@@ -1,8 +1,10 @@
-"""The host memory that this process may use: the machine's, or its container's."""
+"""The host memory that this process may use, the machine's or its container's, and its return."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -58,3 +60,10 @@ def _bytes_used(folder: str, current: str, cached: str) -> int:
         lines = Path(folder, "memory.stat").read_text().splitlines()
         dropped = int(dict(line.split() for line in lines)[cached])
     return max(used - dropped, 0)
+
+
+def release_memory() -> None:
+    """Return freed memory to the system, so that the next peak includes all allocations."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library than GNU's
+        ctypes.CDLL(None).malloc_trim(0)

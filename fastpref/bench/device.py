@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastpref.backends.host_memory import release_memory
 from fastpref.profiling.resident import status_bytes
 
 # Before each timed call the GPU spins for so long. The host prepares the call's launches meanwhile,
@@ -92,9 +92,7 @@ class Device:
 
     def peak(self, call: Callable[[], object]) -> dict[str, int]:
         """Peak resident memory of a call beyond what was resident before it, in bytes."""
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        release_memory()
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         call()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from typing import Any
 
 import torch
 
+from fastpref.backends.host_memory import release_memory
 from fastpref.cli import report
 
 
@@ -101,14 +101,3 @@ def compare_heads(trainer: Any, batches: int, repeats: int) -> dict[str, Any]:
         "loss_difference": abs(loss - eager_value),
         "largest_gradient_difference": (grad - eager_grad).abs().max().item(),
     }
-
-
-def release_memory() -> None:
-    """Return freed memory to the system, so that the next peak includes all allocations."""
-    gc.collect()
-    try:
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library than GNU's
-        pass

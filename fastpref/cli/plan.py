@@ -157,7 +157,7 @@ def command(
     if memory is not None:
         available = parse_memory(memory)
     else:
-        available = own_memory() if named is None else named.memory
+        available = own_memory(kind) if named is None else named.memory
     pairs = -(-8 // gpus) * gpus if batch_size is None else batch_size
     if pairs % gpus:
         raise ValueError(
@@ -173,12 +173,13 @@ def command(
     half = bf16
     if half is None:
         half = kind == "cuda" or (named is None and bf16_is_fast("cpu"))
-    rates = None
-    if kind == "cuda":
-        own = own_device() if named is None else named
-        rates = None if own is None else own.rates()
-    else:
-        rates = measured_rates(half) if named is None else named.rates()
+    in_bf16 = half or dtype is Dtype.bfloat16
+    known = named
+    if known is None and kind == "cuda":
+        known = own_device()
+    rates = None if known is None else known.rates(in_bf16, gpus)
+    if known is None and kind == "cpu":
+        rates = measured_rates(in_bf16)
     plan = plan_training(
         config,
         memory=available,
@@ -203,14 +204,15 @@ def command(
         show_progress=not as_json,
     )
     missing = missing_sizes(model, config)
+    sentences = _sentences(plan, lengths, missing, known)
     if plot is not None:
         write_plot(_figure(plan), plot)
     if report is not None:
-        _write_report(plan, model, lengths, missing, report)
+        _write_report(plan, model, sentences, report)
     if as_json:
         print_json({**plan.as_dict(), "sizes_by_default": missing})
     else:
-        _show(plan, lengths, missing)
+        _show(plan, sentences)
         say_paths(plot=plot, report=report)
     if not plan.asked.fits(plan.memory):
         raise typer.Exit(exit_codes.FINDINGS)
@@ -278,7 +280,7 @@ def _changes(plan: Any) -> tuple[list[str], list[list[str]]]:
     return ["change", "GB saved", "GB then", "fits"], rows
 
 
-def _sentences(plan: Any, lengths: Any, missing: dict[str, int]) -> list[str]:
+def _sentences(plan: Any, lengths: Any, missing: dict[str, int], listed: Any) -> list[str]:
     from fastpref.planning.estimate import MARGIN, MEMORY_UNCERTAINTY
     from fastpref.planning.plan import length_facts
 
@@ -302,10 +304,13 @@ def _sentences(plan: Any, lengths: Any, missing: dict[str, int]) -> list[str]:
             + (f", each on {way.devices} devices with sharded weights" if way.devices > 1 else "")
         )
     rates = plan.rates
-    if rates is None:
-        out.append("no seconds: --device says which GPU it is, such as h100")
+    if rates is None and listed is None:
+        out.append("no seconds: --device names a GPU of the table, such as h100")
+    elif rates is None:
+        dtype = "bf16" if listed.kind == "gpu" else "fp32"
+        out.append(f"no seconds: the rates of {listed.name} are listed in {dtype} alone")
     elif not rates.measured:
-        links = " and of its links" if plan.asked.devices > 1 else ""
+        links = " and of its links within one machine" if plan.asked.devices > 1 else ""
         out.append(f"seconds follow from listed rates of {rates.name}{links}, not measured")
     else:
         out.append(
@@ -333,11 +338,11 @@ def _load() -> str | None:
     return f"a load of {load:.1f} on {cores} processors" if load > 1.5 * cores else None
 
 
-def _show(plan: Any, lengths: Any, missing: dict[str, int]) -> None:
+def _show(plan: Any, sentences: list[str]) -> None:
     from rich.table import Table
 
     console = table_console()
-    for sentence in _sentences(plan, lengths, missing):
+    for sentence in sentences:
         console.print(sentence, highlight=False, markup=False)
     for header, rows in (_ways(plan), _changes(plan), _table(plan)):
         if not rows:
@@ -374,11 +379,11 @@ def _figure(plan: Any) -> Any:
     return figure
 
 
-def _write_report(plan: Any, model: str, lengths: Any, missing: dict[str, int], path: Path) -> None:
+def _write_report(plan: Any, model: str, sentences: list[str], path: Path) -> None:
     from fastpref.html_report import HtmlReport, png_bytes
 
     html = HtmlReport("fastpref plan", Path(model).name)
-    for sentence in _sentences(plan, lengths, missing):
+    for sentence in sentences:
         html.text(sentence)
     html.figure(png_bytes(_figure(plan)), "Memory by component, and that of a device")
     parts = (("Ways to train", _ways), ("What to change", _changes), ("Common devices", _table))

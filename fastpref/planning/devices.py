@@ -29,6 +29,7 @@ class Device:
         memory: bytes.
         flops, bandwidth: FLOPs and bytes in a second.
         link: bytes that it sends in a second to others in the same machine; 0 for a CPU.
+        peers: links of that rate, each to one other device; 1: a link to all of them together.
     """
 
     name: str
@@ -37,13 +38,20 @@ class Device:
     flops: float
     bandwidth: float
     link: float = 0.0
+    peers: int = 1
 
-    def rates(self) -> Rates:
-        """Its rates in training."""
+    def rates(self, bf16: bool, devices: int = 1) -> Rates | None:
+        """Its rates in training, one of several devices; None in a dtype that is not listed.
+
+        bf16: whether matrix products are in bf16, as listed for a GPU, and not in fp32, as for a
+            CPU.
+        """
+        if bf16 != (self.kind == "gpu"):
+            return None
         reached = REACHED[self.kind]
         flops = reached * self.flops
         moved = 0.8 * self.bandwidth
-        link = _LINK_REACHED * self.link
+        link = _LINK_REACHED * self.link * max(min(self.peers, devices - 1), 1)
         return Rates(self.name, flops, flops, moved, moved, _CALL, measured=False, link=link)
 
 
@@ -52,8 +60,8 @@ MIB = 2**20
 # GA102 (3090), Ada (4090) and RTX Blackwell (5090), of its data sheets of the L4, A10, L40S, A100
 # (40 GB: 1,555 GB/s; SXM 80 GB: 2,039 GB/s), H100 SXM, H200 SXM and HGX B200, whose tables halve
 # for products without sparsity, and of AMD's data sheet of the MI300X.
-# Links, each way: NVLink of the A100, H100, H200 and B200, the Infinity Fabric of the MI300X to the
-# seven others of a node, and PCIe of the others.
+# Links, each way: NVLink of the A100, H100, H200 and B200, Infinity Fabric of the MI300X to each of
+# the seven others of a node, and PCIe of the others.
 # Memory: what nvidia-smi and rocm-smi show as a device's total. The error correction of the A10, L4
 # and L40S takes a part of what their names say.
 DEVICES = (
@@ -68,7 +76,7 @@ DEVICES = (
     Device("H100 80GB", "gpu", 81559 * MIB, 989.4e12, 3350e9, 450e9),
     Device("H200 141GB", "gpu", 143771 * MIB, 989.4e12, 4800e9, 450e9),
     Device("B200 180GB", "gpu", 183359 * MIB, 2250e12, 8000e9, 900e9),
-    Device("MI300X 192GB", "gpu", 196592 * MIB, 1307.4e12, 5300e9, 448e9),
+    Device("MI300X 192GB", "gpu", 196592 * MIB, 1307.4e12, 5300e9, 64e9, 7),
     Device("desktop, 8 AVX2 cores, 32GB", "cpu", 32768 * MIB, 0.9e12, 60e9),
     Device("server, 32 AVX-512 cores, 256GB", "cpu", 262144 * MIB, 5e12, 300e9),
 )
@@ -82,6 +90,8 @@ def find_device(text: str) -> Device:
     """
     asked = set(_words(text))
     found = [d for d in DEVICES if asked and asked <= set(_words(d.name))]
+    if not found and "-" in text:  # as in "A100-40GB"
+        return find_device(text.replace("-", " "))
     if len(found) == 1:
         return found[0]
     names = ", ".join(f"'{d.name}'" for d in (found or DEVICES))
@@ -108,7 +118,7 @@ def own_device() -> Device | None:
 def _matching(name: str, memory: int) -> Device | None:
     """The table's entry of a GPU by the driver's name for it, and its bytes."""
     words = set(_words(name.replace("-", " ")))
-    if words & {"pcie", "nvl", "laptop"}:
+    if words & {"pcie", "nvl", "laptop", "ti", "super", "d"}:
         return None
     for device in DEVICES:
         named = set(_words(device.name)[:-1]) <= words
@@ -141,15 +151,17 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def own_memory() -> int:
-    """The bytes of memory of this machine or container, or of its first GPU.
+def own_memory(kind: str) -> int:
+    """The bytes of memory of this machine or container ("cpu"), or of its first GPU ("cuda").
 
     Raises:
-        ValueError: a system that does not tell.
+        ValueError: a system that does not tell, or that has no GPU.
     """
     import torch
 
-    if torch.cuda.is_available():
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("memory: this machine has no GPU; pass a device's, such as 24GB")
         return torch.cuda.get_device_properties(0).total_memory
     limit = memory_limit()
     if limit is None:

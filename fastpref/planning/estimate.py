@@ -41,7 +41,7 @@ OUTSIDE = {"cpu": 590 * 2**20, "cuda": 900 * 2**20}
 KEPT_ALWAYS = {"cpu": 60 * 10**6, "cuda": 0}
 KEPT = {"cpu": 0.5, "cuda": 0.1}
 _PASSING = ("gradients", "activations", "head", "reference", "other")
-_SIZES = (1, 2, 4, 8, 16, 32)
+_LARGEST = 32  # pairs of a micro-batch that is tried
 # Predicted seconds of a probe's steps. Micro-batches are added up to the first limit. A probe that
 # would take more than the second is not run.
 _PROBE_SECONDS, _MOST_SECONDS = 8.0, 60.0
@@ -102,6 +102,11 @@ class Estimate:
             "head_strategy": self.head_strategy,
             "seconds": seconds,
         }
+
+
+def _item(options: StepOptions) -> int:
+    """The bytes of a number in matrix products."""
+    return 2 if options.bf16 or options.dtype.itemsize == 2 else 4
 
 
 def kept_bytes(kind: str, components: dict[str, int]) -> int:
@@ -183,17 +188,13 @@ class Planner:
         correction: for each part of a step the factor on its seconds by rates; for the part
             "other" the seconds themselves.
         """
-        account = highest(self.parts(options, size, max_length))
+        options = replace(options, accumulates=accumulation > 1)
+        parts = self.parts(options, size, max_length)
+        weights = max(part.get("weights", 0) for part in parts.values())
+        if devices > 1:
+            parts = {part: self._sharded(c, options, devices) for part, c in parts.items()}
+        account = highest(parts)
         components = {name: value for name, value in account.components.items() if value}
-        weights = components.get("weights", 0)
-        if devices > 1:  # FSDP: each device keeps its part, and gathers a layer at a time
-            for name in ("weights", "optimiser", "gradients", "reference"):
-                if name in components:
-                    components[name] //= devices
-            components["gathered"] = 2 * (weights // max(self._layers, 1))
-            # Gradients are whole until the last micro-batch reduces them.
-            if accumulation > 1 and not options.sync_each_batch:
-                components["gradients"] = 4 * trained_share(self.config, options)
         components["allocator"] = kept_bytes(self.kind, components)
         components["libraries"] = OUTSIDE[self.kind]
         seconds = None
@@ -209,6 +210,36 @@ class Planner:
             options, size, accumulation, max_length, devices, components,
             account.peak_phase, seconds, strategy,
         )  # fmt: skip
+
+    def _sharded(
+        self, components: dict[str, int], options: StepOptions, devices: int
+    ) -> dict[str, int]:
+        """The bytes of each device with FSDP, from those of a part of the step on one."""
+        found = dict(components)
+        whole = {"weights"} if options.method == "qlora" else set()  # accelerate shards no 4 bits
+        if options.accumulates and not options.sync_each_batch:
+            # The last micro-batch exchanges gradients. Until then they have the dtype of products.
+            whole.add("gradients")
+            share = _item(options) / options.dtype.itemsize
+            found["gradients"] = int(share * found.get("gradients", 0))
+        for name in {"weights", "optimiser", "gradients", "reference"} - whole:
+            found[name] = found.get(name, 0) // devices
+        if "weights" not in whole:
+            layers, outside = self._gathered(components["weights"], options)
+            found["gathered"] = int(2 * layers / max(self._layers, 1) + outside)
+        return found
+
+    def _gathered(self, weights: int, options: StepOptions) -> tuple[float, float]:
+        """The bytes of the weights as devices gather them: of all layers, and of the embeddings.
+
+        Layers are gathered in each pass, two at a time. Embeddings, the output head among them,
+        stay from the forward pass to the end of the backward pass.
+        """
+        text = self.config.get_text_config()
+        tables = 1 if getattr(text, "tie_word_embeddings", False) else 2
+        outside = float(tables * text.vocab_size * text.hidden_size * _item(options))
+        gathered = weights * _item(options) / options.dtype.itemsize
+        return max(gathered - outside, 0.0), outside
 
     def _seconds(
         self,
@@ -244,20 +275,22 @@ class Planner:
         link: float,
     ) -> StepTime:
         """The seconds of a step on several devices, from those on one and the weights' bytes."""
-        item = 2 if options.bf16 or options.dtype.itemsize == 2 else 4
-        gathered = weights * item / options.dtype.itemsize  # autocast's dtype is sent
-        forward = gathered if options.reference == "precompute" else 2 * gathered
-        reduced = item * trained_share(self.config, options)
+        layers, outside = 0.0, 0.0
+        if options.method != "qlora":
+            layers, outside = self._gathered(weights, options)
+        passes = 1 if options.reference == "precompute" else 2
+        forward = passes * (layers + outside)
+        reduced = _item(options) * trained_share(self.config, options)
         batch = replace(
             seconds,
             body_forward=seconds.body_forward / accumulation,
             body_backward=seconds.body_backward / accumulation,
         )
         sent = (devices - 1) / devices / link  # seconds for a byte of what all hold together
-        once = exchange_seconds(batch, forward * sent, (gathered + reduced) * sent)
+        once = exchange_seconds(batch, forward * sent, (layers + reduced) * sent)
         others = once
         if not options.sync_each_batch:
-            others = exchange_seconds(batch, forward * sent, gathered * sent)
+            others = exchange_seconds(batch, forward * sent, layers * sent)
         waits = once + (accumulation - 1) * others
         # Each device has its own part of the optimiser's work.
         return replace(seconds, optimiser=seconds.optimiser / devices, exchange=waits)
@@ -329,15 +362,15 @@ class Planner:
         devices: int,
         rates: Rates | None,
     ) -> Estimate:
-        """The largest micro-batch that fits and divides a step; one pair if none fits.
+        """The largest micro-batch that fits and divides a step, or the one with the fewest bytes.
+
+        Accumulated gradients take memory of their own, so that a larger micro-batch may need less.
 
         per_step: pairs of a step on each device.
         """
-        best = None
-        for size in (n for n in _SIZES if n <= per_step and per_step % n == 0):
-            estimate = self.estimate(options, size, per_step // size, max_length, devices, rates)
-            if best is not None and not estimate.fits(memory):
-                break
-            best = estimate
-        assert best is not None
-        return best
+        sizes = [n for n in range(1, min(per_step, _LARGEST) + 1) if per_step % n == 0]
+        estimates = [
+            self.estimate(options, n, per_step // n, max_length, devices, rates) for n in sizes
+        ]
+        fitting = [estimate for estimate in estimates if estimate.fits(memory)]
+        return fitting[-1] if fitting else min(estimates, key=lambda e: e.bytes)

@@ -32,6 +32,7 @@ class StepOptions:
         head_strategy: as in `plan_head`.
         memory_budget: bytes of the head's stash and tile; None: `default_memory_budget`.
         device: "cpu" or "cuda", for the head's plan.
+        accumulates: whether gradients of an earlier micro-batch are there.
         sync_each_batch: whether devices exchange gradients after each micro-batch, not only after
             the last one of an optimiser step; accelerate's option of that name.
     """
@@ -47,6 +48,7 @@ class StepOptions:
     head_strategy: str = "auto"
     memory_budget: int | None = None
     device: str = "cpu"
+    accumulates: bool = False
     sync_each_batch: bool = False
 
 

@@ -33,14 +33,14 @@ class TrainingPlan:
         memory: bytes of each device.
         chosen: the configuration to take; None if nothing fits.
         asked: the configuration that was asked for, whether it fits or not.
-        ways: for each method ("full", "lora", "qlora") the largest configuration that fits, or the
-            smallest one if none fits.
+        ways: for each method ("full", "lora", "qlora") the configuration with the largest
+            micro-batch that fits, or with the fewest bytes if none fits.
         changes: (what to change in `asked`, the estimate after it), the most bytes saved first.
         table: for common devices the method, pairs and seconds; None where nothing fits.
         weights: numbers of the model's weights: all, and those that train in the chosen
             configuration.
         probed: whether the seconds of `ways` follow from measured steps, not from rates alone.
-        rates: of the device that is planned for; None: no seconds.
+        rates: of the device that is planned for; None: unknown.
     """
 
     memory: int
@@ -201,7 +201,7 @@ def _for_device(
         )
         options = _of(options, method)
         estimate = device_planner.largest(
-            options, batch_size, max_length, device.memory, 1, device.rates()
+            options, batch_size, max_length, device.memory, 1, device.rates(half)
         )
         if estimate.fits(device.memory):
             return estimate
@@ -236,7 +236,7 @@ def _changes(
     if size > 1:
         add(f"1 pair a micro-batch instead of {size}, with accumulation", size=1)
     if devices > 1 and asked.accumulation > 1 and not options.sync_each_batch:
-        text = "gradients exchanged after each micro-batch (accelerate's sync_each_batch)"
+        text = "gradients exchanged after each micro-batch (sync_each_batch)"
         add(text, options={"sync_each_batch": True})
     if not options.gradient_checkpointing:
         add("gradient checkpointing", options={"gradient_checkpointing": True})

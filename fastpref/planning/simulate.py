@@ -307,6 +307,8 @@ def _events(
     with silent(), _grouped_products(), FakeTensorMode(allow_non_fake_inputs=True) as fake, tracker:
         _materialise(model)
         known = _known(model, options, tracker)
+        if options.accumulates:
+            known += _gradients(model, tracker)
         tracker.events.clear()
         inputs = {k: fake.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
         try:
@@ -317,6 +319,18 @@ def _events(
                 f"({type(error).__name__}: {first_line(error)})"
             ) from error
     return known, list(tracker.events), gradients
+
+
+def _gradients(model: Any, tracker: _Tracker) -> list[Known]:
+    """Gives each trained weight the gradient of an earlier micro-batch."""
+    known = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            address = tracker.address(parameter.grad, is_new=False)
+            size = parameter.grad.untyped_storage().nbytes()
+            known.append(Known(address, size, "gradients"))
+    return known
 
 
 def _run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class GpuMemory:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         if self.snapshot is not None:
-            torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MOST_EVENTS)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -36,6 +35,5 @@ class GpuMemory:
         self.peak = torch.cuda.max_memory_allocated()
         self.reserved = torch.cuda.max_memory_reserved()
         if self.snapshot is not None:
-            Path(self.snapshot).parent.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(self.snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)

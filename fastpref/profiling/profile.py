@@ -25,6 +25,7 @@ from fastpref.backends.processor import bf16_is_fast, training_device
 from fastpref.profiling.account import PHASES
 from fastpref.profiling.lengths import Lengths, token_lengths
 from fastpref.profiling.processes import Child
+from fastpref.storage import check_writable
 
 _SIDES = ("fastpref", "eager", "trl", "liger")
 MOST_STEPS = 10_000  # whose rows all go to the process of a side
@@ -181,8 +182,11 @@ def profile_training(
             f"expected {'precompute or model' if lora is None else 'adapter'}"
         )
     device = training_device()
-    if snapshots is not None and device == "cpu":
-        raise ValueError("snapshots: training is on a CPU, whose allocations torch does not record")
+    folder = None if snapshots is None else Path(snapshots).expanduser().absolute()
+    if folder is not None:
+        if device != "cuda":
+            raise ValueError(f"snapshots: torch records no allocations of a {device}; needs a GPU")
+        check_writable(folder)
     settings: dict[str, Any] = {
         **(options or {}),
         "model": str(model),
@@ -202,7 +206,6 @@ def profile_training(
         "device": device,
     }
     rows, batches = choose_rows(model, data, settings, steps, tokenizer)
-    folder = None if snapshots is None else Path(snapshots).absolute()
     measured = [_measure(name, settings, rows, steps + 2, hear, folder) for name in names]
     profiles = [side for side, _ in measured]
     if all(side.missing for side in profiles):

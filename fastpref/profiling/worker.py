@@ -10,6 +10,7 @@ memory is watched: by torch's profiler and, on a CPU, by samples of resident mem
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 import time
@@ -50,6 +51,7 @@ class MemoryStep(TrainerCallback):
         self.clock, self.say, self.snapshot = clock, say, snapshot
         self.found: dict[str, Any] = {}
         self.account: Account | None = None
+        self._watching = contextlib.ExitStack()
         self._began = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -62,6 +64,10 @@ class MemoryStep(TrainerCallback):
         self.say({"step": state.global_step, "of": state.max_steps, "seconds": seconds})
         if state.global_step == state.max_steps:
             self._finish()
+
+    def close(self) -> None:
+        """Stop watching, also after an error, such as too little memory."""
+        self._watching.close()
 
     def _start(self) -> None:
         trainer = self.clock.trainer
@@ -84,7 +90,7 @@ class MemoryStep(TrainerCallback):
         else:
             self.memory = Resident()
             self.before = self.memory.sample()
-        self.memory.__enter__()
+        self._watching.enter_context(self.memory)
         activity = torch.profiler.ProfilerActivity
         kinds = [activity.CPU] if self.device.type == "cpu" else [activity.CPU, activity.CUDA]
         self.profiler = torch.profiler.profile(activities=kinds, profile_memory=True)
@@ -94,8 +100,8 @@ class MemoryStep(TrainerCallback):
     def _finish(self) -> None:
         self.clock.marking = False
         self.profiler.__exit__(None, None, None)
+        self.close()
         memory = self.memory
-        memory.__exit__(None, None, None)
         peak: int | None = memory.peak
         outside: dict[str, int] = {}
         if isinstance(memory, Resident) and self.before is not None and memory.at_peak is not None:
@@ -127,7 +133,8 @@ def profile_side(request: dict[str, Any], say: Say) -> dict[str, Any]:
         memory = MemoryStep(clock, say, request.get("snapshot"))
         clock.attach(trainer)
         trainer.add_callback(memory)
-        trainer.train()
+        with contextlib.closing(memory):
+            trainer.train()
     timed = clock.steps[1:-1] or clock.steps[:1]
     return {
         "setup_seconds": setup,

@@ -30,7 +30,7 @@ def test_a_containers_limit_counts_and_its_cache_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "_GROUPS", [unlimited, small])
     assert host_memory.memory_limit() == 5000 and host_memory.free_memory() == 3000
     if not torch.cuda.is_available():
-        assert own_memory() == 5000
+        assert own_memory("cpu") == 5000
 
 
 def test_a_container_that_tells_only_its_limit(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -124,9 +125,11 @@ def test_the_kl_is_the_summed_log_ratio_of_the_answers_tokens(task):
 
 def test_the_starting_model_has_no_kl_to_itself(task):
     start = tiny.model()
-    torch.manual_seed(0)
-    found = task.judge(start, start, tiny.tokenizer(), tasks_of(task, 3), tokens=5, copies=2)
-    assert found["kl"] == 0.0 and found["reward"] <= 1.0 and 0.0 <= found["cut"] <= 1.0
+    for policy, most in ((start, 0.0), (copy.deepcopy(start), 1e-4)):
+        torch.manual_seed(0)
+        found = task.judge(policy, start, tiny.tokenizer(), tasks_of(task, 3), tokens=5, copies=2)
+        assert abs(found["kl"]) <= most
+    assert found["reward"] <= 1.0 and 0.0 <= found["cut"] <= 1.0
 
 
 def settings(task, folder, tmp_path, stage):
@@ -181,6 +184,22 @@ def test_each_stage_makes_one_step(task, worker, folder, tmp_path):
     assert "reward model + RLOO" in rlhf_report.text(found)
     rlhf_report.plot(found, tmp_path / "rlhf.png")
     json.dumps(found)
+
+
+def test_seeds_are_added_to_a_run_of_the_same_settings(task):
+    import rlhf
+
+    machine = {"cpu": "one", "threads": 2, "packages": {}, "date": "today"}
+    settings = {"batch": 16, "seeds": 2, "budget": None, "betas": [0.1]}
+    earlier = {"machine": machine, "model": "M", "settings": settings, "runs": [1], "pairs": [2]}
+    more = {**earlier, "machine": {**machine, "date": "later"}, "runs": [], "pairs": []}
+    more["settings"] = {**settings, "seeds": 3, "budget": 60.0, "betas": (0.1,)}
+    found = rlhf.resumed(json.loads(json.dumps(earlier)), more)
+    assert found["runs"] == [1] and found["machine"]["date"] == "today"
+    assert found["settings"] == {**settings, "seeds": 3, "budget": 60.0}
+    for name, value in (("model", "N"), ("machine", {**machine, "threads": 1})):
+        with pytest.raises(SystemExit, match=f"--resume: the earlier run had other {name}"):
+            rlhf.resumed(earlier, {**more, name: value})
 
 
 def test_the_flops_of_a_product_and_of_attention_are_counted(worker):

@@ -21,7 +21,7 @@ from fastpref.planning import StepOptions, plan_training
 from fastpref.planning.counts import count_weights, trained_share
 from fastpref.planning.devices import DEVICES, find_device, own_device, parse_memory
 from fastpref.planning.estimate import Planner, default_lengths
-from fastpref.planning.times import Rates
+from fastpref.planning.times import Rates, StepTime, exchange_seconds
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,30 @@ def test_sharding_divides_what_is_sharded(config):
     planner = Planner(config, default_lengths(64), "cuda")
     options = StepOptions(device="cuda", memory_budget=2**30)
     one, four = (planner.estimate(options, 1, 1, 64, n).components for n in (1, 4))
-    assert four["optimiser"] == one["optimiser"] // 4
-    assert four["activations"] == one["activations"]
+    assert four["optimiser"] == one["optimiser"] // 4 and four["weights"] == one["weights"] // 4
+    total, _, products = count_weights(config, options)
+    embeddings = 2 * config.vocab_size * config.hidden_size  # not tied
+    layers = 4 * (total - embeddings) / config.num_hidden_layers
+    assert four["gathered"] == pytest.approx(2 * layers + 4 * embeddings, rel=1e-3)
+    half = replace(options, bf16=True)  # gathers in bf16
+    assert planner.estimate(half, 1, 1, 64, 4).components["gathered"] == four["gathered"] // 2
+    # 4-bit weights are whole on each device.
+    qlora = StepOptions(method="qlora", device="cuda", dtype=torch.bfloat16, reference="adapter")
+    one, four = (planner.estimate(qlora, 1, 1, 64, n) for n in (1, 4))
+    assert four.components["weights"] == one.components["weights"]
+    assert "gathered" not in four.components
+
+
+def test_the_peak_of_sharded_weights_is_where_activations_are(config):
+    planner = Planner(config, default_lengths(64), "cuda")
+    options = StepOptions(device="cuda", memory_budget=2**30, gradient_checkpointing=False)
+    parts = planner.parts(options, 2, 64)
+    one, many = (planner.estimate(options, 2, 1, 64, n) for n in (1, 10**6))
+    moving = {k: sum(c.get(n, 0) for n in ("activations", "head")) for k, c in parts.items()}
+    assert many.peak_phase == max(moving, key=moving.get)[0]
+    found = sum(many.components.get(name, 0) for name in ("activations", "head"))
+    assert found == max(moving.values())
+    assert found >= sum(one.components.get(name, 0) for name in ("activations", "head"))
 
 
 def test_devices_share_the_pairs_of_a_step(config):
@@ -81,20 +103,39 @@ def test_devices_share_the_pairs_of_a_step(config):
     assert text == "2 GPUs that share the weights" and way.pairs * way.accumulation * 2 == 6
 
 
-def test_gradients_are_whole_until_devices_exchange_them(config):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_are_whole_until_devices_exchange_them(config, bf16):
     planner = Planner(config, default_lengths(64), "cuda")
-    options = StepOptions(device="cuda", memory_budget=2**30)
-    trained = 4 * trained_share(config, options)
+    options = StepOptions(device="cuda", memory_budget=2**30, bf16=bf16)
+    whole = trained_share(config, options) * (2 if bf16 else 4)
     accumulated = planner.estimate(options, 1, 2, 64, 4)
-    assert accumulated.components["gradients"] == trained
+    assert accumulated.components["gradients"] >= whole
     each = replace(options, sync_each_batch=True)
     at_once = planner.estimate(each, 1, 2, 64, 4)
-    assert at_once.components.get("gradients", 0) <= trained // 4
-    assert planner.estimate(options, 1, 1, 64, 4).components == at_once.components
-    given = {"memory": 2**20, "batch_size": 32, "max_length": 64, "kind": "cuda", "table": False}
-    changes = dict(plan_training(config, devices=4, **given).changes)
-    (change,) = (way for text, way in changes.items() if "sync_each_batch" in text)
-    assert change.options.sync_each_batch
+    assert 0 < at_once.components["gradients"] <= trained_share(config, options) * 8 // 4
+    assert planner.estimate(options, 1, 1, 64, 4).bytes <= at_once.bytes < accumulated.bytes
+    given = {"memory": 2**20, "batch_size": 132, "max_length": 64, "kind": "cuda", "table": False}
+    plan = plan_training(config, devices=4, options=options, **given)
+    assert plan.asked.accumulation > 1
+    (change,) = (way for text, way in plan.changes if "sync_each_batch" in text)
+    assert change.options.sync_each_batch and change.bytes < plan.asked.bytes
+
+
+def test_a_micro_batch_without_accumulated_gradients_may_need_less(config):
+    sizes = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 1024}
+    config = type(config)(**{**config.to_dict(), **sizes})
+    planner = Planner(config, default_lengths(16), "cuda")
+    options = StepOptions(device="cuda", memory_budget=2**20)
+    needs = {n: planner.estimate(options, n, 6 // n, 16, 4).bytes for n in (1, 2, 3, 6)}
+    assert min(needs, key=needs.get) == 6
+    assert planner.largest(options, 6, 16, 1, 4, None).pairs == 6
+    assert planner.largest(options, 6, 16, 2 * needs[6], 4, None).pairs == 6
+
+
+def test_a_pass_hides_an_exchange_that_takes_no_longer():
+    step = StepTime(body_forward=1.0, head=9.0, body_backward=3.0, optimiser=9.0)
+    assert exchange_seconds(step, 0.9, 3.0) == 0.0
+    assert exchange_seconds(step, 1.5, 5.0) == 2.5
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -102,16 +143,21 @@ def test_devices_wait_for_what_their_work_does_not_hide(config, method):
     def seconds(link, devices=4, accumulation=2, **changes):
         rates = Rates("one", 1e11, 1e11, 1e10, 1e10, 1e-5, measured=False, link=link)
         planner = Planner(config, default_lengths(64), "cuda")
-        options = StepOptions(method=method, device="cuda", **changes)
+        options = StepOptions(**{"method": method, "device": "cuda", **changes})
         return planner.estimate(options, 1, accumulation, 64, devices, rates).seconds
 
     assert seconds(0.0) is None and seconds(0.0, devices=1).exchange == 0.0
     assert seconds(1e15).exchange == 0.0
     slow, slower = seconds(1e6), seconds(1e5)
-    # Bytes that each of 4 devices sends: weights of both passes and micro-batches, gradients once.
+    # Bytes that each of 4 devices sends: in both micro-batches all weights in the forward pass and
+    # the layers' in the backward pass, and in the last one the gradients.
     total, trained, _ = count_weights(config, StepOptions(method=method))
-    sent = 0.75 * 4 * (4 * total + trained)
+    layers = total - 2 * config.vocab_size * config.hidden_size
+    sent = 0.75 * 4 * (2 * total + 2 * layers + trained)
     assert slower.exchange - slow.exchange == pytest.approx(sent * (1e-5 - 1e-6), rel=0.01)
+    one = seconds(1e5, devices=1)
+    hidden = one.body_forward + one.body_backward  # of both micro-batches
+    assert slower.exchange == pytest.approx(sent * 1e-5 - hidden, rel=1e-3)
     assert slow.total == pytest.approx(
         slow.exchange + slow.body_forward + slow.head + slow.body_backward + slow.optimiser
     )
@@ -122,6 +168,16 @@ def test_devices_wait_for_what_their_work_does_not_hide(config, method):
         assert two - slower.exchange == pytest.approx(0.75 * 4 * 2 * total * 1e-5, rel=0.01)
     half = seconds(1e5, bf16=True).exchange
     assert half == pytest.approx(slower.exchange / 2, rel=0.01)
+    assert seconds(1e5, method="qlora").exchange < seconds(1e5, method="lora").exchange / 4
+
+
+def test_listed_rates_are_of_one_dtype_and_of_the_links_that_are_used():
+    h100, server, mi300x = (find_device(name) for name in ("h100", "server", "mi300x"))
+    assert h100.rates(False) is None and server.rates(True) is None
+    assert server.rates(False).flops == 0.6 * server.flops
+    assert h100.rates(True, 2).link == h100.rates(True, 8).link == 0.7 * 450e9
+    links = [mi300x.rates(True, n).link / (0.7 * 64e9) for n in (1, 2, 4, 8, 16)]
+    assert links == pytest.approx([1, 1, 3, 7, 7])
 
 
 @pytest.mark.parametrize(
@@ -132,6 +188,7 @@ def test_devices_wait_for_what_their_work_does_not_hide(config, method):
         ("4090", "RTX 4090 24GB"),
         ("a10", "A10 24GB"),
         ("desktop", "desktop, 8 AVX2 cores, 32GB"),
+        ("A100-40GB", "A100 40GB"),
     ],
 )
 def test_devices_are_found_by_words_of_their_names(text, name):
@@ -155,7 +212,11 @@ def test_a_name_of_no_device_or_of_several_lists_them(text, number):
         ("AMD Instinct MI300X", 196592, "MI300X 192GB"),
         ("NVIDIA A10G", 23028, None),
         ("NVIDIA H100 PCIe", 81559, None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 24564, None),
+        ("NVIDIA GeForce RTX 3090 Ti", 24564, None),
+        ("NVIDIA GeForce RTX 4090 D", 24564, None),
+        ("NVIDIA H200 NVL", 143771, None),
+        ("NVIDIA GeForce RTX 4090", 12282, None),
         ("NVIDIA L40S", 46068, "L40S 48GB"),
     ],
 )
@@ -174,14 +235,18 @@ def test_a_device_of_the_table_gives_memory_and_seconds(config, tmp_path):
     h100 = find_device("h100")
     assert out["memory"] == h100.memory and out["rates"]["name"] == "H100 80GB"
     assert not out["probed"] and out["asked"]["seconds"]["total"] > 0
-    assert out["asked"]["options"]["bf16"] and out["ways"]["qlora"]["seconds"]["exchange"] >= 0
+    assert out["asked"]["options"]["bf16"] and out["asked"]["devices"] == 4
     text = " ".join(invoke(*given, "--device", "h100", "--gpus", 4).stdout.split())
-    assert "seconds follow from listed rates of H100 80GB and of its links, not measured" in text
+    assert "seconds follow from listed rates of H100 80GB and of its links within one" in text
+    text = " ".join(invoke(*given, "--device", "h100", "--fp32").stdout.split())
+    assert "no seconds: the rates of H100 80GB are listed in bf16 alone" in text
     out = json.loads(invoke(*given, "--device", "server", "--json").stdout)
     assert not out["asked"]["options"]["bf16"] and not out["rates"]["measured"]
     if not torch.cuda.is_available():
         text = invoke(*given, "--where", "gpu", "--memory", "24GB").stdout
-        assert "no seconds: --device says which GPU it is, such as h100" in text
+        assert "no seconds: --device names a GPU of the table, such as h100" in text
+        result = invoke(*given, "--where", "gpu")
+        assert result.exit_code == 2 and "memory: this machine has no GPU" in result.stderr
 
 
 def test_devices_have_no_more_memory_than_their_names_say():

@@ -59,23 +59,26 @@ SETTINGS = (
 )
 
 
-@pytest.mark.parametrize("batch_size, max_length", [(2, 128), (3, 96)])
+@pytest.mark.parametrize(
+    "batch_size, max_length, accumulation", [(2, 128, 1), (3, 96, 1), (2, 128, 2)]
+)
 @pytest.mark.parametrize("side", ["fastpref", "eager"])
 @pytest.mark.parametrize("method, reference, kept", SETTINGS)
 def test_a_real_step_has_the_predicted_memory(
-    model, config, side, kept, method, reference, batch_size, max_length
+    model, config, side, kept, method, reference, batch_size, max_length, accumulation
 ):
     request = {
         "model": model, "side": side, "loss": {"loss_type": "sigmoid", "beta": 0.1}, "steps": 2,
-        "batch_size": batch_size, "grad_accumulation": 1, "max_length": max_length,
-        "reference": reference,
+        "batch_size": batch_size, "grad_accumulation": accumulation,
+        "max_length": max_length, "reference": reference,
         "lora": LORA if method == "lora" else None, "bf16": False, "dtype": "float32",
         "gradient_checkpointing": not kept, "optim": None, "learning_rate": 1e-6, "seed": 0,
         "trust_remote_code": False, "device": "cpu", "prefix_sharing": True,
     }  # fmt: skip
     rows, batches = choose_rows(model, tiny.rows(16, longest=80), request, 1)
     # One step warms up, and the other is watched.
-    rows = rows[:batch_size] + rows[-batch_size:]
+    per_step = batch_size * accumulation
+    rows = rows[:per_step] + rows[-per_step:]
     with FakeTensorMode():
         fake = torch.empty(8)  # of somebody else, alive in this process
     real = torch.empty(2_000_000)  # too, as what other tests have left
@@ -87,8 +90,9 @@ def test_a_real_step_has_the_predicted_memory(
     del fake, others
     longest = [tuple(pair) for pair in batches["longest"][0]["lengths"]]
     options = StepOptions(
-        method=method, head=side, gradient_checkpointing=not kept, reference=reference
-    )
+        method=method, head=side, gradient_checkpointing=not kept, reference=reference,
+        accumulates=accumulation > 1,
+    )  # fmt: skip
     account = simulate_step(config, longest, options)
     assert account.peak_bytes == pytest.approx(found["tensor_bytes"] - foreign, rel=0.1)
     assert account.peak_phase == found["peak_phase"]

@@ -17,6 +17,8 @@ CASES = {
     "tied": {"tie_word_embeddings": True},
     "lora": {"peft_config": True},
     "bf16": {"bf16": True},
+    # Gradients are sharded after each micro-batch, not whole until the last one.
+    "synced": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
 }
 
 
