@@ -39,8 +39,8 @@ MAY_IMPORT = {
         "logps", "losses", "reference",
     },
     "profiling": {
-        "progress", "storage", "backends.huge_pages", "backends.processor", "data", "fused", "heads", "logps",
-        "reference", "trainer",
+        "progress", "storage", "backends.huge_pages", "backends.processor", "data", "fused",
+        "heads", "logps", "reference", "trainer",
     },
     "planning": {
         "progress", "attention", "backends", "data", "heads", "logps", "profiling",
