@@ -154,16 +154,16 @@ def command(
         raise ValueError(f"--gpus is {gpus}, but a CPU is planned for; expected --gpus 1 or a GPU")
     if method is Method.qlora and kind == "cpu":
         raise ValueError("--method qlora needs a GPU's kernels; expected full or lora on a CPU")
-    if memory is not None:
-        available = parse_memory(memory)
-    else:
-        available = own_memory(kind) if named is None else named.memory
     pairs = -(-8 // gpus) * gpus if batch_size is None else batch_size
     if pairs % gpus:
         raise ValueError(
             f"--batch-size is {pairs}, which --gpus {gpus} cannot share evenly; expected a "
             f"multiple of {gpus}, such as {-(-pairs // gpus) * gpus}"
         )
+    if memory is not None:
+        available = parse_memory(memory)
+    else:
+        available = own_memory(kind) if named is None else named.memory
     hide_library_bars()
     config = load_config(model, trust_remote_code)
     lengths = None
