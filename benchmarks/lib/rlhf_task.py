@@ -29,6 +29,12 @@ SHARPNESS = 6.0  # an answer that is better by 0.5 is preferred with probability
 _PENALTY = 0.02
 _SPARE_WORDS = 8  # beyond the helpful answer's length
 _TEXT_WORDS = 12
+CONSTANTS = {
+    "sharpness": SHARPNESS,
+    "penalty": _PENALTY,
+    "spare_words": _SPARE_WORDS,
+    "text_words": _TEXT_WORDS,
+}
 _ROUNDS = 5  # of sampling, for a prompt whose two answers are the same
 
 

@@ -64,7 +64,9 @@ def command(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Of each device, such as 24GB; by default this machine's."),
+        typer.Option(
+            help="Of each device, such as 24GB; by default that of --device or this machine's."
+        ),
     ] = None,
     gpus: Annotated[
         int,
@@ -74,13 +76,16 @@ def command(
         ),
     ] = 1,
     where: Annotated[
-        Where, typer.Option(help="cpu or gpu; auto: gpu if one is here or --gpus is above 1.")
+        Where,
+        typer.Option(
+            help="cpu or gpu; auto: that of --device, else gpu if one is here or --gpus is above 1."
+        ),
     ] = Where.auto,
     device: Annotated[
         str | None,
         typer.Option(
-            help="One of the table, such as h100: its memory, and the seconds by its rates. By "
-            "default this machine's GPU, if the table has it."
+            help="A common device, such as h100, whose memory and rates are taken. By default this "
+            "machine's GPU, if the table of common devices has it."
         ),
     ] = None,
     method: Annotated[

@@ -105,7 +105,7 @@ def _words(text: str) -> list[str]:
 def own_device() -> Device | None:
     """The table's entry of this machine's first GPU; None without a GPU, or if it has none.
 
-    A variant with other rates, such as a card for PCIe, is left out.
+    A variant with other rates, such as a card for PCIe, has no entry.
     """
     import torch
 
@@ -161,7 +161,10 @@ def own_memory(kind: str) -> int:
 
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("memory: this machine has no GPU; pass a device's, such as 24GB")
+            raise ValueError(
+                "memory: this machine has no GPU; expected the memory of one, such as 24GB, or its "
+                "name as --device"
+            )
         return torch.cuda.get_device_properties(0).total_memory
     limit = memory_limit()
     if limit is None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.planning.counts import trained_share
 from fastpref.planning.model import StepOptions, with_layers
 from fastpref.planning.probe import ROUNDS, probe_layers, probe_steps
+from fastpref.planning.sharding import sharded_bytes, shared_seconds
 from fastpref.planning.simulate import (
     Pair,
     Parts,
@@ -23,7 +23,7 @@ from fastpref.planning.simulate import (
     simulate_parts,
     step_head,
 )
-from fastpref.planning.times import Rates, StepTime, exchange_seconds, step_seconds
+from fastpref.planning.times import Rates, StepTime, step_seconds
 from fastpref.profiling.lengths import Lengths
 
 # Fraction of the predicted bytes of tensors. The real steps of benchmarks/results/plan.json are
@@ -41,7 +41,7 @@ OUTSIDE = {"cpu": 590 * 2**20, "cuda": 900 * 2**20}
 KEPT_ALWAYS = {"cpu": 60 * 10**6, "cuda": 0}
 KEPT = {"cpu": 0.5, "cuda": 0.1}
 _PASSING = ("gradients", "activations", "head", "reference", "other")
-_LARGEST = 32  # pairs of a micro-batch that is tried
+_LARGEST = 32  # the most pairs of a micro-batch that are tried
 # Predicted seconds of a probe's steps. Micro-batches are added up to the first limit. A probe that
 # would take more than the second is not run.
 _PROBE_SECONDS, _MOST_SECONDS = 8.0, 60.0
@@ -104,9 +104,8 @@ class Estimate:
         }
 
 
-def _item(options: StepOptions) -> int:
-    """The bytes of a number in matrix products."""
-    return 2 if options.bf16 or options.dtype.itemsize == 2 else 4
+def _labelled(pairs: list[Pair]) -> int:
+    return sum(chosen + rejected for _, chosen, rejected in pairs)
 
 
 def kept_bytes(kind: str, components: dict[str, int]) -> int:
@@ -157,7 +156,11 @@ class Planner:
         """
         if size > 2:
             one, two = (self.parts(options, n, max_length) for n in (1, 2))
-            return extrapolated(one, two, size - 1)
+            parts = extrapolated(one, two, size - 1)
+            surplus = self._stash_surplus(options, size, max_length)
+            for components in parts.values() if surplus else ():
+                components["head"] = max(components.get("head", 0) - surplus, 0)
+            return parts
         pairs = self._pairs(self._cut(max_length), size, longest=True)
         options = replace(options, sync_each_batch=False)  # without effect on one device's tensors
         key: Any = options, size, max_length
@@ -168,10 +171,22 @@ class Planner:
             self._parts[key] = simulate_parts(self.config, pairs, options)
         return self._parts[key]
 
+    def _stash_surplus(self, options: StepOptions, size: int, max_length: int) -> int:
+        """The bytes of logits that fewer pairs would keep, and so many pairs recompute instead."""
+        if options.head != "fastpref":
+            return 0
+        cut = self._cut(max_length)
+        few, many = (self._pairs(cut, n, longest=True) for n in (2, size))
+        kept_by_few, kept = (self._head(options, pairs)[0].stash_tokens for pairs in (few, many))
+        if kept_by_few < _labelled(few):
+            return 0
+        vocab: int = self.config.get_text_config().vocab_size
+        return max(_labelled(many) - kept, 0) * vocab * options.item
+
     def _head(self, options: StepOptions, pairs: list[Pair]) -> Any:
         text = self.config.get_text_config()
-        labelled, trains = sum(c + r for _, c, r in pairs), options.method == "full"
-        return step_head(labelled, text.hidden_size, text.vocab_size, trains, options)
+        trains = options.method == "full"
+        return step_head(_labelled(pairs), text.hidden_size, text.vocab_size, trains, options)
 
     def estimate(
         self,
@@ -189,10 +204,10 @@ class Planner:
             "other" the seconds themselves.
         """
         options = replace(options, accumulates=accumulation > 1)
-        parts = self.parts(options, size, max_length)
+        parts = self._parts_with_gradients(options, size, max_length)
         weights = max(part.get("weights", 0) for part in parts.values())
         if devices > 1:
-            parts = {part: self._sharded(c, options, devices) for part, c in parts.items()}
+            parts = {k: sharded_bytes(self.config, c, options, devices) for k, c in parts.items()}
         account = highest(parts)
         components = {name: value for name, value in account.components.items() if value}
         components["allocator"] = kept_bytes(self.kind, components)
@@ -201,7 +216,9 @@ class Planner:
         if rates is not None and (devices == 1 or rates.link):
             seconds = self._seconds(options, size, accumulation, max_length, rates, correction)
             if devices > 1:
-                seconds = self._shared(seconds, options, weights, accumulation, devices, rates.link)
+                seconds = shared_seconds(
+                    self.config, seconds, options, weights, accumulation, devices, rates.link
+                )
         strategy = None
         if options.head == "fastpref":
             pairs = self._pairs(self._cut(max_length), size, longest=True)
@@ -211,35 +228,13 @@ class Planner:
             account.peak_phase, seconds, strategy,
         )  # fmt: skip
 
-    def _sharded(
-        self, components: dict[str, int], options: StepOptions, devices: int
-    ) -> dict[str, int]:
-        """The bytes of each device with FSDP, from those of a part of the step on one."""
-        found = dict(components)
-        whole = {"weights"} if options.method == "qlora" else set()  # accelerate shards no 4 bits
-        if options.accumulates and not options.sync_each_batch:
-            # The last micro-batch exchanges gradients. Until then they have the dtype of products.
-            whole.add("gradients")
-            share = _item(options) / options.dtype.itemsize
-            found["gradients"] = int(share * found.get("gradients", 0))
-        for name in {"weights", "optimiser", "gradients", "reference"} - whole:
-            found[name] = found.get(name, 0) // devices
-        if "weights" not in whole:
-            layers, outside = self._gathered(components["weights"], options)
-            found["gathered"] = int(2 * layers / max(self._layers, 1) + outside)
-        return found
-
-    def _gathered(self, weights: int, options: StepOptions) -> tuple[float, float]:
-        """The bytes of the weights as devices gather them: of all layers, and of the embeddings.
-
-        Layers are gathered in each pass, two at a time. Embeddings, the output head among them,
-        stay from the forward pass to the end of the backward pass.
-        """
-        text = self.config.get_text_config()
-        tables = 1 if getattr(text, "tie_word_embeddings", False) else 2
-        outside = float(tables * text.vocab_size * text.hidden_size * _item(options))
-        gathered = weights * _item(options) / options.dtype.itemsize
-        return max(gathered - outside, 0.0), outside
+    def _parts_with_gradients(self, options: StepOptions, size: int, max_length: int) -> Parts:
+        """`parts`; an adapter's earlier gradients are added instead of simulated."""
+        if not options.accumulates or options.method == "full":
+            return self.parts(options, size, max_length)
+        parts = self.parts(replace(options, accumulates=False), size, max_length)
+        whole = max(components.get("gradients", 0) for components in parts.values())
+        return {part: {**components, "gradients": whole} for part, components in parts.items()}
 
     def _seconds(
         self,
@@ -265,36 +260,6 @@ class Planner:
             accumulation * by.other,
         )
 
-    def _shared(
-        self,
-        seconds: StepTime,
-        options: StepOptions,
-        weights: int,
-        accumulation: int,
-        devices: int,
-        link: float,
-    ) -> StepTime:
-        """The seconds of a step on several devices, from those on one and the weights' bytes."""
-        layers, outside = 0.0, 0.0
-        if options.method != "qlora":
-            layers, outside = self._gathered(weights, options)
-        passes = 1 if options.reference == "precompute" else 2
-        forward = passes * (layers + outside)
-        reduced = _item(options) * trained_share(self.config, options)
-        batch = replace(
-            seconds,
-            body_forward=seconds.body_forward / accumulation,
-            body_backward=seconds.body_backward / accumulation,
-        )
-        sent = (devices - 1) / devices / link  # seconds for a byte of what all hold together
-        once = exchange_seconds(batch, forward * sent, (layers + reduced) * sent)
-        others = once
-        if not options.sync_each_batch:
-            others = exchange_seconds(batch, forward * sent, layers * sent)
-        waits = once + (accumulation - 1) * others
-        # Each device has its own part of the optimiser's work.
-        return replace(seconds, optimiser=seconds.optimiser / devices, exchange=waits)
-
     def _micro_batches(self, size: int, max_length: int) -> list[list[Pair]]:
         """Micro-batches of evenly spread pairs, those of middle length first."""
         pairs = self._pairs(self._cut(max_length), max(size, 8), longest=False)
@@ -309,6 +274,7 @@ class Planner:
 
         memory: bytes, half of which the probe may take.
         """
+        options = replace(options, accumulates=False, sync_each_batch=False)
         key = options, size, max_length
         if key not in self._corrections:
             self._corrections[key] = self._probed(options, size, max_length, rates, memory)

@@ -32,7 +32,8 @@ class StepOptions:
         head_strategy: as in `plan_head`.
         memory_budget: bytes of the head's stash and tile; None: `default_memory_budget`.
         device: "cpu" or "cuda", for the head's plan.
-        accumulates: whether gradients of an earlier micro-batch are there.
+        accumulates: whether gradients of an earlier micro-batch are there. It is an option of
+            `simulate_step`: a plan sets it itself.
         sync_each_batch: whether devices exchange gradients after each micro-batch, not only after
             the last one of an optimiser step; accelerate's option of that name.
     """
@@ -50,6 +51,11 @@ class StepOptions:
     device: str = "cpu"
     accumulates: bool = False
     sync_each_batch: bool = False
+
+    @property
+    def item(self) -> int:
+        """The bytes of a number in matrix products."""
+        return 2 if self.bf16 or self.dtype.itemsize == 2 else 4
 
 
 def check_config(config: Any) -> None:

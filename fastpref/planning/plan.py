@@ -201,7 +201,12 @@ def _for_device(
         )
         options = _of(options, method)
         estimate = device_planner.largest(
-            options, batch_size, max_length, device.memory, 1, device.rates(half)
+            options,
+            batch_size,
+            max_length,
+            device.memory,
+            1,
+            device.rates(half or options.dtype.itemsize == 2),
         )
         if estimate.fits(device.memory):
             return estimate
@@ -233,11 +238,9 @@ def _changes(
             )
         )
 
-    if size > 1:
-        add(f"1 pair a micro-batch instead of {size}, with accumulation", size=1)
-    if devices > 1 and asked.accumulation > 1 and not options.sync_each_batch:
-        text = "gradients exchanged after each micro-batch (sync_each_batch)"
-        add(text, options={"sync_each_batch": True})
+    if devices > 1 and per_step > devices and not options.sync_each_batch:
+        text = "1 pair a micro-batch, gradients exchanged after each (sync_each_batch)"
+        add(text, size=1, options={"sync_each_batch": True})
     if not options.gradient_checkpointing:
         add("gradient checkpointing", options={"gradient_checkpointing": True})
     if options.head == "eager":
@@ -271,7 +274,10 @@ def _changes(
     estimates = []
     for text, other, n, cut, count in candidates:
         accumulation = max(per_step // (n * count), 1)
-        found = planner.estimate(other, n, accumulation, cut, count, rates, correction)
+        # Links of fewer devices, or rates of another dtype, say nothing about this one.
+        same = count == devices and other.dtype == options.dtype
+        known = rates if same else None
+        found = planner.estimate(other, n, accumulation, cut, count, known, correction)
         estimates.append((text, found))
     estimates = [(text, estimate) for text, estimate in estimates if estimate.bytes < asked.bytes]
     return sorted(estimates, key=lambda change: change[1].bytes)

@@ -44,6 +44,7 @@ from fastpref.planning.model import (
 from fastpref.profiling.account import GRADIENTS, Account, Event, Known, part_peaks
 
 Pair = tuple[int, int, int]  # tokens of prompt, chosen and rejected answer
+QUANTISED_BYTES = 4.127 / 8  # of a weight, in NF4 with double quantisation
 LAYERS = 4, 8  # of the two simulations of a deeper model
 
 
@@ -211,8 +212,7 @@ def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
             trained[address] = size
         elif options.method == "qlora" and tensor.dim() == 2 and "embed" not in name:
             if id(tensor) not in head_ids:
-                # NF4 with double quantisation: 4.127 bits a weight.
-                size = int(tensor.numel() * 4.127 / 8)
+                size = int(tensor.numel() * QUANTISED_BYTES)
                 quantised += size
         weights.setdefault(address, Known(address, size, "weights"))
     known = list(weights.values())

@@ -120,7 +120,7 @@ def step_seconds(
     text = config.get_text_config()
     layers, hidden, vocab = text.num_hidden_layers, text.hidden_size, text.vocab_size
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    item = 2 if options.bf16 or options.dtype.itemsize == 2 else 4
+    item = options.item
     sharing = options.prefix_sharing and options.head == "fastpref"
     tokens, labelled = batch_tokens(pairs, sharing)
     moved = tokens * layers * (_PASSES_HIDDEN * hidden + _PASSES_INNER * inner) * item
@@ -147,18 +147,3 @@ def step_seconds(
     # The norm of the gradients is computed as well.
     optimiser = 9 * 4 * weights / rates.stream
     return StepTime(forward + reference, head, backward, optimiser)
-
-
-def exchange_seconds(step: StepTime, forward: float, backward: float) -> float:
-    """The seconds that devices with sharded weights (FSDP) wait for each other in a micro-batch.
-
-    A pass hides what takes no longer than itself, because the next layer is on its way while one
-    computes.
-
-    Args:
-        step: the micro-batch's seconds on one device.
-        forward: seconds for the weights that the forward pass gathers.
-        backward: seconds for those that the backward pass gathers, and for the gradients that it
-            reduces.
-    """
-    return max(0.0, forward - step.body_forward) + max(0.0, backward - step.body_backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -30,10 +31,13 @@ class GpuMemory:
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=_MOST_EVENTS)
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         torch.cuda.synchronize()
         self.peak = torch.cuda.max_memory_allocated()
         self.reserved = torch.cuda.max_memory_reserved()
         if self.snapshot is not None:
-            torch.cuda.memory._dump_snapshot(self.snapshot)
+            # An error inside the context, such as too little memory, is the one to be raised.
+            hidden = () if error is None else (OSError, RuntimeError)
+            with contextlib.suppress(*hidden):
+                torch.cuda.memory._dump_snapshot(self.snapshot)
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -185,7 +185,10 @@ def profile_training(
     folder = None if snapshots is None else Path(snapshots).expanduser().absolute()
     if folder is not None:
         if device != "cuda":
-            raise ValueError(f"snapshots: torch records no allocations of a {device}; needs a GPU")
+            raise ValueError(
+                f"snapshots: got a directory, but training is on a {device}, of which torch keeps "
+                "no history; expected None"
+            )
         check_writable(folder)
     settings: dict[str, Any] = {
         **(options or {}),
@@ -299,7 +302,9 @@ def _measure(
     rows = json.loads(json.dumps(rows, default=str))
     request = {**settings, "side": name, "rows": rows, "steps": steps}
     if snapshots is not None:
-        request["snapshot"] = str(snapshots / f"{name}.pickle")
+        file = snapshots / f"{name}.pickle"
+        file.unlink(missing_ok=True)
+        request["snapshot"] = str(file)
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:  # here: the worker may be killed

@@ -65,9 +65,11 @@ class MemoryStep(TrainerCallback):
         if state.global_step == state.max_steps:
             self._finish()
 
-    def close(self) -> None:
-        """Stop watching, also after an error, such as too little memory."""
-        self._watching.close()
+    @contextlib.contextmanager
+    def ended(self) -> Iterator[None]:
+        """Stops watching after an error, such as too little memory, which a history ends with."""
+        with self._watching:
+            yield
 
     def _start(self) -> None:
         trainer = self.clock.trainer
@@ -100,7 +102,7 @@ class MemoryStep(TrainerCallback):
     def _finish(self) -> None:
         self.clock.marking = False
         self.profiler.__exit__(None, None, None)
-        self.close()
+        self._watching.close()
         memory = self.memory
         peak: int | None = memory.peak
         outside: dict[str, int] = {}
@@ -133,7 +135,7 @@ def profile_side(request: dict[str, Any], say: Say) -> dict[str, Any]:
         memory = MemoryStep(clock, say, request.get("snapshot"))
         clock.attach(trainer)
         trainer.add_callback(memory)
-        with contextlib.closing(memory):
+        with memory.ended():
             trainer.train()
     timed = clock.steps[1:-1] or clock.steps[:1]
     return {

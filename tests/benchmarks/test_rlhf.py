@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
@@ -147,11 +148,18 @@ def settings(task, folder, tmp_path, stage):
     }
 
 
-def test_each_stage_makes_one_step(task, worker, folder, tmp_path):
+def test_each_stage_makes_one_step(task, worker, folder, tmp_path, monkeypatch):
     pytest.importorskip("trl")
     from lib import rlhf_report
 
+    # Layers as small as these are not worth it otherwise.
+    monkeypatch.setattr("fastpref.body.attach.LEAST_ELEMENTS", 1)
+    choose = functools.partial(worker.choose_layers, speedup=lambda *shape: 2.0)
+    monkeypatch.setattr(worker, "choose_layers", choose)
     judge = worker.Judge(settings(task, folder, tmp_path, "judge"))
+    layers = [m for model in (judge.start, judge.policy) for m in model.modules()]
+    layers = [m for m in layers if isinstance(m, torch.nn.Linear)]
+    assert len(judge.products.layers) == len(layers) - 2  # the output heads
     pairs = judge.pairs({"seed": 0, "folder": str(tmp_path)})
     assert judge.count() > 0
     job = {"seed": 0, "steps": 1, "beta": 0.1, "keep_at": [1]}
@@ -175,6 +183,7 @@ def test_each_stage_makes_one_step(task, worker, folder, tmp_path):
         runs.append({"stage": stage, "steps": 1, "beta": 0.1, "seed": 0, **run})
         flops[stage] = worker.count(asked, job)
         assert flops[stage]["step"] > 0 and (flops[stage]["ahead"] > 0) == (stage == "dpo")
+    assert all(type(layer) is torch.nn.Linear for layer in layers)
     found = {"runs": runs, "flops": flops, "start": [start], "compared": ""}
     rlhf_report.summarise(found)
     for key in ("seconds", "flops"):
@@ -189,17 +198,39 @@ def test_each_stage_makes_one_step(task, worker, folder, tmp_path):
 def test_seeds_are_added_to_a_run_of_the_same_settings(task):
     import rlhf
 
-    machine = {"cpu": "one", "threads": 2, "packages": {}, "date": "today"}
-    settings = {"batch": 16, "seeds": 2, "budget": None, "betas": [0.1]}
+    machine = {"cpu": "one", "threads": 2, "commit": "a", "date": "today"}
+    settings = {"batch": 16, "seeds": 2, "budget": None, "betas": [0.1], "kl": "a note"}
     earlier = {"machine": machine, "model": "M", "settings": settings, "runs": [1], "pairs": [2]}
     more = {**earlier, "machine": {**machine, "date": "later"}, "runs": [], "pairs": []}
-    more["settings"] = {**settings, "seeds": 3, "budget": 60.0, "betas": (0.1,)}
+    more["settings"] = {**settings, "seeds": 3, "budget": 60.0, "betas": (0.1,), "kl": "reworded"}
     found = rlhf.resumed(json.loads(json.dumps(earlier)), more)
     assert found["runs"] == [1] and found["machine"]["date"] == "today"
     assert found["settings"] == {**settings, "seeds": 3, "budget": 60.0}
-    for name, value in (("model", "N"), ("machine", {**machine, "threads": 1})):
-        with pytest.raises(SystemExit, match=f"--resume: the earlier run had other {name}"):
-            rlhf.resumed(earlier, {**more, name: value})
+    for name, other in (
+        ("model", {"model": "N"}),
+        ("threads", {"machine": {**machine, "threads": 1}}),
+        ("commit", {"machine": {**machine, "commit": "b"}}),
+        ("batch", {"settings": {**settings, "batch": 8}}),
+    ):
+        with pytest.raises(SystemExit, match=f"--resume: the earlier run had another {name}$"):
+            rlhf.resumed(earlier, {**more, **other})
+
+
+def test_seeds_that_are_there_are_not_run_again(task, monkeypatch, tmp_path):
+    import rlhf
+
+    run = []
+
+    def one_seed(seed, args, stages, folder, found):
+        run.append(seed)
+        found["pairs"].append({"seed": seed})
+
+    monkeypatch.setattr(rlhf, "one_seed", one_seed)
+    monkeypatch.setattr(rlhf.rlhf_report, "summarise", lambda found: None)
+    path, found = tmp_path / "out.json", {"pairs": [{"seed": 1}], "wall_s": 50.0}
+    rlhf.measure(rlhf.arguments(["--prompts", "2", "--held-out", "1"]), tmp_path, found, path)
+    assert run == [0, 2] and found["wall_s"] >= 50.0
+    assert json.loads(path.read_text())["pairs"] == [{"seed": n} for n in (1, 0, 2)]
 
 
 def test_the_flops_of_a_product_and_of_attention_are_counted(worker):

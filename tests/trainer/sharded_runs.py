@@ -9,7 +9,9 @@ import tiny
 from datasets import disable_progress_bars
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from transformers import TrainerCallback
 
 ROWS = 12  # per optimiser step, in two micro-batches
 CASES = {
@@ -69,6 +71,24 @@ class Gathers:
         FSDPParamGroup.unshard = self._unshard
 
 
+class Between(TrainerCallback):
+    """Notes after micro-batches that are not a step's last whether gradients are whole."""
+
+    def __init__(self):
+        self.dtypes, self.whole = set(), set()
+
+    def on_substep_end(self, args, state, control, model=None, **_):
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules()
+                  if isinstance(m, FSDPModule)]  # fmt: skip
+        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+            unsharded = getattr(parameter, "_unsharded_param", None)
+            whole = None if unsharded is None else unsharded.grad
+            for grad in (whole, parameter.sharded_param.grad):
+                if grad is not None:
+                    self.whole.add(grad is whole)
+                    self.dtypes.add(str(grad.dtype))
+
+
 def run(path, name, **options):
     t = trainer(path / name, name, **options)
     t.train()
@@ -93,13 +113,15 @@ def sharded(path, names):
     path, found = Path(path), {}
     for i, name in enumerate(names):
         saves = {"save_strategy": "steps", "save_steps": 2} if i == 0 else {"save_strategy": "no"}
+        between = Between()
         with Gathers() as gathers:
-            t = run(path, name, **saves)
+            t = run(path, name, callbacks=[between], **saves)
         models = [model for model in (t.model, t.ref_model) if model is not None]
         heads = [model.get_output_embeddings().weight for model in models]
         found[name] = {
             "figures": figures(t),
             "gathers": len(gathers.names),
+            "whole gradients": [sorted(between.whole), sorted(between.dtypes)],
             "in parts": [hasattr(head, "placements") for head in heads],
         }
         dist.barrier()

@@ -56,6 +56,14 @@ def test_the_head_is_gathered_once(two, name):
         assert process[name]["in parts"] == [True] * models
 
 
+@pytest.mark.parametrize("name", sharded_runs.CASES)
+def test_gradients_of_earlier_micro_batches(two, name):
+    """They are whole and in the dtype of the products, or with sync_each_batch shards in fp32."""
+    dtype = "torch.bfloat16" if name == "bf16" else "torch.float32"
+    for process in two:
+        assert process[name]["whole gradients"] == [[name != "synced"], [dtype]]
+
+
 def test_a_run_goes_on_on_another_number_of_processes(two, whole, folder):
     figures = whole["untied"][0]
     for found in process_group.run(
