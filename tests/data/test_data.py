@@ -140,7 +140,10 @@ def test_bad_files_get_one_sentence(tmp_path, name, content, message):
     "start, message",
     [
         (b"PAR1\0\xf4", "is a Parquet file; expected a name that ends in .parquet"),
-        (gzip.compress(b"{}", mtime=0), "is compressed with gzip; expected a name that ends in .gz"),
+        (
+            gzip.compress(b"{}", mtime=0),
+            "is compressed with gzip; expected a name that ends in .gz",
+        ),
         (b"PK\3\4\xff", "is a ZIP archive or a spreadsheet; expected text"),
         ("{}".encode("utf-16"), "line 1 is UTF-16 text; expected UTF-8"),
     ],

@@ -151,12 +151,14 @@ def test_two_runs_that_write_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(part_writer, "FLUSH_SECONDS", 0.0)
     found, errors = [], []
 
-    policies = {name: tiny.model() for name in "ab"}  # not in a thread: they share the seed
+    # Not in a thread: models share the seed, and arguments replace accelerate's state.
+    policies = {name: tiny.model() for name in "ab"}
+    options = {"reference_store": str(tmp_path / "store")}
+    args = {name: tiny.config(tmp_path / name, **options) for name in "ab"}
 
     def run(name):
         try:
-            store = str(tmp_path / "store")
-            t = trainer(tmp_path / name, policies[name], reference_store=store)
+            t = trainer(tmp_path / name, policies[name], args=args[name])
             found.append(values(t))
         except Exception as error:  # of a thread, for the assertion below
             errors.append(error)

@@ -110,8 +110,8 @@ def config(tmp_path, **kwargs):
     return PreferenceConfig(**{**options, **kwargs})
 
 
-def trainer(tmp_path, policy=None, train=None, **kwargs):
-    """A trainer; its own arguments and a PreferenceConfig's go in together."""
+def trainer(tmp_path, policy=None, train=None, args=None, **kwargs):
+    """A trainer; its own arguments and a PreferenceConfig's go in together, without `args`."""
     own = (
         "ref_model",
         "eval_dataset",
@@ -124,7 +124,7 @@ def trainer(tmp_path, policy=None, train=None, **kwargs):
     own = {key: kwargs.pop(key) for key in own if key in kwargs}
     return PreferenceTrainer(
         model=model() if policy is None else policy,
-        args=config(tmp_path, **kwargs),
+        args=config(tmp_path, **kwargs) if args is None else args,
         train_dataset=rows() if train is None else train,
         processing_class=tokenizer(),
         **own,
