@@ -3,7 +3,7 @@ r"""Preference optimisation against RLHF with a reward model: what each costs, a
     python benchmarks/rlhf.py                               # the demo's model, minutes on two cores
     python benchmarks/rlhf.py --model DIR --data FILE --prompts 96 --held-out 64 \
         --prompt-words 30 --batch 16 --epochs 2 --tokens 48 --betas 0.1 --ipo-betas 0.1 \
-        --learning-rate 3e-5 --output rlhf_smollm2   # SmolLM2-135M: 75 minutes on two cores
+        --learning-rate 3e-5 --output rlhf_smollm2   # SmolLM2-135M: 95 minutes on two cores
 
 The claim is that preference optimisation without a reward model costs a sixth of RLHF and is as
 good. A true reward in closed form (lib/rlhf_task.py) stands for people. It labels pairs of answers
