@@ -179,12 +179,11 @@ def command(
     if half is None:
         half = kind == "cuda" or (named is None and bf16_is_fast("cpu"))
     in_bf16 = half or dtype is Dtype.bfloat16
-    known = named
-    if known is None and kind == "cuda":
-        known = own_device()
-    rates = None if known is None else known.rates(in_bf16, gpus)
-    if known is None and kind == "cpu":
-        rates = measured_rates(in_bf16)
+    listed = own_device() if named is None and kind == "cuda" else named
+    if listed is not None:
+        rates = listed.rates(in_bf16, gpus)
+    else:
+        rates = measured_rates(in_bf16) if kind == "cpu" else None
     plan = plan_training(
         config,
         memory=available,
@@ -209,7 +208,7 @@ def command(
         show_progress=not as_json,
     )
     missing = missing_sizes(model, config)
-    sentences = _sentences(plan, lengths, missing, known)
+    sentences = _sentences(plan, lengths, missing, listed)
     if plot is not None:
         write_plot(_figure(plan), plot)
     if report is not None:

@@ -201,12 +201,7 @@ def _for_device(
         )
         options = _of(options, method)
         estimate = device_planner.largest(
-            options,
-            batch_size,
-            max_length,
-            device.memory,
-            1,
-            device.rates(half or options.dtype.itemsize == 2),
+            options, batch_size, max_length, device.memory, 1, device.rates(options.item == 2)
         )
         if estimate.fits(device.memory):
             return estimate

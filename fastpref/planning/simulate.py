@@ -202,7 +202,6 @@ def _materialise(model: torch.nn.Module) -> None:
 def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
     weights: dict[int, Known] = {}
     trained: dict[int, int] = {}
-    quantised = 0
     head = unwrap(model).get_output_embeddings()
     head_ids = {id(p) for p in head.parameters()}
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -213,7 +212,6 @@ def _known(model: Any, options: StepOptions, tracker: _Tracker) -> list[Known]:
         elif options.method == "qlora" and tensor.dim() == 2 and "embed" not in name:
             if id(tensor) not in head_ids:
                 size = int(tensor.numel() * QUANTISED_BYTES)
-                quantised += size
         weights.setdefault(address, Known(address, size, "weights"))
     known = list(weights.values())
     # AdamW's two states of each trained weight, in its dtype.

@@ -51,7 +51,7 @@ class MemoryStep(TrainerCallback):
         self.clock, self.say, self.snapshot = clock, say, snapshot
         self.found: dict[str, Any] = {}
         self.account: Account | None = None
-        self._watching = contextlib.ExitStack()
+        self.watching = contextlib.ExitStack()
         self._began = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,12 +64,6 @@ class MemoryStep(TrainerCallback):
         self.say({"step": state.global_step, "of": state.max_steps, "seconds": seconds})
         if state.global_step == state.max_steps:
             self._finish()
-
-    @contextlib.contextmanager
-    def ended(self) -> Iterator[None]:
-        """Stops watching after an error, such as too little memory, which a history ends with."""
-        with self._watching:
-            yield
 
     def _start(self) -> None:
         trainer = self.clock.trainer
@@ -92,7 +86,7 @@ class MemoryStep(TrainerCallback):
         else:
             self.memory = Resident()
             self.before = self.memory.sample()
-        self._watching.enter_context(self.memory)
+        self.watching.enter_context(self.memory)
         activity = torch.profiler.ProfilerActivity
         kinds = [activity.CPU] if self.device.type == "cpu" else [activity.CPU, activity.CUDA]
         self.profiler = torch.profiler.profile(activities=kinds, profile_memory=True)
@@ -102,7 +96,7 @@ class MemoryStep(TrainerCallback):
     def _finish(self) -> None:
         self.clock.marking = False
         self.profiler.__exit__(None, None, None)
-        self._watching.close()
+        self.watching.close()
         memory = self.memory
         peak: int | None = memory.peak
         outside: dict[str, int] = {}
@@ -135,7 +129,7 @@ def profile_side(request: dict[str, Any], say: Say) -> dict[str, Any]:
         memory = MemoryStep(clock, say, request.get("snapshot"))
         clock.attach(trainer)
         trainer.add_callback(memory)
-        with memory.ended():
+        with memory.watching:  # ends after an error as well, such as too little memory
             trainer.train()
     timed = clock.steps[1:-1] or clock.steps[:1]
     return {
